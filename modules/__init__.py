@@ -1,0 +1,1 @@
+"""Networks: backbones, heads, normalisation and pretrained weights."""
