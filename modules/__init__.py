@@ -1,1 +1,60 @@
 """Networks: backbones, heads, normalisation and pretrained weights."""
+
+from __future__ import annotations
+
+from modules.deeplab import DILATIONS, DeepLabHead, DeepLabV3
+from modules.mobilenet import MobileNetV2Body
+from modules.network import Network
+from modules.norm import NormAct
+from modules.pretrained import LoadReport, load_pretrained
+from modules.resnet import LAYERS, ResNetBody
+from modules.segformer import CONFIGS, SegFormer
+from utils.errors import UserError
+
+MODELS = ("deeplab", *CONFIGS)
+BACKBONES = (*LAYERS, "mobilenet_v2")
+
+__all__ = ["BACKBONES", "MODELS", "LoadReport", "Network", "build_network", "load_pretrained"]
+
+
+def build_network(
+    model: str | None,
+    *,
+    backbone: str = "resnet101",
+    norm_act: str = "iabn_sync",
+    output_stride: int = 16,
+    pooling: int = 32,
+    decoder: str = "sats",
+    drop_path: float = 0.1,
+) -> Network:
+    """Make a network with random weights.
+
+    Args:
+        model: ``deeplab`` (or None), ``segformer_b0`` ... ``segformer_b5``.
+        backbone: of DeepLab: ``resnet50``, ``resnet101`` or ``mobilenet_v2``.
+        norm_act: of DeepLab, see :mod:`modules.norm`.
+        output_stride: of DeepLab, 16 or 8.
+        pooling: of DeepLab: window of the evaluation pooling in features, 0 for the whole map.
+        decoder: of SegFormer: ``sats`` or ``segformer``.
+        drop_path: of SegFormer: largest stochastic depth rate.
+
+    Raises:
+        UserError: a value that is not among the choices, or inplace-abn is needed and not installed.
+    """
+    if model in CONFIGS:
+        return SegFormer(CONFIGS[model], decoder=decoder, drop_path=drop_path)
+    if model not in (None, "deeplab"):
+        raise UserError(f"--model {model}: unknown, choose one of {', '.join(MODELS)}")
+    if backbone not in BACKBONES:
+        raise UserError(f"--backbone {backbone}: unknown, choose one of {', '.join(BACKBONES)}")
+    if output_stride not in DILATIONS:
+        raise UserError(f"--output_stride {output_stride}: must be 8 or 16")
+    if pooling < 0:
+        raise UserError(f"--pooling {pooling}: must be a number of features, or 0 for the whole map")
+    norms = NormAct(norm_act)
+    body: ResNetBody | MobileNetV2Body
+    if backbone == "mobilenet_v2":
+        body = MobileNetV2Body(norms, output_stride)
+    else:
+        body = ResNetBody(backbone, norms, output_stride)
+    return DeepLabV3(body, DeepLabHead(body.out_channels, norms, output_stride, pooling))

@@ -1,0 +1,408 @@
+"""The command line: options in titled groups, presets, and every check on options with its message.
+
+Options keep the names and defaults of the four released programs. What the user typed wins over the
+preset of ``--method``, and the log says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from methods import METHODS, REGISTRY, preset
+from methods.presets import FAMILY_PLOP
+from tasks import Task, get_task
+from utils.errors import UserError
+
+NORMS = ("std", "sync", "abn", "iabn", "iabn_sync", "iabn_sync_test")
+
+
+class Options(argparse.Namespace):
+    """The options of a run: one attribute per option, checked and with the preset applied.
+
+    Beside the options themselves: ``task_`` (the class order), ``steps`` (steps to run), ``lrs`` (one
+    learning rate per step), ``protocol``, ``notes`` (what the log should say about the options),
+    ``typed`` (names of the options that the user typed).
+    """
+
+    task_: Task
+    steps: list[int]
+    lrs: list[float]
+    protocol: str
+    notes: list[str]
+    typed: set[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The options as plain values, for the log and for checkpoints."""
+        derived = {"task_", "notes", "typed"}
+        return {k: _plain(v) for k, v in sorted(vars(self).items()) if k not in derived}
+
+    def summary(self) -> str:
+        """One line: what was typed, and what a preset or another option set."""
+        defaults = vars(build_parser().parse_args([], namespace=argparse.Namespace()))
+        shown = [
+            f"{name}={_plain(value)}" + ("" if name in self.typed else " (preset)")
+            for name, value in sorted(vars(self).items())
+            if name in defaults and (name in self.typed or value != defaults[name])
+        ]
+        return "options: " + ", ".join(shown)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports every fault as a ``UserError``: one line, no usage text around it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see python run.py --help)")
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _method(word: str) -> str:
+    """Method names are matched without case."""
+    by_lower = {name.lower(): name for name in METHODS}
+    if word.lower() not in by_lower:
+        hint = _nearest(word.lower(), list(by_lower)) or f"; known methods: {', '.join(METHODS)}"
+        raise argparse.ArgumentTypeError(f"unknown method '{word}'{hint}")
+    return by_lower[word.lower()]
+
+
+def _positive(word: str) -> int:
+    value = int(word)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {word}")
+    return value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all groups: the general ones, then each method's own options."""
+    parser = _Parser(
+        prog="run.py",
+        description="Continual semantic segmentation: learn classes step by step.",
+        allow_abbrev=False,
+    )
+    _add_launch(parser.add_argument_group("launch"))
+    _add_task(parser.add_argument_group("task and data"))
+    _add_model(parser.add_argument_group("model"))
+    _add_training(parser.add_argument_group("training"))
+    _add_evaluation(parser.add_argument_group("evaluation and prediction"))
+    _add_logging(parser.add_argument_group("log and checkpoints"))
+    general = parser.add_argument_group("method")
+    general.add_argument(
+        "--method", type=_method, default=None, metavar="NAME", help=f"preset: {', '.join(METHODS)}"
+    )
+    general.add_argument(
+        "--fidelity",
+        choices=("paper", "released"),
+        default="paper",
+        help="follow the papers, or reproduce what the released code computes (docs/fidelity.md)",
+    )
+    for kind in REGISTRY:
+        summary = (kind.__doc__ or kind.__name__).strip().splitlines()[0].rstrip(".")
+        kind.add_options(parser.add_argument_group(summary))
+    return parser
+
+
+def _add_launch(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--where_to_sim",
+        choices=("GPU_server", "GPU_windows", "CPU", "CPU_windows"),
+        default=None,
+        help="GPU_server: NCCL; CPU: Gloo; *_windows: one process, no group; default: the machine decides",
+    )
+    group.add_argument(
+        "--local_rank", "--local-rank", type=int, default=0, help="set by torch.distributed.launch"
+    )
+    group.add_argument("--random_seed", type=int, default=42, help="seed of everything drawn")
+    group.add_argument("--num_workers", type=int, default=1, help="loader processes per process")
+
+
+def _add_task(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--data_root", type=Path, default=Path("data"), help="folder of the data set")
+    group.add_argument("--dataset", default="voc", choices=("voc", "ade", "folder", "shapes"))
+    group.add_argument("--task", default="19-1", help="class order, e.g. 19-1, 15-5, 15-1, 100-50")
+    group.add_argument("--task_file", type=Path, default=None, help="YAML or JSON file with own tasks")
+    group.add_argument(
+        "--class_order_seed", type=int, default=None, help="shuffle the classes of an A-B task by this seed"
+    )
+    group.add_argument("--step", nargs="+", default=["0"], metavar="N", help="steps to run, or 'all'")
+    group.add_argument("--no_mask", action="store_true", help="sequential protocol: old labels visible")
+    group.add_argument(
+        "--overlap", "--overlapped", action="store_true", help="overlapped protocol (default: disjoint)"
+    )
+    group.add_argument("--data_masking", choices=("current", "current+old", "all", "new"), default="current")
+    group.add_argument(
+        "--void_label",
+        choices=("ignore", "background"),
+        default="background",
+        help="what void is in training: ignored (PLOP, SATS, SSUL) or background (MiB, SDR)",
+    )
+    group.add_argument("--crop_size", type=_positive, default=512)
+    group.add_argument("--crop_val", action="store_false", help="evaluate on whole images, one by one")
+    group.add_argument(
+        "--cross_val", action="store_true", help="validate on 20 %% of the training images"
+    )
+    group.add_argument(
+        "--val_on_trainset", action="store_true", help="final evaluation on the training images"
+    )
+    group.add_argument(
+        "--test_on_val", action="store_true", help="train on the images of the validation list (PLOP)"
+    )
+    group.add_argument(
+        "--memory", type=int, default=0, metavar="N", help="exemplars of earlier steps' images, half of each batch"
+    )
+    group.add_argument(
+        "--splits_dir", type=Path, default=None, help="folder with own image lists train-<step>.npy"
+    )
+    group.add_argument(
+        "--check_data", action="store_true", help="check the data set and its lists, then end"
+    )
+
+
+def _add_model(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--model",
+        default="deeplab",
+        choices=("deeplab", *(f"segformer_b{i}" for i in range(6))),
+        metavar="NAME",
+        help="deeplab or segformer_b0 .. segformer_b5",
+    )
+    group.add_argument("--backbone", default="resnet101", choices=("resnet50", "resnet101", "mobilenet_v2"))
+    group.add_argument("--output_stride", type=int, default=16, choices=(8, 16))
+    group.add_argument(
+        "--norm_act",
+        default="std",
+        choices=NORMS,
+        help="normalisation and activation; std: BatchNorm and ReLU (SDR); iabn_sync: MiB, PLOP",
+    )
+    group.add_argument(
+        "--net_pytorch",
+        action="store_false",
+        help="the network of MiB and PLOP: norm_act becomes iabn_sync unless given",
+    )
+    group.add_argument(
+        "--no_pretrained", "--no-pretrained", action="store_true", help="start from random weights"
+    )
+    group.add_argument(
+        "--pretrained_path", type=Path, default=None, help="file with the backbone's pretrained weights"
+    )
+    group.add_argument(
+        "--pooling", type=int, default=32, help="window of the head's pooling at evaluation, 0: global"
+    )
+    group.add_argument(
+        "--decoder", choices=("sats", "segformer"), default="sats", help="head of the SegFormer models"
+    )
+    group.add_argument(
+        "--feat_dim", type=float, default=2048, help="channels of the body; checked where it is given"
+    )
+    group.add_argument("--fix_bn", action="store_true", help="freeze the norm layers")
+    group.add_argument("--freeze", action="store_true", help="freeze the body")
+    group.add_argument(
+        "--init_balanced", action="store_true", help="new classifiers start from the background's (MiB)"
+    )
+
+
+def _add_training(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--epochs", type=_positive, default=30)
+    group.add_argument("--batch_size", type=_positive, default=4, help="images per process")
+    group.add_argument(
+        "--lr", type=float, nargs="+", default=[0.007], metavar="LR", help="one for all steps, or one per step"
+    )
+    group.add_argument(
+        "--lr_old", type=float, default=None, help="factor on the learning rate of the old classifiers"
+    )
+    group.add_argument("--momentum", type=float, default=0.9)
+    group.add_argument("--weight_decay", type=float, default=1e-4)
+    group.add_argument("--lr_policy", choices=("poly", "step"), default="poly")
+    group.add_argument("--lr_power", type=float, default=0.9, help="exponent of the poly policy")
+    group.add_argument("--lr_decay_step", type=_positive, default=5000, help="iterations (step policy)")
+    group.add_argument("--lr_decay_factor", type=float, default=0.1)
+    group.add_argument("--warmup", type=float, default=0.0, help="share of the iterations that warm up")
+    group.add_argument(
+        "--opt_level",
+        choices=("O0", "O1", "O2", "O3"),
+        default="O0",
+        help="O0: fp32; O1: autocast of the network; O2: of the losses too; O3: weights in half precision",
+    )
+    group.add_argument("--debug", action="store_true", help="log more")
+
+
+def _add_evaluation(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--test", action="store_true", help="evaluate a checkpoint, do not train")
+    group.add_argument(
+        "--ckpt", type=Path, default=None, help="checkpoint to test, or to continue training from"
+    )
+    group.add_argument(
+        "--unseen_label",
+        choices=("ignore", "background"),
+        default="ignore",
+        help="what classes of later steps count as: ignored (MiB, SDR) or background (PLOP, SATS, SSUL)",
+    )
+    group.add_argument(
+        "--test_scales", type=float, nargs="+", default=[1.0], help="scales of each image, fused"
+    )
+    group.add_argument("--test_flip", action="store_true", help="also predict the mirrored image")
+    group.add_argument(
+        "--fusion-mode",
+        dest="fusion_mode",
+        choices=("mean", "voting", "max"),
+        default="mean",
+        help="how the predictions of several scales and flips are fused",
+    )
+
+
+def _add_logging(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--logdir", type=Path, default=Path("logs"))
+    group.add_argument("--name", default="Experiment", help="name of the run")
+    group.add_argument("--date", default="", help="prefix of the CSV file of results")
+    group.add_argument(
+        "--checkpoint", type=Path, default=None, help="folder of the checkpoints (default: the run's folder)"
+    )
+    group.add_argument("--step_ckpt", type=Path, default=None, help="checkpoint of the previous step")
+    group.add_argument("--sample_num", type=int, default=0, help="validation pictures to show")
+    group.add_argument("--visualize", action="store_false", help="write no TensorBoard file")
+    group.add_argument("--print_interval", type=_positive, default=10, help="batches between two log lines")
+    group.add_argument("--val_interval", type=_positive, default=1, help="epochs between two validations")
+    group.add_argument("--ckpt_interval", type=_positive, default=1, help="epochs between two checkpoints")
+    group.add_argument(
+        "--fresh", action="store_true", help="start steps over that the run's folder holds already"
+    )
+
+
+def parse_options(argv: Sequence[str] | None = None) -> Options:
+    """Parse and check the command line.
+
+    Raises:
+        UserError: an unknown or wrong option; the message names the nearest ones.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    opts, unknown = parser.parse_known_args(argv, namespace=Options())
+    if unknown:
+        word = unknown[0].split("=")[0]
+        known = [name for action in parser._actions for name in action.option_strings]
+        raise UserError(f"unknown option {word}{_nearest(word, known)} (see python run.py --help)")
+    opts.typed = _typed(argv)
+    opts.notes = []
+    opts.task_ = get_task(
+        opts.dataset,
+        opts.task,
+        task_file=opts.task_file,
+        class_order_seed=opts.class_order_seed,
+        **_own_classes(opts),
+    )
+    opts.task = opts.task_.name
+    _apply_preset(opts)
+    _derive(opts)
+    _check(opts)
+    return opts
+
+
+def _own_classes(opts: Options) -> dict[str, int]:
+    """Number of classes of a data set of the user's own: its classes.txt counts the background too."""
+    if opts.dataset != "folder":
+        return {}
+    path = opts.data_root / "classes.txt"
+    try:
+        names = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path} ({error.strerror}); --dataset folder needs one class name per line there, "
+            "the background first (docs/own_data.md)"
+        ) from error
+    return {"num_classes": len(names)}
+
+
+def _typed(argv: Sequence[str]) -> set[str]:
+    """Names of the options that the user typed: parse again with every default left out."""
+    parser = build_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_known_args(argv)[0]))
+
+
+def _apply_preset(opts: Options) -> None:
+    chosen: dict[str, Any] = {}
+    if opts.pod or opts.pseudo or opts.distill_object:
+        chosen.update(FAMILY_PLOP)
+    if opts.method is not None:
+        chosen.update(preset(opts.method, dataset=opts.dataset, task=opts.task))
+    for name, value in chosen.items():
+        if name in opts.typed:
+            if getattr(opts, name) != value:
+                opts.notes.append(
+                    f"--{name} {getattr(opts, name)} was typed and wins over {value} of --method {opts.method}"
+                )
+        else:
+            setattr(opts, name, value)
+
+
+def _derive(opts: Options) -> None:
+    opts.protocol = "sequential" if opts.no_mask else "overlapped" if opts.overlap else "disjoint"
+    if not opts.net_pytorch and "norm_act" not in opts.typed:
+        opts.norm_act = "iabn_sync"
+    opts.steps = _steps(opts)
+    if len(opts.lr) not in (1, len(opts.steps)):
+        raise UserError(
+            f"--lr has {len(opts.lr)} values for {len(opts.steps)} steps; give one for all or one per step"
+        )
+    opts.lrs = opts.lr * len(opts.steps) if len(opts.lr) == 1 else list(opts.lr)
+
+
+def _steps(opts: Options) -> list[int]:
+    number = opts.task_.num_steps
+    if opts.step == ["all"]:
+        return list(range(number))
+    try:
+        steps = [int(word) for word in opts.step]
+    except ValueError:
+        raise UserError(f"--step {' '.join(opts.step)}: give step numbers, or 'all'") from None
+    for step in steps:
+        if not 0 <= step < number:
+            raise UserError(
+                f"--step {step}: task {opts.task} of {opts.dataset} has the steps 0 to {number - 1}"
+            )
+    return steps
+
+
+def _check(opts: Options) -> None:
+    """Options that contradict each other or the run."""
+    if opts.no_mask and opts.overlap:
+        raise UserError("--no_mask (sequential) and --overlap (overlapped) exclude each other; give one")
+    if opts.step_ckpt is not None and opts.steps[0] == 0:
+        raise UserError("--step_ckpt is the checkpoint of the previous step, but step 0 has none; drop it")
+    if opts.ckpt is not None and len(opts.steps) > 1:
+        raise UserError("--ckpt names one checkpoint; give a single --step with it")
+    if opts.pretrained_path is not None and opts.no_pretrained:
+        raise UserError("--pretrained_path and --no_pretrained exclude each other; give one")
+    if opts.batch_size == 1 and opts.model == "deeplab" and opts.norm_act in ("std", "abn", "iabn"):
+        if not (opts.test or opts.check_data or opts.fix_bn):
+            raise UserError(
+                "--batch_size 1: the head normalises one pooled value per image over the batch, which needs "
+                "--batch_size 2 or more, or --fix_bn"
+            )
+    if opts.crop_size < 32:
+        raise UserError(f"--crop_size {opts.crop_size} is below the networks' stride of 32")
+    for name in ("lr_power", "momentum", "weight_decay", "num_workers", "sample_num"):
+        if getattr(opts, name) < 0:
+            raise UserError(f"--{name} {getattr(opts, name)} is negative")
+    if min(opts.lrs) <= 0:
+        raise UserError(f"--lr {min(opts.lrs)} must be above 0")
+    if not 0 <= opts.warmup < 1:
+        raise UserError(f"--warmup {opts.warmup} must lie in [0, 1)")
+    if any(mark in opts.name for mark in "/\\"):
+        raise UserError(f"--name {opts.name} is part of file names; leave out / and \\")

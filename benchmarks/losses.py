@@ -1,0 +1,247 @@
+"""Cost of every loss, forward and backward, in units of cross-entropy.
+
+    python -m benchmarks.losses [--out FILE.json] [--threads N] [--repeats N] [--device cpu|cuda] [--only TEXT]
+
+The unit CE is ``F.cross_entropy`` forward and backward on 8×21×512×512 float32 logits on the same device and
+threads. Each repeat times every case right after CE, so a noisy machine disturbs both; the figure is the median
+of the case's time over the median of CE's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from utils import loss as L
+
+
+class Case(NamedTuple):
+    """A benchmark: ``make(device)`` returns the function to time; the bounds are in CE, None where not set."""
+
+    name: str
+    make: Callable[[torch.device], Callable[[], object]]
+    released: float | None = None
+    target: float | None = None
+
+
+def _logits(device: torch.device, classes: int = 21, grad: bool = True) -> Tensor:
+    return (torch.randn(8, classes, 512, 512, device=device) * 3).requires_grad_(grad)
+
+
+def _blobs(device: torch.device, batch: int, classes: int, size: int = 512) -> Tensor:
+    """Labels in 64-pixel squares, a tenth of them void."""
+    coarse = torch.randint(0, classes, (batch, 1, size // 64, size // 64), device=device)
+    coarse[torch.rand(coarse.shape, device=device) < 0.1] = L.VOID
+    return F.interpolate(coarse.float(), size=(size, size), mode="nearest").long()[:, 0]
+
+
+def _backward(inputs: list[Tensor], function: Callable[[], Tensor]) -> Callable[[], object]:
+    def run() -> object:
+        return torch.autograd.grad(function(), inputs)
+
+    return run
+
+
+def _classification(criterion: torch.nn.Module) -> Callable[[torch.device], Callable[[], object]]:
+    def make(device: torch.device) -> Callable[[], object]:
+        x, y = _logits(device), _blobs(device, 8, 21)
+        return _backward([x], lambda: criterion(x, y))
+
+    return make
+
+
+def _distillation(criterion: torch.nn.Module) -> Callable[[torch.device], Callable[[], object]]:
+    def make(device: torch.device) -> Callable[[], object]:
+        x, t = _logits(device), _logits(device, 16, grad=False)
+        return _backward([x], lambda: criterion(x, t))
+
+    return make
+
+
+class _Features(NamedTuple):
+    features: Tensor
+    labels: Tensor
+    prototypes: Tensor
+
+
+def _sdr(device: torch.device, prototypes: int) -> _Features:
+    """Features after a ReLU, 6 classes in the labels."""
+    features = torch.randn(8, 2048, 32, 32, device=device).relu_().requires_grad_()
+    return _Features(features, _blobs(device, 8, 6), torch.rand(prototypes, 2048, device=device))
+
+
+def _contrastive(fidelity: str) -> Callable[[torch.device], Callable[[], object]]:
+    def make(device: torch.device) -> Callable[[], object]:
+        f, y, p = _sdr(device, 21)
+        criterion = L.FeaturesClusteringSeparationLoss(fidelity=fidelity)
+        return _backward([f], lambda: torch.stack(criterion(f, y, p)).sum())
+
+    return make
+
+
+def _matching(fidelity: str) -> Callable[[torch.device], Callable[[], object]]:
+    def make(device: torch.device) -> Callable[[], object]:
+        f, y, p = _sdr(device, 21)
+        outputs_old = F.interpolate(torch.randn(8, 16, 32, 32, device=device), size=(512, 512))
+        criterion = L.DistillationEncoderPrototypesLoss(sumafter=True, fidelity=fidelity)
+        return _backward([f], lambda: criterion(f, y, outputs_old, p, 16))
+
+    return make
+
+
+def _sparsity(device: torch.device) -> Callable[[], object]:
+    f, y, _ = _sdr(device, 21)
+    criterion = L.FeaturesSparsificationLoss("max_maskedforclass", "exponential", "ratio")
+    return _backward([f], lambda: criterion(f, y))
+
+
+def _update(fidelity: str) -> Callable[[torch.device], Callable[[], object]]:
+    def make(device: torch.device) -> Callable[[], object]:
+        f, y, _ = _sdr(device, 21)
+        table = L.Prototypes(21, 2048, fidelity=fidelity).to(device)
+        return lambda: table.update(f, y)
+
+    return make
+
+
+def _attention(fidelity: str) -> Callable[[torch.device], Callable[[], object]]:
+    def make(device: torch.device) -> Callable[[], object]:
+        shapes = [(4, heads, side * side, 256) for heads, side in ((1, 128), (2, 64), (5, 32), (8, 16))]
+        old = [torch.rand(shape, device=device).softmax(-1) for shape in shapes]
+        new = [torch.rand(shape, device=device).softmax(-1).requires_grad_() for shape in shapes]
+        labels = _blobs(device, 4, 21)
+        criterion = L.AttentionTransferLoss(fidelity=fidelity)
+        return _backward(new, lambda: criterion(old, new, labels))
+
+    return make
+
+
+def _local_pod(device: torch.device) -> Callable[[], object]:
+    shapes = [(256, 128), (512, 64), (1024, 32), (2048, 32), (256, 32), (21, 32)]
+    new = [torch.randn(4, depth, side, side, device=device).requires_grad_() for depth, side in shapes]
+    old = [torch.randn_like(maps)[:, : 16 if maps.shape[1] == 21 else None].contiguous() for maps in new]
+    criterion = L.LocalPODLoss(pod_factor=0.01, pod_options={"switch": {"after": {"factor": 0.0005}}})
+    return _backward(new, lambda: criterion(old, new, 21, 5, 16))
+
+
+def _snnl(device: torch.device) -> Callable[[], object]:
+    f, y, _ = _sdr(device, 21)
+    criterion = L.SNNL(temperature=2048.0)
+    return _backward([f], lambda: criterion(f, y))
+
+
+def _pseudo_labels(device: torch.device) -> Callable[[], object]:
+    outputs_old, labels = _logits(device, 16, grad=False), _blobs(device, 8, 21)
+    thresholds = torch.full((21,), 0.3, device=device)
+    return lambda: L.entropy_pseudo_labels(outputs_old, labels, thresholds, nb_current_classes=21)
+
+
+CASES = [
+    Case("unbiased CE, 8×21×512²", _classification(L.UnbiasedCrossEntropy(old_cl=16)), 4.4, 1.5),
+    Case("unbiased KD, 8×21×512², 16 old", _distillation(L.UnbiasedKnowledgeDistillationLoss()), 3.8, 1.8),
+    Case("SDR attraction + repulsion", _contrastive("paper"), 4.2, 0.4),
+    Case("SDR matching", _matching("paper"), 5.9, 0.3),
+    Case("SDR sparsity", _sparsity, 10.1, 0.8),
+    Case("SDR prototype update", _update("paper"), 1.6, 0.15),
+    Case("SATS attention transfer, B = 4", _attention("paper"), 3.9, 0.4),
+    Case("PLOP local POD, B = 4", _local_pod, 6.8, 1.0),
+    Case("KD, 8×21×512², 16 old", _distillation(L.KnowledgeDistillationLoss())),
+    Case("BCE with ignore, 8×21×512²", _classification(L.BCEWithLogitsLossWithIgnoreIndex())),
+    Case("focal, 8×21×512²", _classification(L.FocalLoss())),
+    Case("entropy pseudo-labels, 8×16×512²", _pseudo_labels),
+    Case("SDR attraction + repulsion, released", _contrastive("released"), 4.2),
+    Case("SDR matching, released", _matching("released"), 5.9),
+    Case("SDR prototype update, released", _update("released"), 1.6),
+    Case("SATS attention transfer, released", _attention("released"), 3.9),
+    Case("SNNL, 8192 positions", _snnl),
+]
+
+
+def _seconds(function: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    result = function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elapsed = time.perf_counter() - start
+    del result
+    return elapsed
+
+
+def measure(cases: list[Case], device: torch.device, repeats: int) -> list[dict[str, object]]:
+    """Time the cases; one row per case: seconds, the unit's seconds beside it, their ratio."""
+    logits, targets = _logits(device), _blobs(device, 8, 21)
+    unit = _backward([logits], lambda: F.cross_entropy(logits, targets, ignore_index=L.VOID))
+    rows: list[dict[str, object]] = []
+    for case in cases:
+        torch.manual_seed(0)
+        function = case.make(device)
+        times: list[float] = []
+        units: list[float] = []
+        for repeat in range(repeats + 1):
+            pair = _seconds(unit, device), _seconds(function, device)
+            if repeat > 0:  # the first one warms up
+                units.append(pair[0])
+                times.append(pair[1])
+        seconds, ce = statistics.median(times), statistics.median(units)
+        rows.append(
+            {
+                "case": case.name,
+                "seconds": seconds,
+                "ce_seconds": ce,
+                "ratio": seconds / ce,
+                "released": case.released,
+                "target": case.target,
+            }
+        )
+        del function
+        gc.collect()
+    return rows
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """The rows as a text table."""
+    lines = [f"{'forward + backward':40} {'ms':>8} {'CE':>7} {'target':>7} {'released':>9}"]
+    for row in rows:
+        target, released = (row[key] if row[key] is not None else "" for key in ("target", "released"))
+        lines.append(
+            f"{row['case']:40} {1000 * float(str(row['seconds'])):8.2f} {float(str(row['ratio'])):7.3f} "
+            f"{target!s:>7} {released!s:>9}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Parse the options, measure, print, and write JSON where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--repeats", type=int, default=7, help="timed repeats of each case")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--only", default="", help="cases whose name contains this text")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    rows = measure([case for case in CASES if options.only in case.name], device, options.repeats)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    print(f"{name or platform.machine()}, {options.threads} threads, torch {torch.__version__}")
+    print(table(rows))
+    if options.out is not None:
+        report = {"device": name, "threads": options.threads, "torch": torch.__version__, "rows": rows}
+        options.out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

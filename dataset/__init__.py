@@ -1,0 +1,44 @@
+"""Data sets, image lists of a step, labels, transforms and loaders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dataset.ade import open_ade
+from dataset.base import SegmentationDataset
+from dataset.folder import open_folder
+from dataset.shapes import open_shapes
+from dataset.voc import open_voc
+from utils.errors import UserError
+
+_OPENERS = {"voc": open_voc, "ade": open_ade, "folder": open_folder, "shapes": open_shapes}
+
+
+def open_dataset(name: str, data_root: str | Path, split: str) -> SegmentationDataset:
+    """Open one split of a data set on disk; pictures are read later.
+
+    Args:
+        name: ``voc``, ``ade``, ``folder`` or ``shapes``.
+        data_root: folder of ``--data_root``.
+        split: ``train`` or ``val``.
+
+    Raises:
+        UserError: the folder is missing or holds something else; says what was looked for and how to get it.
+        DataError: a list file or ``classes.txt`` is faulty, or pictures and masks do not pair up.
+    """
+    if split not in ("train", "val"):
+        raise ValueError(f"split is train or val, not {split!r}")
+    if name not in _OPENERS:
+        raise UserError(f"--dataset {name}: unknown, choose from {', '.join(_OPENERS)}")
+    root = Path(data_root).expanduser()
+    if not root.is_dir():
+        raise UserError(f"--data_root {root}: no such folder; {_remedy(name, root)}")
+    return _OPENERS[name](root, split)
+
+
+def _remedy(name: str, root: Path) -> str:
+    return {
+        "voc": "fetch the data with data/download_voc.sh",
+        "ade": "fetch the data with data/download_ade.sh",
+        "shapes": f"make the data with `python data/make_shapes.py --out {root}`",
+    }.get(name, "docs/own_data.md shows the layout")

@@ -1,0 +1,47 @@
+"""ADE20K, the 150 classes of the Scene Parsing challenge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dataset.base import SegmentationDataset, pair_by_stem
+from utils.errors import DataError, UserError
+
+NUM_CLASSES = 151  # "other" and 150 classes
+_FOLDER = "ADEChallengeData2016"
+_SPLITS = {"train": "training", "val": "validation"}
+
+
+def open_ade(data_root: Path, split: str) -> SegmentationDataset:
+    """ADE20K in ``<data_root>/ADEChallengeData2016`` or ``<data_root>``, files sorted by name.
+
+    Id 0 is "other": the background in training, ignored at evaluation.
+
+    Raises:
+        UserError: neither folder holds the data.
+        DataError: a picture has no mask or a mask no picture.
+    """
+    for root in (data_root / _FOLDER, data_root):
+        if (root / "images" / _SPLITS[split]).is_dir() and (root / "annotations" / _SPLITS[split]).is_dir():
+            images, masks = pair_by_stem(
+                root / "images" / _SPLITS[split], root / "annotations" / _SPLITS[split]
+            )
+            return SegmentationDataset("ade", split, root, images, masks, _class_names(root), frozenset({0}))
+    raise UserError(
+        f"no ADE20K data: looked for images/{_SPLITS[split]}/ and annotations/{_SPLITS[split]}/ in "
+        f"{data_root / _FOLDER} or {data_root}; fetch it with data/download_ade.sh or mend --data_root"
+    )
+
+
+def _class_names(root: Path) -> tuple[str, ...]:
+    """Names of ids 0..150: from the release's ``objectInfo150.txt`` (tabs, name last) or built in."""
+    info = root / "objectInfo150.txt"
+    if info.is_file():
+        rows = info.read_text(encoding="utf-8").splitlines()[1:]
+        names = [row.split("\t")[-1].split(",")[0].strip() for row in rows if row.strip()]
+    else:
+        info = Path(__file__).with_name("ade_names.txt")
+        names = info.read_text(encoding="utf-8").split("\n")[:-1]
+    if len(names) != NUM_CLASSES - 1:
+        raise DataError(f"{info}: expected {NUM_CLASSES - 1} class names, found {len(names)}")
+    return ("other", *names)

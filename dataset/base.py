@@ -1,0 +1,128 @@
+"""A data set on disk: pictures and masks in list order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import torch
+from torchvision import tv_tensors
+
+from dataset.decoding import read_image, read_mask
+from utils.errors import DataError, UserError
+
+VOID = 255  # mask value of pixels that belong to no class
+MAX_CLASSES = 255  # ids 0..254
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class SegmentationDataset:
+    """Pictures with one mask each, in the order of the published lists.
+
+    Masks hold dataset class ids: 0 is background (ADE20K: "other"), 255 is void.
+
+    Attributes:
+        name: ``voc``, ``ade``, ``folder`` or ``shapes``.
+        split: ``train`` or ``val``.
+        root: folder that holds the data set.
+        images: picture files.
+        masks: mask files, ``masks[i]`` belongs to ``images[i]``.
+        class_names: name of each dataset class id.
+        ignore_at_eval: ids that are no class at evaluation (ADE20K: ``{0}``).
+    """
+
+    name: str
+    split: str
+    root: Path
+    images: list[Path] = field(repr=False)
+    masks: list[Path] = field(repr=False)
+    class_names: tuple[str, ...] = field(repr=False)
+    ignore_at_eval: frozenset[int] = frozenset()
+
+    @property
+    def num_classes(self) -> int:
+        """Number of dataset class ids, background included."""
+        return len(self.class_names)
+
+    @property
+    def palette(self) -> list[tuple[int, int, int]]:
+        """VOC's colour of every mask value 0..255, as RGB in 0..255."""
+        return voc_palette()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+        """Picture (uint8, 3×H×W, RGB) and mask (uint8, 1×H×W, dataset class ids).
+
+        Raises:
+            DataError: a file is missing or broken, the sizes differ, or the mask has an id that is no class.
+        """
+        mask = self.read_mask(index)
+        image = read_image(self.images[index], size=(mask.shape[-2], mask.shape[-1]))
+        return tv_tensors.Image(image), mask
+
+    def read_mask(self, index: int) -> tv_tensors.Mask:
+        """The mask alone (uint8, 1×H×W, dataset class ids). Raises DataError like :meth:`read`."""
+        path = self.masks[index]
+        mask = read_mask(path)
+        # In uint8, +1 wraps void to 0: one maximum tells whether an id between the classes and void exists.
+        if int((mask + 1).max()) > self.num_classes:
+            bad = int(mask[mask != VOID].max())
+            raise DataError(
+                f"{path}: class id {bad} is unknown, {self.name} has ids 0 to {self.num_classes - 1} "
+                "and 255 for void; mend the mask"
+            )
+        return tv_tensors.Mask(mask)
+
+
+@cache
+def voc_palette() -> list[tuple[int, int, int]]:
+    """Colour map of the VOC development kit: the id's bits, three by three, become high bits of R, G, B."""
+    ids = torch.arange(256)
+    channels = [sum(((ids >> (3 * bit + c)) & 1) << (7 - bit) for bit in range(8)) for c in range(3)]
+    return [
+        (int(r), int(g), int(b)) for r, g, b in torch.stack([torch.as_tensor(c) for c in channels], dim=1)
+    ]
+
+
+def files_by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
+    """Files of one folder with one of the suffixes, sorted by name, under their names without suffix.
+
+    Raises:
+        UserError: the folder is missing.
+        DataError: two files differ in the suffix alone.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; check --data_root")
+    files: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() not in suffixes or path.name.startswith("."):
+            continue
+        if path.stem in files:
+            raise DataError(f"{path}: {files[path.stem].name} has the same name; keep one of the two")
+        files[path.stem] = path
+    return files
+
+
+def pair_by_stem(image_folder: Path, mask_folder: Path) -> tuple[list[Path], list[Path]]:
+    """Pictures and PNG masks of two folders, paired by name without suffix, sorted by name.
+
+    Raises:
+        UserError: a folder is missing or empty.
+        DataError: a picture has no mask or a mask no picture.
+    """
+    images, masks = files_by_stem(image_folder, IMAGE_SUFFIXES), files_by_stem(mask_folder, (".png",))
+    if not images:
+        raise UserError(f"{image_folder}: holds no image ({', '.join(IMAGE_SUFFIXES)}); check --data_root")
+    alone = [(images[s], "mask", mask_folder) for s in images.keys() - masks.keys()]
+    alone += [(masks[s], "image", image_folder) for s in masks.keys() - images.keys()]
+    if alone:
+        path, what, where = min(alone)
+        raise DataError(
+            f"{path}: has no {what} of that name in {where} ({len(alone)} such files); add or remove it"
+        )
+    return list(images.values()), [masks[stem] for stem in images]

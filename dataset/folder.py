@@ -1,0 +1,47 @@
+"""A user's own data: ``images/{train,val}``, ``masks/{train,val}`` and ``classes.txt``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dataset.base import MAX_CLASSES, SegmentationDataset, pair_by_stem
+from utils.errors import DataError, UserError
+
+
+def open_folder(data_root: Path, split: str) -> SegmentationDataset:
+    """Own data below ``data_root``: pictures and PNG masks of the same name, sorted by name.
+
+    Line i of ``classes.txt`` (from 0) names class id i; the first line is the background.
+
+    Raises:
+        UserError: a folder or ``classes.txt`` is missing.
+        DataError: a picture has no mask or a mask no picture, or ``classes.txt`` is faulty.
+    """
+    if not (data_root / "images").is_dir():
+        raise UserError(
+            "no own data: looked for images/{train,val}, masks/{train,val} and classes.txt in "
+            f"{data_root}; docs/own_data.md shows the layout"
+        )
+    images, masks = pair_by_stem(data_root / "images" / split, data_root / "masks" / split)
+    return SegmentationDataset(
+        "folder", split, data_root, images, masks, read_class_names(data_root / "classes.txt")
+    )
+
+
+def read_class_names(path: Path) -> tuple[str, ...]:
+    """Class names, one per line, background first.
+
+    Raises:
+        UserError: the file is missing.
+        DataError: fewer than 2 or more than 255 names, an empty line between names, or a name twice.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: missing; write one class name per line, the background first")
+    names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+    if not 2 <= len(names) <= MAX_CLASSES:
+        raise DataError(f"{path}: {len(names)} classes, expected 2 to {MAX_CLASSES}, the background first")
+    for number, name in enumerate(names):
+        if not name or name in names[:number]:
+            fault = f"{name!r} is named twice" if name else "the line is empty"
+            raise DataError(f"{path}:{number + 1}: {fault}; every line names one class")
+    return tuple(names)

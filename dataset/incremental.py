@@ -1,0 +1,158 @@
+"""The pictures of one step, with labels as that step's training or evaluation sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, get_worker_info
+
+from dataset.base import VOID, SegmentationDataset
+from dataset.transforms import PairTransform
+from utils.errors import DataError
+
+if TYPE_CHECKING:
+    from tasks import Task
+
+BACKGROUND = 0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One sample of a step: a picture of the data set, and which look-up table its labels go through."""
+
+    index: int
+    lookup: int = 0
+
+
+@dataclass(frozen=True)
+class SampleKey:
+    """What a sampler yields: the place of an entry in ``entries``, the epoch, and the place in that epoch."""
+
+    index: int
+    epoch: int = 0
+    position: int = 0
+
+
+def train_lookup(
+    task: Task,
+    step: int,
+    *,
+    data_masking: str = "current",
+    protocol: str = "disjoint",
+    void_label: str = "ignore",
+) -> Tensor:
+    """Table from mask value to training target, uint8[256] (SPEC 4; MiB, PLOP).
+
+    New classes get their network index, void ``255`` or ``0``, everything else ``0`` (background). An
+    exemplar stored at step s goes through ``train_lookup(task, s, data_masking="current+old")``.
+
+    Args:
+        task: class order.
+        step: the step that trains.
+        data_masking: ``current``: new classes are visible. ``current+old``, ``all``: old ones too. ``new``:
+            new ones, and all else is void (PLOP's option).
+        protocol: ``sequential`` keeps old labels visible whatever ``data_masking`` says.
+        void_label: ``ignore`` (255) or ``background`` (0).
+    """
+    if protocol == "sequential" or data_masking in ("current+old", "all"):
+        visible: Iterable[int] = task.seen_classes(step)
+    elif data_masking in ("current", "new"):
+        visible = task.new_classes(step)
+    else:
+        raise ValueError(f"unknown data_masking {data_masking!r}")
+    hidden = VOID if data_masking == "new" and protocol != "sequential" else BACKGROUND
+    return _table(task, visible, hidden, void=_label(void_label))
+
+
+def eval_lookup(
+    task: Task, step: int, *, unseen_label: str = "ignore", ignore_ids: frozenset[int] = frozenset()
+) -> Tensor:
+    """Table from mask value to evaluation target after a step, uint8[256] (SPEC 8).
+
+    Seen classes get their network index; classes not yet seen are ``ignore`` (255; MiB, SDR) or
+    ``background`` (0; PLOP, SATS); void and ``ignore_ids`` (ADE20K's "other") are 255.
+    """
+    table = _table(task, task.seen_classes(step), _label(unseen_label), void=VOID)
+    table[list(ignore_ids)] = VOID
+    return table
+
+
+def _label(name: str) -> int:
+    return {"ignore": VOID, "background": BACKGROUND}[name]
+
+
+def _table(task: Task, visible: Iterable[int], hidden: int, *, void: int) -> Tensor:
+    table = torch.full((256,), hidden, dtype=torch.uint8)
+    network_index = {class_id: position for position, class_id in enumerate(task.order)}
+    for class_id in visible:
+        table[class_id] = network_index[class_id]
+    table[VOID] = void
+    return table
+
+
+class IncrementalDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Samples ``(image uint8 3×H×W, target uint8 H×W)`` of one step; targets are network indices and 255.
+
+    The random draws of a sample depend on the seed and its :class:`SampleKey` alone: not on the number of
+    workers or processes, nor on where a run was resumed.
+
+    Args:
+        dataset: pictures and masks on disk.
+        entries: the samples; ``entries[key.index].index`` is the picture's place in ``dataset``.
+        lookups: uint8[256] tables that entries refer to (exemplars have their own).
+        transform: crop of image and mask.
+        seed: seed of the run.
+    """
+
+    def __init__(
+        self,
+        dataset: SegmentationDataset,
+        entries: Sequence[Entry],
+        lookups: Sequence[Tensor],
+        transform: PairTransform,
+        seed: int = 0,
+    ) -> None:
+        self.dataset = dataset
+        self.entries = list(entries)
+        self.transform = transform
+        self.seed = seed
+        self._tables = [lookup.numpy() for lookup in lookups]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, key: SampleKey | int) -> tuple[Tensor, Tensor]:
+        """One sample; a bare number means epoch 0.
+
+        Raises:
+            DataError: a file cannot be read or has an unknown class id. A worker process returns the error
+                instead, as torch would bury its line in a traceback; ``dataset.loaders.Loader`` raises it.
+        """
+        if not isinstance(key, SampleKey):
+            key = SampleKey(int(key))
+        try:
+            return self._sample(key)
+        except DataError as error:
+            if get_worker_info() is None:
+                raise
+            return error  # type: ignore[return-value]
+
+    def _sample(self, key: SampleKey) -> tuple[Tensor, Tensor]:
+        entry = self.entries[key.index]
+        image, mask = self.dataset.read(entry.index)
+        # numpy's take needs no int64 indices, torch's would convert every pixel first.
+        target = torch.from_numpy(self._tables[entry.lookup].take(mask.numpy()))
+        with torch.random.fork_rng(devices=[]):
+            # Only the CPU's generator: torch.manual_seed would also restart the GPU's, and with it dropout.
+            torch.default_generator.manual_seed(self._seed_of(key))
+            image, target = self.transform(image.as_subclass(Tensor), target)
+        return image.contiguous(), target[0].contiguous()
+
+    def _seed_of(self, key: SampleKey) -> int:
+        state = np.random.SeedSequence((self.seed, key.epoch, key.position)).generate_state(1, np.uint64)
+        return int(state[0]) >> 1  # 63 bits: torch's seeds are signed

@@ -1,0 +1,249 @@
+"""Which samples a process reads, in which order, and the loaders that read them.
+
+The order of an epoch depends on the seed and the epoch alone. Batch b of a run on n processes is the same set
+of samples, with the same random crops, for every n that leaves the total batch size the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from dataset.incremental import SampleKey
+from utils.errors import DataError, UserError
+
+
+class EpochSampler(Sampler[SampleKey]):
+    """Training samples of one rank: a permutation per epoch, whole batches only, equally many on every rank.
+
+    Rank r of n takes every n-th position of the permutation, beginning at r.
+
+    Args:
+        num_samples: number of entries to draw from.
+        batch_size: samples per process and batch.
+        seed: seed of the run.
+        rank: this process.
+        world_size: number of processes.
+        shuffle: False keeps the entries' order.
+
+    Raises:
+        UserError: too few samples for one batch.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle: bool = True,
+    ) -> None:
+        self.num_samples, self.batch_size, self.shuffle = num_samples, batch_size, shuffle
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.total_batch = batch_size * world_size
+        self.epoch, self.start_batch = 0, 0
+        self.batches_per_epoch = self._count_batches()
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """Choose the epoch, and the batch to begin it with (a run resumed in the middle of an epoch)."""
+        self.epoch, self.start_batch = epoch, start_batch
+
+    def __len__(self) -> int:
+        return (self.batches_per_epoch - self.start_batch) * self.batch_size
+
+    def __iter__(self) -> Iterator[SampleKey]:
+        order = self._epoch_order()
+        first = self.start_batch * self.total_batch + self.rank
+        for position in range(first, self.batches_per_epoch * self.total_batch, self.world_size):
+            yield SampleKey(order[position], self.epoch, position)
+
+    def _count_batches(self) -> int:
+        if self.num_samples < self.total_batch:
+            raise _too_few(self.num_samples, self.batch_size, self.world_size, self.num_samples)
+        return self.num_samples // self.total_batch
+
+    def _epoch_order(self) -> list[int]:
+        """Entries in the order of the whole epoch, over all ranks."""
+        return (
+            self._permutation(self.num_samples, stream=0) if self.shuffle else list(range(self.num_samples))
+        )
+
+    def _permutation(self, count: int, stream: int) -> list[int]:
+        generator = np.random.default_rng((self.seed, self.epoch, stream))
+        return generator.permutation(count).tolist()
+
+
+class MemoryMixSampler(EpochSampler):
+    """Half of each batch from the step's own samples, half from the exemplar memory (SSUL-M, SATS-M; SPEC 6).
+
+    An epoch is one pass over the step's own samples; the exemplars are gone through as often as that takes,
+    each time in a new order. Of an odd batch the step's own samples get the larger half.
+
+    Args:
+        num_samples: number of the step's own entries, which come first in the dataset's ``entries``.
+        num_memory: number of exemplar entries, which follow.
+        kwargs: as for :class:`EpochSampler`.
+
+    Raises:
+        UserError: too few samples for one batch, or a total batch of 1, which has no second half.
+    """
+
+    def __init__(self, num_samples: int, num_memory: int, **kwargs: Any) -> None:
+        self.num_memory = num_memory
+        super().__init__(num_samples, **kwargs)
+
+    def _count_batches(self) -> int:
+        memory_half = self.total_batch // 2
+        if memory_half == 0:
+            raise UserError("--batch_size 1 leaves no place for exemplars; use 2 or more, or --memory 0")
+        own_half = self.total_batch - memory_half
+        if self.num_samples < own_half:
+            raise _too_few(self.num_samples, self.batch_size, self.world_size, 2 * self.num_samples)
+        return self.num_samples // own_half
+
+    def _epoch_order(self) -> list[int]:
+        memory_half = self.total_batch // 2
+        own_half = self.total_batch - memory_half
+        own = super()._epoch_order()
+        passes = -(-self.batches_per_epoch * memory_half // self.num_memory)
+        memory = [
+            self.num_samples + i
+            for p in range(passes)
+            for i in self._permutation(self.num_memory, stream=p + 1)
+        ]
+        order: list[int] = []
+        for batch in range(self.batches_per_epoch):
+            order += own[batch * own_half : (batch + 1) * own_half]
+            order += memory[batch * memory_half : (batch + 1) * memory_half]
+        return order
+
+
+class EvalSampler(Sampler[SampleKey]):
+    """Every sample once over all ranks, in order: rank r of n takes r, r + n, ...
+
+    Nothing is padded, so ranks may have different numbers of samples and batches: a loop over it must not
+    call a collective per batch.
+    """
+
+    def __init__(self, num_samples: int, *, rank: int = 0, world_size: int = 1) -> None:
+        self._own = range(rank, num_samples, world_size)
+
+    def __len__(self) -> int:
+        return len(self._own)
+
+    def __iter__(self) -> Iterator[SampleKey]:
+        return (SampleKey(i, 0, i) for i in self._own)
+
+
+class Loader(DataLoader[tuple[Tensor, Tensor]]):
+    """A DataLoader whose workers' data errors arrive as the DataError they are, with their one line."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Yield ``(images uint8 B×3×H×W, targets uint8 B×H×W)``. Raises DataError for a bad file."""
+        for batch in super().__iter__():
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+
+
+def make_train_loader(
+    dataset: Dataset[tuple[Tensor, Tensor]],
+    batch_size: int,
+    *,
+    num_memory: int = 0,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 1,
+    device: torch.device | str = "cpu",
+) -> Loader:
+    """Loader of training batches, whole ones only; call ``loader.sampler.set_epoch`` before each epoch.
+
+    Args:
+        dataset: the step's samples, :class:`dataset.incremental.IncrementalDataset`.
+        batch_size: samples per process.
+        num_memory: how many of the dataset's last entries are exemplars; they fill half of each batch.
+        seed: seed of the order.
+        rank: this process.
+        world_size: number of processes.
+        num_workers: reading processes; they live through all epochs.
+        device: on CUDA the batches are pinned, so that copies overlap.
+
+    Raises:
+        UserError: too few samples for one batch.
+    """
+    num_samples = len(dataset) - num_memory  # type: ignore[arg-type]
+    settings: dict[str, Any] = {
+        "batch_size": batch_size,
+        "seed": seed,
+        "rank": rank,
+        "world_size": world_size,
+    }
+    if num_memory:
+        sampler: EpochSampler = MemoryMixSampler(num_samples, num_memory, **settings)
+    else:
+        sampler = EpochSampler(num_samples, **settings)
+    return Loader(dataset, batch_size, sampler=sampler, drop_last=True, **_settings(num_workers, device))
+
+
+def make_eval_loader(
+    dataset: Dataset[tuple[Tensor, Tensor]],
+    batch_size: int,
+    *,
+    num_workers: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+) -> Loader:
+    """Loader over each sample exactly once over all ranks, in order; the last batch may be smaller.
+
+    Whole pictures (``--crop_val`` off) differ in size and need ``batch_size`` 1.
+    """
+    sampler = EvalSampler(len(dataset), rank=rank, world_size=world_size)  # type: ignore[arg-type]
+    return Loader(dataset, batch_size, sampler=sampler, **_settings(num_workers, device))
+
+
+def _settings(num_workers: int, device: torch.device | str) -> dict[str, Any]:
+    return {
+        "num_workers": num_workers,
+        "collate_fn": collate,
+        "pin_memory": torch.device(device).type == "cuda",
+        "persistent_workers": num_workers > 0,
+    }
+
+
+def collate(samples: list[Any]) -> Any:
+    """Stack samples to a batch; a DataError among them takes the batch's place."""
+    return next((sample for sample in samples if isinstance(sample, DataError)), None) or default_collate(
+        samples
+    )
+
+
+def _too_few(num_samples: int, batch_size: int, world_size: int, largest: int) -> UserError:
+    """The error for a step that cannot fill one batch; ``largest`` is the total batch that it could fill."""
+    remedy = (
+        "use fewer processes" if largest < world_size else f"use --batch_size {largest // world_size} or less"
+    )
+    return UserError(
+        f"{num_samples} training images are too few for one batch of {batch_size} on {world_size} process(es)"
+        f"; {remedy}, or a task with more images in this step"
+    )
+
+
+def cross_val_split(indices: Sequence[int], seed: int) -> tuple[list[int], list[int]]:
+    """Divide training indices 80/20 at random into training and validation (``--cross_val``), each sorted."""
+    shuffled = np.random.default_rng(seed).permutation(np.asarray(indices, dtype=np.int64))
+    cut = int(0.8 * len(shuffled))
+    return sorted(shuffled[:cut].tolist()), sorted(shuffled[cut:].tolist())
+
+
+def choose_samples(num_images: int, sample_num: int, seed: int) -> list[int]:
+    """Positions of the validation pictures that are logged (``--sample_num``): distinct, sorted, seeded."""
+    return sorted(np.random.default_rng(seed).permutation(num_images)[:sample_num].tolist())

@@ -1,0 +1,90 @@
+"""Pascal VOC 2012 with the augmented training masks, and the layout on disk that generated shapes share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dataset.base import SegmentationDataset, files_by_stem
+from utils.errors import DataError, UserError
+
+VOC_CLASSES = (
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
+    "tvmonitor",
+)  # fmt: skip
+
+IMAGES, MASKS = "JPEGImages", "SegmentationClassAug"
+# A file of `image mask` lines below the root; ImageSets hold bare names. The first that exists counts.
+_LISTS = {
+    "train": (
+        "splits/train_aug.txt",
+        "ImageSets/Segmentation/train_aug.txt",
+        "ImageSets/Segmentation/trainaug.txt",
+    ),
+    "val": ("splits/val.txt", "ImageSets/Segmentation/val.txt"),
+}
+
+
+def open_voc(data_root: Path, split: str) -> SegmentationDataset:
+    """VOC in ``<data_root>/PascalVOC12``, ``<data_root>`` or ``<data_root>/VOCdevkit/VOC2012``.
+
+    Raises:
+        UserError: none of the three holds the data.
+        DataError: a list file is broken.
+    """
+    remedy = "fetch it with data/download_voc.sh or mend --data_root"
+    root = find_root(data_root, ("PascalVOC12", ".", "VOCdevkit/VOC2012"), "VOC", remedy)
+    return open_voc_layout("voc", root, split, VOC_CLASSES)
+
+
+def find_root(data_root: Path, places: tuple[str, ...], what: str, remedy: str) -> Path:
+    """The first of the places below ``data_root`` that has VOC's two folders. UserError if none has."""
+    for place in places:
+        root = data_root / place
+        if (root / IMAGES).is_dir() and (root / MASKS).is_dir():
+            return root
+    looked = " or ".join(str(data_root / place) for place in places)
+    raise UserError(f"no {what} data: looked for {IMAGES}/ and {MASKS}/ in {looked}; {remedy}")
+
+
+def open_voc_layout(name: str, root: Path, split: str, class_names: tuple[str, ...]) -> SegmentationDataset:
+    """A data set in VOC's layout: lists from the files, or derived where the files are missing.
+
+    A missing training list is every mask that is not in the validation list, sorted by name (for VOC that is
+    the published list exactly); a missing validation list is every mask that is not in the training list.
+    """
+    pairs = _read_list(root, split)
+    if pairs is None:
+        pairs = _derive_list(root, split)
+    if not pairs:
+        raise UserError(f"{root}: the {split} list is empty; remove the list file to have it derived")
+    images, masks = zip(*pairs, strict=True)
+    return SegmentationDataset(name, split, root, list(images), list(masks), class_names)
+
+
+def _read_list(root: Path, split: str) -> list[tuple[Path, Path]] | None:
+    path = next((root / name for name in _LISTS[split] if (root / name).is_file()), None)
+    if path is None:
+        return None
+    pairs = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        fields = line.split()
+        if len(fields) == 1:  # a bare name, as in ImageSets
+            pairs.append((root / IMAGES / f"{fields[0]}.jpg", root / MASKS / f"{fields[0]}.png"))
+        elif len(fields) == 2:
+            pairs.append((root / fields[0].lstrip("/"), root / fields[1].lstrip("/")))
+        elif fields:
+            raise DataError(f"{path}:{number}: expected `/{IMAGES}/x.jpg /{MASKS}/x.png`, found {line!r}")
+    return pairs
+
+
+def _derive_list(root: Path, split: str) -> list[tuple[Path, Path]]:
+    other = _read_list(root, "val" if split == "train" else "train")
+    if other is None:
+        raise UserError(
+            f"{root}: cannot tell training from validation images, there is neither {_LISTS['train'][0]} nor "
+            f"{_LISTS['val'][0]} nor ImageSets/Segmentation/val.txt; run data/download_voc.sh"
+        )
+    taken = {mask.stem for _, mask in other}
+    stems = [stem for stem in files_by_stem(root / MASKS, (".png",)) if stem not in taken]
+    return [(root / IMAGES / f"{stem}.jpg", root / MASKS / f"{stem}.png") for stem in stems]

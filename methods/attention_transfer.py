@@ -1,0 +1,64 @@
+"""SATS: the self-attention of class regions, handed from the old network to the new (Qiu et al. 2023)."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from torch import Tensor
+
+from methods.base import Batch, Context, Method
+from utils.loss import AttentionTransferLoss
+
+OBJECTS = ("sats-selfattn", "sats-selfattn-GP", "sats-selfattn-NP", "sats-feature-CNN")
+
+
+class AttentionTransfer(Method):
+    """Attention maps averaged over class regions must stay as the teacher has them (SATS)."""
+
+    needs_teacher = True
+
+    def __init__(self, distill_object: str, weight: float, *, fidelity: str = "paper") -> None:
+        self.maps = "attentions" if distill_object == "sats-feature-CNN" else "self_attention"
+        self.needs = frozenset({self.maps})
+        # The released trainer weights only the class-region form.
+        weighted = fidelity == "paper" or distill_object == "sats-selfattn"
+        self.weight = weight if weighted else 1.0
+        self.distill_object = distill_object
+        self.fidelity = fidelity
+
+    @classmethod
+    def add_options(cls, parser: argparse._ActionsContainer) -> None:
+        """``--distill_object``, ``--distill_weight_args``."""
+        parser.add_argument(
+            "--distill_object",
+            choices=OBJECTS,
+            default=None,
+            help="what is transferred: attention of class regions (sats-selfattn), its mean over all "
+            "positions (-GP), every position (-NP), or class means of feature maps (DeepLab)",
+        )
+        parser.add_argument("--distill_weight_args", type=float, default=10.0, metavar="W", help="weight")
+
+    @classmethod
+    def from_options(cls, opts: Any) -> AttentionTransfer | None:
+        """On with ``--distill_object``."""
+        if opts.distill_object is None:
+            return None
+        return cls(opts.distill_object, opts.distill_weight_args, fidelity=opts.fidelity)
+
+    def begin_step(self, context: Context) -> None:
+        """The classes whose regions are averaged."""
+        self.criterion = AttentionTransferLoss(
+            distill_object=self.distill_object,
+            fidelity=self.fidelity,
+            num_classes=context.classes_old + context.classes_new,
+        )
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """The weighted distance of the class regions' attention."""
+        loss = self.criterion(
+            attentions_old=batch.features_old[self.maps],
+            attentions=batch.features[self.maps],
+            labels=batch.targets,
+        )
+        return {"attention_transfer": self.weight * loss}

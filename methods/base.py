@@ -1,0 +1,169 @@
+"""The hooks through which an idea against forgetting takes part in training.
+
+``train.py`` calls the hooks in this order for every batch: ``observe``, ``relabel``, ``losses``,
+``after_backward``, ``penalty``. It knows no method by name, and a method knows nothing of files,
+processes or the command line beyond its own options.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tasks import Task
+
+
+def identity(tensor: Tensor) -> Tensor:
+    """Sum over one process: the tensor itself."""
+    return tensor
+
+
+@dataclass
+class Batch:
+    """What one batch offers to the methods, under the names that the losses use.
+
+    Attributes:
+        images: B×3×H×W, float32, normalised.
+        targets: B×H×W, int64, network indices, 255 void. ``relabel`` may replace it.
+        original_targets: the targets as the data set gave them.
+        incremental_step: 0 for the first step of the task.
+        classes_old: number of network classes before this step, background included.
+        classes_new: number of classes that this step adds.
+        outputs: the student's logits, B×C×H×W.
+        features: the student's intermediates by name.
+        outputs_old: the teacher's logits, B×C_old×H×W; None at step 0.
+        features_old: the teacher's intermediates by name.
+        image_weights: B; factor on each image's classification loss (PLOP's adaptive factor), or None.
+        pixel_weights: B×H×W; factor on each pixel's classification loss (confidence of pseudo-labels), or None.
+        extras: further per-image tensors of the data set, by name (SSUL's saliency maps).
+        epoch: number of the epoch, from 0.
+    """
+
+    images: Tensor
+    targets: Tensor
+    original_targets: Tensor
+    incremental_step: int
+    classes_old: int
+    classes_new: int
+    outputs: Tensor
+    features: dict[str, Any] = field(default_factory=dict)
+    outputs_old: Tensor | None = None
+    features_old: dict[str, Any] = field(default_factory=dict)
+    image_weights: Tensor | None = None
+    pixel_weights: Tensor | None = None
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    epoch: int = 0
+
+
+@dataclass
+class Context:
+    """What a method may know when a step begins.
+
+    Attributes:
+        task: class order; ``task.new_classes(step)`` and so on.
+        step: number of the step, from 0.
+        protocol: "sequential", "disjoint" or "overlapped".
+        model: the student, before it is wrapped for several processes.
+        model_old: the teacher in evaluation mode, None at step 0.
+        device: where tensors of this process live.
+        fidelity: "paper" or "released" (SPEC section 6).
+        batches: iterates once over this step's training images, (images, targets) as the loop sees them.
+        reduce: sums a tensor over all processes, in place.
+        recall: ``recall(name, inputs, compute)`` returns the dict of tensors that an earlier start of
+            this step stored under ``name`` if it was computed from the same inputs (a JSON-like dict:
+            checkpoint, data, options), else computes and stores it.
+        batches_per_epoch, epochs: length of the training.
+    """
+
+    task: Task
+    step: int
+    model: nn.Module
+    model_old: nn.Module | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    protocol: str = "disjoint"
+    fidelity: str = "paper"
+    batches: Callable[[], Iterable[tuple[Tensor, Tensor]]] = lambda: ()
+    reduce: Callable[[Tensor], Tensor] = identity
+    recall: Callable[[str, dict[str, Any], Callable[[], dict[str, Tensor]]], dict[str, Tensor]] = (
+        lambda name, inputs, compute: compute()
+    )
+    run_dir: Path | None = None
+
+    @property
+    def classes_per_step(self) -> list[int]:
+        """Number of classes of each step up to this one."""
+        return self.task.classes_per_step(self.step)
+
+    @property
+    def classes_new(self) -> int:
+        """Number of classes that this step adds (at step 0: all, background included)."""
+        return self.classes_per_step[-1]
+
+    @property
+    def classes_old(self) -> int:
+        """Number of classes before this step, background included."""
+        return sum(self.classes_per_step[:-1])
+
+
+class Method:
+    """One idea against forgetting. Subclasses name what they need and fill in the hooks they use.
+
+    Attributes:
+        needs: intermediates of the student and of the teacher; they are computed only if asked for.
+        needs_teacher: the method compares with the previous step's network. Such a method is left out
+            at step 0.
+    """
+
+    needs: frozenset[str] = frozenset()
+    needs_teacher: bool = False
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether the teacher's forward pass is needed for this method."""
+        return self.needs_teacher
+
+    @classmethod
+    def add_options(cls, parser: argparse._ActionsContainer) -> None:
+        """Add the method's own options to a titled group of the command line."""
+
+    @classmethod
+    def from_options(cls, opts: Any) -> Method | None:
+        """The method as the options ask for it, None where they leave it off."""
+        raise NotImplementedError
+
+    def begin_step(self, context: Context) -> None:
+        """Prepare for a step: called once, after the network was grown, before the optimiser is made."""
+
+    def lr_factor(self, parameter: str) -> float:
+        """Factor on the learning rate of the named parameter of the student."""
+        return 1.0
+
+    def observe(self, batch: Batch) -> None:
+        """Take in a batch before its labels are changed (running statistics)."""
+
+    def relabel(self, batch: Batch) -> None:
+        """Replace ``batch.targets`` (pseudo-labels)."""
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Loss terms by the name under which they are logged, weights included, scalars."""
+        return {}
+
+    def after_backward(self) -> None:
+        """Look at the gradients of the summed losses (importance estimates)."""
+
+    def penalty(self) -> dict[str, Tensor]:
+        """Terms whose gradient must not enter the importance estimate: they get a backward of their own."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """State that the next step or a resumed run needs; tensors, numbers, strings, lists and dicts."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the state of the previous step or of an interrupted run (before ``begin_step``)."""

@@ -1,0 +1,40 @@
+"""CIL: distillation weighted by the teacher's uncertainty (Klingner et al. 2020)."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from torch import Tensor
+
+from methods.base import Batch, Method
+from utils.loss import CILDistillationLoss
+
+
+class CIL(Method):
+    """Distillation on pixels without a new class, stronger where the teacher hesitates (CIL)."""
+
+    needs_teacher = True
+
+    def __init__(self, gs: float, *, fidelity: str = "paper") -> None:
+        self.criterion = CILDistillationLoss(gs=gs, temp=1, fidelity=fidelity)
+
+    @classmethod
+    def add_options(cls, parser: argparse._ActionsContainer) -> None:
+        """``--loss_CIL``."""
+        parser.add_argument(
+            "--loss_CIL", type=float, default=0.0, metavar="GS", help="gradient scaling by entropy; above 0: on"
+        )
+
+    @classmethod
+    def from_options(cls, opts: Any) -> CIL | None:
+        """On where ``--loss_CIL`` is above 0."""
+        return cls(opts.loss_CIL, fidelity=opts.fidelity) if opts.loss_CIL > 0 else None
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """The weighted distillation."""
+        return {
+            "cil": self.criterion(
+                outputs=batch.outputs, outputs_old=batch.outputs_old, targets=batch.targets
+            )
+        }

@@ -1,0 +1,78 @@
+"""The classification loss: cross entropy and what takes its place."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from torch import Tensor, nn
+
+from methods.base import Batch, Context, Method
+from utils.loss import BCEWithLogitsLossWithIgnoreIndex, FocalLoss, UnbiasedCrossEntropy
+
+
+class Classification(Method):
+    """Cross entropy, unbiased cross entropy (MiB, eq. 5), binary cross entropy or focal loss.
+
+    The loss is a map over pixels, averaged over all pixels of the batch with void counted as zero, as
+    in all four released programs.
+    """
+
+    def __init__(
+        self, kind: str = "ce", *, alpha: float = 1.0, gamma: float = 2.0, only_at_step_0: bool = False
+    ) -> None:
+        self.kind = kind
+        self.only_at_step_0 = only_at_step_0
+        self.alpha = alpha
+        self.gamma = gamma
+        self.criterion: nn.Module = nn.CrossEntropyLoss(ignore_index=255, reduction="none")
+
+    @classmethod
+    def add_options(cls, parser: argparse._ActionsContainer) -> None:
+        """``--bce``, ``--unce``, ``--focal_loss``."""
+        parser.add_argument("--bce", action="store_true", help="binary cross entropy over classes")
+        parser.add_argument("--unce", action="store_true", help="unbiased cross entropy (MiB)")
+        parser.add_argument("--focal_loss", action="store_true", help="focal loss")
+        parser.add_argument("--focal_loss_gamma", type=int, default=2, help="exponent of the focal loss")
+
+    @classmethod
+    def from_options(cls, opts: Any) -> Classification | None:
+        """Always on, unless a method brings a classification loss of its own (SSUL; iCaRL disjoint)."""
+        if opts.unknown:
+            return None
+        if opts.bce or opts.icarl:
+            kind = "bce"
+        elif opts.unce:
+            kind = "unce"
+        elif opts.focal_loss:
+            kind = "focal"
+        else:
+            kind = "ce"
+        disjoint = opts.icarl and opts.icarl_disjoint
+        return cls(kind, alpha=opts.alpha, gamma=opts.focal_loss_gamma, only_at_step_0=disjoint)
+
+    def begin_step(self, context: Context) -> None:
+        """Choose the criterion: the unbiased form needs old classes."""
+        if self.kind == "bce":
+            self.criterion = BCEWithLogitsLossWithIgnoreIndex(reduction="none", ignore_index=255)
+        elif self.kind == "focal":
+            self.criterion = FocalLoss(
+                alpha=self.alpha, gamma=self.gamma, reduction="none", ignore_index=255
+            )
+        elif self.kind == "unce" and context.classes_old > 0:
+            self.criterion = UnbiasedCrossEntropy(
+                old_cl=context.classes_old, reduction="none", ignore_index=255
+            )
+        else:
+            self.criterion = nn.CrossEntropyLoss(ignore_index=255, reduction="none")
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Mean over all pixels of the weighted map."""
+        if self.only_at_step_0 and batch.incremental_step > 0:
+            return {}
+        loss = self.criterion(batch.outputs, batch.targets)
+        if batch.pixel_weights is not None:
+            loss = loss * batch.pixel_weights
+        if batch.image_weights is not None:
+            loss = loss * batch.image_weights[:, None, None]
+        return {self.kind: loss.mean()}

@@ -1,0 +1,100 @@
+"""Distillation of outputs and of features: LWF, MIB, ILT."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import Any
+
+from torch import Tensor, nn
+
+from methods.base import Batch, Context, Method
+from utils.loss import (
+    DistillationEncoderLoss,
+    KnowledgeDistillationLoss,
+    UnbiasedKnowledgeDistillationLoss,
+)
+
+
+class OutputDistillation(Method):
+    """Distillation of logits: plain (LwF; Li and Hoiem 2016) or unbiased (MiB, eq. 8)."""
+
+    needs_teacher = True
+
+    def __init__(
+        self, weight: float, *, unbiased: bool = False, alpha: float = 1.0, scheduled: bool = False
+    ) -> None:
+        self.weight = weight
+        self.scheduled = scheduled
+        kind = UnbiasedKnowledgeDistillationLoss if unbiased else KnowledgeDistillationLoss
+        self.criterion: nn.Module = kind(alpha=alpha)
+        self.name = "unkd" if unbiased else "kd"
+
+    @classmethod
+    def add_options(cls, parser: argparse._ActionsContainer) -> None:
+        """``--loss_kd``, ``--unkd``, ``--alpha``, ``--kd_scheduling``."""
+        parser.add_argument("--loss_kd", type=float, default=0.0, metavar="W", help="weight of distillation")
+        parser.add_argument("--unkd", action="store_true", help="unbiased distillation (MiB)")
+        parser.add_argument(
+            "--alpha", type=float, default=1.0, help="factor on the teacher's logits; focal loss: weight"
+        )
+        parser.add_argument(
+            "--kd_scheduling",
+            action="store_true",
+            help="multiply the distillation by sqrt(seen classes / new classes)",
+        )
+
+    @classmethod
+    def from_options(cls, opts: Any) -> OutputDistillation | None:
+        """On where ``--loss_kd`` is above 0."""
+        if opts.loss_kd <= 0:
+            return None
+        return cls(opts.loss_kd, unbiased=opts.unkd, alpha=opts.alpha, scheduled=opts.kd_scheduling)
+
+    def begin_step(self, context: Context) -> None:
+        """Scale the weight with the share of new classes where asked for."""
+        seen, new = context.classes_old + context.classes_new, context.classes_new
+        self.factor = self.weight * (math.sqrt(seen / new) if self.scheduled else 1.0)
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Weighted mean over pixels."""
+        return {self.name: self.factor * self.criterion(batch.outputs, batch.outputs_old)}
+
+
+class EncoderDistillation(Method):
+    """Mean squared error between new and old features of the body (ILT; Michieli and Zanuttigh 2019)."""
+
+    needs = frozenset({"body"})
+    needs_teacher = True
+
+    def __init__(self, weight: float, *, masked: bool = False, cosine: bool = False) -> None:
+        self.weight = weight
+        self.criterion = DistillationEncoderLoss(mask=masked, loss_de_cosine=cosine)
+
+    @classmethod
+    def add_options(cls, parser: argparse._ActionsContainer) -> None:
+        """``--loss_de``, ``--loss_de_maskedold``, ``--loss_de_cosine``."""
+        parser.add_argument(
+            "--loss_de", type=float, default=0.0, metavar="W", help="weight of feature distillation (ILT)"
+        )
+        parser.add_argument(
+            "--loss_de_maskedold", action="store_true", help="distil only where the label is an old class"
+        )
+        parser.add_argument("--loss_de_cosine", action="store_true", help="cosine distance instead of MSE")
+
+    @classmethod
+    def from_options(cls, opts: Any) -> EncoderDistillation | None:
+        """On where ``--loss_de`` is above 0."""
+        if opts.loss_de <= 0:
+            return None
+        return cls(opts.loss_de, masked=opts.loss_de_maskedold, cosine=opts.loss_de_cosine)
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Weighted distance of the features."""
+        loss = self.criterion(
+            features=batch.features["body"],
+            features_old=batch.features_old["body"],
+            labels=batch.targets,
+            classes_old=batch.classes_old,
+        )
+        return {"encoder_distillation": self.weight * loss}

@@ -1,0 +1,57 @@
+"""iCaRL's binary cross entropy on old classes, as LWF-MC uses it (Rebuffi et al. 2017, eq. 2)."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from methods.base import Batch, Method
+from utils.loss import IcarlLoss
+
+
+class ICaRL(Method):
+    """Binary cross entropy towards the teacher's sigmoid on the old classes.
+
+    Combined with the ground truth (the default) it is a term beside the classification loss, summed
+    over the old classes; disjoint, it takes the classification loss's place.
+    """
+
+    needs_teacher = True
+
+    def __init__(self, importance: float, *, disjoint: bool = False, bkg: bool = False) -> None:
+        self.importance = importance
+        self.disjoint = IcarlLoss(reduction="mean", bkg=bkg) if disjoint else None
+
+    @classmethod
+    def add_options(cls, parser: argparse._ActionsContainer) -> None:
+        """``--icarl`` and what belongs to it."""
+        parser.add_argument("--icarl", action="store_true", help="binary cross entropy with old outputs")
+        parser.add_argument(
+            "--icarl_importance", type=float, default=1.0, metavar="W", help="weight of the combined form"
+        )
+        parser.add_argument(
+            "--icarl_disjoint", action="store_true", help="old channels learn from the old network alone"
+        )
+        parser.add_argument(
+            "--icarl_bkg", action="store_true", help="disjoint form: the background from the ground truth"
+        )
+
+    @classmethod
+    def from_options(cls, opts: Any) -> ICaRL | None:
+        """On with ``--icarl``."""
+        if not opts.icarl:
+            return None
+        return cls(opts.icarl_importance, disjoint=opts.icarl_disjoint, bkg=opts.icarl_bkg)
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """The combined term, or the disjoint loss."""
+        assert batch.outputs_old is not None
+        teacher = batch.outputs_old.sigmoid()
+        if self.disjoint is not None:
+            return {"icarl": self.disjoint(batch.outputs, batch.targets, teacher)}
+        old = batch.outputs_old.shape[1]
+        loss = F.binary_cross_entropy_with_logits(batch.outputs[:, :old], teacher)
+        return {"icarl": self.importance * old * loss}

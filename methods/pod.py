@@ -1,0 +1,95 @@
+"""PLOP: pooled output distillation at several scales (Douillard et al. 2021)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from torch import Tensor
+
+from methods.base import Batch, Method
+from utils.loss import LocalPODLoss
+
+
+def _json_object(word: str) -> dict[str, Any]:
+    try:
+        value = json.loads(word)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"not JSON ({error}): {word}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"not a JSON object: {word}")
+    return value
+
+
+class PooledOutputDistillation(Method):
+    """Row and column means of the maps of all stages, at several scales, as the teacher has them (PLOP)."""
+
+    needs_teacher = True
+
+    def __init__(self, criterion: LocalPODLoss, *, last: str | None) -> None:
+        self.criterion = criterion
+        self.last = last
+        self.needs = frozenset({"attentions"} | ({"logits_small"} if last == "small" else set()))
+
+    @classmethod
+    def add_options(cls, parser: argparse._ActionsContainer) -> None:
+        """``--pod`` and what belongs to it."""
+        parser.add_argument("--pod", choices=("spatial", "local", "global"), default=None)
+        parser.add_argument("--pod_factor", type=float, default=5.0, metavar="W", help="weight")
+        parser.add_argument(
+            "--pod_options",
+            type=_json_object,
+            default=None,
+            metavar="JSON",
+            help='options of single maps, e.g. {"switch": {"after": {"factor": 0.0005}}}',
+        )
+        parser.add_argument("--pod_prepro", default="pow", help="what is done to the maps first")
+        parser.add_argument(
+            "--no_pod_schedule",
+            action="store_true",
+            help="do not multiply the weight by sqrt(seen classes / new classes)",
+        )
+        parser.add_argument(
+            "--pod_apply", choices=("all", "backbone", "deeplab"), default="all", help="maps to take"
+        )
+        parser.add_argument("--pod_logits", action="store_true", help="the small logits as one more map")
+        parser.add_argument(
+            "--pod_large_logits", action="store_true", help="the logits of full size as one more map"
+        )
+        parser.add_argument("--spp_scales", type=int, nargs="+", default=[1, 2, 4], help="grids of local POD")
+
+    @classmethod
+    def from_options(cls, opts: Any) -> PooledOutputDistillation | None:
+        """On with ``--pod``."""
+        if opts.pod is None:
+            return None
+        criterion = LocalPODLoss(
+            pod_factor=opts.pod_factor,
+            pod_options=opts.pod_options,
+            spp_scales=opts.spp_scales,
+            use_pod_schedule=not opts.no_pod_schedule,
+            pod=opts.pod,
+            pod_prepro=opts.pod_prepro,
+            pod_apply=opts.pod_apply,
+        )
+        last = "small" if opts.pod_logits else "large" if opts.pod_large_logits else None
+        return cls(criterion, last=last)
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """The distance over all maps."""
+        old, new = list(batch.features_old["attentions"]), list(batch.features["attentions"])
+        if self.last == "small":
+            old.append(batch.features_old["logits_small"])
+            new.append(batch.features["logits_small"])
+        elif self.last == "large":
+            old.append(batch.outputs_old)
+            new.append(batch.outputs)
+        loss = self.criterion(
+            features_old=old,
+            features=new,
+            nb_current_classes=batch.classes_old + batch.classes_new,
+            nb_new_classes=batch.classes_new,
+            index_new_class=batch.classes_old,
+        )
+        return {"pod": loss}

@@ -1,0 +1,82 @@
+"""``--method`` names as small sets of options (SPEC section 7). What the user typed wins over them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+_PLOP_LOGITS = '{"switch": {"after": {"extra_channels": "sum", "factor": %s, "type": "local"}}}'
+FAMILY_PLOP = {"void_label": "ignore", "unseen_label": "background"}
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    "FT": {},
+    "LWF": {"loss_kd": 100.0},
+    "LWF-MC": {"icarl": True, "icarl_importance": 10.0},
+    "ILT": {"loss_kd": 100.0, "loss_de": 100.0},
+    "EWC": {"regularizer": "ewc", "reg_importance": 500.0},
+    "RW": {"regularizer": "rw", "reg_importance": 100.0, "reg_iterations": 10},
+    "PI": {"regularizer": "pi", "reg_importance": 500.0},
+    "MIB": {"unce": True, "unkd": True, "loss_kd": 10.0, "init_balanced": True},
+    "CIL": {"loss_CIL": 1.0},
+    "SDR": {
+        "loss_kd": 100.0,
+        "unce": True,
+        "unkd": True,
+        "loss_de_prototypes": 1e-2,
+        "loss_de_prototypes_sumafter": True,
+        "loss_fc": 1e-3,
+        "lfc_sep_clust": 1e-3,
+        "loss_featspars": 1e-3,
+        "lfs_normalization": "max_maskedforclass",
+        "lfs_shrinkingfn": "exponential",
+        "lfs_loss_fn_touse": "ratio",
+    },
+    "PLOP": {
+        "pod": "local",
+        "pod_factor": 1e-2,
+        "pod_logits": True,
+        "pseudo": "entropy",
+        "threshold": 1e-3,
+        "classif_adaptive_factor": True,
+        "init_balanced": True,
+        **FAMILY_PLOP,
+    },
+    "SSUL": {"unknown": True, "threshold": 0.7, "memory": 0, **FAMILY_PLOP},
+    "SSUL-M": {"unknown": True, "threshold": 0.7, "memory": 100, **FAMILY_PLOP},
+    "SATS": {
+        "distill_object": "sats-selfattn",
+        "distill_weight_args": 20.0,
+        "pseudo": "entropy",
+        "threshold": 1e-3,
+        "classif_adaptive_factor": True,
+        "unkd": True,
+        "loss_kd": 20.0,
+        "init_balanced": True,
+        **FAMILY_PLOP,
+    },
+    "SATS-M": {},
+}
+_PRESETS["SATS-M"] = {**_PRESETS["SATS"], "memory": 100}
+
+METHODS = tuple(_PRESETS)
+
+
+def preset(method: str, *, dataset: str, task: str) -> dict[str, Any]:
+    """Options that ``--method`` stands for.
+
+    Args:
+        method: one of ``METHODS``.
+        dataset: "ade" has weights and an exemplar memory of its own.
+        task: canonical task name; MiB distils ten times stronger when classes come one by one on VOC
+            (15-1; SPEC section 10).
+    """
+    options = dict(_PRESETS[method])
+    ade = dataset == "ade"
+    if method == "MIB" and task.startswith("15-5s"):
+        options["loss_kd"] = 100.0
+    if method == "PLOP":
+        options["pod_factor"] = 1e-3 if ade else 1e-2
+        options["pod_options"] = json.loads(_PLOP_LOGITS % ("1e-5" if ade else "5e-4"))
+    if options.get("memory") and ade:
+        options["memory"] = 300
+    return options

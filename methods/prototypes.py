@@ -1,0 +1,199 @@
+"""SDR: prototypes, attraction and repulsion, sparsity (Michieli and Zanuttigh 2021)."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from torch import Tensor
+
+from methods.base import Batch, Context, Method
+from utils.loss import (
+    SNNL,
+    DistillationEncoderPrototypesLoss,
+    FeaturesClusteringSeparationLoss,
+    FeaturesSparsificationLoss,
+    Prototypes,
+)
+
+
+class PrototypeLearning(Method):
+    """Class prototypes over all batches; features are drawn to them and apart (SDR)."""
+
+    needs = frozenset({"body"})
+
+    def __init__(self, opts: Any) -> None:
+        self.attraction = opts.loss_fc
+        self.repulsion = opts.lfc_sep_clust
+        self.matching = opts.loss_de_prototypes
+        self.released = opts.fidelity == "released"
+        self.contrast_loss = FeaturesClusteringSeparationLoss(
+            lfc_L2normalized=opts.lfc_L2normalized,
+            lfc_nobgr=opts.lfc_nobgr,
+            lfc_sep_clust=opts.lfc_sep_clust,
+            lfc_sep_clust_ison_proto=opts.lfc_sep_clust_ison_proto,
+            lfc_orth_sep=opts.lfc_orth_sep,
+            lfc_orth_maxonly=opts.lfc_orth_maxonly,
+            fidelity=opts.fidelity,
+        )
+        self.matching_loss = DistillationEncoderPrototypesLoss(
+            sumafter=opts.loss_de_prototypes_sumafter, fidelity=opts.fidelity
+        )
+        self.state: dict[str, Any] | None = None
+
+    @classmethod
+    def add_options(cls, parser: argparse._ActionsContainer) -> None:
+        """``--loss_de_prototypes``, ``--loss_fc``, ``--lfc_*``."""
+        weight = {"type": float, "default": 0.0, "metavar": "W"}
+        parser.add_argument("--loss_de_prototypes", **weight, help="weight of prototype matching")
+        parser.add_argument(
+            "--loss_de_prototypes_sumafter", action="store_true", help="matching: mean over classes"
+        )
+        parser.add_argument("--loss_fc", **weight, help="weight of the attraction to prototypes")
+        parser.add_argument("--lfc_sep_clust", **weight, help="weight of the repulsion of classes")
+        flags = {
+            "--lfc_L2normalized": "normalise features and prototypes",
+            "--lfc_nobgr": "leave the background out of the attraction",
+            "--lfc_orth_sep": "repulsion by orthogonality",
+            "--lfc_orth_maxonly": "orthogonality: only the closest pair",
+            "--lfc_sep_clust_ison_proto": "repulsion from prototypes instead of class means",
+        }
+        for flag, text in flags.items():
+            parser.add_argument(flag, action="store_true", help=text)
+
+    @classmethod
+    def from_options(cls, opts: Any) -> PrototypeLearning | None:
+        """On where one of its three weights is above 0."""
+        on = opts.loss_de_prototypes > 0 or opts.loss_fc > 0 or opts.lfc_sep_clust > 0
+        return cls(opts) if on else None
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Matching reads the teacher's arg-max."""
+        return self.matching > 0
+
+    def begin_step(self, context: Context) -> None:
+        """Grow the prototypes; what the background is depends on the protocol."""
+        channels = int(context.model.network.body_channels)  # type: ignore[union-attr, arg-type]
+        self.prototypes = Prototypes(
+            num_classes=context.classes_old + context.classes_new,
+            feat_dim=channels,
+            fidelity=context.fidelity,
+        ).to(context.device)
+        if self.state is not None:
+            self.prototypes.load_state_dict(self.state)
+        # Without old labels the background holds classes of other steps: its mean would mean nothing.
+        self.skip_background = context.protocol == "overlapped" or (
+            context.protocol == "disjoint" and context.step > 0
+        )
+        self.reduce = None if self.released else context.reduce
+
+    def observe(self, batch: Batch) -> None:
+        """Running mean over every feature vector seen so far."""
+        self.prototypes.update(
+            batch.features["body"].detach(),
+            batch.targets,
+            skip_background=self.skip_background,
+            reduce=self.reduce,
+        )
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Attraction, repulsion and, from step 1 on, matching."""
+        features, labels = batch.features["body"], batch.targets
+        terms: dict[str, Tensor] = {}
+        if self.attraction > 0 or self.repulsion > 0:
+            attraction, repulsion = self.contrast_loss(
+                features=features, labels=labels, prototypes=self.prototypes.prototypes
+            )
+            if self.attraction > 0:
+                terms["attraction"] = self.attraction * attraction
+            if self.repulsion > 0:
+                terms["repulsion"] = self.repulsion * repulsion
+        if self.matching > 0 and batch.outputs_old is not None:
+            terms["matching"] = self.matching * self.matching_loss(
+                features=features,
+                labels=labels,
+                outputs_old=batch.outputs_old,
+                prototypes=self.prototypes.prototypes,
+                classes_old=batch.classes_old,
+            )
+        return terms
+
+    def state_dict(self) -> dict[str, Any]:
+        """Prototypes and counts."""
+        return self.prototypes.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Kept until ``begin_step`` knows the number of classes."""
+        self.state = state
+
+
+class FeatureSparsity(Method):
+    """Few active channels per position: Σ shrink(f) / Σ f (SDR, eq. 6)."""
+
+    needs = frozenset({"body"})
+
+    def __init__(self, weight: float, criterion: FeaturesSparsificationLoss) -> None:
+        self.weight = weight
+        self.criterion = criterion
+
+    @classmethod
+    def add_options(cls, parser: argparse._ActionsContainer) -> None:
+        """``--loss_featspars``, ``--lfs_*``."""
+        parser.add_argument(
+            "--loss_featspars", type=float, default=0.0, metavar="W", help="weight of the sparsity of features"
+        )
+        parser.add_argument(
+            "--lfs_normalization",
+            default="max_foreachfeature",
+            choices=("L1", "L2", "max_foreachfeature", "max_maskedforclass", "max_overall", "softmax"),
+        )
+        parser.add_argument(
+            "--lfs_shrinkingfn", default="squared", choices=("squared", "power3", "exponential")
+        )
+        parser.add_argument(
+            "--lfs_loss_fn_touse", default="ratio", choices=("ratio", "max_minus_ratio", "lasso", "entropy")
+        )
+
+    @classmethod
+    def from_options(cls, opts: Any) -> FeatureSparsity | None:
+        """On where ``--loss_featspars`` is above 0."""
+        if opts.loss_featspars <= 0:
+            return None
+        criterion = FeaturesSparsificationLoss(
+            lfs_normalization=opts.lfs_normalization,
+            lfs_shrinkingfn=opts.lfs_shrinkingfn,
+            lfs_loss_fn_touse=opts.lfs_loss_fn_touse,
+            fidelity=opts.fidelity,
+        )
+        return cls(opts.loss_featspars, criterion)
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """The weighted sparsity of the body's features."""
+        loss = self.criterion(features=batch.features["body"], labels=batch.targets)
+        return {"sparsity": self.weight * loss}
+
+
+class SoftNearestNeighbours(Method):
+    """Soft nearest neighbour loss on features (Frosst et al. 2019; an ablation of SDR)."""
+
+    needs = frozenset({"body"})
+
+    def __init__(self, weight: float, *, fidelity: str = "paper") -> None:
+        self.weight = weight
+        self.criterion = SNNL(fidelity=fidelity)
+
+    @classmethod
+    def add_options(cls, parser: argparse._ActionsContainer) -> None:
+        """``--loss_SNNL``."""
+        parser.add_argument("--loss_SNNL", type=float, default=0.0, metavar="W", help="weight of the loss")
+
+    @classmethod
+    def from_options(cls, opts: Any) -> SoftNearestNeighbours | None:
+        """On where ``--loss_SNNL`` is above 0."""
+        return cls(opts.loss_SNNL, fidelity=opts.fidelity) if opts.loss_SNNL > 0 else None
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """The weighted loss."""
+        loss = self.criterion(features=batch.features["body"], labels=batch.targets)
+        return {"snnl": self.weight * loss}

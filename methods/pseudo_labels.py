@@ -1,0 +1,158 @@
+"""Pseudo-labels: the old network labels what this step's masks call background (PLOP, SATS)."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from methods.base import Batch, Context, Method
+from utils.loss import (
+    class_median_thresholds,
+    confidence_pseudo_labels,
+    entropy_pseudo_labels,
+    probability_pseudo_labels,
+    pseudo_label_histogram,
+)
+
+ENTROPY_BINS = 100
+PROBABILITY_BINS = 20
+SATS_INFINITE_THRESHOLD = 0.005  # what SATS's released code puts where PLOP's median is infinite
+
+
+def _kind(word: str) -> str:
+    """``entropy``, ``median``, ``naive``, ``confidence`` or ``threshold_0.8``."""
+    name, _, value = word.partition("_")
+    if name == "threshold":
+        try:
+            if 0 <= float(value) <= 1:
+                return word
+        except ValueError:
+            pass
+    elif word in ("entropy", "median", "naive", "confidence"):
+        return word
+    raise argparse.ArgumentTypeError(
+        f"'{word}' is unknown: use entropy, median, naive, confidence or threshold_P with a probability P"
+    )
+
+
+class PseudoLabels(Method):
+    """Old and background pixels get the teacher's label where it is sure, else void (PLOP, section 3.3)."""
+
+    needs_teacher = True
+
+    def __init__(self, opts: Any) -> None:
+        self.kind: str = opts.pseudo
+        self.threshold: float = opts.threshold
+        self.step_threshold: float = opts.step_threshold or 0.0
+        self.bins: int | None = opts.pseudo_nb_bins
+        self.adaptive: bool = opts.classif_adaptive_factor
+        self.min_factor: float = opts.classif_adaptive_min_factor
+        self.fidelity: str = opts.fidelity
+        self.thresholds = torch.empty(0)
+        self.infinite: float | None = None
+        if opts.fidelity == "released" and opts.distill_object is not None:
+            # SATS's released trainer computes the adaptive factor but never applies it.
+            self.adaptive = False
+            self.infinite = SATS_INFINITE_THRESHOLD
+
+    @classmethod
+    def add_options(cls, parser: argparse._ActionsContainer) -> None:
+        """``--pseudo`` and what belongs to it."""
+        parser.add_argument(
+            "--pseudo",
+            type=_kind,
+            default=None,
+            help="entropy (PLOP, SATS), median, naive, confidence, or threshold_P",
+        )
+        parser.add_argument(
+            "--threshold",
+            type=float,
+            default=0.9,
+            help="entropy: floor of the median; median: its ceiling; SSUL: sigmoid to reach",
+        )
+        parser.add_argument(
+            "--step_threshold", type=float, default=None, help="added to the threshold, once per step"
+        )
+        parser.add_argument(
+            "--pseudo_nb_bins", type=int, default=None, help="bins of the histogram behind the median"
+        )
+        parser.add_argument(
+            "--classif_adaptive_factor",
+            action="store_true",
+            help="scale each image's classification loss by the share of accepted pixels",
+        )
+        parser.add_argument(
+            "--classif_adaptive_min_factor", type=float, default=0.0, help="smallest such factor"
+        )
+
+    @classmethod
+    def from_options(cls, opts: Any) -> PseudoLabels | None:
+        """On with ``--pseudo``."""
+        return cls(opts) if opts.pseudo is not None else None
+
+    def begin_step(self, context: Context) -> None:
+        """Find each class's median certainty over the step's images, with the teacher."""
+        self.classes = context.classes_old + context.classes_new
+        if self.kind not in ("entropy", "median"):
+            return
+        inputs = {
+            "kind": self.kind,
+            "threshold": self.threshold,
+            "step_threshold": self.step_threshold,
+            "bins": self.bins,
+            "fidelity": self.fidelity,
+        }
+        found = context.recall("pseudo_label_thresholds", inputs, lambda: self._medians(context))
+        self.thresholds = found["thresholds"]
+
+    @torch.no_grad()
+    def _medians(self, context: Context) -> dict[str, Tensor]:
+        assert context.model_old is not None
+        mode = "entropy" if self.kind == "entropy" else "probability"
+        bins = self.bins or (ENTROPY_BINS if mode == "entropy" else PROBABILITY_BINS)
+        histogram = torch.zeros(self.classes, bins, dtype=torch.long, device=context.device)
+        for images, targets in context.batches():
+            outputs_old, _ = context.model_old(images)
+            histogram += pseudo_label_histogram(
+                outputs_old,
+                targets,
+                nb_current_classes=self.classes,
+                nb_bins=bins,
+                mode=mode,
+                fidelity=self.fidelity,
+            )
+        thresholds = class_median_thresholds(
+            context.reduce(histogram),
+            self.threshold + context.step * self.step_threshold,
+            mode=mode,
+            fidelity=self.fidelity,
+            infinite_threshold=self.infinite,
+        )
+        return {"thresholds": thresholds, "histogram": histogram}
+
+    def relabel(self, batch: Batch) -> None:
+        """Replace the targets; the adaptive factor and the confidence weigh the classification loss."""
+        assert batch.outputs_old is not None
+        outputs, labels, old = batch.outputs_old, batch.targets, batch.classes_old
+        if self.kind == "entropy":
+            batch.targets, factor = entropy_pseudo_labels(
+                outputs,
+                labels,
+                self.thresholds,
+                nb_current_classes=self.classes,
+                classes_old=old,
+                min_factor=self.min_factor,
+                fidelity=self.fidelity,
+            )
+            if self.adaptive:
+                batch.image_weights = factor
+        elif self.kind == "confidence":
+            batch.targets, batch.pixel_weights = confidence_pseudo_labels(outputs, labels, classes_old=old)
+        else:
+            least: Tensor | float = self.thresholds
+            if self.kind != "median":
+                least = float(self.kind.partition("_")[2] or 0.0)
+            batch.targets = probability_pseudo_labels(outputs, labels, least, classes_old=old)

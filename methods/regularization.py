@@ -1,0 +1,72 @@
+"""Penalties on moving weights that mattered: EWC, PI, RW."""
+
+from __future__ import annotations
+
+import argparse
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor
+
+from methods.base import Context, Method
+from utils.regularizer import get_regularizer
+
+
+class Regularization(Method):
+    """Importance of every weight, and a penalty on moving the important ones (EWC, PI, RW)."""
+
+    def __init__(self, options: dict[str, Any], importance: float) -> None:
+        self.options = options
+        self.importance = importance
+        self.state: dict[str, Any] | None = None
+        self.regularizer: Any = None
+
+    @classmethod
+    def add_options(cls, parser: argparse._ActionsContainer) -> None:
+        """``--regularizer`` and what belongs to it."""
+        parser.add_argument("--regularizer", choices=("ewc", "rw", "pi"), default=None)
+        parser.add_argument(
+            "--reg_importance", type=float, default=1.0, metavar="W", help="weight of the penalty"
+        )
+        parser.add_argument(
+            "--reg_alpha", type=float, default=0.9, help="share of the past in the running Fisher estimate"
+        )
+        parser.add_argument(
+            "--reg_no_normalize", action="store_true", help="do not scale the importances to [0, 1]"
+        )
+        parser.add_argument(
+            "--reg_iterations", type=int, default=10, help="RW: batches between two path-integral updates"
+        )
+
+    @classmethod
+    def from_options(cls, opts: Any) -> Regularization | None:
+        """On with ``--regularizer``."""
+        if opts.regularizer is None:
+            return None
+        names = ("regularizer", "reg_alpha", "reg_no_normalize", "reg_iterations")
+        return cls({name: getattr(opts, name) for name in names}, opts.reg_importance)
+
+    def begin_step(self, context: Context) -> None:
+        """Take over the importances of the steps before."""
+        self.penalised = context.model_old is not None
+        self.regularizer = get_regularizer(
+            context.model, context.model_old, context.device, SimpleNamespace(**self.options), self.state
+        )
+
+    def after_backward(self) -> None:
+        """Update the importances. Every process sees the averaged gradients, so all stay equal."""
+        self.regularizer.update()
+
+    def penalty(self) -> dict[str, Tensor]:
+        """Σ importance·(θ − θ_old)², weighted."""
+        if not self.penalised:
+            return {}
+        return {"reg": self.importance * self.regularizer.penalty()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The regularizer's own state."""
+        return self.regularizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Kept until ``begin_step`` knows the network."""
+        self.state = state

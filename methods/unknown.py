@@ -1,0 +1,85 @@
+"""SSUL: an unknown class beside the background, and a frozen network that only gains heads (Cha et al. 2021)."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from methods.base import Batch, Context, Method
+from segmentation_module import IncrementalSegmentationModule, freeze
+from utils.loss import BCEWithLogitsLossWithIgnoreIndex
+
+BODY_LR_FACTOR = 0.1  # step 0: SSUL trains the body at 1e-3 and the heads at 1e-2
+BACKGROUND_LR_FACTOR = 1e-4  # later steps: the background's head hardly moves
+log = logging.getLogger(__name__)
+
+
+class UnknownClass(Method):
+    """Binary cross entropy with an "unknown" class; later steps train new heads only (SSUL).
+
+    Background pixels that are salient are "unknown" (all of them where the data set has no saliency
+    maps, as SSUL does on ADE20K). Where the label is background or unknown and the teacher's sigmoid
+    reaches ``threshold`` for an old class, that class is the label.
+    """
+
+    def __init__(self, threshold: float) -> None:
+        self.threshold = threshold
+        self.criterion = BCEWithLogitsLossWithIgnoreIndex(reduction="mean", ignore_index=255)
+        self.step = 0
+
+    @classmethod
+    def add_options(cls, parser: argparse._ActionsContainer) -> None:
+        """``--unknown``."""
+        parser.add_argument(
+            "--unknown", action="store_true", help="unknown class, heads of their own, frozen network (SSUL)"
+        )
+
+    @classmethod
+    def from_options(cls, opts: Any) -> UnknownClass | None:
+        """On with ``--unknown``; ``--threshold`` is the sigmoid that a pseudo-label must reach."""
+        return cls(opts.threshold) if opts.unknown else None
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Pseudo-labels come from the teacher, where there is one."""
+        return True
+
+    def begin_step(self, context: Context) -> None:
+        """Later steps: the new head starts from unknown's; all but it, unknown's and background's is frozen."""
+        self.step = context.step
+        if context.step == 0:
+            return
+        model = context.model
+        assert isinstance(model, IncrementalSegmentationModule)
+        model.init_from_unknown()
+        freeze(model.network)
+        for head in model.cls[1:-1]:
+            freeze(head)
+
+    def lr_factor(self, parameter: str) -> float:
+        """The body learns slower at step 0, the background's head hardly at all later."""
+        if self.step == 0:
+            return BODY_LR_FACTOR if parameter.startswith("network.body.") else 1.0
+        return BACKGROUND_LR_FACTOR if parameter.startswith("cls.0.") else 1.0
+
+    def relabel(self, batch: Batch) -> None:
+        """Background becomes unknown where it is salient; confident old classes take both places."""
+        unknown = batch.classes_old + batch.classes_new
+        background = batch.targets == 0
+        salient = batch.extras.get("saliency")
+        hidden = background if salient is None else background & salient.bool()
+        targets = torch.where(hidden, unknown, batch.targets)
+        if batch.outputs_old is not None:
+            # The teacher's last channel is its unknown class: neither it nor the background is a label to hand on.
+            score, label = batch.outputs_old.sigmoid().max(dim=1)
+            old = (label > 0) & (label < batch.classes_old)
+            targets = torch.where(background & old & (score >= self.threshold), label, targets)
+        batch.targets = targets
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Binary cross entropy over classes and "unknown", void left out."""
+        return {"bce": self.criterion(batch.outputs, batch.targets)}

@@ -1,0 +1,243 @@
+"""What a step is judged by: IoU of old, new and all classes, and what was forgotten.
+
+Sets of classes follow SPEC section 8. A class that is in no label and no prediction has no IoU (NaN) and
+is left out of every mean; so is ADE20K's "other", always. Numbers are fractions; tables show percent.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.errors import UserError
+from utils.files import atomic_write_text
+from utils.logger import format_table
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class Results:
+    """Numbers of one evaluation; NaN where a number does not exist.
+
+    Attributes:
+        miou_all: mean IoU over all classes seen, background included.
+        miou_old, miou_old_no_background: over the classes of earlier steps.
+        miou_new, miou_new_no_background: over the classes of this step; they differ at step 0 only.
+        harmonic_mean: of ``miou_old`` and ``miou_new``.
+        pixel_accuracy: share of labelled pixels predicted right.
+        mean_accuracy: mean over the labelled classes of the share of their pixels predicted right.
+        mean_forgetting: mean of ``forgetting``.
+        class_iou, class_accuracy: by class name, in network order; classes left out have no entry.
+        class_pixels: labelled pixels of each class.
+        forgetting: by name of each old class, its IoU after the step that learnt it minus its IoU now.
+        old_classes: number of network classes known before the step, background included.
+        indices: network index of each name in ``class_iou``.
+    """
+
+    miou_all: float
+    miou_old: float
+    miou_old_no_background: float
+    miou_new: float
+    miou_new_no_background: float
+    harmonic_mean: float
+    pixel_accuracy: float
+    mean_accuracy: float
+    mean_forgetting: float
+    class_iou: dict[str, float]
+    class_accuracy: dict[str, float]
+    class_pixels: dict[str, int]
+    forgetting: dict[str, float]
+    old_classes: int
+    indices: dict[str, int]
+
+    def table(self) -> str:
+        """Two text tables: every class, then the means, in percent."""
+        classes = format_table(
+            ["", "class", "IoU %", "accuracy %", "forgotten", "pixels"],
+            [
+                [
+                    "old" if self.indices[name] < self.old_classes else "new",
+                    name,
+                    _percent(iou),
+                    _percent(self.class_accuracy[name]),
+                    _percent(self.forgetting.get(name, math.nan)),
+                    str(self.class_pixels[name]),
+                ]
+                for name, iou in self.class_iou.items()
+            ],
+        )
+        means = [
+            ("mIoU old, with background", self.miou_old),
+            ("mIoU old, without background", self.miou_old_no_background),
+            ("mIoU new", self.miou_new),
+            ("mIoU new, without background", self.miou_new_no_background),
+            ("mIoU all", self.miou_all),
+            ("harmonic mean of old and new", self.harmonic_mean),
+            ("pixel accuracy", self.pixel_accuracy),
+            ("mean accuracy", self.mean_accuracy),
+            ("mean forgetting of old classes", self.mean_forgetting),
+        ]
+        if self.old_classes:  # the background is old: both means of the new classes are one number
+            del means[3]
+        summary = format_table(["", "%"], [[name, _percent(value)] for name, value in means])
+        return f"{classes}\n\n{summary}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain JSON types, NaN as None."""
+        plain: dict[str, Any] = _without_nan(asdict(self))
+        return plain
+
+    def csv_row(self, step: int, num_classes: int) -> list[str]:
+        """The row that PLOP and SATS append: step, IoU per network index, mean IoU.
+
+        A class of a later step is "x", one that has no IoU (or is not evaluated) "X".
+
+        Args:
+            step: number of the step.
+            num_classes: number of classes of the whole task.
+        """
+        seen = max(self.indices.values(), default=-1) + 1
+        cells = ["X"] * seen + ["x"] * (num_classes - seen)
+        for name, index in self.indices.items():
+            if not math.isnan(self.class_iou[name]):
+                cells[index] = str(self.class_iou[name])
+        return [str(step), *cells, str(self.miou_all)]
+
+
+def summarise(
+    confusion: Tensor | Array,
+    class_names: Sequence[str],
+    old_classes: int = 0,
+    *,
+    ignore: AbstractSet[int] = frozenset(),
+    learnt_iou: Mapping[str, float] | None = None,
+) -> Results:
+    """Reduce a confusion matrix to the numbers of a step.
+
+    Args:
+        confusion: C×C counts, rows are labels, columns predictions, in network order.
+        class_names: C different names.
+        old_classes: number of classes known before this step, background included; 0 at step 0.
+        ignore: network indices that are not evaluated; their labels count as void.
+        learnt_iou: IoU of each class, by name, after the step that learnt it.
+    """
+    counts = torch.as_tensor(confusion).cpu().numpy().astype(np.float64)
+    if counts.shape != (len(class_names), len(class_names)):
+        raise ValueError(f"{len(class_names)} class names for a confusion matrix of shape {counts.shape}")
+    if len(set(class_names)) != len(class_names):
+        raise ValueError("class names must differ")
+    counts[list(ignore), :] = 0
+    right, labelled, predicted = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
+    iou = _ratio(right, labelled + predicted - right)
+    accuracy = _ratio(right, labelled)
+    kept = [index for index in range(len(class_names)) if index not in ignore]
+    old = [index for index in kept if index < old_classes]
+    new = [index for index in kept if index >= old_classes]
+    learnt = learnt_iou or {}
+    forgetting = {
+        class_names[index]: learnt[class_names[index]] - float(iou[index])
+        for index in old
+        if class_names[index] in learnt
+    }
+    miou_old, miou_new = _mean(iou[old]), _mean(iou[new])
+    return Results(
+        miou_all=_mean(iou[kept]),
+        miou_old=miou_old,
+        miou_old_no_background=_mean(iou[[index for index in old if index > 0]]),
+        miou_new=miou_new,
+        miou_new_no_background=_mean(iou[[index for index in new if index > 0]]),
+        harmonic_mean=_harmonic_mean(miou_old, miou_new),
+        pixel_accuracy=float(right.sum() / labelled.sum()) if labelled.any() else math.nan,
+        mean_accuracy=_mean(accuracy[kept]),
+        mean_forgetting=_mean(np.array(list(forgetting.values()))),
+        class_iou={class_names[index]: float(iou[index]) for index in kept},
+        class_accuracy={class_names[index]: float(accuracy[index]) for index in kept},
+        class_pixels={class_names[index]: int(labelled[index]) for index in kept},
+        forgetting=forgetting,
+        old_classes=old_classes,
+        indices={class_names[index]: index for index in kept},
+    )
+
+
+def write_results(
+    run_dir: Path, results: Results, *, step: int, num_classes: int, csv_name: str
+) -> list[Path]:
+    """Write ``results_<step>.json`` and the step's row of the CSV file into the run's folder.
+
+    A step that runs again replaces its files' contents and its row. Both files are whole at any moment.
+
+    Args:
+        run_dir: folder of the run, made if missing.
+        results: numbers of the step.
+        step: number of the step.
+        num_classes: number of classes of the whole task.
+        csv_name: name of the CSV file, published as ``<date>_<dataset>_<task>_<name>.csv``.
+
+    Returns:
+        The two paths.
+
+    Raises:
+        UserError: a file cannot be written, or the CSV file that stands there cannot be read.
+    """
+    json_path, csv_path = run_dir / f"results_{step}.json", run_dir / csv_name
+    content = {"step": step, **results.to_json()}
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    atomic_write_text(json_path, f"{text}\n")
+    rows = [row for row in _read_rows(csv_path) if row[0] != str(step)]
+    rows.append(results.csv_row(step, num_classes))
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(sorted(rows, key=lambda row: int(row[0])))
+    atomic_write_text(csv_path, buffer.getvalue())
+    return [json_path, csv_path]
+
+
+def _read_rows(path: Path) -> list[list[str]]:
+    try:
+        rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read as a CSV file of results; move it away") from error
+    if not all(row and row[0].isdecimal() for row in rows):
+        raise UserError(f"{path}: is no CSV file of results (step, IoU per class, mean IoU); move it away")
+    return rows
+
+
+def _ratio(numerator: Array, denominator: Array) -> Array:
+    """Quotient, NaN where the denominator is zero."""
+    quotient = np.full(denominator.shape, np.nan)
+    np.divide(numerator, denominator, out=quotient, where=denominator > 0)
+    return quotient
+
+
+def _mean(values: Iterable[float] | Array) -> float:
+    """Mean of the values that are not NaN; NaN if there is none."""
+    finite = [float(value) for value in values if not math.isnan(value)]
+    return math.fsum(finite) / len(finite) if finite else math.nan
+
+
+def _harmonic_mean(a: float, b: float) -> float:
+    """2ab/(a+b); 0 where both are 0, NaN where either does not exist."""
+    return 2 * a * b / (a + b) if a + b != 0 else 0.0
+
+
+def _percent(value: float) -> str:
+    return "–" if math.isnan(value) else f"{100 * value:.2f}"
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value

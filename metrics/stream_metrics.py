@@ -1,0 +1,101 @@
+"""The confusion matrix of an evaluation, exact on any device and any number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from metrics.continual import Results, summarise
+from utils.errors import UserError
+
+VOID = 255
+
+
+class StreamSegMetrics(Metric):
+    """Counts pixels by label and prediction, batch by batch.
+
+    torchmetrics' own confusion matrix drops void pixels through a boolean mask, which makes the GPU wait
+    for the host in every batch, and in deterministic mode builds a pixels × C² table. Here void has a bin
+    of its own and one scatter counts everything in int64.
+
+    Args:
+        num_classes: C, the network's classes. Labels are 0..C-1, or 255 for void.
+        device: where counting happens: that of the predictions.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    is_differentiable = False
+    counts: Tensor
+    images: Tensor
+
+    def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(sync_on_compute=False)  # adding up over processes is synchronise's, visibly
+        self.num_classes = num_classes
+        # C² cells, then void, then labels that are neither a class nor void.
+        self.add_state("counts", torch.zeros(num_classes**2 + 2, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("images", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        self.to(torch.device(device))
+
+    def update(self, preds: Tensor, targets: Tensor) -> None:
+        """Count a batch; reads nothing back from the device.
+
+        Args:
+            preds: B×H×W, integers 0..C-1.
+            targets: B×H×W, integers 0..C-1 or 255, any integer type.
+        """
+        if preds.shape != targets.shape:
+            raise ValueError(
+                f"predictions {tuple(preds.shape)} and labels {tuple(targets.shape)} differ in shape"
+            )
+        classes = self.num_classes
+        labels = targets.long()
+        void = classes**2
+        cell = torch.where(labels == VOID, void, labels * classes + preds)
+        stray = (labels != VOID) & ((labels < 0) | (labels >= classes))
+        cell = cell.masked_fill(stray, void + 1).flatten()
+        self.counts.scatter_add_(
+            0, cell, torch.ones((), dtype=torch.long, device=cell.device).expand_as(cell)
+        )
+        self.images += preds.shape[0]
+
+    def synchronise(self) -> None:
+        """Sum over all processes; every process calls it once before ``results``. Again is harmless."""
+        if not self._is_synced:
+            self.sync()
+
+    @property
+    def confusion_matrix(self) -> Tensor:
+        """C×C, int64, rows are labels, columns predictions.
+
+        Raises:
+            UserError: labels were met that are neither a class nor void.
+        """
+        stray = int(self.counts[-1])
+        if stray:
+            raise UserError(
+                f"{stray} pixels of the evaluation masks have a class id outside 0 to {self.num_classes - 1} "
+                f"that is not void ({VOID}); check the masks and the task"
+            )
+        return self.counts[:-2].view(self.num_classes, self.num_classes)
+
+    def compute(self) -> Tensor:
+        """The confusion matrix (torchmetrics' name for it)."""
+        return self.confusion_matrix
+
+    def results(
+        self,
+        class_names: Sequence[str],
+        old_classes: int = 0,
+        *,
+        ignore: AbstractSet[int] = frozenset(),
+        learnt_iou: Mapping[str, float] | None = None,
+    ) -> Results:
+        """Numbers of the step; see ``metrics.continual.summarise``."""
+        return summarise(
+            self.confusion_matrix, class_names, old_classes, ignore=ignore, learnt_iou=learnt_iou
+        )

@@ -1,0 +1,114 @@
+"""DeepLabV3: a dilated body and the atrous pyramid head that MiB, SDR and PLOP share.
+
+Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation", 2017 (arXiv 1706.05587).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modules.network import Features, Network
+from modules.norm import NormAct
+
+HIDDEN_CHANNELS = 256
+DILATIONS = {16: (6, 12, 18), 8: (12, 24, 32)}
+
+
+class DeepLabHead(nn.Module):
+    """Atrous spatial pyramid pooling with one norm over all branches and an added global-pool branch.
+
+    Global average pooling in training. In evaluation an average over a window of ``pooling``×``pooling``
+    features around each place (stride 1, its border repeated), so that a large picture is pooled over as
+    much as a training crop was; ``pooling`` 0 keeps the global average.
+
+    Parameters are named as in the released code of MiB and PLOP.
+
+    Args:
+        in_channels: channels of the body's features.
+        norm_act: norm layers and activations.
+        output_stride: of the body, 16 or 8; sets the dilations (6, 12, 18) or (12, 24, 32).
+        pooling: window of the evaluation pooling, in features; 0 for all.
+    """
+
+    out_channels = HIDDEN_CHANNELS
+
+    def __init__(self, in_channels: int, norm_act: NormAct, output_stride: int = 16, pooling: int = 32) -> None:
+        super().__init__()
+        self.pooling = pooling
+        width = HIDDEN_CHANNELS
+        branches = [nn.Conv2d(in_channels, width, 1, bias=False)]
+        for d in DILATIONS[output_stride]:
+            branches.append(nn.Conv2d(in_channels, width, 3, padding=d, dilation=d, bias=False))
+        self.map_convs = nn.ModuleList(branches)
+        self.map_bn = norm_act(width * len(branches))
+        self.red_conv = nn.Conv2d(width * len(branches), width, 1, bias=False)
+        self.global_pooling_conv = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.global_pooling_bn = norm_act(width)
+        self.pool_red_conv = nn.Conv2d(width, width, 1, bias=False)
+        self.red_bn = norm_act(width)
+        self.activation = norm_act.activation()
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.xavier_normal_(module.weight, norm_act.gain)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """B×D×h×w → B×256×h×w, activated."""
+        maps = torch.cat([conv(features) for conv in self.map_convs], dim=1)
+        maps = self.red_conv(self.activation(self.map_bn(maps)))
+        pooled, padding = self._pool(features)
+        pooled = self.activation(self.global_pooling_bn(self.global_pooling_conv(pooled)))
+        pooled = self.pool_red_conv(pooled)
+        if padding is not None:
+            # After the 1×1 layers rather than before: the same values from fewer positions.
+            pooled = F.pad(pooled, padding, mode="replicate")
+        return self.activation(self.red_bn(maps + pooled))
+
+    def _pool(self, features: Tensor) -> tuple[Tensor, list[int] | None]:
+        """Pooled features, and the padding (left, right, top, bottom) that gives them their size back."""
+        if self.training or self.pooling == 0:
+            return features.mean((2, 3), keepdim=True), None
+        height, width = (min(self.pooling, size) for size in features.shape[2:])
+        padding = [(width - 1) // 2, width // 2, (height - 1) // 2, height // 2]
+        return F.avg_pool2d(features, (height, width), stride=1), padding
+
+
+class DeepLabV3(Network):
+    """A dilated body and :class:`DeepLabHead`.
+
+    Args:
+        body: returns features B×D×h×w and, if asked, a list of its stages'; has ``out_channels``.
+        head: B×D×h×w → B×256×h×w.
+    """
+
+    intermediates = frozenset({"body", "pre_logits", "attentions"})
+
+    def __init__(self, body: Any, head: DeepLabHead) -> None:
+        super().__init__()
+        self.body = body
+        self.head = head
+        self.out_channels = head.out_channels
+        self.body_channels = int(body.out_channels)
+
+    def forward(self, images: Tensor, needs: frozenset[str] = frozenset()) -> tuple[Tensor, Features]:
+        """Run body and head.
+
+        Args:
+            images: B×3×H×W, normalised.
+            needs: of ``body`` (last stage's features, activated), ``pre_logits`` and ``attentions`` (PLOP's
+                layers: the four stages' features before their last activation, then ``pre_logits``).
+
+        Returns:
+            ``pre_logits`` B×256×h×w and the intermediates named in ``needs``.
+
+        Raises:
+            UserError: ``needs`` names something else.
+        """
+        self.check_needs(needs)
+        body, stages = self.body(images, keep_stages="attentions" in needs)
+        pre_logits = self.head(body)
+        found: Features = {"body": body, "pre_logits": pre_logits, "attentions": [*stages, pre_logits]}
+        return pre_logits, {name: found[name] for name in needs}

@@ -1,0 +1,77 @@
+"""MobileNetV2 body: torchvision's, dilated to output stride 16 or 8.
+
+Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", CVPR 2018.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torchvision.models.mobilenetv2 import InvertedResidual, MobileNetV2
+from torchvision.ops.misc import Conv2dNormActivation
+
+from modules.norm import NormAct
+
+STAGE_ENDS = (3, 6, 13, 17)
+"""Last block before the resolution halves (strides 4, 8, 16, 32 of the undilated network)."""
+STAGE_STARTS = (7, 14)
+"""Blocks that take the stride from 8 to 16 and from 16 to 32."""
+
+
+class MobileNetV2Body(MobileNetV2):
+    """MobileNetV2 without its classifier; state dict keys are torchvision's.
+
+    The last 1×1 convolution stays: the features then are activated, as SDR's terms on ``body`` expect.
+    ``std`` and ``sync`` keep the network's ReLU6; the leaky kinds replace it.
+
+    Args:
+        norm_act: norm layers and activations.
+        output_stride: 16 or 8.
+    """
+
+    out_channels = 1280
+
+    def __init__(self, norm_act: NormAct, output_stride: int) -> None:
+        super().__init__(norm_layer=norm_act)
+        del self.classifier
+        for module in self.features.modules():
+            if isinstance(module, InvertedResidual):
+                module.conv[-1] = norm_act.plain(module.out_channels)
+            elif isinstance(module, Conv2dNormActivation) and norm_act.leaky:
+                module[2] = norm_act.activation()
+        self._dilate(output_stride)
+
+    def _dilate(self, output_stride: int) -> None:
+        """Replace strides beyond ``output_stride`` by dilation in the blocks that follow.
+
+        A block that loses its stride keeps the dilation before it, as in torchvision's ResNet, so that the
+        features are the undilated network's, computed at more places.
+        """
+        stride, dilation = 8, 1
+        for index in range(STAGE_STARTS[0], STAGE_ENDS[-1] + 1):
+            depthwise = self.features[index].conv[1][0]
+            depthwise.dilation = depthwise.padding = (dilation, dilation)
+            if index in STAGE_STARTS:
+                if stride == output_stride:
+                    depthwise.stride = (1, 1)
+                    dilation *= 2
+                else:
+                    stride *= 2
+
+    def forward(self, images: Tensor, keep_stages: bool = False) -> tuple[Tensor, list[Tensor]]:
+        """Features of the last layer, and if asked for the stages' (linear bottlenecks: never activated).
+
+        Args:
+            images: B×3×H×W.
+            keep_stages: whether to hand out the stages' features (PLOP distils these).
+
+        Returns:
+            B×1280×h×w, h = H / output stride, and a list of four tensors (24, 32, 96, 320 channels) or an
+            empty one.
+        """
+        x = images
+        stages: list[Tensor] = []
+        for index, layer in enumerate(self.features):
+            x = layer(x)
+            if keep_stages and index in STAGE_ENDS:
+                stages.append(x)
+        return x, stages

@@ -1,0 +1,181 @@
+"""Norm layers and the activations after them: the kinds of ``--norm_act``.
+
+| kind | norm | activation |
+|---|---|---|
+| ``std`` | BatchNorm | ReLU |
+| ``sync`` | SyncBatchNorm where an NCCL process group exists, else BatchNorm | ReLU |
+| ``abn`` | BatchNorm | leaky ReLU 0.01 |
+| ``iabn`` | inplace-abn's ``InPlaceABN`` | leaky ReLU 0.01, fused |
+| ``iabn_sync`` | inplace-abn's ``InPlaceABNSync`` over all processes | leaky ReLU 0.01, fused |
+| ``iabn_sync_test`` | the arithmetic of ``iabn_sync`` in plain torch, not synchronised | leaky ReLU 0.01 |
+
+``iabn_sync_test`` reads weights of ``iabn_sync`` on a machine without inplace-abn. (The released PLOP code
+built a bare BatchNorm for it, which its residual block cannot run.)
+
+In-place activated batch norm: Rota Bulò et al., "In-Place Activated BatchNorm for Memory-Optimized Training
+of DNNs", CVPR 2018.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from utils.errors import UserError
+
+NORM_KINDS = ("std", "sync", "abn", "iabn", "iabn_sync", "iabn_sync_test")
+LEAKY_SLOPE = 0.01
+
+
+class NormAct:
+    """Makes the norm layers and activations of one ``--norm_act`` kind.
+
+    Call it with a channel count for a norm that an activation follows, and put :meth:`activation` behind it
+    (for the in-place kinds that is the identity: the layer has activated already). :meth:`plain` makes a norm
+    with nothing behind it, :meth:`after_sum` the activation of a residual sum.
+
+    Raises:
+        UserError: unknown kind, or an in-place kind without the package inplace-abn.
+    """
+
+    def __init__(self, kind: str) -> None:
+        if kind not in NORM_KINDS:
+            raise UserError(f"--norm_act {kind}: unknown, choose one of {', '.join(NORM_KINDS)}")
+        self.kind = kind
+        self.fused = kind in ("iabn", "iabn_sync")
+        self.leaky = kind not in ("std", "sync")
+        if self.fused:
+            _in_place_layers()
+
+    def __call__(self, channels: int) -> nn.Module:
+        """Norm over ``channels`` that an activation follows."""
+        return self._layer(channels, activation="leaky_relu")
+
+    def plain(self, channels: int) -> nn.Module:
+        """Norm over ``channels`` without activation."""
+        return self._layer(channels, activation="identity")
+
+    def activation(self) -> nn.Module:
+        """What stands behind a norm made by calling this object."""
+        return nn.Identity() if self.fused else self.after_sum()
+
+    def after_sum(self) -> nn.Module:
+        """Activation of a residual sum; works in place."""
+        return nn.LeakyReLU(LEAKY_SLOPE, inplace=True) if self.leaky else nn.ReLU(inplace=True)
+
+    @property
+    def gain(self) -> float:
+        """Gain of the activation, for weight initialisation."""
+        return nn.init.calculate_gain("leaky_relu", LEAKY_SLOPE if self.leaky else 0.0)
+
+    def _layer(self, channels: int, activation: str) -> nn.Module:
+        if self.kind == "iabn_sync_test":
+            return AbsWeightBatchNorm2d(channels)
+        if self.kind == "sync" and _has_nccl_group():
+            return nn.SyncBatchNorm(channels)
+        if not self.fused:
+            return nn.BatchNorm2d(channels)
+        layers = _in_place_layers()
+        if self.kind == "iabn":
+            return layers["iabn"](channels, activation=activation, activation_param=LEAKY_SLOPE)
+        # The package's default group is read when it is imported, before any group exists, and then nothing
+        # is synchronised: name the group.
+        group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        return layers["iabn_sync"](
+            channels, activation=activation, activation_param=LEAKY_SLOPE, group=group
+        )
+
+
+class AbsWeightBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm that scales by ``|weight| + eps``, as the in-place layers do so that they can be inverted."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise B×C×H×W with batch statistics in training, running ones in evaluation."""
+        self._check_input_dim(input)
+        return F.batch_norm(
+            input,
+            self.running_mean,
+            self.running_var,
+            self.weight.abs() + self.eps,
+            self.bias,
+            self.training,
+            self.momentum if self.momentum is not None else 0.0,
+            self.eps,
+        )
+
+
+def norm_layers(module: nn.Module) -> Iterator[nn.Module]:
+    """Every batch norm in ``module``, of whatever kind, for ``--fix_bn``."""
+    for layer in module.modules():
+        if isinstance(layer, _BatchNorm) or hasattr(layer, "activation_param"):
+            yield layer
+
+
+def set_process_group(module: nn.Module, group: dist.ProcessGroup | None) -> None:
+    """Let every ``InPlaceABNSync`` in ``module`` gather its statistics over ``group``.
+
+    Only for a network that was built before ``init_process_group``; later ones find the group themselves.
+    """
+    for layer in module.modules():
+        if hasattr(layer, "set_group"):
+            layer.set_group(group)
+
+
+def _has_nccl_group() -> bool:
+    """Whether SyncBatchNorm can train here: it needs CUDA tensors and a process group."""
+    return dist.is_available() and dist.is_initialized() and "nccl" in dist.get_backend()
+
+
+def _supported_dtype(x: Tensor) -> Tensor:
+    """``x`` in a type that inplace-abn's kernels have: no bfloat16, float16 only on CUDA."""
+    if x.dtype in (torch.float32, torch.float64) or (x.is_cuda and x.dtype == torch.float16):
+        return x
+    return x.float()
+
+
+@cache
+def _in_place_layers() -> dict[str, Any]:
+    """The in-place layer classes, made to accept what autocast gives them."""
+    package = _import_inplace_abn()
+
+    class InPlaceABN(package.InPlaceABN):  # type: ignore[name-defined]
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(_supported_dtype(x))
+
+    class InPlaceABNSync(package.InPlaceABNSync):  # type: ignore[name-defined]
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(_supported_dtype(x))
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> InPlaceABNSync:
+            # A process group cannot be copied; the copy shares it.
+            copied = type(self)(
+                self.num_features,
+                self.eps,
+                self.momentum,
+                activation=self.activation,
+                activation_param=self.activation_param,
+                group=self.group,
+            )
+            copied.to(self.weight.device, self.weight.dtype).load_state_dict(self.state_dict())
+            return copied.train(self.training).requires_grad_(self.weight.requires_grad)
+
+    return {"iabn": InPlaceABN, "iabn_sync": InPlaceABNSync}
+
+
+def _import_inplace_abn() -> ModuleType:
+    try:
+        import inplace_abn
+    except ImportError as error:
+        raise UserError(
+            "--norm_act iabn and iabn_sync need the package inplace-abn: "
+            "`pip install --no-build-isolation inplace-abn`, or take --norm_act std, sync or abn"
+        ) from error
+    return inplace_abn

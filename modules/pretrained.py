@@ -1,0 +1,262 @@
+"""Pretrained weights of a body: from a file, from torchvision or from the Hugging Face hub.
+
+Understood are state dicts of torchvision, the ``<backbone>_<norm>.pth.tar`` files of inplace-abn that MiB and
+PLOP start from, NVlabs' ``mit_b*.pth`` and the ``nvidia/mit-b*`` checkpoints of the hub, bare or under
+``state_dict``, with or without ``module.`` before the names. Files are read as tensors only: nothing that a
+file says is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.utils import EntryNotFoundError
+from safetensors import SafetensorError
+from torch import Tensor
+from torchvision.models import get_weight
+
+from modules.network import Network
+from modules.norm import NormAct
+from utils.errors import UserError
+
+TORCHVISION_WEIGHTS = {
+    "resnet50": "ResNet50_Weights.IMAGENET1K_V1",
+    "resnet101": "ResNet101_Weights.IMAGENET1K_V1",
+    "mobilenet_v2": "MobileNet_V2_Weights.IMAGENET1K_V1",
+}
+"""The weights that the papers' code took, by backbone."""
+REMEDY = "give a file with --pretrained_path, or start from random weights with --no_pretrained"
+
+
+@dataclass
+class LoadReport:
+    """What became of the tensors of a pretrained file.
+
+    ``loaded`` and ``missing`` are names in the network's body, ``left_over`` names in the file (the
+    classifier, as a rule).
+    """
+
+    source: str
+    loaded: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    left_over: list[str] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """One line for the log."""
+        return (
+            f"pretrained weights from {self.source}: {len(self.loaded)} tensors loaded, "
+            f"{_count(self.missing)} missing, {_count(self.left_over)} left over"
+        )
+
+
+def _count(names: list[str]) -> str:
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"{len(names)} ({shown})" if names else "0"
+
+
+def load_pretrained(
+    network: Network, *, path: Path | None = None, name: str | None = None, hub: str | None = None
+) -> LoadReport:
+    """Load weights into ``network.body`` from exactly one source.
+
+    Args:
+        network: what :func:`modules.build_network` made.
+        path: a file.
+        name: torchvision weights, such as ``ResNet101_Weights.IMAGENET1K_V1``; downloaded once, with
+            torchvision's checksum.
+        hub: a repository of the Hugging Face hub, such as ``nvidia/mit-b2``; downloaded once.
+
+    Raises:
+        UserError: the source cannot be reached or read, is for another network, or fits nothing.
+    """
+    if sum(source is not None for source in (path, name, hub)) != 1:
+        raise TypeError("load_pretrained needs exactly one of path, name and hub")
+    if name is not None:
+        state = _download_torchvision(name)
+    elif hub is not None:
+        state = read_state_dict(_download_hub(hub))
+    else:
+        assert path is not None
+        state = read_state_dict(path)
+    return _load_into_body(network, state, str(path or name or hub))
+
+
+def load_default_pretrained(
+    network: Network, *, model: str | None, backbone: str, norm_act: str, folder: Path = Path("pretrained")
+) -> LoadReport:
+    """Load the weights that the published code starts from.
+
+    SegFormer: ``mit_b*.pth`` in ``folder`` where it is there, else the hub's. DeepLab with ``std`` or
+    ``sync``, or with MobileNetV2: torchvision's. ResNet with a leaky kind of norm: inplace-abn's
+    ``<backbone>_<norm>.pth.tar`` in ``folder``.
+
+    Raises:
+        UserError: the file is not there, or as :func:`load_pretrained`.
+    """
+    if model is not None and model.startswith("segformer_"):
+        size = model.removeprefix("segformer_")
+        file = folder / f"mit_{size}.pth"
+        if file.is_file():
+            return load_pretrained(network, path=file)
+        return load_pretrained(network, hub=f"nvidia/mit-{size}")
+    if not NormAct(norm_act).leaky or backbone == "mobilenet_v2":
+        return load_pretrained(network, name=TORCHVISION_WEIGHTS[backbone])
+    file = folder / f"{backbone}_{norm_act.removesuffix('_test')}.pth.tar"
+    if not file.is_file():
+        raise UserError(
+            f"{file}: not found; download it from the links in github.com/mapillary/inplace_abn, take "
+            f"torchvision's weights with --norm_act std, {REMEDY}"
+        )
+    return load_pretrained(network, path=file)
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of a ``.pth``, ``.pth.tar``, ``.bin`` or ``.safetensors`` file, by name, on the CPU.
+
+    Raises:
+        UserError: no such file, no such format, or the file holds more than tensors and plain values.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; {REMEDY}")
+    try:
+        if path.suffix == ".safetensors":
+            content: Any = safetensors.torch.load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: refused, it is no file of torch.save or holds Python objects, which could run code; "
+            "save its state dict alone"
+        ) from error
+    except (OSError, RuntimeError, ValueError, LookupError, EOFError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read as weights (broken or cut short?); {REMEDY}") from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    tensors = content if isinstance(content, dict) else {}
+    tensors = {key: value for key, value in tensors.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise UserError(f"{path}: holds no named tensors; {REMEDY}")
+    return tensors
+
+
+def _download_torchvision(name: str) -> dict[str, Tensor]:
+    try:
+        weights = get_weight(name)
+    except ValueError as error:
+        raise UserError(f"{name}: torchvision has no such weights; {REMEDY}") from error
+    try:
+        return weights.get_state_dict(map_location="cpu", progress=False, check_hash=True, weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"{weights.url}: cannot be downloaded (no network, or a wrong checksum); {REMEDY}"
+        ) from error
+
+
+def _download_hub(repository: str) -> Path:
+    failure: Exception | None = None
+    for filename in ("model.safetensors", "pytorch_model.bin"):
+        try:
+            path = Path(hf_hub_download(repository, filename))
+        except (OSError, ValueError, EntryNotFoundError) as error:
+            failure = error
+            continue
+        _check_digest(path)
+        return path
+    raise UserError(f"huggingface.co/{repository}: cannot be downloaded (no network?); {REMEDY}") from failure
+
+
+def _check_digest(path: Path) -> None:
+    """Compare a file of the hub's cache with its checksum: the cache names large files by their SHA-256."""
+    expected = path.resolve().name
+    if not re.fullmatch(r"[0-9a-f]{64}", expected):
+        return
+    if hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+        raise UserError(f"{path}: wrong checksum, the download is broken; delete the file and start again")
+
+
+Rename = tuple[str, "str | Callable[[re.Match[str]], str]"]
+
+
+def _stage(pattern: str, ours: str) -> Rename:
+    """A rename that counts stages (and blocks) from 1 where the file counts from 0 (blocks stay)."""
+    return pattern, lambda found: ours.format(int(found[1]) + 1, *found.groups()[1:])
+
+
+RENAMES: list[Rename] = [
+    (r"^(?:module\.|backbone\.|segformer\.|encoder\.)+", ""),
+    # inplace-abn's ResNet → torchvision's
+    (r"^mod1\.", ""),
+    (
+        r"^mod(\d)\.block(\d+)\.(?:convs\.)?",
+        lambda found: f"layer{int(found[1]) - 1}.{int(found[2]) - 1}.",
+    ),
+    (r"\.proj_conv\.", ".downsample.0."),
+    (r"\.proj_bn\.", ".downsample.1."),
+    # transformers' SegFormer, its names on the hub and those of transformers 5 → NVlabs'
+    _stage(r"^patch_embeddings\.(\d)\.", "patch_embed{}."),
+    _stage(r"^stages\.(\d)\.patch_embeddings\.", "patch_embed{}."),
+    _stage(r"^block\.(\d)\.(\d+)\.", "block{}.{}."),
+    _stage(r"^stages\.(\d)\.blocks\.(\d+)\.", "block{}.{}."),
+    _stage(r"^layer_norm\.(\d)\.", "norm{}."),
+    _stage(r"^stages\.(\d)\.layer_norm\.", "norm{}."),
+    (r"^(patch_embed\d)\.layer_norm\.", r"\1.norm."),
+    (r"\.(?:layer_norm_1|layernorm_before)\.", ".norm1."),
+    (r"\.(?:layer_norm_2|layernorm_after)\.", ".norm2."),
+    (r"\.attention\.(?:self\.query|q_proj)\.", ".attn.q."),
+    (r"\.attention\.(?:self\.key|k_proj)\.", ".attn.k."),
+    (r"\.attention\.(?:self\.value|v_proj)\.", ".attn.v."),
+    (r"\.attention\.(?:self\.sr|sequence_reduction\.sequence_reduction)\.", ".attn.sr."),
+    (r"\.attention\.(?:self|sequence_reduction)\.layer_norm\.", ".attn.norm."),
+    (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.mlp\.dense([12])\.", r".mlp.fc\1."),
+]
+
+
+def rename(key: str) -> str:
+    """Our body's name for a tensor that a pretrained file calls ``key``."""
+    for pattern, replacement in RENAMES:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def _load_into_body(network: Network, state: dict[str, Tensor], source: str) -> LoadReport:
+    wanted = network.body.state_dict()
+    names = {rename(key): key for key in state}
+    tensors = {ours: state[key] for ours, key in names.items()}
+    for key in [ours for ours in tensors if ".attn.k." in ours]:
+        value = key.replace(".attn.k.", ".attn.v.")
+        if value in tensors:  # NVlabs' layer makes keys and values at once
+            joined = key.replace(".attn.k.", ".attn.kv.")
+            tensors[joined] = torch.cat([tensors.pop(key), tensors.pop(value)])
+            names[joined] = names[key]
+    fitting = {key: tensor for key, tensor in tensors.items() if key in wanted}
+    if not fitting:
+        raise UserError(
+            f"{source}: fits nothing in this network (it has {next(iter(state))}, ..., "
+            f"the network {next(iter(wanted))}, ...); check --model and --backbone, or {REMEDY}"
+        )
+    for key, tensor in fitting.items():
+        if tensor.shape != wanted[key].shape:
+            raise UserError(
+                f"{source}: for another network, {names[key]} is {_shape(tensor)} and not {_shape(wanted[key])}; "
+                f"check --model and --backbone, or {REMEDY}"
+            )
+    network.body.load_state_dict(fitting, strict=False)
+    # Files of old torch releases do not count batches, and nothing depends on the count.
+    missing = [key for key in wanted if key not in fitting and not key.endswith("num_batches_tracked")]
+    left_over = [names[key] for key in tensors if key not in wanted]
+    return LoadReport(source, loaded=list(fitting), missing=missing, left_over=left_over)
+
+
+def _shape(tensor: Tensor) -> str:
+    return "×".join(map(str, tensor.shape)) or "a scalar"

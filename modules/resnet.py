@@ -1,0 +1,109 @@
+"""ResNet bodies: torchvision's ResNet-50 and ResNet-101, dilated to output stride 16 or 8.
+
+He et al., "Deep Residual Learning for Image Recognition", CVPR 2016.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torchvision.models.resnet import Bottleneck, ResNet
+
+from modules.norm import NormAct
+
+LAYERS = {"resnet50": [3, 4, 6, 3], "resnet101": [3, 4, 23, 3]}
+
+
+class ResidualBlock(Bottleneck):
+    """torchvision's bottleneck with the activation of ``norm_layer`` and a sum that can be taken out.
+
+    The last norm and the shortcut's have no activation; the sum has.
+    """
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Sequential | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: Any = None,
+    ) -> None:
+        super().__init__(inplanes, planes, stride, downsample, groups, base_width, dilation, norm_layer)
+        self.bn3 = norm_layer.plain(self.conv3.out_channels)
+        if self.downsample is not None:
+            self.downsample[1] = norm_layer.plain(self.conv3.out_channels)
+        self.activation = norm_layer.activation()
+        self.relu = norm_layer.after_sum()
+
+    def residual_sum(self, x: Tensor) -> Tensor:
+        """B×C×H×W → B×4P×H'×W', the block without its last activation."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.activation(self.bn1(self.conv1(x)))
+        x = self.activation(self.bn2(self.conv2(x)))
+        # Not in place: the in-place norms need their output as it is.
+        return self.bn3(self.conv3(x)) + shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        """B×C×H×W → B×4P×H'×W'."""
+        return self.relu(self.residual_sum(x))
+
+
+class ResNetBody(ResNet):
+    """ResNet without pooling and classifier; state dict keys are torchvision's.
+
+    Stride 16 dilates the last stage by 2, stride 8 the last two by 2 and 4. With ``std`` and ``sync`` the
+    first block of a dilated stage keeps the dilation before it (torchvision's
+    ``replace_stride_with_dilation``: the values are those of the undilated network, computed at more
+    places); with the leaky kinds it has the stage's own, as the networks of MiB and PLOP.
+
+    Args:
+        backbone: ``resnet50`` or ``resnet101``.
+        norm_act: norm layers and activations.
+        output_stride: 16 or 8.
+    """
+
+    out_channels = 2048
+
+    def __init__(self, backbone: str, norm_act: NormAct, output_stride: int) -> None:
+        dilate = [False, output_stride == 8, True]
+        super().__init__(
+            ResidualBlock,
+            LAYERS[backbone],
+            replace_stride_with_dilation=dilate,
+            norm_layer=norm_act,
+        )
+        del self.avgpool, self.fc
+        self.relu = norm_act.activation()
+        if norm_act.leaky:
+            for stage in (self.layer3, self.layer4):
+                stage[0].conv2.dilation = stage[0].conv2.padding = stage[1].conv2.dilation
+
+    def forward(self, images: Tensor, keep_stages: bool = False) -> tuple[Tensor, list[Tensor]]:
+        """Features of the last stage, and if asked for those of all four before their last activation.
+
+        Args:
+            images: B×3×H×W.
+            keep_stages: whether to hand out the stages' features (PLOP distils these).
+
+        Returns:
+            B×2048×h×w, h = H / output stride, and a list of four tensors (256, 512, 1024, 2048 channels) or
+            an empty one.
+        """
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        stages: list[Tensor] = []
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            *blocks, last = stage
+            for block in blocks:
+                x = block(x)
+            x = last.residual_sum(x)
+            if keep_stages:
+                stages.append(x)
+                x = x.clone()  # the activation overwrites its input
+            x = last.relu(x)
+        return x, stages
+
+

@@ -1,0 +1,20 @@
+# Sourced by the other scripts: a virtual environment with the packages of a requirements file.
+#   . scripts/environment.sh requirements.txt
+# VENV names another folder than .venv. What is installed already for the same file is left alone.
+VENV=${VENV:-.venv}
+requirements=$1
+stamp="$VENV/.installed-$(cat requirements*.txt | cksum | cut -d' ' -f1)-$(basename "$requirements" .txt)"
+if [ ! -e "$stamp" ]; then
+    python=${PYTHON:-python3}
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        { echo "Python 3.10 or newer is needed; name one with PYTHON=..." >&2; exit 2; }
+    [ -x "$VENV/bin/python" ] || "$python" -m venv "$VENV" ||
+        { echo "cannot make a virtual environment; on Debian: apt-get install python3-venv" >&2; exit 2; }
+    echo "installing $requirements into $VENV (a few minutes the first time)"
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements"
+    touch "$stamp"
+fi
+# shellcheck disable=SC2034  # used by the scripts that source this file
+PYTHON_BIN="$PWD/$VENV/bin/python"
+case $VENV in /*) PYTHON_BIN="$VENV/bin/python" ;; esac
+export PATH="$(dirname "$PYTHON_BIN"):$PATH"

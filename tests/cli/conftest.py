@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from command import Launch, Outcome, launch
+
+
+@pytest.fixture
+def cli(shapes_root: Path) -> Launch:
+    """``cli(*arguments)`` on the generated data."""
+
+    def run(*arguments: str | Path, launcher: str = "python", processes: int = 1) -> Outcome:
+        return launch(
+            *("--dataset", "shapes", "--data_root", shapes_root, *arguments),
+            launcher=launcher,
+            processes=processes,
+        )
+
+    return run

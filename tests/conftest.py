@@ -1,0 +1,27 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dataset.shapes import ShapesConfig, make_shapes
+
+SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def shapes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small generated data set: 48 + 16 pictures of 64 pixels; give it as --data_root. Read only."""
+    root = tmp_path_factory.mktemp("data") / "shapes"
+    make_shapes(root, ShapesConfig(train=48, val=16, size=64, seed=3), num_workers=2)
+    return root
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real pictures, masks and golden values beside the checkout."""
+    if not SHARED.is_dir():
+        pytest.skip(f"needs the test material in {SHARED}")
+    return SHARED

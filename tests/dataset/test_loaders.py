@@ -1,0 +1,244 @@
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dataset import open_dataset
+from dataset.incremental import Entry, IncrementalDataset, SampleKey, train_lookup
+from dataset.loaders import (
+    EpochSampler,
+    EvalSampler,
+    MemoryMixSampler,
+    choose_samples,
+    cross_val_split,
+    make_eval_loader,
+    make_train_loader,
+)
+from dataset.transforms import eval_transform, train_transform
+from tasks import get_task
+from utils.errors import DataError, UserError
+
+
+def batches(sampler: EpochSampler) -> list[list[SampleKey]]:
+    keys = list(sampler)
+    assert len(keys) == len(sampler)
+    return [keys[i : i + sampler.batch_size] for i in range(0, len(keys), sampler.batch_size)]
+
+
+def keys_of(batch: list[SampleKey]) -> set[tuple[int, int]]:
+    return {(key.index, key.position) for key in batch}
+
+
+@given(st.integers(8, 60), st.integers(1, 4), st.sampled_from([1, 2, 4]), st.integers(0, 3))
+def test_batches_do_not_depend_on_the_number_of_processes(
+    samples: int, per_rank: int, ranks: int, epoch: int
+) -> None:
+    total = per_rank * ranks
+    if samples < total:
+        return
+    alone = EpochSampler(samples, batch_size=total, seed=3)
+    parts = [
+        EpochSampler(samples, batch_size=per_rank, seed=3, rank=r, world_size=ranks) for r in range(ranks)
+    ]
+    for sampler in (alone, *parts):
+        sampler.set_epoch(epoch)
+    whole, *_ = joined = [batches(sampler) for sampler in (alone, *parts)]
+    assert len(whole) == samples // total == alone.batches_per_epoch == parts[0].batches_per_epoch
+    for number, batch in enumerate(whole):
+        union = [key for part in joined[1:] for key in part[number]]
+        assert len(union) == total and keys_of(union) == keys_of(batch)
+    indices = [key.index for batch in whole for key in batch]
+    assert len(set(indices)) == len(indices)
+
+
+def test_order_depends_on_seed_and_epoch() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        sampler = EpochSampler(30, batch_size=5, seed=seed)
+        sampler.set_epoch(epoch)
+        return [key.index for key in sampler]
+
+    assert order(1, 0) == order(1, 0)
+    assert order(1, 0) != order(1, 1) and order(1, 0) != order(2, 0)
+    assert sorted(order(1, 4)) == list(range(30))
+    plain = EpochSampler(7, batch_size=3, shuffle=False)
+    assert [key.index for key in plain] == list(range(6))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_resume_in_the_middle_of_an_epoch(rank: int) -> None:
+    whole = EpochSampler(31, batch_size=3, seed=1, rank=rank, world_size=2)
+    whole.set_epoch(2)
+    resumed = EpochSampler(31, batch_size=3, seed=1, rank=rank, world_size=2)
+    resumed.set_epoch(2, start_batch=3)
+    assert batches(resumed) == batches(whole)[3:]
+    resumed.set_epoch(3)
+    assert len(batches(resumed)) == resumed.batches_per_epoch == 5
+
+
+def test_too_few_images() -> None:
+    with pytest.raises(
+        UserError, match=r"7 training images .* one batch of 4 on 2 process.*--batch_size 3 or less"
+    ):
+        EpochSampler(7, batch_size=4, world_size=2)
+    with pytest.raises(UserError, match="use fewer processes"):
+        EpochSampler(1, batch_size=4, world_size=2)
+    with pytest.raises(UserError, match="0 training images"):
+        EpochSampler(0, batch_size=1)
+    assert len(EpochSampler(8, batch_size=4, world_size=2)) == 4
+
+
+@pytest.mark.parametrize(
+    ("samples", "memory", "per_rank", "ranks"), [(23, 5, 4, 2), (10, 40, 6, 1), (9, 3, 3, 1)]
+)
+def test_exemplars_fill_half_of_each_batch(samples: int, memory: int, per_rank: int, ranks: int) -> None:
+    total = per_rank * ranks
+    own_half = total - total // 2
+    ranks_batches = []
+    for rank in range(ranks):
+        sampler = MemoryMixSampler(samples, memory, batch_size=per_rank, seed=2, rank=rank, world_size=ranks)
+        sampler.set_epoch(1)
+        ranks_batches.append(batches(sampler))
+        for batch in ranks_batches[-1]:
+            own = sum(key.index < samples for key in batch)
+            assert own in (per_rank // 2, per_rank - per_rank // 2)
+    joined = [[key for part in parts for key in part] for parts in zip(*ranks_batches, strict=True)]
+    assert len(joined) == samples // own_half
+    assert all(sum(key.index < samples for key in batch) == own_half for batch in joined)
+    counts = Counter(key.index for batch in joined for key in batch)
+    assert max(counts) < samples + memory
+    assert all(counts[i] <= 1 for i in range(samples))
+    shown = [counts[samples + i] for i in range(memory)]
+    assert max(shown) - min(shown) <= 1  # the memory is gone through evenly
+
+    alone = MemoryMixSampler(samples, memory, batch_size=total, seed=2)
+    alone.set_epoch(1)
+    assert [keys_of(batch) for batch in batches(alone)] == [keys_of(batch) for batch in joined]
+
+
+def test_exemplars_need_two_places_in_a_batch() -> None:
+    with pytest.raises(UserError, match="--batch_size 1 leaves no place for exemplars"):
+        MemoryMixSampler(10, 5, batch_size=1)
+    with pytest.raises(UserError, match=r"2 training images.*--batch_size 2 or less"):
+        MemoryMixSampler(2, 5, batch_size=4, world_size=2)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("samples", [0, 1, 7, 16])
+def test_evaluation_takes_every_image_once(samples: int, ranks: int) -> None:
+    parts = [list(EvalSampler(samples, rank=r, world_size=ranks)) for r in range(ranks)]
+    assert sorted(key.index for part in parts for key in part) == list(range(samples))
+    assert [len(EvalSampler(samples, rank=r, world_size=ranks)) for r in range(ranks)] == [
+        len(p) for p in parts
+    ]
+
+
+def make(root: Path, *, train: bool = True) -> IncrementalDataset:
+    source = open_dataset("shapes", root, "train")
+    transform = train_transform(32) if train else eval_transform(32)
+    entries = [Entry(i) for i in range(len(source))]
+    return IncrementalDataset(
+        source, entries, [train_lookup(get_task("shapes", "15-5"), 0)], transform, seed=4
+    )
+
+
+def epoch_of(
+    dataset: IncrementalDataset, epoch: int, *, workers: int, start_batch: int = 0, **kwargs: int
+) -> list[tuple[Tensor, Tensor]]:
+    loader = make_train_loader(dataset, **{"batch_size": 8, "seed": 4, "num_workers": workers} | kwargs)
+    loader.sampler.set_epoch(epoch, start_batch)
+    return list(loader)
+
+
+def same(a: list[tuple[Tensor, Tensor]], b: list[tuple[Tensor, Tensor]]) -> bool:
+    pairs = zip(a, b, strict=True)
+    return all(torch.equal(x[0], y[0]) and torch.equal(x[1], y[1]) for x, y in pairs)
+
+
+def test_batches_do_not_depend_on_workers_or_on_a_resume(shapes_root: Path) -> None:
+    dataset = make(shapes_root)
+    whole = epoch_of(dataset, 1, workers=0)
+    assert len(whole) == 6
+    images, targets = whole[0]
+    assert images.shape == (8, 3, 32, 32) and targets.shape == (8, 32, 32)
+    assert images.dtype == targets.dtype == torch.uint8
+    assert same(epoch_of(dataset, 1, workers=2), whole)
+    assert same(epoch_of(dataset, 1, workers=1, start_batch=4), whole[4:])
+    assert not same(epoch_of(dataset, 0, workers=0), whole)
+
+
+def test_batches_do_not_depend_on_processes(shapes_root: Path) -> None:
+    dataset = make(shapes_root)
+    whole = epoch_of(dataset, 1, workers=0)
+    parts = [epoch_of(dataset, 1, workers=0, batch_size=4, rank=r, world_size=2) for r in range(2)]
+    for number, (images, targets) in enumerate(whole):
+        # Rank r has every second sample of the batch.
+        for rank in range(2):
+            assert torch.equal(parts[rank][number][0], images[rank::2])
+            assert torch.equal(parts[rank][number][1], targets[rank::2])
+
+
+def test_workers_live_through_epochs(shapes_root: Path) -> None:
+    loader = make_train_loader(make(shapes_root), 8, seed=4, num_workers=1)
+    for epoch in (0, 1):
+        loader.sampler.set_epoch(epoch)
+        assert same(list(loader), epoch_of(make(shapes_root), epoch, workers=0))
+    loader.sampler.set_epoch(0)
+    for _ in loader:  # a loop that ends early does not disturb the next one
+        break
+    assert same(list(loader), epoch_of(make(shapes_root), 0, workers=0))
+
+
+def test_exemplars_in_a_loader(shapes_root: Path) -> None:
+    loader = make_train_loader(make(shapes_root), 4, num_memory=8, num_workers=0)
+    assert isinstance(loader.sampler, MemoryMixSampler)
+    assert len(list(loader)) == len(loader) == 20
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_loader(shapes_root: Path, workers: int) -> None:
+    dataset = make(shapes_root, train=False)
+    parts = [
+        list(make_eval_loader(dataset, 5, num_workers=workers, rank=r, world_size=2, device="cpu"))
+        for r in (0, 1)
+    ]
+    assert [len(part[-1][0]) for part in parts] == [4, 4]
+    for rank, part in enumerate(parts):
+        targets = torch.cat([target for _, target in part])
+        expected = torch.stack([dataset[i][1] for i in range(rank, 48, 2)])
+        assert torch.equal(targets, expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_file_comes_out_as_one_line(shapes_root: Path, workers: int) -> None:
+    dataset = make(shapes_root)
+    dataset.dataset.images[13] = Path("/nowhere/x.jpg")
+    for loader in (
+        make_train_loader(dataset, 8, num_workers=workers),
+        make_eval_loader(dataset, 8, num_workers=workers),
+    ):
+        with pytest.raises(DataError) as error:
+            list(loader)
+        assert str(error.value) == "/nowhere/x.jpg: the image is missing; check the list file and --data_root"
+
+
+def test_too_few_images_for_a_loader(shapes_root: Path) -> None:
+    with pytest.raises(UserError, match="48 training images are too few for one batch of 49"):
+        make_train_loader(make(shapes_root), 49)
+
+
+def test_cross_validation_split() -> None:
+    indices = list(range(100, 152))
+    train, val = cross_val_split(indices, seed=1)
+    assert sorted(train + val) == indices and len(train) == 41 and not set(train) & set(val)
+    assert (train, val) == cross_val_split(indices, seed=1) != cross_val_split(indices, seed=2)
+    assert train == sorted(train) and val == sorted(val)
+
+
+def test_sample_pictures() -> None:
+    chosen = choose_samples(50, 10, seed=1)
+    assert len(set(chosen)) == 10 and chosen == sorted(chosen) and chosen == choose_samples(50, 10, seed=1)
+    assert choose_samples(3, 10, seed=1) == [0, 1, 2] and choose_samples(50, 0, seed=1) == []

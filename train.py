@@ -1,0 +1,288 @@
+"""One training loop for every method: train, evaluate.
+
+``Trainer`` takes any module that maps images to ``(logits, intermediates)``; methods act through the
+hooks of ``methods/base.py``. Order in a step (SPEC section 6): teacher forward, student forward,
+running statistics, pseudo-labels, all terms, one backward, importance update, the penalty's backward,
+optimiser, scheduler.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+
+from dataset.transforms import normalize
+from methods.base import Batch, Context, Method
+from metrics.stream_metrics import StreamSegMetrics
+from utils.distributed import unwrap
+
+Predict = Callable[[nn.Module, Tensor], Tensor]
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss term became NaN or infinite."""
+
+
+class Precision:
+    """What ``--opt_level`` means on a device.
+
+    O0: float32. O1: the networks run under autocast, losses in float32. O2: losses under autocast too.
+    O3: the student's and teacher's weights themselves are in half precision. Half precision is float16
+    with loss scaling on CUDA for O1 and O2, bfloat16 on the CPU and for O3 (no loss scaling there).
+    """
+
+    def __init__(self, level: str, device: torch.device) -> None:
+        self.level = level
+        self.device = device
+        scaled = device.type == "cuda" and level in ("O1", "O2")
+        self.dtype = torch.float16 if scaled else torch.bfloat16
+        self.scaler = GradScaler(device.type, enabled=scaled)
+
+    def cast(self, model: nn.Module) -> nn.Module:
+        """Lower the weights for O3, before the optimiser is made."""
+        return model.to(self.dtype) if self.level == "O3" else model
+
+    def network(self) -> contextlib.AbstractContextManager[Any]:
+        """Context of a network's forward pass."""
+        return self._autocast(self.level in ("O1", "O2", "O3"))
+
+    def losses(self) -> contextlib.AbstractContextManager[Any]:
+        """Context of the losses."""
+        return self._autocast(self.level in ("O2", "O3"))
+
+    def loss_input(self, value: Any) -> Any:
+        """What the losses see of a network's output: float32 unless they run in half precision too."""
+        return value if self.level in ("O2", "O3") else _single(value)
+
+    def _autocast(self, on: bool) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=on)
+
+
+class Trainer:
+    """Trains and evaluates the network of one step.
+
+    Args:
+        context: the step: networks, classes, device. The teacher must be in evaluation mode.
+        methods: the methods in calling order, already through ``begin_step``.
+        optimizer: over the student's parameters.
+        scheduler: stepped once per batch, or None.
+        forward: the module whose forward trains (the student wrapped for several processes or
+            compiled); the student itself if None.
+        precision: O0 if None.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        methods: Mapping[str, Method],
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+        *,
+        forward: nn.Module | None = None,
+        precision: Precision | None = None,
+    ) -> None:
+        self.context = context
+        self.methods = methods
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.model = forward if forward is not None else context.model
+        self.precision = precision or Precision("O0", context.device)
+
+    def train_epoch(
+        self,
+        loader: Iterable[Any],
+        epoch: int,
+        *,
+        interval: int = 10,
+        report: Callable[[int, dict[str, float]], None] = lambda position, terms: None,
+    ) -> dict[str, float]:
+        """Train on every batch of the loader once.
+
+        Args:
+            loader: yields (images, targets) or (images, targets, extras); see ``train_step``.
+            epoch: number of the epoch, from 0.
+            interval: batches between two calls of ``report`` (the only points at which losses are read
+                from the device).
+            report: called with the number of batches done and the mean of every term since the last call.
+
+        Returns:
+            Mean of every term over the epoch, "total" among them.
+
+        Raises:
+            NonFiniteLoss: a term is NaN or infinite.
+        """
+        self.model.train()
+        epoch_means, interval_means = _Means(), _Means()
+        for position, sample in enumerate(loader, start=1):
+            terms = self.train_step(*sample, epoch=epoch)
+            epoch_means.add(terms)
+            interval_means.add(terms)
+            if position % interval == 0:
+                report(position, interval_means.read())
+                interval_means = _Means()
+        return epoch_means.read()
+
+    def train_step(
+        self, images: Tensor, targets: Tensor, extras: dict[str, Tensor] | None = None, *, epoch: int = 0
+    ) -> dict[str, Tensor]:
+        """One optimiser step.
+
+        Args:
+            images: B×3×H×W, uint8 (normalised here) or float32 (taken as normalised).
+            targets: B×H×W, network indices and 255, any integer type.
+            extras: further tensors of the samples, by name.
+            epoch: number of the epoch, from 0.
+
+        Returns:
+            The loss terms, detached, on the device.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        batch = self._forward(images, targets, extras or {}, epoch)
+        with self.precision.losses():
+            for method in self.methods.values():
+                method.observe(batch)
+            for method in self.methods.values():
+                method.relabel(batch)
+            terms: dict[str, Tensor] = {}
+            for method in self.methods.values():
+                terms.update(method.losses(batch))
+        total = torch.stack([term.float() for term in terms.values()]).sum()
+        scaler = self.precision.scaler
+        scaler.scale(total).backward()
+        scaler.unscale_(self.optimizer)
+        for method in self.methods.values():
+            method.after_backward()
+        penalties: dict[str, Tensor] = {}
+        for method in self.methods.values():
+            penalties.update(method.penalty())
+        for penalty in penalties.values():
+            penalty.backward()
+        scaler.step(self.optimizer)
+        scaler.update()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        terms.update(penalties)
+        terms["total"] = total + sum(penalties.values())
+        return {name: term.detach() for name, term in terms.items()}
+
+    def _forward(
+        self, images: Tensor, targets: Tensor, extras: dict[str, Tensor], epoch: int
+    ) -> Batch:
+        context, device = self.context, self.context.device
+        images = to_device(images, device)
+        targets = targets.to(device, non_blocking=True).long()
+        outputs_old, features_old = None, {}
+        with self.precision.network():
+            if context.model_old is not None:
+                with torch.no_grad():
+                    outputs_old, features_old = context.model_old(images)
+            outputs, features = self.model(images)
+        return Batch(
+            images=images,
+            targets=targets,
+            original_targets=targets,
+            incremental_step=context.step,
+            classes_old=context.classes_old,
+            classes_new=context.classes_new,
+            outputs=self.precision.loss_input(outputs),
+            features=self.precision.loss_input(features),
+            outputs_old=self.precision.loss_input(outputs_old),
+            features_old=self.precision.loss_input(features_old),
+            extras={name: extra.to(device, non_blocking=True) for name, extra in extras.items()},
+            epoch=epoch,
+        )
+
+    def evaluate(
+        self, loader: Iterable[Any], metrics: StreamSegMetrics, *, predict: Predict | None = None
+    ) -> StreamSegMetrics:
+        """Confusion matrix over a loader's images, summed over all processes. See ``evaluate``."""
+        return evaluate(
+            unwrap(self.model),
+            loader,
+            metrics,
+            device=self.context.device,
+            precision=self.precision,
+            predict=predict,
+        )
+
+
+def class_scores(model: nn.Module, images: Tensor) -> Tensor:
+    """Scores B×C×H×W of normalised images; arg-max over C is the prediction."""
+    logits, _ = model(images)
+    scores = getattr(model, "scores", None)
+    return logits if scores is None else scores(logits)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[Any],
+    metrics: StreamSegMetrics,
+    *,
+    device: torch.device,
+    precision: Precision,
+    predict: Predict | None = None,
+) -> StreamSegMetrics:
+    """Confusion matrix over a loader's images, summed over all processes.
+
+    Args:
+        model: maps images to (logits, intermediates); put into evaluation mode.
+        loader: yields (images, targets); no image may come twice over all processes.
+        metrics: emptied first.
+        device, precision: as in training.
+        predict: maps (model, images) to scores B×C×H×W; ``class_scores`` if None.
+    """
+    model.eval()
+    metrics.reset()
+    predict = predict or class_scores
+    for images, targets, *_ in loader:
+        with precision.network():
+            scores = predict(model, to_device(images, device))
+        metrics.update(scores.argmax(dim=1), targets.to(device, non_blocking=True))
+    metrics.synchronise()
+    return metrics
+
+
+def to_device(images: Tensor, device: torch.device) -> Tensor:
+    """Images on the device, normalised float32, channels last (what convolutions are fastest on)."""
+    moved = images.to(device, non_blocking=True)
+    return normalize(moved).contiguous(memory_format=torch.channels_last)
+
+
+def _single(value: Any) -> Any:
+    """Half-precision tensors as float32, in lists and dicts too: losses take sums over many pixels."""
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _single(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_single(item) for item in value]
+    return value
+
+
+class _Means:
+    """Means of loss terms, kept on the device until they are read."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    def add(self, terms: Mapping[str, Tensor]) -> None:
+        self.count += 1
+        for name, term in terms.items():
+            self.sums[name] = self.sums[name] + term if name in self.sums else term
+
+    def read(self) -> dict[str, float]:
+        if not self.sums:
+            return {}
+        values = (torch.stack([s.float() for s in self.sums.values()]) / self.count).tolist()
+        means = dict(zip(self.sums, values, strict=True))
+        if not all(torch.isfinite(torch.tensor(values))):
+            shown = ", ".join(f"{name} {value:g}" for name, value in means.items())
+            raise NonFiniteLoss(f"a loss is not finite: {shown}; a lower --lr or --opt_level O0 may help")
+        return means

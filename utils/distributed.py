@@ -1,0 +1,224 @@
+"""Processes: who am I, how do we add up.
+
+``torchrun`` and ``python -m torch.distributed.launch`` describe each process in its environment (RANK,
+WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Without them there is one process and no process group,
+and every function below does the right thing for it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from utils.errors import UserError
+
+PLACES = ("GPU_server", "GPU_windows", "CPU", "CPU_windows")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others.
+
+    Attributes:
+        rank: number of this process, from 0.
+        local_rank: its number on this machine, from 0.
+        size: number of processes.
+        device: where this process computes.
+        backend: "nccl", "gloo", or None without a process group.
+    """
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+    backend: str | None
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that writes files and talks."""
+        return self.rank == 0
+
+
+def launch_rank() -> int:
+    """Rank that the launcher gave to this process, before ``start``; 0 without a launcher."""
+    word = os.environ.get("RANK", "0")
+    return int(word) if word.isdigit() else 0
+
+
+def start(where: str | None = None, local_rank: int | None = None, timeout_s: float = 1800.0) -> World:
+    """Join the process group, if the launcher started several processes, and choose the device.
+
+    Args:
+        where: ``--where_to_sim``: GPU_server (NCCL), GPU_windows (one process, no group), CPU (Gloo),
+            CPU_windows (one process on the CPU, no group); None: NCCL where CUDA is, else Gloo.
+        local_rank: ``--local_rank`` of old launchers; LOCAL_RANK of the environment comes first.
+        timeout_s: seconds after which waiting for another process becomes an error.
+
+    Raises:
+        UserError: the machine or the launch does not fit ``where``.
+    """
+    if where is not None and where not in PLACES:
+        raise UserError(f"--where_to_sim {where}: unknown; choose from {', '.join(PLACES)}")
+    rank, size = _from_environment("RANK", 0), _from_environment("WORLD_SIZE", 1)
+    local_rank = _from_environment("LOCAL_RANK", local_rank or 0)
+    if size > 1 and where in ("GPU_windows", "CPU_windows"):
+        raise UserError(
+            f"--where_to_sim {where} means one process, but {size} were started; "
+            "start without a launcher, or choose GPU_server or CPU"
+        )
+    device = _choose_device(where, local_rank, size)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        _share_cores(size)
+    backend = None
+    if size > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        _join(backend, rank, size, device, timeout_s)
+    return World(rank, local_rank, size, device, backend)
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if _grouped():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if _grouped():
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum a tensor over all processes, in place, and return it. Any device; the same shape everywhere."""
+    if not _grouped():
+        return tensor
+    # NCCL takes only tensors on its GPU, Gloo is built for the CPU's, and both want them contiguous.
+    staged = tensor.to(_collective_device()).contiguous()
+    dist.all_reduce(staged)
+    if staged is not tensor:
+        tensor.copy_(staged)
+    return tensor
+
+
+def gather_objects(obj: Any) -> list[Any]:
+    """Every process's object, in the order of ranks, on every process."""
+    if not _grouped():
+        return [obj]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, obj)
+    return gathered
+
+
+def broadcast_object(obj: Any, source: int = 0) -> Any:
+    """The object of the process ``source``, on every process."""
+    if not _grouped():
+        return obj
+    box = [obj]
+    dist.broadcast_object_list(box, src=source, device=_collective_device())
+    return box[0]
+
+
+def any_rank(flag: bool) -> bool:
+    """True on every process if ``flag`` is true on any."""
+    if not _grouped():
+        return flag
+    votes = torch.tensor(int(flag), device=_collective_device())
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return bool(votes.item())
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The plain module inside DistributedDataParallel, DataParallel or ``torch.compile``."""
+    while True:
+        if isinstance(model, (DistributedDataParallel, DataParallel)):
+            model = model.module
+        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
+            model = compiled
+        else:
+            return model
+
+
+def _grouped() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _collective_device() -> torch.device:
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _from_environment(name: str, default: int) -> int:
+    word = os.environ.get(name)
+    if word is None:
+        return default
+    if not word.isdigit():
+        raise UserError(
+            f"environment variable {name}={word!r} is no number; start with torchrun, or unset it"
+        )
+    return int(word)
+
+
+def _choose_device(where: str | None, local_rank: int, size: int) -> torch.device:
+    if where in ("CPU", "CPU_windows"):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        if where == "GPU_server":
+            raise UserError(
+                "--where_to_sim GPU_server: no CUDA device is usable here; give --where_to_sim CPU"
+            )
+        return torch.device("cpu")
+    if size == 1:
+        return torch.device("cuda", local_rank if local_rank < torch.cuda.device_count() else 0)
+    if not dist.is_nccl_available():
+        raise UserError(
+            "this PyTorch has no NCCL; start one process with --where_to_sim GPU_windows, or use CPU"
+        )
+    gpus = torch.cuda.device_count()
+    processes = max(_from_environment("LOCAL_WORLD_SIZE", 1), local_rank + 1)
+    if processes > gpus:
+        raise UserError(
+            f"{processes} processes on this machine but {gpus} GPU{'s' if gpus > 1 else ''}; "
+            f"start with --nproc_per_node={gpus}, or give --where_to_sim CPU"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _share_cores(size: int) -> None:
+    """Divide the cores among the processes of this machine, unless OMP_NUM_THREADS says otherwise."""
+    processes = _from_environment("LOCAL_WORLD_SIZE", size)
+    if processes < 2 or "OMP_NUM_THREADS" in os.environ:
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // processes))
+
+
+def _join(backend: str, rank: int, size: int, device: torch.device, timeout_s: float) -> None:
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(f"WORLD_SIZE is {size} but {', '.join(missing)} is not set; start with torchrun")
+    try:
+        dist.init_process_group(
+            backend,
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=timeout_s),
+            # Names the GPU, which barriers would otherwise guess from the rank.
+            device_id=device if backend == "nccl" else None,
+        )
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        reason = str(error).splitlines()[0]
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"rank {rank} of {size} finds no group at {place} "
+            f"({reason}); see that every process was started and that --master_port is free"
+        ) from error

@@ -1,0 +1,205 @@
+"""What a run says: log lines, progress, text tables and TensorBoard."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from utils.distributed import World
+from utils.files import cannot_write
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+_OWN = "run."  # prefix of the names of our handlers, so that they can be replaced
+
+
+class _ConsoleHandler(logging.Handler):
+    """Lines that do not tear a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except Exception:  # logging's own convention: report the fault, never stop the program for a log line
+            self.handleError(record)
+
+
+def setup_logging(world: World, run_dir: Path | None, debug: bool = False) -> logging.Logger:
+    """Send log lines to where they belong; calling it again replaces the earlier arrangement.
+
+    Rank 0 writes to the standard output and appends to ``<run_dir>/train.log``; other ranks write only
+    warnings, to the standard error.
+
+    Args:
+        world: this process.
+        run_dir: folder of the run, made if missing; None: no file.
+        debug: show debug lines too.
+
+    Returns:
+        The root logger, whose level and handlers are set.
+
+    Raises:
+        UserError: the log file cannot be written.
+    """
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if (h.get_name() or "").startswith(_OWN)]:
+        root.removeHandler(handler)
+        handler.close()
+    level = logging.DEBUG if debug else logging.INFO
+    if world.is_main:
+        _add(root, "console", _ConsoleHandler(), level, "%(asctime)s %(message)s")
+        if run_dir is not None:
+            file_format = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+            _add(root, "file", _file_handler(run_dir / "train.log"), level, file_format)
+    else:
+        line = f"%(asctime)s rank {world.rank} %(levelname)s: %(message)s"
+        _add(root, "console", logging.StreamHandler(sys.stderr), logging.WARNING, line)
+    root.setLevel(level)
+    for chatty in ("matplotlib", "PIL", "urllib3", "fsspec", "filelock"):
+        logging.getLogger(chatty).setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    return root
+
+
+def _add(root: logging.Logger, name: str, handler: logging.Handler, level: int, line: str) -> None:
+    handler.set_name(_OWN + name)
+    handler.setLevel(level)
+    handler.setFormatter(logging.Formatter(line, datefmt="%H:%M:%S" if name == "console" else None))
+    root.addHandler(handler)
+
+
+def _file_handler(path: Path) -> logging.FileHandler:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return logging.FileHandler(path, mode="a", encoding="utf-8")
+    except OSError as error:
+        raise cannot_write(path, error, "choose another --logdir") from error
+
+
+class RunLogger:
+    """TensorBoard on rank 0; elsewhere, or switched off, the same calls do nothing.
+
+    Args:
+        world: this process.
+        run_dir: folder of the event files, made if missing.
+        enabled: False for ``--visualize``, which switches TensorBoard off.
+    """
+
+    def __init__(self, world: World, run_dir: Path, enabled: bool = True) -> None:
+        self._writer: SummaryWriter | None = None
+        if enabled and world.is_main:
+            try:
+                self._writer = SummaryWriter(str(run_dir))
+            except OSError as error:
+                raise cannot_write(run_dir, error, "choose another --logdir, or give --visualize") from error
+
+    def scalar(self, tag: str, value: float, step: int) -> None:
+        """One point of a curve; NaN (a number that does not exist) is left out."""
+        if self._writer is not None and not math.isnan(value):
+            self._writer.add_scalar(tag, value, step)
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """One point of several curves, each under its own tag."""
+        for tag, value in values.items():
+            self.scalar(tag, value, step)
+
+    def text(self, tag: str, text: str, step: int = 0) -> None:
+        """A text in Markdown."""
+        if self._writer is not None:
+            self._writer.add_text(tag, text, step)
+
+    def figure(self, tag: str, figure: Any, step: int) -> None:
+        """A matplotlib figure."""
+        if self._writer is not None:
+            self._writer.add_figure(tag, figure, step)
+
+    def image(self, tag: str, image: Any, step: int) -> None:
+        """A picture, H×W×3, uint8."""
+        if self._writer is not None:
+            self._writer.add_image(tag, image, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Write what is left and close the file."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def progress(iterable: Iterable[T], *, total: int, desc: str, world: World, interval: int) -> Iterator[T]:
+    """Pass the items on and show how far we are, on rank 0.
+
+    Args:
+        iterable: the items.
+        total: how many there will be.
+        desc: what they are, in a few words.
+        world: this process.
+        interval: items between two log lines, where the standard error is no terminal and no bar is drawn.
+    """
+    if not world.is_main:
+        yield from iterable
+    elif sys.stderr.isatty():
+        yield from tqdm(iterable, total=total, desc=desc, leave=False, dynamic_ncols=True)
+    else:
+        began = time.perf_counter()
+        for done, item in enumerate(iterable, start=1):
+            yield item  # the consumer works on the item before the next line runs
+            if done % interval == 0 or done == total:
+                seconds = time.perf_counter() - began
+                left = _clock(seconds / done * (total - done))
+                _log.info("%s: %d/%d (%.1f/s, %s left)", desc, done, total, done / max(seconds, 1e-9), left)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """An aligned text table; columns of numbers stand at the right, floats with two decimals.
+
+    Args:
+        headers: one title per column.
+        rows: cells; None and NaN are shown as a dash.
+    """
+    shown = [[_cell(cell) for cell in row] for row in rows]
+    columns = list(zip(*shown, strict=True)) if shown else [()] * len(headers)
+    if len(columns) != len(headers):
+        raise ValueError(f"{len(headers)} headers for {len(columns)} columns")
+    widths = [max(map(len, (header, *column))) for header, column in zip(headers, columns, strict=True)]
+    right = [bool(column) and all(map(_numeric, column)) for column in columns]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (
+            cell.rjust(width) if at_right else cell.ljust(width)
+            for cell, width, at_right in zip(cells, widths, right, strict=True)
+        )
+        return "  ".join(padded).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([line(headers), rule, *map(line, shown)])
+
+
+def _cell(value: object) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def _numeric(cell: str) -> bool:
+    if cell == "–":
+        return True
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True

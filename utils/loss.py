@@ -1,0 +1,1478 @@
+"""Loss functions of continual semantic segmentation: MiB, ILT, iCaRL, CIL, SDR, PLOP, SSUL and SATS.
+
+The module needs nothing but torch: it knows no files, processes or options, and may be copied into another
+code base. Sections: shared parts; classification; output distillation; encoder distillation; SDR; PLOP and
+pseudo-labels; SATS.
+
+Conventions
+    * Tensors are batch first: logits and feature maps B×C×H×W, targets and labels B×H×W (integers).
+    * ``255`` is void. A pixel of void takes no part and has no gradient, unless a docstring says otherwise.
+    * Labels may be larger than the feature maps: they are brought to the maps' size by the nearest rule of
+      ``F.interpolate(mode="nearest")``.
+    * ``reduction`` is ``"mean"``, ``"sum"`` or ``"none"``. A mean over an empty set is 0, with zero gradient.
+    * Everything is computed in float32, also under autocast. Nothing reads a value back to the host.
+    * ``fidelity="paper"`` computes the published formula, ``fidelity="released"`` what the code released with
+      the paper computes where that differs; each docstring names the differences.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+__all__ = [
+    "SNNL",
+    "AttentionTransferLoss",
+    "BCEWithLogitsLossWithIgnoreIndex",
+    "CILDistillationLoss",
+    "DistillationEncoderLoss",
+    "DistillationEncoderPrototypesLoss",
+    "FeaturesClusteringSeparationLoss",
+    "FeaturesSparsificationLoss",
+    "FocalLoss",
+    "IcarlLoss",
+    "KnowledgeDistillationLoss",
+    "LocalPODLoss",
+    "Prototypes",
+    "UnbiasedCrossEntropy",
+    "UnbiasedKnowledgeDistillationLoss",
+    "class_median_thresholds",
+    "confidence_pseudo_labels",
+    "downsample_labels",
+    "entropy",
+    "entropy_pseudo_labels",
+    "probability_pseudo_labels",
+    "pseudo_label_histogram",
+    "sigmoid_pseudo_labels",
+]
+
+VOID = 255
+FIDELITIES = ("paper", "released")
+
+# ----------------------------------------------------------------------------------------------------------
+# Shared parts
+# ----------------------------------------------------------------------------------------------------------
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(choices)}")
+    return value
+
+
+def _reduce(loss: Tensor, reduction: str, count: Tensor | None = None) -> Tensor:
+    """Reduce a loss map; ``count`` is the number of elements in the mean (default: all of them)."""
+    if reduction == "none":
+        return loss
+    total = loss.sum()
+    if reduction == "sum":
+        return total
+    return total / (max(loss.numel(), 1) if count is None else count.clamp(min=1))
+
+
+def _without_autocast(tensor: Tensor) -> torch.autocast:
+    """Context in which matrix products keep float32: autocast would lower them."""
+    return torch.autocast(device_type=tensor.device.type, enabled=False)
+
+
+def downsample_labels(labels: Tensor, size: Sequence[int], mode: str = "nearest") -> Tensor:
+    """Bring labels to the size of a feature map by picking the nearest pixel.
+
+    Args:
+        labels: B×H×W, any integer type.
+        size: (h, w).
+        mode: ``"nearest"`` (the rule of the released SDR and PLOP code) or ``"nearest-exact"`` (Pillow's rule,
+            of the released SATS code).
+
+    Returns:
+        B×h×w int64.
+    """
+    height, width = labels.shape[-2:]
+    if (height, width) != (size[0], size[1]):
+        # Interpolating the indices instead of the labels applies torch's own rule to h + w numbers, not B·H·W.
+        rows = torch.arange(height, dtype=torch.float64, device=labels.device).view(1, 1, -1, 1)
+        columns = torch.arange(width, dtype=torch.float64, device=labels.device).view(1, 1, 1, -1)
+        rows = F.interpolate(rows, size=(size[0], 1), mode=mode).long().view(-1, 1)
+        columns = F.interpolate(columns, size=(1, size[1]), mode=mode).long().view(1, -1)
+        labels = labels[:, rows, columns]
+    return labels.long()
+
+
+def _one_hot(labels: Tensor, num_classes: int) -> Tensor:
+    """B×N labels → B×C×N float32; labels outside 0..C-1 (void) give a column of zeros."""
+    classes = torch.arange(num_classes, device=labels.device).view(1, -1, 1)
+    return (labels[:, None, :] == classes).float()
+
+
+def _at_labels(values: Tensor, labels: Tensor) -> Tensor:
+    """Look up ``values`` (C) at labels of any shape; labels outside 0..C-1 read 0."""
+    padded = torch.cat([values, values.new_zeros(1)])
+    inside = (labels >= 0) & (labels < values.shape[0])
+    return padded[torch.where(inside, labels, values.shape[0])]
+
+
+def _class_sums(features: Tensor, one_hot: Tensor) -> Tensor:
+    """Sum of the feature vectors of each class: features B×D×N, one-hot B×C×N → C×D."""
+    with _without_autocast(features):
+        return torch.bmm(one_hot, features.transpose(1, 2)).sum(0)
+
+
+def _blocks(batch: int, channels: int, pixels: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
+    """Slices (images, pixels) that cover B×C×N.
+
+    On the CPU a block's channels fit in the second-level cache, so the many passes of a log-sum-exp cost one
+    trip through memory and no temporary of full size is ever allocated. Elsewhere one block is everything.
+    """
+    if device.type != "cpu":
+        yield slice(None), slice(None)
+        return
+    per_block = max(2**18 // max(channels, 1), 1)
+    images = max(per_block // max(pixels, 1), 1)
+    for first in range(0, batch, images):
+        for start in range(0, pixels, per_block):
+            yield slice(first, first + images), slice(start, start + per_block)
+
+
+def _image_by_image(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """``function(*tensors)``, a map of each image by itself; on the CPU in slices of one image.
+
+    Fresh memory costs the CPU more than arithmetic. Image by image, made again in the backward pass, the
+    temporaries stay small enough for the allocator to hand out the same memory each time.
+    """
+    if tensors[0].device.type != "cpu" or tensors[0].shape[0] < 2:
+        return function(*tensors)
+    return torch.cat(
+        [
+            checkpoint(function, *images, use_reentrant=False, preserve_rng_state=False)
+            for images in zip(*(tensor.split(1) for tensor in tensors), strict=True)
+        ]
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Classification
+# ----------------------------------------------------------------------------------------------------------
+
+
+class _UnbiasedCrossEntropyMap(torch.autograd.Function):
+    """Map of the unbiased cross-entropy, block by block; the backward pass recomputes the softmax."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, targets: Tensor, old_cl: int, ignore_index: int) -> Tensor:
+        logits, labels = inputs.flatten(2), targets.flatten(1)
+        batch, channels, pixels = logits.shape
+        loss = logits.new_empty(batch, pixels)
+        lse_old = logits.new_empty(batch, pixels)
+        lse_new = logits.new_full((batch, pixels), -math.inf)
+        for block in _blocks(batch, channels, pixels, logits.device):
+            images, columns = block
+            x, y = logits[images, :, columns], labels[block]
+            lse_old[block] = torch.logsumexp(x[:, :old_cl], dim=1)
+            if old_cl < channels:
+                lse_new[block] = torch.logsumexp(x[:, old_cl:], dim=1)
+            is_new = (y >= old_cl) & (y != ignore_index)
+            picked = x.gather(1, torch.where(is_new, y, 0)[:, None])[:, 0]
+            # −log P(old) = softplus(lse_new − lse_old) keeps its digits where P(old) is close to 1.
+            as_old = F.softplus(lse_new[block] - lse_old[block])
+            as_new = torch.logaddexp(lse_old[block], lse_new[block]) - picked
+            loss[block] = torch.where(is_new, as_new, as_old).masked_fill_(y == ignore_index, 0.0)
+        ctx.save_for_backward(inputs, targets, lse_old, lse_new)
+        ctx.old_cl, ctx.ignore_index = old_cl, ignore_index
+        return loss.view(targets.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, targets, lse_old, lse_new = ctx.saved_tensors
+        old_cl = ctx.old_cl
+        grad_inputs = torch.empty_like(inputs)
+        logits, labels, grads = inputs.flatten(2), targets.flatten(1), grad_inputs.flatten(2)
+        grad_loss = grad_loss.flatten(1)
+        batch, channels, pixels = logits.shape
+        for block in _blocks(batch, channels, pixels, logits.device):
+            images, columns = block
+            x, y, out = logits[images, :, columns], labels[block], grads[images, :, columns]
+            g = grad_loss[block].masked_fill(y == ctx.ignore_index, 0.0)
+            is_new = (y >= old_cl) & (y != ctx.ignore_index)
+            log_total = torch.logaddexp(lse_old[block], lse_new[block])
+            # Where the target is old: softmax − softmax within the old classes = −(the latter)·P(new).
+            base = torch.where(is_new, log_total, lse_old[block])[:, None]
+            scale = torch.where(is_new, g, -g * torch.sigmoid(lse_new[block] - lse_old[block]))[:, None]
+            out[:, :old_cl] = torch.sub(x[:, :old_cl], base).exp_().mul_(scale)
+            out[:, old_cl:] = torch.sub(x[:, old_cl:], log_total[:, None]).exp_().mul_(g[:, None])
+            out.scatter_add_(1, torch.where(is_new, y, 0)[:, None], torch.where(is_new, -g, 0.0)[:, None])
+        return grad_inputs, None, None, None
+
+
+class UnbiasedCrossEntropy(nn.Module):
+    """Cross-entropy in which the old classes' probability counts as background (MiB, arXiv 2002.00718, eq. 3).
+
+    Args:
+        old_cl: number of old classes, background included; targets below it become background.
+        reduction: ``"mean"`` is over the pixels that are not void.
+        ignore_index: void.
+    """
+
+    def __init__(self, old_cl: int, reduction: str = "mean", ignore_index: int = VOID) -> None:
+        super().__init__()
+        if old_cl < 1:
+            raise ValueError(f"old_cl={old_cl}: there is at least the background")
+        self.old_cl = old_cl
+        self.reduction = _check_choice("reduction", reduction, ("mean", "sum", "none"))
+        self.ignore_index = ignore_index
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """inputs B×C×H×W logits, targets B×H×W → scalar, or B×H×W with ``reduction="none"``."""
+        targets = targets.long()
+        loss = _UnbiasedCrossEntropyMap.apply(inputs.float(), targets, self.old_cl, self.ignore_index)
+        return _reduce(loss, self.reduction, (targets != self.ignore_index).sum())
+
+
+def _one_hot_targets(inputs: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """One-hot targets like ``inputs`` (zeros where void) and the B×H×W mask of what is not void."""
+    valid = targets != ignore_index
+    index = torch.where(valid, targets, 0).long()[:, None]
+    one_hot = torch.zeros_like(inputs).scatter_(1, index, valid[:, None].to(inputs.dtype))
+    return one_hot, valid
+
+
+class BCEWithLogitsLossWithIgnoreIndex(nn.Module):
+    """Binary cross-entropy of every class against the one-hot target, summed over classes (MiB's code).
+
+    Args:
+        reduction: ``"mean"`` is over the pixels that are not void.
+        ignore_index: void.
+    """
+
+    def __init__(self, reduction: str = "mean", ignore_index: int = VOID) -> None:
+        super().__init__()
+        self.reduction = _check_choice("reduction", reduction, ("mean", "sum", "none"))
+        self.ignore_index = ignore_index
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """inputs B×C×H×W logits, targets B×H×W → scalar, or B×H×W with ``reduction="none"``."""
+        inputs = inputs.float()
+        one_hot, valid = _one_hot_targets(inputs, targets, self.ignore_index)
+        loss = F.binary_cross_entropy_with_logits(inputs, one_hot, reduction="none").sum(dim=1) * valid
+        return _reduce(loss, self.reduction, valid.sum())
+
+
+class FocalLoss(nn.Module):
+    """Focal loss α·(1 − p)^γ·CE (arXiv 1708.02002). ``"mean"`` is over all pixels, void counted as zero."""
+
+    def __init__(
+        self, alpha: float = 1.0, gamma: float = 2.0, reduction: str = "mean", ignore_index: int = VOID
+    ) -> None:
+        super().__init__()
+        self.alpha = alpha
+        self.gamma = gamma
+        self.reduction = _check_choice("reduction", reduction, ("mean", "sum", "none"))
+        self.ignore_index = ignore_index
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """inputs B×C×H×W logits, targets B×H×W → scalar, or B×H×W with ``reduction="none"``."""
+        ce = F.cross_entropy(inputs.float(), targets.long(), reduction="none", ignore_index=self.ignore_index)
+        # expm1 keeps the digits of 1 − p for a sure and right prediction.
+        loss = self.alpha * (-torch.expm1(-ce)) ** self.gamma * ce
+        return _reduce(loss, self.reduction)
+
+
+class IcarlLoss(nn.Module):
+    """Binary cross-entropy in which the old channels' targets are the teacher's sigmoids (iCaRL 1611.07725).
+
+    A void pixel is distilled too, and its new channels are drawn to zero, as in the released code.
+
+    Args:
+        reduction: ``"mean"`` is over all pixels.
+        ignore_index: void.
+        bkg: keep the ground truth for the background channel.
+    """
+
+    def __init__(self, reduction: str = "mean", ignore_index: int = VOID, bkg: bool = False) -> None:
+        super().__init__()
+        self.reduction = _check_choice("reduction", reduction, ("mean", "sum", "none"))
+        self.ignore_index = ignore_index
+        self.bkg = bkg
+
+    def forward(self, inputs: Tensor, targets: Tensor, output_old: Tensor) -> Tensor:
+        """inputs B×C×H×W logits, targets B×H×W, output_old B×C_old×H×W sigmoids of the teacher → scalar."""
+        inputs = inputs.float()
+        soft_targets, _ = _one_hot_targets(inputs, targets, self.ignore_index)
+        first = 1 if self.bkg else 0
+        soft_targets[:, first : output_old.shape[1]] = output_old[:, first:].detach()
+        loss = F.binary_cross_entropy_with_logits(inputs, soft_targets, reduction="none").sum(dim=1)
+        return _reduce(loss, self.reduction)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Output distillation
+# ----------------------------------------------------------------------------------------------------------
+
+
+class _DistillationMap(torch.autograd.Function):
+    """Map of −Σ_c softmax(αt)_c · log q_c / C_old, block by block.
+
+    ``unbiased=False``: q is the student's softmax over the old classes. ``unbiased=True``: over all classes,
+    and q_0 is the mass of the background and the new classes together.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, targets: Tensor, alpha: float, unbiased: bool) -> Tensor:
+        logits, teacher = inputs.flatten(2), targets.flatten(2)
+        batch, channels, pixels = logits.shape
+        old = teacher.shape[1]
+        loss = logits.new_empty(batch, pixels)
+        for images, columns in _blocks(batch, channels, pixels, logits.device):
+            x = logits[images, :, columns]
+            p = F.softmax(teacher[images, :, columns] * alpha, dim=1)
+            if unbiased:
+                log_total = torch.logsumexp(x, dim=1)
+                log_q = x[:, :old] - log_total[:, None]
+                log_q[:, 0] = _log_background_and_new(x, old) - log_total
+            else:
+                log_q = F.log_softmax(x[:, :old], dim=1)
+            loss[images, columns] = log_q.mul_(p).sum(dim=1).div_(-old)
+        ctx.save_for_backward(inputs, targets)
+        ctx.alpha, ctx.unbiased = alpha, unbiased
+        return loss.view(inputs.shape[0], *inputs.shape[2:])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, targets = ctx.saved_tensors
+        grad_inputs = torch.empty_like(inputs)
+        logits, teacher, grads = inputs.flatten(2), targets.flatten(2), grad_inputs.flatten(2)
+        batch, channels, pixels = logits.shape
+        old = teacher.shape[1]
+        scale = (grad_loss / old).flatten(1)
+        for images, columns in _blocks(batch, channels, pixels, logits.device):
+            x, out = logits[images, :, columns], grads[images, :, columns]
+            p = F.softmax(teacher[images, :, columns] * ctx.alpha, dim=1)
+            if ctx.unbiased:
+                q = F.softmax(x, dim=1)
+                q[:, 1:old] -= p[:, 1:]
+                log_group = _log_background_and_new(x, old)
+                q[:, 0] -= p[:, 0] * (x[:, 0] - log_group).exp_()
+                q[:, old:] -= p[:, :1] * (x[:, old:] - log_group[:, None]).exp_()
+                torch.mul(q, scale[images, columns][:, None], out=out)
+            else:
+                q = F.softmax(x[:, :old], dim=1).sub_(p)
+                out[:, :old] = q.mul_(scale[images, columns][:, None])
+                out[:, old:] = 0.0
+        return grad_inputs, None, None, None
+
+
+def _log_background_and_new(logits: Tensor, old: int) -> Tensor:
+    """log(exp x_0 + Σ_{c ≥ old} exp x_c): B×C×N → B×N."""
+    if logits.shape[1] == old:
+        return logits[:, 0]
+    return torch.logaddexp(logits[:, 0], torch.logsumexp(logits[:, old:], dim=1))
+
+
+class KnowledgeDistillationLoss(nn.Module):
+    """−mean over old classes of softmax(αt)·log-softmax(x[:C_old]) (LwF; MiB's code).
+
+    Args:
+        reduction: ``"mean"`` is over all pixels, masked ones counted as zero.
+        alpha: hardness of the teacher's softmax.
+    """
+
+    unbiased = False
+
+    def __init__(self, reduction: str = "mean", alpha: float = 1.0) -> None:
+        super().__init__()
+        self.reduction = _check_choice("reduction", reduction, ("mean", "sum", "none"))
+        self.alpha = alpha
+
+    def forward(self, inputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
+        """inputs B×C×H×W, targets B×C_old×H×W (the teacher's logits), mask B×H×W of pixels to keep → scalar."""
+        if inputs.shape[1] < targets.shape[1]:
+            raise ValueError(f"the teacher has {targets.shape[1]} classes, the student {inputs.shape[1]}")
+        loss = _DistillationMap.apply(inputs.float(), targets.detach().float(), self.alpha, self.unbiased)
+        if mask is not None:
+            loss = loss * mask
+        return _reduce(loss, self.reduction)
+
+
+class UnbiasedKnowledgeDistillationLoss(KnowledgeDistillationLoss):
+    """Distillation of the teacher's background into background + new classes (MiB, arXiv 2002.00718, eq. 7).
+
+    The student's softmax is over all classes; the sum over old classes is divided by their number. Arguments as
+    for :class:`KnowledgeDistillationLoss`, to which it is equal where there is no new class.
+    """
+
+    unbiased = True
+
+
+class CILDistillationLoss(nn.Module):
+    """Distillation weighted by the teacher's entropy (CIL, arXiv 2005.06050).
+
+    −w·Σ_c p_c·log q_c with w = 1 + gs·entropy₂(p), summed over the pixels that are not labelled with a new
+    class and divided by their number; times temp². Void pixels are not labelled: they are distilled. p is the
+    teacher's softmax over the old classes, q the student's over all.
+
+    ``fidelity="released"``: the loss in SDR's code: no logarithm, no minus, the teacher's logits padded with
+    zeros for the new classes, old-labelled pixels left out, no temperature inside the softmax.
+
+    Args:
+        gs: strength of the entropy weight.
+        temp: temperature of both softmaxes.
+    """
+
+    def __init__(self, gs: float = 1.0, temp: float = 1.0, fidelity: str = "paper") -> None:
+        super().__init__()
+        self.gs = gs
+        self.temp = temp
+        self.fidelity = _check_choice("fidelity", fidelity, FIDELITIES)
+
+    def forward(self, outputs: Tensor, outputs_old: Tensor, targets: Tensor) -> Tensor:
+        """outputs B×C×H×W, outputs_old B×C_old×H×W logits, targets B×H×W → scalar."""
+        outputs, outputs_old = outputs.float(), outputs_old.detach().float()
+        old = outputs_old.shape[1]
+        if self.fidelity == "released":
+            outputs_old = F.pad(outputs_old, (0, 0, 0, 0, 0, outputs.shape[1] - old))
+            teacher = F.softmax(outputs_old, dim=1)
+            match = (teacher * F.softmax(outputs, dim=1)).sum(dim=1)
+            unlabelled = targets == 0
+        else:
+            teacher = F.softmax(outputs_old / self.temp, dim=1)
+            match = -(teacher * F.log_softmax(outputs / self.temp, dim=1)[:, :old]).sum(dim=1)
+            unlabelled = targets < old
+        unlabelled = unlabelled | (targets == VOID)
+        entropy2 = -(teacher * torch.log2(teacher + 1e-8)).sum(dim=1)
+        weight = (1.0 + self.gs * entropy2) * unlabelled
+        return self.temp**2 * (weight * match).sum() / unlabelled.sum().clamp(min=1)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Encoder distillation
+# ----------------------------------------------------------------------------------------------------------
+
+
+class DistillationEncoderLoss(nn.Module):
+    """Distance between the student's and the teacher's features (ILT, arXiv 1907.13372).
+
+    Args:
+        mask: only positions whose label is an old class or background.
+        loss_de_cosine: 1 − cosine over channels instead of the squared error.
+    """
+
+    def __init__(self, mask: bool = False, loss_de_cosine: bool = False) -> None:
+        super().__init__()
+        self.mask = mask
+        self.loss_de_cosine = loss_de_cosine
+
+    def forward(self, features: Tensor, features_old: Tensor, labels: Tensor, classes_old: int) -> Tensor:
+        """features, features_old B×D×h×w, labels B×H×W → scalar, the mean over (chosen) positions."""
+        features, features_old = features.float(), features_old.detach().float()
+        if not self.mask and not self.loss_de_cosine:
+            return F.mse_loss(features, features_old) if features.numel() else features.sum()
+        if self.loss_de_cosine:
+            loss = 1.0 - F.cosine_similarity(features, features_old, dim=1)
+        else:
+            loss = (features - features_old).square().mean(dim=1)
+        if not self.mask:
+            return _reduce(loss, "mean")
+        chosen = downsample_labels(labels, features.shape[-2:]) < classes_old
+        return _reduce(loss * chosen, "mean", chosen.sum())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# SDR: prototypes, attraction and repulsion, matching, sparsity (arXiv 2103.06342)
+# ----------------------------------------------------------------------------------------------------------
+
+
+class _MixedClassFeatures:
+    """How SDR's released code reads "the features of a class" from a batch, without its loop over classes.
+
+    The code selects the values of class c from B×D×h×w by a mask, which lists them by image, then channel, then
+    position, and views that list as D×n (n: positions of the class). For B = 1 this is the class's features;
+    for B > 1 images and channels mix. Value number s of the list lands in row ``s // n`` and column ``s % n``.
+    Viewed as n×D, as in the matching loss, it lands in column ``s % D``.
+
+    Attributes:
+        classes: B×1×N, the class of a position, C for void.
+        number: B×D×N, s.
+        count: B×1×N, n (1 for void).
+    """
+
+    def __init__(self, labels: Tensor, one_hot: Tensor, depth: int) -> None:
+        self.num_classes = one_hot.shape[1]
+        self.depth = depth
+        inside = (labels >= 0) & (labels < self.num_classes)
+        self.inside = inside[:, None]
+        self.classes = torch.where(inside, labels, self.num_classes)[:, None]
+        hits = F.pad(one_hot.long(), (0, 0, 0, 1))  # one row of zeros for void
+        per_image = hits.sum(dim=2)
+        before = per_image.cumsum(dim=0) - per_image
+        rank = (hits.cumsum(dim=2) - 1).gather(1, self.classes)
+        channel = torch.arange(depth, device=labels.device).view(1, -1, 1)
+        here = per_image.gather(1, self.classes[:, 0])[:, None]
+        earlier = before.gather(1, self.classes[:, 0])[:, None]
+        self.number = (depth * earlier + channel * here + rank).clamp(min=0)
+        self.totals = per_image.sum(dim=0)
+        self.count = self.totals[self.classes].clamp(min=1)
+
+    def rows(self) -> Tensor:
+        """B×D×N index into a flattened (C+1)×D table: class and row of the D×n view."""
+        return self.classes * self.depth + self._inside(self.number // self.count)
+
+    def columns_of_depth(self) -> Tensor:
+        """B×D×N index into a flattened (C+1)×D table: class and column of the n×D view."""
+        return self.classes * self.depth + self.number % self.depth
+
+    def columns(self) -> Tensor:
+        """B×D×N number of the column of the D×n view, counted over all classes; below B·N + 1."""
+        first = (self.totals.cumsum(0) - self.totals)[self.classes]
+        return self._inside(first + self.number % self.count)
+
+    def _inside(self, index: Tensor) -> Tensor:
+        return torch.where(self.inside, index, 0)
+
+    def sums(self, features: Tensor, index: Tensor) -> Tensor:
+        """Sum the values of B×D×N features by ``index`` into C×D."""
+        table = features.new_zeros((self.num_classes + 1) * self.depth)
+        table = table.index_add(0, index.flatten(), features.flatten())
+        return table.view(-1, self.depth)[: self.num_classes]
+
+    def look_up(self, table: Tensor, index: Tensor) -> Tensor:
+        """Read a C×D table at ``index`` → B×D×N, 0 where void."""
+        return F.pad(table, (0, 0, 0, 1)).flatten()[index]
+
+
+def _drop_first_present(present: Tensor) -> Tensor:
+    """Take away the lowest class of a C-long presence mask, as the released code does for "no background"."""
+    return present & (present.cumsum(0) > 1)
+
+
+class Prototypes(nn.Module):
+    """Running mean of every feature vector seen of each class (SDR, section 3.2).
+
+    ``fidelity="released"``: with more than one image the class's features are read through the released code's
+    mis-shaped view, and skipping the background drops the lowest class present, whichever it is.
+
+    Attributes:
+        prototypes: C×D float32, zeros for a class not yet seen.
+        count_features: C int64, feature vectors seen.
+    """
+
+    prototypes: Tensor
+    count_features: Tensor
+
+    def __init__(self, num_classes: int, feat_dim: int, fidelity: str = "paper") -> None:
+        super().__init__()
+        self.fidelity = _check_choice("fidelity", fidelity, FIDELITIES)
+        self.register_buffer("prototypes", torch.zeros(num_classes, feat_dim))
+        self.register_buffer("count_features", torch.zeros(num_classes, dtype=torch.long))
+
+    @torch.no_grad()
+    def update(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        skip_background: bool = False,
+        reduce: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Take in a batch.
+
+        Args:
+            features: B×D×h×w.
+            labels: B×H×W, network class indices; void and indices beyond the table are left out.
+            skip_background: leave class 0 out (overlapped protocol; disjoint after the first step).
+            reduce: sums a tensor over processes (C×(D+1): class sums and counts) and returns it.
+        """
+        num_classes, depth = self.prototypes.shape
+        flat = features.float().flatten(2)
+        classes = downsample_labels(labels, features.shape[-2:]).flatten(1)
+        one_hot = _one_hot(classes, num_classes)
+        if self.fidelity == "released":
+            mixed = _MixedClassFeatures(classes, one_hot, depth)
+            sums = mixed.sums(flat, mixed.rows())
+        else:
+            sums = _class_sums(flat, one_hot)
+        counts = one_hot.sum(dim=(0, 2))
+        if skip_background:
+            kept = self._without_background(counts > 0)
+            sums, counts = sums * kept[:, None], counts * kept
+        if reduce is not None:
+            both = reduce(torch.cat([sums, counts[:, None]], dim=1))
+            sums, counts = both[:, :-1], both[:, -1]
+        total = self.count_features + counts.long()
+        step = (sums - counts[:, None] * self.prototypes) / total.clamp(min=1)[:, None]
+        self.prototypes += step
+        self.count_features.copy_(total)
+
+    def _without_background(self, present: Tensor) -> Tensor:
+        if self.fidelity == "released":
+            return _drop_first_present(present)
+        return present & (torch.arange(present.shape[0], device=present.device) != 0)
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Load the tables of as many classes or fewer: the classes beyond them start unseen.
+
+        Raises:
+            ValueError: the state has more classes or another feature dimension.
+        """
+        saved, own = state_dict["prototypes"].shape, self.prototypes.shape
+        if saved[0] > own[0] or saved[1] != own[1]:
+            raise ValueError(f"prototypes of shape {tuple(saved)} do not fit into {tuple(own)}")
+        grown = dict(state_dict)
+        grown["prototypes"] = F.pad(state_dict["prototypes"], (0, 0, 0, own[0] - saved[0]))
+        grown["count_features"] = F.pad(state_dict["count_features"], (0, own[0] - saved[0]))
+        return super().load_state_dict(grown, strict=strict, assign=assign)
+
+
+class FeaturesClusteringSeparationLoss(nn.Module):
+    """Attraction of features to their prototype and repulsion between class means (SDR, section 3.3).
+
+    Attraction: mean over the classes present of the MSE between the class's features and its prototype.
+    Repulsion: mean of 1/distance over pairs of distinct class means in the batch.
+
+    ``fidelity="released"``: with more than one image the class's features are read through a mis-shaped view;
+    the attraction's running sum is divided by the number of classes inside the loop over them, so the i-th of K
+    classes weighs K^-(K-i); prototypes are L2-normalised over classes instead of channels; ``lfc_nobgr`` drops
+    the lowest class present, background or not.
+
+    Args:
+        lfc_L2normalized: L2-normalise features and prototypes.
+        lfc_nobgr: leave the background out.
+        lfc_orth_sep: repulsion by orthogonality: mean product of class means and the other classes' prototypes.
+        lfc_orth_maxonly: its maximum (at least 0) instead of the mean.
+        lfc_sep_clust: the repulsion's weight; here 0 only saves its computation, the weight is the caller's.
+        lfc_sep_clust_ison_proto: distances from class means to the prototypes of the classes present, each
+            class's own included.
+        orth_sep: another name of ``lfc_orth_sep``, that of the released constructor.
+    """
+
+    def __init__(
+        self,
+        lfc_L2normalized: bool = False,
+        lfc_nobgr: bool = False,
+        lfc_orth_sep: bool = False,
+        lfc_orth_maxonly: bool = False,
+        lfc_sep_clust: float = 1.0,
+        lfc_sep_clust_ison_proto: bool = False,
+        fidelity: str = "paper",
+        orth_sep: bool = False,
+    ) -> None:
+        super().__init__()
+        self.l2_normalized = lfc_L2normalized
+        self.no_background = lfc_nobgr
+        self.orthogonal = lfc_orth_sep or orth_sep
+        self.orthogonal_max = lfc_orth_maxonly
+        self.separate = lfc_sep_clust > 0.0
+        self.on_prototypes = lfc_sep_clust_ison_proto
+        self.fidelity = _check_choice("fidelity", fidelity, FIDELITIES)
+
+    def forward(self, features: Tensor, labels: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
+        """features B×D×h×w, labels B×H×W, prototypes C×D → attraction, repulsion (scalars, unweighted)."""
+        flat, prototypes = features.float().flatten(2), prototypes.detach().float()
+        classes = downsample_labels(labels, features.shape[-2:]).flatten(1)
+        one_hot = _one_hot(classes, prototypes.shape[0])
+        counts = one_hot.sum(dim=(0, 2))
+        present = self._present(counts > 0)
+        weight = self._class_weights(present) / (counts.clamp(min=1) * prototypes.shape[1])
+        if self.fidelity == "released":
+            mixed = _MixedClassFeatures(classes, one_hot, flat.shape[1])
+            if self.l2_normalized:
+                flat = self._normalize_mixed(flat, mixed)
+                prototypes = F.normalize(prototypes, dim=0)
+            rows = mixed.rows()
+            sums = mixed.sums(flat, rows) if self.separate else None
+            distance = (flat - mixed.look_up(prototypes, rows)).square().sum(dim=1)
+            attraction = (distance * _at_labels(weight, classes)).sum()
+        else:
+            if self.l2_normalized:
+                flat, prototypes = F.normalize(flat, dim=1), F.normalize(prototypes, dim=1)
+            sums = _class_sums(flat, one_hot) if self.separate else None
+            attraction = _AttractionSum.apply(flat, prototypes, one_hot, _at_labels(weight, classes))
+        if sums is None:
+            return attraction, attraction.new_zeros(())
+        return attraction, self._repulsion(sums / counts.clamp(min=1)[:, None], prototypes, present)
+
+    def _present(self, present: Tensor) -> Tensor:
+        if not self.no_background:
+            return present
+        if self.fidelity == "released":
+            return _drop_first_present(present)
+        return present & (torch.arange(present.shape[0], device=present.device) != 0)
+
+    def _class_weights(self, present: Tensor) -> Tensor:
+        """Weight of each class's MSE: 1/K for each of the K classes present, 0 for the others."""
+        number = present.sum().clamp(min=1).float()
+        if self.fidelity == "paper":
+            return present / number
+        still_to_come = present.sum() - present.cumsum(0)
+        return present * number ** -(still_to_come + 1.0)
+
+    @staticmethod
+    def _normalize_mixed(flat: Tensor, mixed: _MixedClassFeatures) -> Tensor:
+        columns = mixed.columns()
+        squares = flat.new_zeros(flat.shape[0] * flat.shape[2] + 1)
+        squares = squares.index_add(0, columns.flatten(), (flat.square() * mixed.inside).flatten())
+        # The clamp inside the root keeps the gradient of an all-zero column finite; 1e-12 is F.normalize's eps.
+        return flat / squares.clamp(min=1e-24).sqrt()[columns]
+
+    def _repulsion(self, means: Tensor, prototypes: Tensor, present: Tensor) -> Tensor:
+        if self.orthogonal:
+            return self._orthogonality(means, prototypes, present)
+        others = prototypes if self.on_prototypes else means
+        with _without_autocast(means):
+            distance = torch.cdist(
+                means[None], others[None], compute_mode="donot_use_mm_for_euclid_dist"
+            ).squeeze(0)
+        # Equal means are left out, which leaves out each mean's pair with itself.
+        pairs = present[:, None] & present[None, :] & (distance > 0)
+        inverse = torch.where(pairs, 1.0 / torch.where(pairs, distance, 1.0), 0.0)
+        return _reduce(inverse, "mean", pairs.sum())
+
+    def _orthogonality(self, means: Tensor, prototypes: Tensor, present: Tensor) -> Tensor:
+        with _without_autocast(means):
+            products = prototypes @ means.T
+        own = torch.eye(products.shape[0], dtype=torch.bool, device=products.device)
+        products = products.masked_fill(own, 0.0)
+        if self.orthogonal_max:
+            products = products.masked_fill(~present[None, :], -math.inf)
+            return torch.where(present.any(), products.max(), 0.0)
+        return _reduce(products * present, "mean", present.sum() * (products.shape[0] - 1))
+
+
+class _AttractionSum(torch.autograd.Function):
+    """Σ over positions of weight · |feature − prototype of its class|²; saves the differences."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, prototypes: Tensor, one_hot: Tensor, weight: Tensor) -> Tensor:
+        with _without_autocast(features):
+            table = prototypes.T.expand(features.shape[0], -1, -1)
+            difference = torch.baddbmm(features, table, one_hot, alpha=-1.0)
+        ctx.save_for_backward(difference, weight)
+        return (torch.linalg.vector_norm(difference, dim=1).square() * weight).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        difference, weight = ctx.saved_tensors
+        return difference * (2.0 * grad * weight)[:, None], None, None, None
+
+
+class DistillationEncoderPrototypesLoss(nn.Module):
+    """Prototype matching: current features of an old class against its prototype (SDR, section 3.2).
+
+    The classes are those of the pseudo-labels: where the label is background, the teacher's argmax; without a
+    teacher (sequential protocol) the labels of the old classes themselves. Background is left out.
+
+    ``fidelity="released"``: the class's features are read through a view of the wrong shape, also for B = 1.
+
+    Args:
+        sumafter: MSE between the class's mean feature and its prototype, averaged over classes. Otherwise the
+            mean over the class's features of their MSE to the prototype, summed over classes.
+    """
+
+    def __init__(self, sumafter: bool = False, fidelity: str = "paper") -> None:
+        super().__init__()
+        self.sumafter = sumafter
+        self.fidelity = _check_choice("fidelity", fidelity, FIDELITIES)
+
+    def forward(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        outputs_old: Tensor | None,
+        prototypes: Tensor,
+        classes_old: int,
+    ) -> Tensor:
+        """features B×D×h×w, labels B×H×W, outputs_old B×C_old×H×W or None, prototypes C×D → scalar."""
+        flat = features.float().flatten(2)
+        prototypes = prototypes.detach().float()[:classes_old]
+        classes = self._pseudo_labels(labels, outputs_old, classes_old, features.shape[-2:]).flatten(1)
+        one_hot = _one_hot(classes, prototypes.shape[0])
+        counts = one_hot.sum(dim=(0, 2))
+        present = counts > 0
+        depth = prototypes.shape[1]
+        mixed = index = None
+        if self.fidelity == "released":
+            mixed = _MixedClassFeatures(classes, one_hot, depth)
+            index = mixed.columns_of_depth()
+        if self.sumafter:
+            sums = _class_sums(flat, one_hot) if mixed is None else mixed.sums(flat, index)
+            errors = (sums / counts.clamp(min=1)[:, None] - prototypes).square().mean(dim=1)
+            return _reduce(errors * present, "mean", present.sum())
+        weight = _at_labels(present / (counts.clamp(min=1) * depth), classes)
+        if mixed is None:
+            return _AttractionSum.apply(flat, prototypes, one_hot, weight)
+        return ((flat - mixed.look_up(prototypes, index)).square().sum(dim=1) * weight).sum()
+
+    @staticmethod
+    def _pseudo_labels(
+        labels: Tensor, outputs_old: Tensor | None, classes_old: int, size: Sequence[int]
+    ) -> Tensor:
+        """B×h×w old classes from 1 on; void elsewhere."""
+        small = downsample_labels(labels, size)
+        if outputs_old is None:
+            return torch.where((small > 0) & (small < classes_old), small, VOID)
+        # Picking pixels first and taking the argmax of those alone is the same, at a fraction of the cost.
+        height, width = outputs_old.shape[-2:]
+        pixels = torch.arange(height * width, device=labels.device).view(1, height, width)
+        picked = outputs_old.detach().flatten(2)[:, :, downsample_labels(pixels, size).flatten()]
+        guess = picked.argmax(dim=1).view(small.shape)
+        return torch.where((small == 0) & (guess > 0), guess, VOID)
+
+
+class FeaturesSparsificationLoss(nn.Module):
+    """Sparsity of the features over channels (SDR, section 3.4): Σ_d shrink(f_d) / Σ_d f_d per position, mean.
+
+    Args:
+        lfs_normalization: ``L1``, ``L2``, ``softmax`` over channels; ``max_foreachfeature`` by the position's
+            maximum, ``max_maskedforclass`` by the maximum inside the position's class, ``max_overall`` by the
+            batch's maximum.
+        lfs_shrinkingfn: ``squared``, ``power3`` or ``exponential``.
+        lfs_loss_fn_touse: ``ratio`` as above; ``lasso``: half the sum of |f| over the batch, before the
+            normalisation; ``entropy``: Σ_d −f·log f, for L1 and softmax; ``max_minus_ratio``: 0, the published
+            code names it and leaves it empty.
+        reduction: ``"mean"`` or ``"sum"`` over positions.
+        fidelity: ``"released"``: under ``max_maskedforclass`` a batch of background alone has no loss.
+
+    The labels only say which positions share a maximum. Void positions share one too and count in the mean, in
+    both forms.
+    """
+
+    _NORMALIZATIONS = (
+        "L1",
+        "L2",
+        "max_foreachfeature",
+        "max_maskedforclass",
+        "max_overall",
+        "softmax",
+    )
+    _EPS = 1e-15
+
+    def __init__(
+        self,
+        lfs_normalization: str = "max_foreachfeature",
+        lfs_shrinkingfn: str = "squared",
+        lfs_loss_fn_touse: str = "ratio",
+        reduction: str = "mean",
+        fidelity: str = "paper",
+    ) -> None:
+        super().__init__()
+        self.normalization = _check_choice("lfs_normalization", lfs_normalization, self._NORMALIZATIONS)
+        self.shrinking = _check_choice(
+            "lfs_shrinkingfn", lfs_shrinkingfn, ("squared", "power3", "exponential")
+        )
+        self.function = _check_choice(
+            "lfs_loss_fn_touse", lfs_loss_fn_touse, ("ratio", "max_minus_ratio", "lasso", "entropy")
+        )
+        self.reduction = _check_choice("reduction", reduction, ("mean", "sum"))
+        self.fidelity = _check_choice("fidelity", fidelity, FIDELITIES)
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        """features B×D×h×w, labels B×H×W → scalar."""
+        features = features.float()
+        classes = downsample_labels(labels, features.shape[-2:])
+        if self.function == "max_minus_ratio":
+            return features.sum() * 0.0
+        normalized = self._normalize(features, classes)
+        some = normalized.detach().sum() > 0
+        if self.fidelity == "released" and self.normalization == "max_maskedforclass":
+            some = some & (classes != 0).any()
+        if self.function == "lasso":
+            return torch.where(some, features.abs().sum() / 2, 0.0)
+        if self.function == "entropy":
+            loss = -(normalized * torch.log(normalized + 1e-10)).sum(dim=1)
+        else:
+            loss = self._shrink(normalized).sum(dim=1) / (normalized.sum(dim=1) + self._EPS)
+        return _reduce(torch.where(some, loss, 0.0), self.reduction)
+
+    def _shrink(self, normalized: Tensor) -> Tensor:
+        if self.shrinking == "exponential":
+            return torch.exp(normalized)
+        return normalized**2 if self.shrinking == "squared" else normalized**3
+
+    def _normalize(self, features: Tensor, classes: Tensor) -> Tensor:
+        if self.normalization == "L1":
+            return F.normalize(features, p=1.0, dim=1)
+        if self.normalization == "L2":
+            return F.normalize(features, p=2.0, dim=1)
+        if self.normalization == "softmax":
+            return F.softmax(features, dim=1)
+        highest = features.amax(dim=1)
+        if self.normalization == "max_overall":
+            highest = highest.max()
+        elif self.normalization == "max_maskedforclass":
+            table = features.new_full((VOID + 1,), -math.inf)
+            index = classes.flatten()
+            table = table.scatter_reduce(0, index, highest.flatten(), "amax")
+            highest = table[index].view(classes.shape)
+        return features / (highest + self._EPS).unsqueeze(1 if highest.dim() else 0)
+
+
+class SNNL(nn.Module):
+    """Soft nearest neighbour loss over the positions of a batch (arXiv 1902.01889, eq. 1).
+
+    −mean_i log( Σ_{j≠i, y_j=y_i} exp(−|x_i−x_j|²/T) / Σ_{j≠i} exp(−|x_i−x_j|²/T) ). Positions without another
+    one of their class, and void, are left out. Pairs are made in chunks and made again in the backward pass, so
+    memory grows with the number of positions, not with its square.
+
+    ``fidelity="released"``: SDR's code views B×D×h×w as (B·h·w)×D without moving axes.
+
+    Args:
+        temperature: T.
+        chunk: positions paired with all others at a time.
+    """
+
+    def __init__(self, temperature: float = 1.0, chunk: int = 512, fidelity: str = "paper") -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.chunk = chunk
+        self.fidelity = _check_choice("fidelity", fidelity, FIDELITIES)
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        """features B×D×h×w, labels B×H×W → scalar."""
+        features = features.float()
+        classes = downsample_labels(labels, features.shape[-2:]).flatten()
+        if self.fidelity == "released":
+            vectors = features.reshape(-1, features.shape[1])
+        else:
+            vectors = features.permute(0, 2, 3, 1).flatten(0, 2)
+        # Distances do not change when all vectors move together; short vectors lose fewer digits in them.
+        vectors = vectors - vectors.detach().mean(dim=0)
+        total, number = vectors.sum() * 0.0, vectors.new_zeros(())
+        for start in range(0, vectors.shape[0], self.chunk):
+            loss, used = checkpoint(self._rows, vectors, classes, start, use_reentrant=False)
+            total, number = total + loss, number + used
+        return total / number.clamp(min=1)
+
+    def _rows(self, vectors: Tensor, classes: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Sum of the loss over the rows of one chunk, and their number."""
+        rows = vectors[start : start + self.chunk]
+        squares = vectors.square().sum(dim=1)
+        with _without_autocast(vectors):
+            products = rows @ vectors.T
+        distance = (squares[start : start + self.chunk, None] + squares - 2.0 * products).clamp(min=0.0)
+        index = torch.arange(vectors.shape[0], device=vectors.device)
+        mine = index[start : start + self.chunk, None]
+        others = (mine != index) & (classes != VOID)
+        same = others & (classes[start : start + self.chunk, None] == classes)
+        usable = same.any(dim=1)
+        # Rows without a partner read plain zeros: −inf − −inf would poison the gradient.
+        scores = -distance / self.temperature
+        log_all = scores.masked_fill(~others & usable[:, None], -math.inf).logsumexp(dim=1)
+        log_same = scores.masked_fill(~same & usable[:, None], -math.inf).logsumexp(dim=1)
+        return ((log_all - log_same) * usable).sum(), usable.sum()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# PLOP: local POD (arXiv 2011.11390)
+# ----------------------------------------------------------------------------------------------------------
+
+_POD_TYPES = ("spatial", "local", "global")
+_POD_PREPROS = ("pow", "none", "abs", "relu")
+_POD_SWITCH = frozenset({"type", "factor", "norm", "prepro"})
+_POD_SWITCH_AFTER = _POD_SWITCH | {"extra_channels", "spp_scales", "use_pod_schedule"}
+
+
+class LocalPODLoss(nn.Module):
+    """Distance between pooled feature maps of teacher and student (PLOP, section 3.2).
+
+    Every map is preprocessed (squared), pooled over rows and columns of the cells of an s×s grid for each scale
+    s, and compared by the L2 norm over all pooled numbers of an image; mean over the batch, times a factor,
+    times sqrt(classes now / new classes), mean over maps. The last pair may have more student channels: the
+    new classes' channels are added to the background's, or cut off.
+
+    Args:
+        pod_factor: factor of every map.
+        pod_options: PLOP's ``--pod_options``: ``{"switch": {"before": {...}, "after": {...},
+            "normalize_per_scale": False | True | "spm"}, "difference_function": "frobenius" | "l1",
+            "difference_function_all": ...}``. ``before`` changes the options of all maps but the last (and of
+            the last where ``after`` says nothing), ``after`` those of the last: ``type``, ``factor``, ``norm``,
+            ``prepro``, and in ``after`` also ``extra_channels`` (``sum`` or ``trim``), ``spp_scales``,
+            ``use_pod_schedule``. ``difference_function`` is the last map's, ``..._all`` that of the others.
+        spp_scales: grid sizes.
+        use_pod_schedule: multiply by sqrt(classes now / new classes).
+        pod: ``local``; ``spatial``: sums over whole rows and columns; ``global``: sums over rows and columns of
+            the average-pooled map.
+        pod_prepro: ``pow`` (square), ``abs``, ``relu`` or ``none``.
+        pod_apply: ``all`` maps; ``backbone``: the first ``backbone_maps``; ``deeplab``: the rest. (The released
+            code accepts the option and uses all maps.)
+        backbone_maps: how many of the maps are the backbone's.
+
+    Raises:
+        ValueError: an unknown choice or an unknown key in ``pod_options``.
+    """
+
+    def __init__(
+        self,
+        pod_factor: float = 1.0,
+        pod_options: dict[str, Any] | None = None,
+        spp_scales: Sequence[int] = (1, 2, 4),
+        use_pod_schedule: bool = True,
+        pod: str = "local",
+        pod_prepro: str = "pow",
+        pod_apply: str = "all",
+        backbone_maps: int = 4,
+    ) -> None:
+        super().__init__()
+        self.pod_apply = _check_choice("pod_apply", pod_apply, ("all", "backbone", "deeplab"))
+        self.backbone_maps = backbone_maps
+        options = dict(pod_options or {})
+        switch = dict(options.pop("switch", None) or {})
+        before, after = dict(switch.pop("before", {})), dict(switch.pop("after", {}))
+        common: dict[str, Any] = {
+            "type": pod,
+            "factor": pod_factor,
+            "prepro": pod_prepro,
+            "norm": False,
+            "spp_scales": spp_scales,
+            "use_pod_schedule": use_pod_schedule,
+            "extra_channels": "sum",
+            "normalize_per_scale": switch.pop("normalize_per_scale", False),
+        }
+        last_difference = options.pop("difference_function", "frobenius")
+        difference = options.pop("difference_function_all", "frobenius")
+        unknown = {*options, *switch, *(before.keys() - _POD_SWITCH), *(after.keys() - _POD_SWITCH_AFTER)}
+        if unknown:
+            raise ValueError(f"pod_options has unknown keys: {', '.join(sorted(unknown))}")
+        self.others = {**common, **before, "difference": difference}
+        # What "before" sets stays set for the last map, but for the normalisation: so in the released loop.
+        self.last = {**common, **before, "norm": False, **after, "difference": last_difference}
+        for choice in (self.others, self.last):
+            _check_choice("pod", choice["type"], _POD_TYPES)
+            _check_choice("pod_prepro", choice["prepro"], _POD_PREPROS)
+            _check_choice("extra_channels", choice["extra_channels"], ("sum", "trim"))
+            _check_choice("difference_function", choice["difference"], ("frobenius", "l1"))
+
+    def forward(
+        self,
+        features_old: Sequence[Tensor],
+        features: Sequence[Tensor],
+        nb_current_classes: int,
+        nb_new_classes: int,
+        index_new_class: int,
+    ) -> Tensor:
+        """Compare lists of B×D_i×h_i×w_i maps; index_new_class: first new class's channel → scalar."""
+        if len(features_old) != len(features) or not features:
+            raise ValueError(f"{len(features_old)} maps of the teacher, {len(features)} of the student")
+        schedule = math.sqrt(nb_current_classes / nb_new_classes)
+        chosen = self._chosen(len(features))
+        loss = features[0].new_zeros((), dtype=torch.float32)
+        for position in chosen:
+            options = self.last if position == len(features) - 1 else self.others
+            old, new = features_old[position].detach().float(), features[position].float()
+            if old.shape[1] != new.shape[1]:
+                new = _fold_new_channels(new, index_new_class, options["extra_channels"])
+            if old.shape != new.shape:
+                raise ValueError(f"map {position}: {tuple(old.shape)} against {tuple(new.shape)}")
+            weight = options["factor"] * (schedule if options["use_pod_schedule"] else 1.0)
+            if options["factor"] > 0.0:
+                loss = loss + weight * _image_by_image(partial(_pod_distance, options=options), old, new).mean()
+        return loss / max(len(chosen), 1)
+
+    def _chosen(self, number: int) -> range:
+        if self.pod_apply == "backbone":
+            return range(min(self.backbone_maps, number))
+        return range(self.backbone_maps if self.pod_apply == "deeplab" else 0, number)
+
+
+def _fold_new_channels(logits: Tensor, first_new: int, how: str) -> Tensor:
+    """Student logits B×C×h×w → B×first_new×h×w: new channels added to the background, or cut off."""
+    if how == "trim":
+        return logits[:, :first_new]
+    background = logits[:, :1] + logits[:, first_new:].sum(dim=1, keepdim=True)
+    return torch.cat([background, logits[:, 1:first_new]], dim=1)
+
+
+def _pod_distance(old: Tensor, new: Tensor, options: dict[str, Any]) -> Tensor:
+    """Distance of two maps of one shape under the options of a POD term: B."""
+    prepro = _POD_PREPRO_FUNCTIONS[options["prepro"]]
+    if options["norm"]:
+        pooled_old = F.normalize(torch.cat(_pool(prepro(old), options), dim=1), dim=1)
+        pooled_new = F.normalize(torch.cat(_pool(prepro(new), options), dim=1), dim=1)
+        difference = pooled_new - pooled_old
+    else:
+        # Pooling is linear, so the difference is pooled, once.
+        difference = torch.cat(_pool(prepro(new) - prepro(old), options), dim=1)
+    order = 2 if options["difference"] == "frobenius" else 1
+    return torch.linalg.vector_norm(difference, ord=order, dim=1)
+
+
+_POD_PREPRO_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "pow": torch.square,
+    "none": lambda maps: maps,
+    "abs": torch.abs,
+    "relu": torch.relu,
+}
+
+
+def _pool(maps: Tensor, options: dict[str, Any]) -> list[Tensor]:
+    """Pooled numbers of B×D×h×w maps, a list of B×n parts."""
+    if options["type"] == "spatial":
+        return [maps.sum(dim=3).flatten(1), maps.sum(dim=2).flatten(1)]
+    if options["type"] == "global":
+        pools = [F.avg_pool2d(maps, kernel_size=maps.shape[-1] // s) for s in options["spp_scales"]]
+        return [pool.sum(dim=axis).flatten(1) for pool in pools for axis in (2, 3)]
+    return _pool_local(maps, list(options["spp_scales"]), options["normalize_per_scale"])
+
+
+def _pool_local(maps: Tensor, scales: list[int], normalize_per_scale: bool | str) -> list[Tensor]:
+    """Means over the rows and over the columns of each cell of the s×s grids."""
+    height, width = maps.shape[-2:]
+    finest = max(scales)
+    nested = height == width and width % finest == 0 and all(finest % scale == 0 for scale in scales)
+    if nested:
+        # The rows of a coarse cell are means of the rows of the fine cells: the map itself is read once.
+        fine_rows = maps.unflatten(3, (finest, -1)).mean(dim=4)
+        fine_columns = maps.unflatten(2, (finest, -1)).mean(dim=3)
+    parts = []
+    for level, scale in enumerate(scales):
+        if nested:
+            rows = fine_rows.unflatten(3, (scale, -1)).mean(dim=4)
+            columns = fine_columns.unflatten(2, (scale, -1)).mean(dim=3)
+        else:
+            # The published code sizes square cells by the width and leaves the remainder out.
+            side = width // scale
+            cells = maps[..., : side * scale, : side * scale]
+            rows = cells.unflatten(3, (scale, -1)).mean(dim=4)
+            columns = cells.unflatten(2, (-1, side)).mean(dim=3)
+        divisor = _scale_divisor(level, scale, len(scales), normalize_per_scale)
+        parts += [rows.flatten(1) / divisor, columns.flatten(1) / divisor]
+    return parts
+
+
+def _scale_divisor(level: int, scale: int, levels: int, normalize_per_scale: bool | str) -> float:
+    if normalize_per_scale == "spm":
+        return 2.0 ** (levels - max(level, 1))
+    return float(scale**2) if normalize_per_scale else 1.0
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Pseudo-labels (PLOP, section 3.3; SSUL)
+# ----------------------------------------------------------------------------------------------------------
+
+
+def entropy(probabilities: Tensor, fidelity: str = "paper") -> Tensor:
+    """Entropy per pixel: B×C×H×W probabilities → B×H×W.
+
+    ``"paper"``: Shannon entropy divided by log C, so 0 is sure and 1 is uniform. ``"released"``: the mean over
+    classes instead of the sum, which makes it C times smaller.
+    """
+    _check_choice("fidelity", fidelity, FIDELITIES)
+    probabilities = probabilities.float()
+    classes = probabilities.shape[1]
+    if fidelity == "released":
+        factor = 1.0 / math.log(classes + 1e-8)
+        return -factor * (probabilities * torch.log(probabilities + 1e-8)).mean(dim=1)
+    total = torch.special.entr(probabilities).sum(dim=1)
+    return total / math.log(classes) if classes > 1 else total
+
+
+def _scaled_entropy(probabilities: Tensor, nb_current_classes: int, fidelity: str) -> Tensor:
+    """The entropy that is binned and compared; the released code divides by log C a second time."""
+    values = entropy(probabilities, fidelity)
+    return values / math.log(nb_current_classes) if fidelity == "released" else values
+
+
+@torch.no_grad()
+def pseudo_label_histogram(
+    outputs_old: Tensor,
+    labels: Tensor,
+    *,
+    nb_current_classes: int,
+    nb_bins: int = 100,
+    mode: str = "entropy",
+    fidelity: str = "paper",
+) -> Tensor:
+    """Histogram of the teacher's (un)certainty on one batch's background pixels, per predicted class.
+
+    Sum it over the batches (and processes) of a step, then call :func:`class_median_thresholds`.
+
+    Args:
+        outputs_old: B×C_old×H×W logits of the teacher.
+        labels: B×H×W; pixels of label 0 are counted.
+        nb_current_classes: classes after this step.
+        nb_bins: bins over [0, 1]; PLOP takes 100 for the entropy and 20 for the probability.
+        mode: ``"entropy"``, or ``"probability"``: the largest probability.
+        fidelity: which :func:`entropy`; the released one is divided by log(nb_current_classes) again.
+
+    Returns:
+        nb_current_classes×nb_bins int64.
+    """
+    _check_choice("mode", mode, ("entropy", "probability"))
+    probabilities = F.softmax(outputs_old.float(), dim=1)
+    highest, predicted = probabilities.max(dim=1)
+    values = highest
+    if mode == "entropy":
+        values = _scaled_entropy(probabilities, nb_current_classes, fidelity)
+    bins = (values * nb_bins).long().clamp(max=nb_bins - 1)
+    histogram = bins.new_zeros(nb_current_classes * nb_bins)
+    histogram.index_add_(0, (predicted * nb_bins + bins).flatten(), (labels == 0).long().flatten())
+    return histogram.view(nb_current_classes, nb_bins)
+
+
+@torch.no_grad()
+def class_median_thresholds(
+    histogram: Tensor,
+    threshold: float = 1e-3,
+    *,
+    mode: str = "entropy",
+    fidelity: str = "paper",
+    infinite_threshold: float | None = None,
+) -> Tensor:
+    """Median per class from a histogram over [0, 1], bounded by ``threshold``.
+
+    Entropy: max(median, threshold). Probability: min(median, threshold). A class without pixels has median 0.
+
+    ``fidelity="released"``: PLOP's code adds the bin's index instead of its count to the running sum, and reads
+    the bins through a truncated product; the median can be infinite. SATS's code then replaces +inf by 0.005,
+    which ``infinite_threshold`` does.
+
+    Args:
+        histogram: C×bins counts, see :func:`pseudo_label_histogram`.
+        threshold: ``--threshold`` (plus step × ``--step_threshold``).
+
+    Returns:
+        C float32.
+    """
+    _check_choice("mode", mode, ("entropy", "probability"))
+    if _check_choice("fidelity", fidelity, FIDELITIES) == "released":
+        median = _released_median(histogram)
+    else:
+        counts = histogram.double()
+        upper = counts.cumsum(dim=1)
+        half = counts.sum(dim=1, keepdim=True) / 2
+        index = (upper >= half).int().argmax(dim=1, keepdim=True)
+        inside = counts.gather(1, index)
+        share = (half - upper.gather(1, index) + inside) / inside.clamp(min=1)
+        median = ((index + share) / counts.shape[1]).squeeze(1).float()
+    median = torch.where(histogram.sum(dim=1) > 0, median, 0.0)
+    bounds = median < threshold if mode == "entropy" else median > threshold
+    median = torch.where(bounds, threshold, median)
+    if infinite_threshold is not None:
+        median = torch.where(torch.isinf(median), infinite_threshold, median)
+    return median
+
+
+def _released_median(histogram: Tensor) -> Tensor:
+    """PLOP's released median: C×bins → C. Written as the loop's closed form."""
+    bins = histogram.shape[1]
+    borders = [lower / bins for lower in range(bins)]
+    steps = torch.tensor([border * bins for border in borders], dtype=torch.float64)
+    before = torch.cat([steps.new_zeros(1), steps.cumsum(0)]).to(histogram.device, torch.float32)
+    read = torch.tensor([int(border * bins) for border in borders], device=histogram.device)
+    counts = histogram[:, read].float()
+    half = histogram.sum(dim=1, keepdim=True).float() / 2
+    hit = (half >= before[:-1]) & (half <= before[:-1] + counts)
+    found = hit.any(dim=1, keepdim=True)
+    index = torch.where(found, hit.int().argmax(dim=1, keepdim=True), bins - 1)
+    running = torch.where(found, before[index], before[-1])
+    border = torch.tensor(borders, device=histogram.device)[index]
+    return (border + (half - running) / counts.gather(1, index) * (1 / bins)).squeeze(1)
+
+
+@torch.no_grad()
+def entropy_pseudo_labels(
+    outputs_old: Tensor,
+    labels: Tensor,
+    thresholds: Tensor,
+    *,
+    nb_current_classes: int,
+    classes_old: int | None = None,
+    min_factor: float = 0.0,
+    fidelity: str = "paper",
+) -> tuple[Tensor, Tensor]:
+    """Label old and background pixels by the teacher where it is sure enough, else void.
+
+    Args:
+        outputs_old: B×C_old×H×W logits of the teacher.
+        labels: B×H×W.
+        thresholds: nb_current_classes, the largest entropy accepted per class.
+        nb_current_classes: classes after this step.
+        classes_old: labels below it are old or background; default C_old.
+        min_factor: smallest adaptive factor (``--classif_adaptive_min_factor``).
+        fidelity: which :func:`entropy`; the released one is divided by log(nb_current_classes) again.
+
+    Returns:
+        The new labels (B×H×W int64) and the adaptive factor (B): the share of old and background pixels that
+        were accepted, 1 for an image that has none.
+    """
+    probabilities = F.softmax(outputs_old.float(), dim=1)
+    predicted = probabilities.argmax(dim=1)
+    sure = _scaled_entropy(probabilities, nb_current_classes, fidelity) < thresholds[predicted]
+    candidates = labels < (outputs_old.shape[1] if classes_old is None else classes_old)
+    result = torch.where(candidates, torch.where(sure, predicted, VOID), labels.long())
+    number = candidates.flatten(1).sum(dim=1)
+    accepted = (sure & candidates).flatten(1).sum(dim=1)
+    factor = torch.where(number > 0, accepted / number.clamp(min=1), 1.0)
+    return result, factor.clamp(min=min_factor)
+
+
+@torch.no_grad()
+def probability_pseudo_labels(
+    outputs_old: Tensor,
+    labels: Tensor,
+    threshold: Tensor | float = 0.0,
+    *,
+    classes_old: int | None = None,
+) -> Tensor:
+    """Label old and background pixels by the teacher's argmax; void where its probability is below a threshold.
+
+    ``--pseudo naive``: threshold 0. ``--pseudo threshold_0.8``: a number. ``--pseudo median``: the tensor of
+    :func:`class_median_thresholds` with ``mode="probability"``.
+
+    Args:
+        outputs_old: B×C_old×H×W logits of the teacher.
+        labels: B×H×W.
+        threshold: smallest probability accepted, a number or one per class.
+        classes_old: labels below it are old or background; default C_old.
+
+    Returns:
+        B×H×W int64.
+    """
+    highest, predicted = F.softmax(outputs_old.float(), dim=1).max(dim=1)
+    limit = threshold[predicted] if isinstance(threshold, Tensor) else threshold
+    candidates = labels < (outputs_old.shape[1] if classes_old is None else classes_old)
+    return torch.where(candidates, torch.where(highest < limit, VOID, predicted), labels.long())
+
+
+@torch.no_grad()
+def confidence_pseudo_labels(
+    outputs_old: Tensor, labels: Tensor, *, classes_old: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """``--pseudo confidence``: the teacher's argmax on old and background pixels, weighted by its probability.
+
+    Returns:
+        Labels (B×H×W int64) and weights of the classification loss (B×H×W float32, 1 on new pixels).
+    """
+    highest, predicted = F.softmax(outputs_old.float(), dim=1).max(dim=1)
+    candidates = labels < (outputs_old.shape[1] if classes_old is None else classes_old)
+    return torch.where(candidates, predicted, labels.long()), torch.where(candidates, highest, 1.0)
+
+
+@torch.no_grad()
+def sigmoid_pseudo_labels(
+    outputs_old: Tensor, labels: Tensor, threshold: float = 0.7, *, reserved: int = 1
+) -> Tensor:
+    """SSUL's pseudo-labels (arXiv 2106.11562): the teacher's class where its sigmoid is at least ``threshold``.
+
+    Only pixels labelled background or unknown change, and only into a class that is neither.
+
+    Args:
+        outputs_old: B×C_old×H×W logits of the teacher.
+        labels: B×H×W.
+        threshold: smallest sigmoid accepted.
+        reserved: how many of the first indices are not classes: 1 (background), or 2 (background, unknown).
+
+    Returns:
+        B×H×W int64.
+    """
+    score, predicted = outputs_old.float().sigmoid().max(dim=1)
+    accepted = (labels < reserved) & (predicted >= reserved) & (score >= threshold)
+    return torch.where(accepted, predicted, labels.long())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# SATS: transfer of self-attention (arXiv 2203.07667)
+# ----------------------------------------------------------------------------------------------------------
+
+_DISTILL_OBJECTS = ("sats-selfattn", "sats-selfattn-GP", "sats-selfattn-NP", "sats-feature-CNN")
+
+
+class AttentionTransferLoss(nn.Module):
+    """Distance between the student's and the teacher's attention, averaged over class regions (SATS, eq. 4–6).
+
+    For each stage the attention rows of the query positions of each class (not background, not void) in each
+    image are averaged; the L2 distance between student and teacher is averaged over heads, the classes of the
+    image, the batch and the stages. An image without a class counts as zero.
+
+    ``distill_object``: ``sats-selfattn`` as above; ``sats-selfattn-GP``: one region, all positions;
+    ``sats-selfattn-NP``: each position by itself, no labels; ``sats-feature-CNN``: class means of feature maps
+    instead of attention.
+
+    ``fidelity="released"``: B×heads×L×S is reshaped to B×√L×√L×heads×S without moving axes, which mixes heads
+    and positions where there is more than one head; the stages' sum is divided by 4 whatever their number.
+
+    Args:
+        distill_object: see above.
+        fidelity: see above.
+        num_classes: labels lie below it, void aside; where it is known, a GPU has less to multiply.
+    """
+
+    def __init__(
+        self,
+        distill_object: str = "sats-selfattn",
+        fidelity: str = "paper",
+        num_classes: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.distill_object = _check_choice("distill_object", distill_object, _DISTILL_OBJECTS)
+        self.fidelity = _check_choice("fidelity", fidelity, FIDELITIES)
+        self.num_classes = num_classes
+
+    def forward(
+        self, attentions_old: Sequence[Tensor], attentions: Sequence[Tensor], labels: Tensor
+    ) -> Tensor:
+        """Lists of B×heads×L×S attention (``sats-feature-CNN``: B×D×h×w maps), labels B×H×W → scalar."""
+        if len(attentions_old) != len(attentions) or not attentions:
+            raise ValueError(f"{len(attentions_old)} maps of the teacher, {len(attentions)} of the student")
+        loss = attentions[0].new_zeros((), dtype=torch.float32)
+        for old, new in zip(attentions_old, attentions, strict=True):
+            loss = loss + self._stage(old.detach(), new, labels)
+        return loss / (4 if self.fidelity == "released" else len(attentions))
+
+    def _stage(self, old: Tensor, new: Tensor, labels: Tensor) -> Tensor:
+        """Loss of one stage."""
+        size: Sequence[int]
+        if self.distill_object == "sats-feature-CNN":
+            size = new.shape[-2:]
+            old, new = (maps.flatten(2).transpose(1, 2)[:, None] for maps in (old, new))
+        else:
+            size = _query_grid(new.shape[2], labels.shape[-2:])
+            if self.fidelity == "released":
+                batch, heads, length, keys = new.shape
+                old, new = (maps.reshape(batch, length, heads, keys).transpose(1, 2) for maps in (old, new))
+        if self.distill_object == "sats-selfattn-NP":
+            return _reduce(_image_by_image(_position_distance, old, new), "mean")
+        if self.distill_object == "sats-selfattn-GP":
+            region = new.new_ones(new.shape[0], 1, new.shape[2], dtype=torch.float32)
+        else:
+            region = self._class_regions(downsample_labels(labels, size, "nearest-exact").flatten(1))
+        positions = region.sum(dim=2)
+        weight = region / positions.clamp(min=1)[:, :, None]
+        distance = _image_by_image(_region_distance, old, new, weight).mean(dim=1)
+        present = positions > 0
+        return _reduce((distance * present).sum(dim=1) / present.sum(dim=1).clamp(min=1), "mean")
+
+    def _class_regions(self, classes: Tensor) -> Tensor:
+        """B×L labels → B×K×L float32, one region for each class that may be present."""
+        if self.num_classes is None and classes.device.type == "cpu":
+            ids = classes.unique()  # costs no synchronisation here, and keeps K small
+            ids = torch.where((ids == 0) | (ids == VOID), -1, ids)
+            return (classes[:, None] == ids[:, None]).float() * (ids >= 0)[:, None]
+        return _one_hot(classes, self.num_classes or VOID)[:, 1:]
+
+
+def _region_distance(old: Tensor, new: Tensor, weight: Tensor) -> Tensor:
+    """L2 distance of weighted means over positions: B×heads×L×S twice, B×K×L → B×heads×K."""
+    # The mean is linear: it is the difference that is averaged.
+    with _without_autocast(new):
+        means = torch.matmul(weight[:, None], new.float() - old.float())
+    return torch.linalg.vector_norm(means, dim=-1)
+
+
+def _position_distance(old: Tensor, new: Tensor) -> Tensor:
+    """L2 distance over keys: B×heads×L×S twice → B×heads×L."""
+    return torch.linalg.vector_norm(new.float() - old.float(), dim=-1)
+
+
+def _query_grid(length: int, label_size: Sequence[int]) -> tuple[int, int]:
+    """Height and width of the grid of ``length`` query positions, from the proportions of the labels."""
+    height = round(math.sqrt(length * label_size[0] / label_size[1]))
+    if height < 1 or length % height:
+        raise ValueError(f"{length} query positions do not fit labels of {label_size[0]}×{label_size[1]}")
+    return height, length // height

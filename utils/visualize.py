@@ -1,0 +1,184 @@
+"""Pictures of masks: colours, overlays, predictions beside the truth, the confusion matrix."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from PIL import Image
+from torch import Tensor
+
+from utils.files import atomic_write
+
+Array = np.ndarray[Any, np.dtype[Any]]
+VOID = 255
+
+
+def palette(num_classes: int = 256) -> Array:
+    """Colours of PASCAL VOC, for any number of classes: num_classes×3, uint8; 0 is black.
+
+    VOC's rule: the bits of the class id go in turn to red, green and blue, from the highest bit down.
+    """
+    ids = np.arange(num_classes, dtype=np.int64)
+    colours = np.zeros((num_classes, 3), dtype=np.int64)
+    for level in range(8):
+        for channel in range(3):
+            colours[:, channel] |= (ids >> (3 * level + channel) & 1) << (7 - level)
+    return colours.astype(np.uint8)
+
+
+def colorize(mask: Array | Tensor) -> Array:
+    """Mask H×W of class ids (255 void, in VOC's cream) to a picture H×W×3, uint8."""
+    ids = np.asarray(mask)
+    return palette(max(256, int(ids.max(initial=0)) + 1))[ids]
+
+
+def overlay(image: Array | Tensor, mask: Array | Tensor, opacity: float = 0.6) -> Array:
+    """Colour the classes of a mask over a picture; background and void leave the picture as it is.
+
+    Args:
+        image: H×W×3 or 3×H×W, uint8.
+        mask: H×W, class ids.
+        opacity: of the colours, 0 to 1.
+
+    Returns:
+        H×W×3, uint8.
+    """
+    picture, ids = _picture(image), np.asarray(mask)
+    mixed = np.rint((1 - opacity) * picture + opacity * colorize(ids)).astype(np.uint8)
+    bare = (ids == 0) | (ids == VOID)
+    return np.where(bare[..., None], picture, mixed)
+
+
+def prediction_grid(
+    images: Sequence[Array | Tensor],
+    targets: Sequence[Array | Tensor],
+    predictions: Sequence[Array | Tensor] | Mapping[str, Sequence[Array | Tensor]],
+    class_names: Sequence[str],
+    *,
+    path: Path | None = None,
+) -> Array:
+    """Pictures in rows: image, labels, prediction; below, the colours of the classes that occur.
+
+    Args:
+        images: each H×W×3 or 3×H×W, uint8; sizes may differ.
+        targets: each H×W, class ids, 255 void.
+        predictions: each H×W, class ids; or several columns of predictions by title.
+        class_names: by class id.
+        path: also write the picture there, as PNG.
+
+    Returns:
+        The picture, height×width×3, uint8.
+
+    Raises:
+        UserError: ``path`` cannot be written.
+    """
+    columns = dict(predictions) if isinstance(predictions, Mapping) else {"prediction": predictions}
+    masks = {"labels": targets, **columns}
+    if not images or any(len(column) != len(images) for column in masks.values()):
+        raise ValueError("prediction_grid needs as many labels and predictions as images, and at least one")
+    figure = _grid_figure([_picture(image) for image in images], masks, class_names)
+    return _render(figure, path)
+
+
+def confusion_figure(confusion: Array | Tensor, class_names: Sequence[str]) -> Figure:
+    """Confusion matrix as a matplotlib figure, each row (true class) in percent of its pixels.
+
+    Args:
+        confusion: C×C counts, rows are labels, columns predictions.
+        class_names: C names.
+    """
+    counts = np.asarray(confusion, dtype=np.float64)
+    shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    classes = len(class_names)
+    side = min(4 + 0.35 * classes, 20)
+    figure = _figure(side + 1, side)
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
+    figure.colorbar(image, ax=axes, label="% of the true class's pixels", fraction=0.04, pad=0.02)
+    size = 9 if classes <= 30 else 4
+    axes.set_xticks(range(classes), class_names, rotation=90, fontsize=size)
+    axes.set_yticks(range(classes), class_names, fontsize=size)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    if classes <= 30:
+        for row, column in zip(*np.nonzero(shares >= 0.5), strict=True):
+            share = shares[row, column]
+            colour = "white" if share > 55 else "black"
+            axes.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=7, color=colour)
+    return figure
+
+
+def _grid_figure(
+    pictures: Sequence[Array], masks: Mapping[str, Sequence[Array | Tensor]], class_names: Sequence[str]
+) -> Figure:
+    present = set[int]()
+    for column in masks.values():
+        for mask in column:
+            present.update(np.unique(np.asarray(mask)).tolist())
+    shown = sorted(present - {0, VOID})
+    width, cell = 1 + len(masks), 3.0
+    heights = [min(cell * picture.shape[0] / picture.shape[1], 1.5 * cell) for picture in pictures]
+    per_row = max(1, int(width * cell / 1.9))
+    legend_height = 0.15 + 0.24 * math.ceil(len(shown) / per_row)
+    figure = _figure(width * cell, sum(heights) + 0.3 + legend_height)
+    grid = figure.add_gridspec(len(pictures) + 1, width, height_ratios=[*heights, legend_height])
+    for row, picture in enumerate(pictures):
+        cells = [picture, *(overlay(picture, column[row]) for column in masks.values())]
+        for place, (title, content) in enumerate(zip(["image", *masks], cells, strict=True)):
+            axes = figure.add_subplot(grid[row, place])
+            axes.imshow(content, interpolation="antialiased")
+            axes.set_axis_off()
+            if row == 0:
+                axes.set_title(title, fontsize=11)
+    legend = figure.add_subplot(grid[len(pictures), :])
+    legend.set_axis_off()
+    colours = palette(max(256, len(class_names))) / 255
+    legend.legend(
+        handles=[
+            Patch(facecolor=tuple(colours[c]), edgecolor="0.4", label=_name(class_names, c)) for c in shown
+        ],
+        loc="center",
+        ncols=per_row,
+        frameon=False,
+        fontsize=9,
+        handlelength=1.2,
+    )
+    return figure
+
+
+def _name(class_names: Sequence[str], class_id: int) -> str:
+    return class_names[class_id] if class_id < len(class_names) else f"class {class_id}"
+
+
+def _picture(image: Array | Tensor) -> Array:
+    picture = np.asarray(image)
+    if picture.ndim == 3 and picture.shape[0] == 3 and picture.shape[2] != 3:
+        picture = picture.transpose(1, 2, 0)
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+        raise ValueError(f"an image must be H×W×3 or 3×H×W in uint8, not {picture.dtype} {picture.shape}")
+    return picture
+
+
+def _figure(width: float, height: float) -> Figure:
+    """A figure that pyplot does not keep: nothing to close, no display needed."""
+    figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _render(figure: Figure, path: Path | None) -> Array:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    if path is not None:
+        with atomic_write(path, "free some space or choose another --logdir") as file:
+            file.write(buffer.getvalue())
+    with Image.open(buffer) as picture:
+        return np.asarray(picture.convert("RGB"))
