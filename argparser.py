@@ -153,9 +153,7 @@ def _add_task(group: argparse._ActionsContainer) -> None:
     )
     group.add_argument("--crop_size", type=_positive, default=512)
     group.add_argument("--crop_val", action="store_false", help="evaluate on whole images, one by one")
-    group.add_argument(
-        "--cross_val", action="store_true", help="validate on 20 %% of the training images"
-    )
+    group.add_argument("--cross_val", action="store_true", help="validate on 20 %% of the training images")
     group.add_argument(
         "--val_on_trainset", action="store_true", help="final evaluation on the training images"
     )
@@ -163,14 +161,16 @@ def _add_task(group: argparse._ActionsContainer) -> None:
         "--test_on_val", action="store_true", help="train on the images of the validation list (PLOP)"
     )
     group.add_argument(
-        "--memory", type=int, default=0, metavar="N", help="exemplars of earlier steps' images, half of each batch"
+        "--memory",
+        type=int,
+        default=0,
+        metavar="N",
+        help="exemplars of earlier steps' images, half of each batch",
     )
     group.add_argument(
         "--splits_dir", type=Path, default=None, help="folder with own image lists train-<step>.npy"
     )
-    group.add_argument(
-        "--check_data", action="store_true", help="check the data set and its lists, then end"
-    )
+    group.add_argument("--check_data", action="store_true", help="check the data set and its lists, then end")
 
 
 def _add_model(group: argparse._ActionsContainer) -> None:
@@ -220,7 +220,12 @@ def _add_training(group: argparse._ActionsContainer) -> None:
     group.add_argument("--epochs", type=_positive, default=30)
     group.add_argument("--batch_size", type=_positive, default=4, help="images per process")
     group.add_argument(
-        "--lr", type=float, nargs="+", default=[0.007], metavar="LR", help="one for all steps, or one per step"
+        "--lr",
+        type=float,
+        nargs="+",
+        default=[0.007],
+        metavar="LR",
+        help="one for all steps, or one per step",
     )
     group.add_argument(
         "--lr_old", type=float, default=None, help="factor on the learning rate of the old classifiers"
@@ -303,7 +308,7 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         opts.task,
         task_file=opts.task_file,
         class_order_seed=opts.class_order_seed,
-        **_own_classes(opts),
+        num_classes=_own_classes(opts),
     )
     opts.task = opts.task_.name
     _apply_preset(opts)
@@ -312,10 +317,10 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     return opts
 
 
-def _own_classes(opts: Options) -> dict[str, int]:
+def _own_classes(opts: Options) -> int | None:
     """Number of classes of a data set of the user's own: its classes.txt counts the background too."""
     if opts.dataset != "folder":
-        return {}
+        return None
     path = opts.data_root / "classes.txt"
     try:
         names = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -324,7 +329,7 @@ def _own_classes(opts: Options) -> dict[str, int]:
             f"cannot read {path} ({error.strerror}); --dataset folder needs one class name per line there, "
             "the background first (docs/own_data.md)"
         ) from error
-    return {"num_classes": len(names)}
+    return len(names)
 
 
 def _typed(argv: Sequence[str]) -> set[str]:

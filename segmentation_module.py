@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modules import build_network
+from modules import Network, build_network
 from modules.norm import norm_layers
 from utils.errors import UserError
 
@@ -49,12 +49,12 @@ class IncrementalSegmentationModule(nn.Module):
     ``intermediates`` names what ``forward`` hands out beside the logits; nothing else is computed.
     """
 
-    def __init__(self, network: nn.Module, classes: Sequence[int], *, unknown: bool = False) -> None:
+    def __init__(self, network: Network, classes: Sequence[int], *, unknown: bool = False) -> None:
         super().__init__()
         self.network = network
         self.classes = list(classes)
         self.intermediates: frozenset[str] = frozenset()
-        channels = int(network.out_channels)  # type: ignore[arg-type]
+        channels = network.out_channels
         self.unknown: nn.Module | None = None
         if unknown:
             widths = [1, self.classes[0] - 1, *self.classes[1:]]
@@ -90,8 +90,9 @@ class IncrementalSegmentationModule(nn.Module):
         if self.unknown is not None:
             return torch.cat([head(pre_logits) for head in [*self.cls, self.unknown]], dim=1)
         # One convolution with the classifiers' joined weights: one pass over pre_logits for any number of steps.
-        weight = torch.cat([head.weight for head in self.cls])
-        bias = torch.cat([head.bias for head in self.cls])
+        heads = [cast(nn.Conv2d, head) for head in self.cls]
+        weight = torch.cat([head.weight for head in heads])
+        bias = torch.cat([cast(Tensor, head.bias) for head in heads])
         return F.conv2d(pre_logits, weight, bias)
 
     def scores(self, logits: Tensor) -> Tensor:
@@ -112,12 +113,13 @@ class IncrementalSegmentationModule(nn.Module):
         New weights are the background's; the background's mass is shared with the new classes through
         the biases: b_bkg − log(N_new + 1), for the new classes and for the background.
         """
-        first, last = self.cls[0], self.cls[-1]
+        first, last = cast(nn.Conv2d, self.cls[0]), cast(nn.Conv2d, self.cls[-1])
+        old_bias, new_bias = cast(Tensor, first.bias), cast(Tensor, last.bias)
         with torch.no_grad():
-            bias = first.bias[0] - math.log(self.classes[-1] + 1)
+            bias = old_bias[0] - math.log(self.classes[-1] + 1)
             last.weight.copy_(first.weight[0].expand_as(last.weight))
-            last.bias.fill_(bias)
-            first.bias[0] = bias
+            new_bias.fill_(bias)
+            old_bias[0] = bias
 
     def init_from_unknown(self) -> None:
         """Start the newest classifier from the unknown class's (SSUL, section 3.2)."""

@@ -96,7 +96,7 @@ class Session:
         model = make_model(self.opts, self.opts.task_.classes_per_step(step))
         load_state(model, model_state(content))
         precision = Precision(self.opts.opt_level, self.device)
-        model = precision.cast(model.to(self.device))  # type: ignore[assignment]
+        model = precision.cast(model.to(self.device))
         data = step_data(self.opts, step, progress=self.world.is_main)
         log.info("testing %s on %d images", path, len(data.test))
         self._report(step, data, self._evaluate(model, data, precision, final=True))
@@ -235,7 +235,9 @@ class Session:
         else:
             return None
         if "optimizer_state" not in content:
-            raise UserError(f"{opts.ckpt or path} holds no optimiser state to continue from; give it to --step_ckpt")
+            raise UserError(
+                f"{opts.ckpt or path} holds no optimiser state to continue from; give it to --step_ckpt"
+            )
         return content
 
     def _train_loader(self, data: StepData) -> tuple[EpochSampler, Loader]:
@@ -285,13 +287,12 @@ class Session:
         if opts.fix_bn:
             model.fix_bn()
         if opts.freeze:
-            for parameter in model.network.body.parameters():  # type: ignore[union-attr]
+            for parameter in model.network.body.parameters():
                 parameter.requires_grad_(False)
         self._check_feat_dim(model)
-        move = {"device": self.device, "memory_format": torch.channels_last}
-        model = precision.cast(model.to(**move))  # type: ignore[assignment]
+        model = self._place(model, precision)
         if model_old is not None:
-            model_old = precision.cast(model_old.to(**move))  # type: ignore[assignment]
+            model_old = self._place(model_old, precision)
         return Context(
             task=task,
             step=step,
@@ -304,16 +305,21 @@ class Session:
             recall=self._recall(step),
         )
 
+    def _place(
+        self, model: IncrementalSegmentationModule, precision: Precision
+    ) -> IncrementalSegmentationModule:
+        return precision.cast(model.to(self.device).to(memory_format=torch.channels_last))
+
     def _pretrained(self, model: IncrementalSegmentationModule) -> LoadReport:
         """Load ImageNet weights: the user's file, or what the published code starts from."""
         opts = self.opts
         if opts.pretrained_path is not None:
-            return load_pretrained(model.network, path=opts.pretrained_path)  # type: ignore[arg-type]
+            return load_pretrained(model.network, path=opts.pretrained_path)
         # One process downloads, the others then find the file.
         if not self.world.is_main:
             distributed.barrier()
         report = load_default_pretrained(
-            model.network,  # type: ignore[arg-type]
+            model.network,
             model=opts.model,
             backbone=opts.backbone,
             norm_act=opts.norm_act,
@@ -323,7 +329,7 @@ class Session:
         return report
 
     def _check_feat_dim(self, model: IncrementalSegmentationModule) -> None:
-        channels = int(model.network.body_channels)  # type: ignore[arg-type]
+        channels = int(model.network.body_channels)
         if "feat_dim" in self.opts.typed and channels != self.opts.feat_dim:
             raise UserError(
                 f"--feat_dim {self.opts.feat_dim:g}: the body of this network has {channels} channels; drop it"

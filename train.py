@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from methods.base import Batch, Context, Method
 from metrics.stream_metrics import StreamSegMetrics
 from utils.distributed import unwrap
 
+M = TypeVar("M", bound=nn.Module)
 Predict = Callable[[nn.Module, Tensor], Tensor]
 
 
@@ -43,7 +44,7 @@ class Precision:
         self.dtype = torch.float16 if scaled else torch.bfloat16
         self.scaler = GradScaler(device.type, enabled=scaled)
 
-    def cast(self, model: nn.Module) -> nn.Module:
+    def cast(self, model: M) -> M:
         """Lower the weights for O3, before the optimiser is made."""
         return model.to(self.dtype) if self.level == "O3" else model
 
@@ -170,9 +171,7 @@ class Trainer:
         terms["total"] = total + sum(penalties.values())
         return {name: term.detach() for name, term in terms.items()}
 
-    def _forward(
-        self, images: Tensor, targets: Tensor, extras: dict[str, Tensor], epoch: int
-    ) -> Batch:
+    def _forward(self, images: Tensor, targets: Tensor, extras: dict[str, Tensor], epoch: int) -> Batch:
         context, device = self.context, self.context.device
         images = to_device(images, device)
         targets = targets.to(device, non_blocking=True).long()

@@ -149,7 +149,9 @@ class Loader(DataLoader[tuple[Tensor, Tensor]]):
         """Yield ``(images uint8 B×3×H×W, targets uint8 B×H×W)``. Raises DataError for a bad file."""
         for batch in super().__iter__():
             if isinstance(batch, DataError):
-                raise batch
+                # A new one: raising `batch` itself would tie it to this frame in a cycle, and workers that
+                # the garbage collector finds in a cycle take five seconds each to end.
+                raise DataError(*batch.args)
             yield batch
 
 

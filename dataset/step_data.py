@@ -66,9 +66,7 @@ def step_data(opts: Any, step: int, *, progress: bool) -> StepData:
     if opts.cross_val:
         indices, val_indices = cross_val_split(indices, opts.random_seed)
 
-    lookup = eval_lookup(
-        task, step, unseen_label=opts.unseen_label, ignore_ids=val_set.ignore_at_eval
-    )
+    lookup = eval_lookup(task, step, unseen_label=opts.unseen_label, ignore_ids=val_set.ignore_at_eval)
     transform = eval_transform(opts.crop_size if opts.crop_val else None)
 
     def evaluation(dataset: SegmentationDataset, chosen: Sequence[int] | None) -> IncrementalDataset:
@@ -82,9 +80,7 @@ def step_data(opts: Any, step: int, *, progress: bool) -> StepData:
     else:
         test = evaluation(val_set, None)
     entries, lookups = [Entry(i) for i in indices], [_train_table(opts, step)]
-    train = IncrementalDataset(
-        train_set, entries, lookups, train_transform(opts.crop_size), opts.random_seed
-    )
+    train = IncrementalDataset(train_set, entries, lookups, train_transform(opts.crop_size), opts.random_seed)
     seen = task.seen_classes(step)
     return StepData(
         train=train,

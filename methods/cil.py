@@ -23,7 +23,11 @@ class CIL(Method):
     def add_options(cls, parser: argparse._ActionsContainer) -> None:
         """``--loss_CIL``."""
         parser.add_argument(
-            "--loss_CIL", type=float, default=0.0, metavar="GS", help="gradient scaling by entropy; above 0: on"
+            "--loss_CIL",
+            type=float,
+            default=0.0,
+            metavar="GS",
+            help="gradient scaling by entropy; above 0: on",
         )
 
     @classmethod
@@ -34,7 +38,5 @@ class CIL(Method):
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The weighted distillation."""
         return {
-            "cil": self.criterion(
-                outputs=batch.outputs, outputs_old=batch.outputs_old, targets=batch.targets
-            )
+            "cil": self.criterion(outputs=batch.outputs, outputs_old=batch.outputs_old, targets=batch.targets)
         }

@@ -56,9 +56,7 @@ class Classification(Method):
         if self.kind == "bce":
             self.criterion = BCEWithLogitsLossWithIgnoreIndex(reduction="none", ignore_index=255)
         elif self.kind == "focal":
-            self.criterion = FocalLoss(
-                alpha=self.alpha, gamma=self.gamma, reduction="none", ignore_index=255
-            )
+            self.criterion = FocalLoss(alpha=self.alpha, gamma=self.gamma, reduction="none", ignore_index=255)
         elif self.kind == "unce" and context.classes_old > 0:
             self.criterion = UnbiasedCrossEntropy(
                 old_cl=context.classes_old, reduction="none", ignore_index=255

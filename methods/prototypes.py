@@ -44,14 +44,15 @@ class PrototypeLearning(Method):
     @classmethod
     def add_options(cls, parser: argparse._ActionsContainer) -> None:
         """``--loss_de_prototypes``, ``--loss_fc``, ``--lfc_*``."""
-        weight = {"type": float, "default": 0.0, "metavar": "W"}
-        parser.add_argument("--loss_de_prototypes", **weight, help="weight of prototype matching")
-        parser.add_argument(
-            "--loss_de_prototypes_sumafter", action="store_true", help="matching: mean over classes"
-        )
-        parser.add_argument("--loss_fc", **weight, help="weight of the attraction to prototypes")
-        parser.add_argument("--lfc_sep_clust", **weight, help="weight of the repulsion of classes")
+        weights = {
+            "--loss_de_prototypes": "weight of prototype matching",
+            "--loss_fc": "weight of the attraction to prototypes",
+            "--lfc_sep_clust": "weight of the repulsion of classes",
+        }
+        for name, text in weights.items():
+            parser.add_argument(name, type=float, default=0.0, metavar="W", help=text)
         flags = {
+            "--loss_de_prototypes_sumafter": "matching: mean over classes",
             "--lfc_L2normalized": "normalise features and prototypes",
             "--lfc_nobgr": "leave the background out of the attraction",
             "--lfc_orth_sep": "repulsion by orthogonality",
@@ -141,7 +142,11 @@ class FeatureSparsity(Method):
     def add_options(cls, parser: argparse._ActionsContainer) -> None:
         """``--loss_featspars``, ``--lfs_*``."""
         parser.add_argument(
-            "--loss_featspars", type=float, default=0.0, metavar="W", help="weight of the sparsity of features"
+            "--loss_featspars",
+            type=float,
+            default=0.0,
+            metavar="W",
+            help="weight of the sparsity of features",
         )
         parser.add_argument(
             "--lfs_normalization",

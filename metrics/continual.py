@@ -197,8 +197,9 @@ def write_results(
     atomic_write_text(json_path, f"{text}\n")
     rows = [row for row in _read_rows(csv_path) if row[0] != str(step)]
     rows.append(results.csv_row(step, num_classes))
+    rows.sort(key=lambda row: int(row[0]))
     buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows(sorted(rows, key=lambda row: int(row[0])))
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
     atomic_write_text(csv_path, buffer.getvalue())
     return [json_path, csv_path]
 

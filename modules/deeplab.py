@@ -36,7 +36,9 @@ class DeepLabHead(nn.Module):
 
     out_channels = HIDDEN_CHANNELS
 
-    def __init__(self, in_channels: int, norm_act: NormAct, output_stride: int = 16, pooling: int = 32) -> None:
+    def __init__(
+        self, in_channels: int, norm_act: NormAct, output_stride: int = 16, pooling: int = 32
+    ) -> None:
         super().__init__()
         self.pooling = pooling
         width = HIDDEN_CHANNELS

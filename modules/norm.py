@@ -6,11 +6,12 @@
 | ``sync`` | SyncBatchNorm where an NCCL process group exists, else BatchNorm | ReLU |
 | ``abn`` | BatchNorm | leaky ReLU 0.01 |
 | ``iabn`` | inplace-abn's ``InPlaceABN`` | leaky ReLU 0.01, fused |
-| ``iabn_sync`` | inplace-abn's ``InPlaceABNSync`` over all processes | leaky ReLU 0.01, fused |
+| ``iabn_sync`` | ``InPlaceABNSync`` over all processes of an NCCL group | leaky ReLU 0.01, fused |
 | ``iabn_sync_test`` | the arithmetic of ``iabn_sync`` in plain torch, not synchronised | leaky ReLU 0.01 |
 
-``iabn_sync_test`` reads weights of ``iabn_sync`` on a machine without inplace-abn. (The released PLOP code
-built a bare BatchNorm for it, which its residual block cannot run.)
+SyncBatchNorm and ``InPlaceABNSync`` gather statistics in CUDA kernels only: on the CPU each process keeps
+its own. ``iabn_sync_test`` reads weights of ``iabn_sync`` on a machine without inplace-abn. (The released
+PLOP code built a bare BatchNorm for it, which its residual block cannot run.)
 
 In-place activated batch norm: Rota Bulò et al., "In-Place Activated BatchNorm for Memory-Optimized Training
 of DNNs", CVPR 2018.
@@ -18,6 +19,7 @@ of DNNs", CVPR 2018.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from functools import cache
 from types import ModuleType
@@ -86,12 +88,10 @@ class NormAct:
         layers = _in_place_layers()
         if self.kind == "iabn":
             return layers["iabn"](channels, activation=activation, activation_param=LEAKY_SLOPE)
-        # The package's default group is read when it is imported, before any group exists, and then nothing
+        # The package reads its default group when it is imported, before any group exists, and then nothing
         # is synchronised: name the group.
-        group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-        return layers["iabn_sync"](
-            channels, activation=activation, activation_param=LEAKY_SLOPE, group=group
-        )
+        group = dist.group.WORLD if _has_nccl_group() else None
+        return layers["iabn_sync"](channels, activation=activation, activation_param=LEAKY_SLOPE, group=group)
 
 
 class AbsWeightBatchNorm2d(nn.BatchNorm2d):
@@ -115,6 +115,7 @@ class AbsWeightBatchNorm2d(nn.BatchNorm2d):
 def norm_layers(module: nn.Module) -> Iterator[nn.Module]:
     """Every batch norm in ``module``, of whatever kind, for ``--fix_bn``."""
     for layer in module.modules():
+        # inplace-abn's layers are no batch norms of torch's; only they have an activation's parameter.
         if isinstance(layer, _BatchNorm) or hasattr(layer, "activation_param"):
             yield layer
 
@@ -125,12 +126,12 @@ def set_process_group(module: nn.Module, group: dist.ProcessGroup | None) -> Non
     Only for a network that was built before ``init_process_group``; later ones find the group themselves.
     """
     for layer in module.modules():
-        if hasattr(layer, "set_group"):
-            layer.set_group(group)
+        if callable(set_group := getattr(layer, "set_group", None)):
+            set_group(group)
 
 
 def _has_nccl_group() -> bool:
-    """Whether SyncBatchNorm can train here: it needs CUDA tensors and a process group."""
+    """Whether statistics can be gathered: the kernels need CUDA tensors and a process group."""
     return dist.is_available() and dist.is_initialized() and "nccl" in dist.get_backend()
 
 
@@ -155,17 +156,12 @@ def _in_place_layers() -> dict[str, Any]:
             return super().forward(_supported_dtype(x))
 
         def __deepcopy__(self, memo: dict[int, Any]) -> InPlaceABNSync:
-            # A process group cannot be copied; the copy shares it.
-            copied = type(self)(
-                self.num_features,
-                self.eps,
-                self.momentum,
-                activation=self.activation,
-                activation_param=self.activation_param,
-                group=self.group,
-            )
-            copied.to(self.weight.device, self.weight.dtype).load_state_dict(self.state_dict())
-            return copied.train(self.training).requires_grad_(self.weight.requires_grad)
+            # A process group cannot be copied: the copy shares it.
+            memo[id(self.group)] = self.group
+            copied = type(self).__new__(type(self))
+            memo[id(self)] = copied
+            copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+            return copied
 
     return {"iabn": InPlaceABN, "iabn_sync": InPlaceABNSync}
 

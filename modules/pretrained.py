@@ -152,7 +152,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 def _download_torchvision(name: str) -> dict[str, Tensor]:
     try:
         weights = get_weight(name)
-    except ValueError as error:
+    except (ValueError, KeyError) as error:
         raise UserError(f"{name}: torchvision has no such weights; {REMEDY}") from error
     try:
         return weights.get_state_dict(map_location="cpu", progress=False, check_hash=True, weights_only=True)
@@ -248,8 +248,8 @@ def _load_into_body(network: Network, state: dict[str, Tensor], source: str) -> 
     for key, tensor in fitting.items():
         if tensor.shape != wanted[key].shape:
             raise UserError(
-                f"{source}: for another network, {names[key]} is {_shape(tensor)} and not {_shape(wanted[key])}; "
-                f"check --model and --backbone, or {REMEDY}"
+                f"{source}: for another network, {names[key]} is {_shape(tensor)} and not "
+                f"{_shape(wanted[key])}; check --model and --backbone, or {REMEDY}"
             )
     network.body.load_state_dict(fitting, strict=False)
     # Files of old torch releases do not count batches, and nothing depends on the count.

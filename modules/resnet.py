@@ -105,5 +105,3 @@ class ResNetBody(ResNet):
                 x = x.clone()  # the activation overwrites its input
             x = last.relu(x)
         return x, stages
-
-

@@ -168,7 +168,8 @@ class MixTransformer(nn.Module):
         super().__init__()
         self.widths = config.widths
         self.out_channels = config.widths[-1]
-        rates = iter(torch.linspace(0, drop_path, sum(config.depths)).tolist())
+        last = max(sum(config.depths) - 1, 1)
+        rates = (drop_path * index / last for index in range(sum(config.depths)))
         in_channels = 3
         for i, (depth, width) in enumerate(zip(config.depths, config.widths, strict=True)):
             kernel, stride = (7, 4) if i == 0 else (3, 2)
@@ -312,9 +313,9 @@ class SegFormer(Network):
 
         Args:
             images: B×3×H×W, normalised, at least 32×32.
-            needs: of ``body`` (the last stage's feature map), ``pre_logits``, ``attentions`` (the four stages'
-                feature maps, then ``pre_logits``) and ``self_attention`` (of each stage's last block,
-                after the softmax, B×heads×L×S).
+            needs: of ``body`` (the last stage's feature map), ``pre_logits``, ``attentions`` (the four
+                stages' feature maps, then ``pre_logits``) and ``self_attention`` (of each stage's last
+                block, after the softmax, B×heads×L×S).
 
         Returns:
             ``pre_logits`` B×256×H/4×W/4 and the intermediates named in ``needs``.
@@ -326,7 +327,8 @@ class SegFormer(Network):
         if min(images.shape[2:]) < MIN_SIZE:
             height, width = images.shape[2:]
             raise UserError(
-                f"SegFormer needs images of {MIN_SIZE}×{MIN_SIZE} at least, got {height}×{width}: raise --crop_size"
+                f"SegFormer needs images of {MIN_SIZE}×{MIN_SIZE} pixels at least, got {height}×{width}: "
+                "raise --crop_size"
             )
         features, maps = self.body(images, keep_maps="self_attention" in needs)
         pre_logits = self.head(features)

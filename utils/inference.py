@@ -37,8 +37,10 @@ class FusedPrediction:
 
     def _view(self, model: nn.Module, images: Tensor, scale: float, mirrored: bool) -> Tensor:
         size = images.shape[-2:]
-        scaled = images if scale == 1 else F.interpolate(
-            images, scale_factor=scale, mode="bilinear", align_corners=False
+        scaled = (
+            images
+            if scale == 1
+            else F.interpolate(images, scale_factor=scale, mode="bilinear", align_corners=False)
         )
         scores = class_scores(model, scaled.flip(-1) if mirrored else scaled).float()
         if mirrored:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -127,8 +126,8 @@ def _class_sums(features: Tensor, one_hot: Tensor) -> Tensor:
 def _blocks(batch: int, channels: int, pixels: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
     """Slices (images, pixels) that cover B×C×N.
 
-    On the CPU a block's channels fit in the second-level cache, so the many passes of a log-sum-exp cost one
-    trip through memory and no temporary of full size is ever allocated. Elsewhere one block is everything.
+    On the CPU a block is small: its many passes stay in the cache, and no temporary of full size is allocated
+    (fresh memory costs the CPU more than the arithmetic). Elsewhere one block is everything.
     """
     if device.type != "cpu":
         yield slice(None), slice(None)
@@ -138,22 +137,6 @@ def _blocks(batch: int, channels: int, pixels: int, device: torch.device) -> Ite
     for first in range(0, batch, images):
         for start in range(0, pixels, per_block):
             yield slice(first, first + images), slice(start, start + per_block)
-
-
-def _image_by_image(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """``function(*tensors)``, a map of each image by itself; on the CPU in slices of one image.
-
-    Fresh memory costs the CPU more than arithmetic. Image by image, made again in the backward pass, the
-    temporaries stay small enough for the allocator to hand out the same memory each time.
-    """
-    if tensors[0].device.type != "cpu" or tensors[0].shape[0] < 2:
-        return function(*tensors)
-    return torch.cat(
-        [
-            checkpoint(function, *images, use_reentrant=False, preserve_rng_state=False)
-            for images in zip(*(tensor.split(1) for tensor in tensors), strict=True)
-        ]
-    )
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -685,15 +668,14 @@ class FeaturesClusteringSeparationLoss(nn.Module):
                 flat = self._normalize_mixed(flat, mixed)
                 prototypes = F.normalize(prototypes, dim=0)
             rows = mixed.rows()
-            sums = mixed.sums(flat, rows) if self.separate else None
+            sums = mixed.sums(flat, rows)
             distance = (flat - mixed.look_up(prototypes, rows)).square().sum(dim=1)
             attraction = (distance * _at_labels(weight, classes)).sum()
         else:
             if self.l2_normalized:
                 flat, prototypes = F.normalize(flat, dim=1), F.normalize(prototypes, dim=1)
-            sums = _class_sums(flat, one_hot) if self.separate else None
-            attraction = _AttractionSum.apply(flat, prototypes, one_hot, _at_labels(weight, classes))
-        if sums is None:
+            attraction, sums = _ClassStatistics.apply(flat, prototypes, one_hot, weight)
+        if not self.separate:
             return attraction, attraction.new_zeros(())
         return attraction, self._repulsion(sums / counts.clamp(min=1)[:, None], prototypes, present)
 
@@ -744,22 +726,39 @@ class FeaturesClusteringSeparationLoss(nn.Module):
         return _reduce(products * present, "mean", present.sum() * (products.shape[0] - 1))
 
 
-class _AttractionSum(torch.autograd.Function):
-    """Σ over positions of weight · |feature − prototype of its class|²; saves the differences."""
+class _ClassStatistics(torch.autograd.Function):
+    """Σ over positions of weight_c · |feature − prototype_c|², and the sum of each class's features.
+
+    features B×D×N, prototypes C×D, one-hot B×C×N, weights C → scalar, C×D. Both come out of one pass over the
+    features and share one gradient: 2·weight_c·(feature − prototype_c) + gradient of the class's sum.
+    """
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, prototypes: Tensor, one_hot: Tensor, weight: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, features: Tensor, prototypes: Tensor, one_hot: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        batch, depth, number = features.shape
+        distances, sums = features.new_zeros(()), torch.zeros_like(prototypes)
         with _without_autocast(features):
-            table = prototypes.T.expand(features.shape[0], -1, -1)
-            difference = torch.baddbmm(features, table, one_hot, alpha=-1.0)
-        ctx.save_for_backward(difference, weight)
-        return (torch.linalg.vector_norm(difference, dim=1).square() * weight).sum()
+            at_position = torch.matmul(weights, one_hot)
+            for images, columns in _blocks(batch, depth, number, features.device):
+                block, hot = features[images, :, columns], one_hot[images, :, columns]
+                sums += torch.bmm(hot, block.transpose(1, 2)).sum(0)
+                table = prototypes.T.expand(block.shape[0], -1, -1)
+                error = torch.baddbmm(block, table, hot, alpha=-1.0).square_()
+                distances += (error.sum(dim=1) * at_position[images, columns]).sum()
+        ctx.save_for_backward(features, prototypes, one_hot, weights, at_position)
+        return distances, sums
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        difference, weight = ctx.saved_tensors
-        return difference * (2.0 * grad * weight)[:, None], None, None, None
+    def backward(ctx: Any, grad_distances: Tensor, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
+        features, prototypes, one_hot, weights, at_position = ctx.saved_tensors
+        table = grad_sums - 2.0 * grad_distances * weights[:, None] * prototypes
+        grad = features * (2.0 * grad_distances * at_position)[:, None]
+        with _without_autocast(features):
+            grad.baddbmm_(table.T.expand(features.shape[0], -1, -1), one_hot)
+        return grad, None, None, None
 
 
 class DistillationEncoderPrototypesLoss(nn.Module):
@@ -795,19 +794,20 @@ class DistillationEncoderPrototypesLoss(nn.Module):
         one_hot = _one_hot(classes, prototypes.shape[0])
         counts = one_hot.sum(dim=(0, 2))
         present = counts > 0
-        depth = prototypes.shape[1]
-        mixed = index = None
+        weight = present / (counts.clamp(min=1) * prototypes.shape[1])
         if self.fidelity == "released":
-            mixed = _MixedClassFeatures(classes, one_hot, depth)
+            mixed = _MixedClassFeatures(classes, one_hot, flat.shape[1])
             index = mixed.columns_of_depth()
-        if self.sumafter:
-            sums = _class_sums(flat, one_hot) if mixed is None else mixed.sums(flat, index)
-            errors = (sums / counts.clamp(min=1)[:, None] - prototypes).square().mean(dim=1)
-            return _reduce(errors * present, "mean", present.sum())
-        weight = _at_labels(present / (counts.clamp(min=1) * depth), classes)
-        if mixed is None:
-            return _AttractionSum.apply(flat, prototypes, one_hot, weight)
-        return ((flat - mixed.look_up(prototypes, index)).square().sum(dim=1) * weight).sum()
+            if not self.sumafter:
+                distance = (flat - mixed.look_up(prototypes, index)).square().sum(dim=1)
+                return (distance * _at_labels(weight, classes)).sum()
+            sums = mixed.sums(flat, index)
+        elif self.sumafter:
+            sums = _class_sums(flat, one_hot)
+        else:
+            return _ClassStatistics.apply(flat, prototypes, one_hot, weight)[0]
+        errors = (sums / counts.clamp(min=1)[:, None] - prototypes).square().mean(dim=1)
+        return _reduce(errors * present, "mean", present.sum())
 
     @staticmethod
     def _pseudo_labels(
@@ -875,25 +875,34 @@ class FeaturesSparsificationLoss(nn.Module):
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """features B×D×h×w, labels B×H×W → scalar."""
         features = features.float()
-        classes = downsample_labels(labels, features.shape[-2:])
         if self.function == "max_minus_ratio":
             return features.sum() * 0.0
-        normalized = self._normalize(features, classes)
-        some = normalized.detach().sum() > 0
+        classes = downsample_labels(labels, features.shape[-2:])
+        if self.function == "ratio" and self.normalization.startswith("max_"):
+            groups, number = self._groups(classes)
+            loss, summed = _MaxRatioMap.apply(features, groups, number, self.shrinking, self._EPS)
+        else:
+            normalized = self._normalize(features, classes)
+            summed = normalized.detach().sum(dim=1)
+            if self.function == "ratio":
+                shrunk = _SHRINK[self.shrinking](normalized)
+                loss = shrunk.sum(dim=1) / (normalized.sum(dim=1) + self._EPS)
+            elif self.function == "lasso":
+                loss = features.abs().sum() / 2
+            else:
+                loss = -(normalized * torch.log(normalized + 1e-10)).sum(dim=1)
+        some = summed.sum() > 0
         if self.fidelity == "released" and self.normalization == "max_maskedforclass":
             some = some & (classes != 0).any()
-        if self.function == "lasso":
-            return torch.where(some, features.abs().sum() / 2, 0.0)
-        if self.function == "entropy":
-            loss = -(normalized * torch.log(normalized + 1e-10)).sum(dim=1)
-        else:
-            loss = self._shrink(normalized).sum(dim=1) / (normalized.sum(dim=1) + self._EPS)
         return _reduce(torch.where(some, loss, 0.0), self.reduction)
 
-    def _shrink(self, normalized: Tensor) -> Tensor:
-        if self.shrinking == "exponential":
-            return torch.exp(normalized)
-        return normalized**2 if self.shrinking == "squared" else normalized**3
+    def _groups(self, classes: Tensor) -> tuple[Tensor, int]:
+        """The positions (B×h×w) that share a maximum carry one number; and how many numbers there are."""
+        if self.normalization == "max_foreachfeature":
+            return torch.arange(classes.numel(), device=classes.device).view_as(classes), classes.numel()
+        if self.normalization == "max_overall":
+            return torch.zeros_like(classes), 1
+        return classes, VOID + 1
 
     def _normalize(self, features: Tensor, classes: Tensor) -> Tensor:
         if self.normalization == "L1":
@@ -902,15 +911,90 @@ class FeaturesSparsificationLoss(nn.Module):
             return F.normalize(features, p=2.0, dim=1)
         if self.normalization == "softmax":
             return F.softmax(features, dim=1)
-        highest = features.amax(dim=1)
-        if self.normalization == "max_overall":
-            highest = highest.max()
-        elif self.normalization == "max_maskedforclass":
-            table = features.new_full((VOID + 1,), -math.inf)
-            index = classes.flatten()
-            table = table.scatter_reduce(0, index, highest.flatten(), "amax")
-            highest = table[index].view(classes.shape)
-        return features / (highest + self._EPS).unsqueeze(1 if highest.dim() else 0)
+        groups, number = self._groups(classes)
+        highest = _group_maximum(features.amax(dim=1), groups, number)
+        return features / (highest + self._EPS)[:, None]
+
+
+_SHRINK: dict[str, Callable[[Tensor], Tensor]] = {
+    "squared": torch.square,
+    "power3": lambda values: values**3,
+    "exponential": torch.exp,
+}
+
+
+def _group_maximum(values: Tensor, groups: Tensor, number: int) -> Tensor:
+    """Maximum of the group of each position: B×h×w values and groups → B×h×w."""
+    table = values.new_full((number,), -math.inf)
+    return table.scatter_reduce(0, groups.flatten(), values.flatten(), "amax")[groups]
+
+
+class _MaxRatioMap(torch.autograd.Function):
+    """Σ_d shrink(g_d) / (Σ_d g_d + ε) with g = f / (maximum of the position's group + ε): two maps B×h×w.
+
+    The second map, Σ_d g_d, has no gradient. The gradient through a maximum is shared by the positions that
+    attain it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, features: Tensor, groups: Tensor, number: int, shrinking: str, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        flat = features.flatten(2)
+        batch, depth, positions = flat.shape
+        own = flat.amax(dim=1)
+        highest = _group_maximum(own, groups.flatten(1), number)
+        scale = 1.0 / (highest + eps)
+        shrunk, slope, summed = torch.empty_like(own), torch.empty_like(own), torch.empty_like(own)
+        for block in _blocks(batch, depth, positions, flat.device):
+            g = flat[block[0], :, block[1]] * scale[block][:, None]
+            summed[block] = g.sum(dim=1)
+            if shrinking == "exponential":
+                e = g.exp()
+                shrunk[block] = e.sum(dim=1)
+                slope[block] = g.mul_(e).sum(dim=1)
+            else:
+                power = 2 if shrinking == "squared" else 3
+                shrunk[block] = g.pow_(power).sum(dim=1)
+                slope[block] = power * shrunk[block]
+        total = summed + eps
+        ratio = shrunk / total
+        ctx.save_for_backward(features, groups, own == highest, scale, ratio, total)
+        # d ratio / d log scale: how the ratio answers to the maximum.
+        ctx.response = slope / total - ratio * summed / total
+        ctx.number, ctx.shrinking = number, shrinking
+        summed = summed.view(groups.shape)
+        ctx.mark_non_differentiable(summed)
+        return ratio.view(groups.shape), summed
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_ratio: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        features, groups, attained, scale, ratio, total = ctx.saved_tensors
+        grad_features = torch.empty_like(features)
+        flat, out = features.flatten(2), grad_features.flatten(2)
+        index = groups.flatten()
+        grad = grad_ratio.flatten(1)
+        first = grad * scale / total
+        second = first * ratio
+        highest_channel = torch.empty_like(index).view(attained.shape)
+        for block in _blocks(*flat.shape, flat.device):
+            f = flat[block[0], :, block[1]]
+            highest_channel[block] = f.argmax(dim=1)
+            g = f * scale[block][:, None]
+            if ctx.shrinking == "exponential":
+                g.exp_()
+            elif ctx.shrinking == "squared":
+                g.mul_(2.0)
+            else:
+                g.square_().mul_(3.0)
+            torch.sub(g.mul_(first[block][:, None]), second[block][:, None], out=out[block[0], :, block[1]])
+        through = grad.new_zeros(2, ctx.number)
+        through[0].index_add_(0, index, (-grad * ctx.response * scale).flatten())
+        through[1].index_add_(0, index, attained.flatten().to(grad.dtype))
+        share = (through[0] / through[1].clamp(min=1))[index].view_as(grad) * attained
+        out.scatter_add_(1, highest_channel[:, None], share[:, None])
+        return grad_features, None, None, None, None
 
 
 class SNNL(nn.Module):
@@ -972,6 +1056,7 @@ class SNNL(nn.Module):
 # PLOP: local POD (arXiv 2011.11390)
 # ----------------------------------------------------------------------------------------------------------
 
+_POD_BLOCK = 2**20
 _POD_TYPES = ("spatial", "local", "global")
 _POD_PREPROS = ("pow", "none", "abs", "relu")
 _POD_SWITCH = frozenset({"type", "factor", "norm", "prepro"})
@@ -1071,7 +1156,7 @@ class LocalPODLoss(nn.Module):
                 raise ValueError(f"map {position}: {tuple(old.shape)} against {tuple(new.shape)}")
             weight = options["factor"] * (schedule if options["use_pod_schedule"] else 1.0)
             if options["factor"] > 0.0:
-                loss = loss + weight * _image_by_image(partial(_pod_distance, options=options), old, new).mean()
+                loss = loss + weight * _pod_distance(old, new, options).mean()
         return loss / max(len(chosen), 1)
 
     def _chosen(self, number: int) -> range:
@@ -1091,15 +1176,58 @@ def _fold_new_channels(logits: Tensor, first_new: int, how: str) -> Tensor:
 def _pod_distance(old: Tensor, new: Tensor, options: dict[str, Any]) -> Tensor:
     """Distance of two maps of one shape under the options of a POD term: B."""
     prepro = _POD_PREPRO_FUNCTIONS[options["prepro"]]
+    order = 2 if options["difference"] == "frobenius" else 1
     if options["norm"]:
         pooled_old = F.normalize(torch.cat(_pool(prepro(old), options), dim=1), dim=1)
         pooled_new = F.normalize(torch.cat(_pool(prepro(new), options), dim=1), dim=1)
-        difference = pooled_new - pooled_old
-    else:
+        return torch.linalg.vector_norm(pooled_new - pooled_old, ord=order, dim=1)
+
+    def channel_norm(old_channels: Tensor, new_channels: Tensor) -> Tensor:
         # Pooling is linear, so the difference is pooled, once.
-        difference = torch.cat(_pool(prepro(new) - prepro(old), options), dim=1)
-    order = 2 if options["difference"] == "frobenius" else 1
-    return torch.linalg.vector_norm(difference, ord=order, dim=1)
+        parts = _pool(prepro(new_channels) - prepro(old_channels), options)
+        norms = [torch.linalg.vector_norm(part, ord=order, dim=1) for part in parts]
+        return torch.linalg.vector_norm(torch.stack(norms), ord=order, dim=0)
+
+    per_channel = _ChannelByChannel.apply(old, new, channel_norm)
+    return torch.linalg.vector_norm(per_channel, ord=order, dim=1)
+
+
+class _ChannelByChannel(torch.autograd.Function):
+    """A function of each channel of two maps by itself, a block of channels at a time.
+
+    The function takes n×1×h×w twice and returns n. It runs again in the backward pass, so nothing of the maps'
+    size is kept or allocated but the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, old: Tensor, new: Tensor, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(old, new)
+        ctx.function = function
+        rows = [function(a, b) for a, b in zip(_channels(old), _channels(new), strict=True)]
+        return torch.cat(rows).view(new.shape[:2])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        old, new = ctx.saved_tensors
+        grad_new = torch.empty_like(new, memory_format=torch.contiguous_format)
+        first = 0
+        for a, b, out in zip(_channels(old), _channels(new), _channels(grad_new), strict=True):
+            with torch.enable_grad():
+                leaf = b.detach().requires_grad_()
+                value = ctx.function(a, leaf)
+            weight = grad.reshape(-1)[first : first + leaf.shape[0]]
+            out.copy_(torch.autograd.grad(value, leaf, weight)[0])
+            first += leaf.shape[0]
+        return None, grad_new, None
+
+
+def _channels(maps: Tensor) -> tuple[Tensor, ...]:
+    """B×D×h×w → blocks n×1×h×w of the B·D channels; one block unless on the CPU."""
+    channels = maps.reshape(-1, 1, *maps.shape[2:])
+    if maps.device.type != "cpu":
+        return (channels,)
+    return channels.split(max(_POD_BLOCK // max(channels[0].numel(), 1), 1))
 
 
 _POD_PREPRO_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -1141,7 +1269,9 @@ def _pool_local(maps: Tensor, scales: list[int], normalize_per_scale: bool | str
             rows = cells.unflatten(3, (scale, -1)).mean(dim=4)
             columns = cells.unflatten(2, (-1, side)).mean(dim=3)
         divisor = _scale_divisor(level, scale, len(scales), normalize_per_scale)
-        parts += [rows.flatten(1) / divisor, columns.flatten(1) / divisor]
+        parts += [
+            part.flatten(1) if divisor == 1.0 else part.flatten(1) / divisor for part in (rows, columns)
+        ]
     return parts
 
 
@@ -1437,14 +1567,15 @@ class AttentionTransferLoss(nn.Module):
                 batch, heads, length, keys = new.shape
                 old, new = (maps.reshape(batch, length, heads, keys).transpose(1, 2) for maps in (old, new))
         if self.distill_object == "sats-selfattn-NP":
-            return _reduce(_image_by_image(_position_distance, old, new), "mean")
+            return _reduce(torch.linalg.vector_norm(new.float() - old.float(), dim=-1), "mean")
         if self.distill_object == "sats-selfattn-GP":
             region = new.new_ones(new.shape[0], 1, new.shape[2], dtype=torch.float32)
         else:
             region = self._class_regions(downsample_labels(labels, size, "nearest-exact").flatten(1))
         positions = region.sum(dim=2)
         weight = region / positions.clamp(min=1)[:, :, None]
-        distance = _image_by_image(_region_distance, old, new, weight).mean(dim=1)
+        means = _RegionDifference.apply(old.float(), new.float(), weight)
+        distance = torch.linalg.vector_norm(means, dim=-1).mean(dim=1)
         present = positions > 0
         return _reduce((distance * present).sum(dim=1) / present.sum(dim=1).clamp(min=1), "mean")
 
@@ -1457,17 +1588,29 @@ class AttentionTransferLoss(nn.Module):
         return _one_hot(classes, self.num_classes or VOID)[:, 1:]
 
 
-def _region_distance(old: Tensor, new: Tensor, weight: Tensor) -> Tensor:
-    """L2 distance of weighted means over positions: B×heads×L×S twice, B×K×L → B×heads×K."""
-    # The mean is linear: it is the difference that is averaged.
-    with _without_autocast(new):
-        means = torch.matmul(weight[:, None], new.float() - old.float())
-    return torch.linalg.vector_norm(means, dim=-1)
+class _RegionDifference(torch.autograd.Function):
+    """Difference of weighted means over positions: B×heads×L×S twice, weights B×K×L → B×heads×K×S.
 
+    The mean is linear: it is the difference that is averaged, a block of positions at a time.
+    """
 
-def _position_distance(old: Tensor, new: Tensor) -> Tensor:
-    """L2 distance over keys: B×heads×L×S twice → B×heads×L."""
-    return torch.linalg.vector_norm(new.float() - old.float(), dim=-1)
+    @staticmethod
+    def forward(ctx: Any, old: Tensor, new: Tensor, weight: Tensor) -> Tensor:
+        batch, heads, length, keys = new.shape
+        means = new.new_zeros(batch, heads, weight.shape[1], keys)
+        with _without_autocast(new):
+            for images, rows in _blocks(batch, heads * keys, length, new.device):
+                difference = new[images, :, rows] - old[images, :, rows]
+                means[images] += torch.matmul(weight[images, None, :, rows], difference)
+        ctx.save_for_backward(weight)
+        return means
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        with _without_autocast(grad):
+            return None, torch.matmul(weight.transpose(1, 2)[:, None], grad), None
 
 
 def _query_grid(length: int, label_size: Sequence[int]) -> tuple[int, int]:

@@ -1,3 +1,4 @@
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from dataset import open_dataset
 from dataset.incremental import Entry, IncrementalDataset, SampleKey, eval_lookup, train_lookup
 from dataset.transforms import eval_transform, train_transform
-from tasks import get_task
+from tasks import Task, get_task
 from utils.errors import DataError
 
 TASK = get_task("voc", "15-5s_b")  # 0 12 9 20 7 15 8 14 16 5 19 4 1 13 2 11 | 17 | 3 | 6 | 18 | 10
@@ -86,10 +87,8 @@ def test_evaluation_without_other() -> None:
 def test_no_index_that_the_network_lacks(
     order: list[int], cuts: set[int], data: st.DataObject, masking: str, protocol: str, void: str
 ) -> None:
-    from tasks import Task
-
     edges = [0, *sorted(cuts), 20]
-    steps = [tuple(order[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    steps = [tuple(order[a:b]) for a, b in pairwise(edges)]
     task = Task("t", "voc", ((0, *steps[0]), *steps[1:]))
     step = data.draw(st.integers(0, len(steps) - 1))
     outputs = len(task.seen_classes(step))

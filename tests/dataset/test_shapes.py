@@ -1,4 +1,5 @@
 import hashlib
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -103,11 +104,14 @@ def test_command(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "3 training and 2 validation pictures" in done.stdout
     assert len(open_dataset("shapes", tmp_path / "s", "val")) == 2
-    done = subprocess.run(
-        [*command, "--size", "8"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert (
-        done.returncode == 2
-        and done.stderr.startswith("make_shapes.py: error: ")
-        and done.stderr.count("\n") == 1
-    )
+
+
+def test_command_with_a_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = runpy.run_path(str(SCRIPT))
+    monkeypatch.setattr(sys, "argv", ["make_shapes.py", "--out", str(tmp_path / "s"), "--size", "8"])
+    assert script["main"]() == 2
+    message = capsys.readouterr().err
+    assert message.startswith("make_shapes.py: error: ") and message.count("\n") == 1
+    assert not (tmp_path / "s").exists()

@@ -32,14 +32,14 @@ def test_image_and_mask_stay_in_step(height: int, width: int) -> None:
         assert out.shape == (3, 128, 128) and target.shape == (1, 128, 128)
         assert out.dtype == target.dtype == torch.uint8
         assert set(target.unique().tolist()) <= {0, 200}
-        # The picture's blue, cut at half height, is the mask, but for ties on the checker's lines. A mask resized
-        # with torch's plain `nearest` is off by half a pixel and differs in 1.5 % to 14 % of the pixels.
+        # The picture's blue, cut at half height, is the mask, but for ties on the checker's lines. A mask
+        # resized with torch's plain `nearest` is off by half a pixel and differs in 2 to 14 % of the pixels.
         differ = (out[2] > 100) != (target[0] > 100)
         assert differ.float().mean() < 0.005
 
 
 def test_crops_cover_what_the_published_recipe_draws() -> None:
-    """Rows run down, columns to the right or, flipped, to the left; areas lie in 0.5..1 (2.0 does not fit)."""
+    """Rows run down, columns to the right or, flipped, to the left; areas lie in 0.5..1 (2 does not fit)."""
     image, mask = ramp(300, 400)
     torch.manual_seed(0)
     flips, areas, whole = 0, [], 0

@@ -62,7 +62,7 @@ def test_lists_are_derived_from_image_sets(tmp_path: Path) -> None:
     make_voc(tmp_path, lists=())
     (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
     (tmp_path / "ImageSets/Segmentation/val.txt").write_text("2007_02\n2007_03\n\n")
-    # VOC's own train.txt lists the 1,464 images of 2012 only; the augmented training set is everything but val.
+    # VOC's own train.txt lists the 1,464 images of 2012 only; the augmented set is everything but val.
     (tmp_path / "ImageSets/Segmentation/train.txt").write_text("2007_01\n")
     assert stems(open_dataset("voc", tmp_path, "train")) == TRAIN
     assert stems(open_dataset("voc", tmp_path, "val")) == VAL
@@ -139,7 +139,7 @@ def test_real_subset(shared: Path) -> None:
 
 
 def test_published_lists_are_derived(shared: Path, tmp_path: Path) -> None:
-    """From the 12,031 real mask names and the validation names, the derived training list is the published one."""
+    """The training list derived from the 12,031 real names and the validation list is the published one."""
     (tmp_path / "JPEGImages").mkdir()
     (tmp_path / "SegmentationClassAug").symlink_to(shared / "voc_masks/SegmentationClassAug")
     (tmp_path / "splits").mkdir()

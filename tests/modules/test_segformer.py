@@ -12,7 +12,7 @@ TINY = MiTConfig((2, 3, 1, 2), widths=(16, 32, 40, 64), heads=(1, 2, 5, 8))
 ALL = frozenset({"body", "pre_logits", "attentions", "self_attention"})
 
 
-def twin(config, tmp_path):
+def twin(config, tmp_path, trained_like=False):
     """transformers' model with random weights, and ours that read them from its file."""
     torch.manual_seed(0)
     theirs = SegformerModel(
@@ -24,10 +24,13 @@ def twin(config, tmp_path):
             attn_implementation="eager",
         )
     ).eval()
-    for name, parameter in theirs.named_parameters():
-        # Large enough that attention is not uniform and biases matter.
-        if "norm" not in name:
-            parameter.data.normal_(std=0.1 if parameter.ndim == 4 else 0.2)
+    if trained_like:
+        for name, parameter in theirs.named_parameters():
+            # Large enough that attention is not uniform and that biases matter.
+            if "norm" in name:
+                parameter.data.add_(torch.randn_like(parameter), alpha=0.2)
+            else:
+                parameter.data.normal_(std=0.1 if parameter.ndim == 4 else 0.2)
     theirs.save_pretrained(tmp_path)
     ours = SegFormer(config).eval()
     report = load_pretrained(ours, path=tmp_path / "model.safetensors")
@@ -47,27 +50,37 @@ def test_equals_transformers(config, size, tmp_path):
     last_blocks = [sum(config.depths[: i + 1]) - 1 for i in range(4)]
     for stage in range(4):
         for features in (found["attentions"], without_maps["attentions"]):
-            torch.testing.assert_close(
-                features[stage], expected.hidden_states[stage], rtol=1e-5, atol=1e-5
-            )
+            torch.testing.assert_close(features[stage], expected.hidden_states[stage], rtol=0, atol=1e-5)
         attention = found["self_attention"][stage]
-        torch.testing.assert_close(
-            attention, expected.attentions[last_blocks[stage]], rtol=1e-5, atol=1e-5
-        )
+        torch.testing.assert_close(attention, expected.attentions[last_blocks[stage]], rtol=0, atol=1e-5)
         assert attention.shape[1] == config.heads[stage]
-        assert attention.std(dim=-1).max() > 0.01, "the test should not compare uniform maps"
-    torch.testing.assert_close(found["body"], expected.last_hidden_state, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found["body"], expected.last_hidden_state, rtol=0, atol=1e-5)
+
+
+def test_equals_transformers_in_double(tmp_path):
+    """With weights that make sharp attention, where float32 rounding alone would exceed 1e-5."""
+    theirs, ours = twin(TINY, tmp_path, trained_like=True)
+    images = torch.randn(2, 3, 77, 131, dtype=torch.double)
+    with torch.no_grad():
+        expected = theirs.double()(images, output_hidden_states=True)
+        _, found = ours.double()(images, ALL)
+        _, fused = ours(images, frozenset({"attentions"}))
+    for stage in range(4):
+        wanted = expected.hidden_states[stage]
+        assert wanted.abs().max() > 1
+        torch.testing.assert_close(found["attentions"][stage], wanted, rtol=0, atol=1e-6)
+        torch.testing.assert_close(fused["attentions"][stage], wanted, rtol=0, atol=1e-6)
+    assert max(a.max() for a in found["self_attention"]) > 0.5
 
 
 @pytest.mark.parametrize("size", range(6))
 def test_published_sizes(size):
     """Parameters of the encoders as the paper counts them (table 6), in millions."""
     with torch.device("meta"):
-        body = build_network(f"segformer_b{size}").body
-    millions = sum(p.numel() for p in body.parameters()) / 1e6
-    expected = (3.4, 13.1, 24.2, 44.0, 60.8, 81.4)[size]
-    assert millions == pytest.approx(expected, abs=0.5)
-    assert build_network(f"segformer_b{size}").body_channels == (256 if size == 0 else 512) if size < 2 else True
+        network = build_network(f"segformer_b{size}")
+    millions = sum(p.numel() for p in network.body.parameters()) / 1e6
+    assert millions == pytest.approx((3.4, 13.1, 24.2, 44.0, 60.8, 81.4)[size], abs=0.1)
+    assert network.body_channels == (256 if size == 0 else 512)
 
 
 def slow_decoder(head, features, mode):
@@ -84,8 +97,7 @@ def slow_decoder(head, features, mode):
 def test_decoders_equal_their_plain_form(size):
     torch.manual_seed(0)
     features = [
-        torch.randn(2, width, -(-size[0] // 2**i), -(-size[1] // 2**i))
-        for i, width in enumerate(TINY.widths)
+        torch.randn(2, width, -(-size[0] // 2**i), -(-size[1] // 2**i)) for i, width in enumerate(TINY.widths)
     ]
     sats = SATSHead(TINY.widths)
     torch.testing.assert_close(sats(features), slow_decoder(sats, features, "nearest"), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,116 @@
+"""Cost of one training sample on one core, part by part.
+
+    python -m benchmarks.data [--data_root D] [--crop 512] [--samples 200] [--repeats 5] [--out FILE.json]
+
+With ``--data_root`` the pictures are VOC's, else generated ones of 500×375 with as many JPEG bytes. A part's
+figure is the median over the repeats of its mean CPU time per sample, so what other processes do counts little.
+Files come from the page cache: the disk is not measured. The target is 7 ms per sample and core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dataset import open_dataset
+from dataset.base import SegmentationDataset, voc_palette
+from dataset.decoding import read_image
+from dataset.drawing import SHAPE_CLASSES, draw_sample
+from dataset.incremental import Entry, IncrementalDataset, SampleKey, train_lookup
+from dataset.transforms import normalize, train_transform
+from tasks import get_task
+
+TARGET_MS = 7.0
+
+
+def generated(folder: Path, count: int) -> SegmentationDataset:
+    """Generated pictures of VOC's usual size, with grain that brings the files to the bytes of photos."""
+    images, masks = [], []
+    for number in range(count):
+        rng = np.random.default_rng(number)
+        image, mask = draw_sample(500, (0, 0, number))
+        grain = image[:375].astype(np.float32) + rng.normal(0, 8, (375, 500, 1))
+        images.append(folder / f"{number}.jpg")
+        masks.append(folder / f"{number}.png")
+        Image.fromarray(grain.clip(0, 255).astype(np.uint8)).save(images[-1], quality=90)
+        indexed = Image.fromarray(mask[:375].copy())
+        indexed.putpalette([v for colour in voc_palette() for v in colour])
+        indexed.save(masks[-1])
+    return SegmentationDataset("shapes", "train", folder, images, masks, SHAPE_CLASSES)
+
+
+def measure(part: Callable[[int], object], count: int, repeats: int) -> float:
+    """CPU milliseconds per sample."""
+    times = []
+    for repeat in range(repeats + 1):
+        start = time.process_time()
+        for number in range(count):
+            part(number)
+        if repeat:  # the first warms up
+            times.append((time.process_time() - start) / count * 1000)
+    return statistics.median(times)
+
+
+def run(dataset: SegmentationDataset, crop: int, count: int, repeats: int) -> dict[str, float]:
+    """Milliseconds of each part and of the whole sample."""
+    count = min(count, len(dataset))
+    table = train_lookup(get_task("voc", "15-5"), 1)
+    transform = train_transform(crop)
+    samples = IncrementalDataset(dataset, [Entry(i) for i in range(count)], [table], transform)
+    decoded = [dataset.read(i) for i in range(count)]
+    plain = [(image.as_subclass(torch.Tensor), mask.as_subclass(torch.Tensor)) for image, mask in decoded]
+    lookup = table.numpy()
+    batch = [samples[i][0] for i in range(count)]
+    parts: dict[str, Callable[[int], object]] = {
+        "decode JPEG": lambda i: read_image(dataset.images[i]),
+        "decode mask": lambda i: dataset.read_mask(i),
+        "relabel": lambda i: lookup.take(plain[i][1].numpy()),
+        "crop and flip": lambda i: transform(*plain[i]),
+        "whole sample": lambda i: samples[SampleKey(i, 0, i)],
+        "normalise (on the device)": lambda i: normalize(batch[i]),
+    }
+    return {name: measure(part, count, repeats) for name, part in parts.items()}
+
+
+def main() -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(description="Cost of one training sample on one core.")
+    parser.add_argument("--data_root", type=Path, help="VOC to read from; generated pictures without it")
+    parser.add_argument("--crop", type=int, default=512)
+    parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # as in a loader's worker
+    with tempfile.TemporaryDirectory() as folder:
+        if args.data_root:
+            dataset = open_dataset("voc", args.data_root, "train")
+        else:
+            dataset = generated(Path(folder), min(args.samples, 60))
+        figures = run(dataset, args.crop, args.samples, args.repeats)
+        kilobytes = statistics.mean(p.stat().st_size for p in dataset.images[: args.samples]) / 1024
+    whole = figures["whole sample"]
+    inner = {name: figures[name] for name in ("decode JPEG", "decode mask", "relabel", "crop and flip")}
+    bound = max(inner, key=lambda name: inner[name])
+    for name, ms in figures.items():
+        print(f"{name:28s}{ms:8.2f} ms")
+    print(f"JPEG files of {kilobytes:.0f} KiB; a core reads {1000 / whole:.0f} samples per second")
+    print(
+        f"{whole:.2f} ms, target {TARGET_MS:.0f} ms; {whole / figures['decode JPEG']:.1f} times decoding alone"
+    )
+    print(f"bound by: {bound}, {inner[bound] / whole:.0%} of the sample")
+    if args.out:
+        args.out.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

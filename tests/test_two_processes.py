@@ -1,0 +1,83 @@
+"""Two processes with half a batch each take the step of one process with the whole batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from methods import Context
+from methods.classification import Classification
+from segmentation_module import IncrementalSegmentationModule, make_model
+from tasks import get_task
+from train import Trainer
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (4, 3, 64, 64), generator=generator, dtype=torch.uint8)
+    targets = torch.randint(0, 20, (4, 64, 64), generator=generator, dtype=torch.uint8)
+    # Void is not spread evenly: a mean over labelled pixels per process would differ from the joined one.
+    targets[:1, :50] = 255
+    return images, targets
+
+
+def network() -> IncrementalSegmentationModule:
+    torch.manual_seed(0)
+    options = SimpleNamespace(
+        model="deeplab",
+        backbone="mobilenet_v2",
+        norm_act="std",
+        output_stride=16,
+        pooling=0,
+        decoder="sats",
+        unknown=False,
+    )
+    model = make_model(options, [20])
+    model.fix_bn()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def step(model: IncrementalSegmentationModule, forward: nn.Module, images: Tensor, targets: Tensor) -> float:
+    method = Classification("ce")
+    context = Context(task=get_task("voc", "19-1"), step=0, model=model)
+    method.begin_step(context)
+    learnt = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(learnt, lr=0.01, momentum=0.9, nesterov=True)
+    trainer = Trainer(context, {"Classification": method}, optimizer, forward=forward)
+    forward.train()
+    return trainer.train_step(images, targets)["total"].item()
+
+
+def process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    images, targets = batch()
+    model = network()
+    forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    loss = step(model, forward, images[rank::2], targets[rank::2])
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    torch.save({"loss": loss, "gradients": gradients}, f"{folder}/{rank}.pth")
+    dist.destroy_process_group()
+
+
+def test_gradients_equal_those_of_the_joined_batch(tmp_path: Path) -> None:
+    mp.spawn(process, args=(str(tmp_path),), nprocs=2)
+    halves = [torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in range(2)]
+    model = network()
+    loss = step(model, model, *batch())
+    assert abs(loss - (halves[0]["loss"] + halves[1]["loss"]) / 2) < 1e-5 * loss
+    joined = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert joined.keys() == halves[0]["gradients"].keys()
+    scale = max(float(gradient.abs().max()) for gradient in joined.values())
+    for name, gradient in joined.items():
+        for half in halves:
+            torch.testing.assert_close(half["gradients"][name], gradient, rtol=1e-4, atol=1e-6 * scale)

@@ -1,0 +1,247 @@
+"""Real Gloo processes, started as torchrun starts them (rank, size and address in the environment)."""
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from metrics.stream_metrics import StreamSegMetrics
+from utils import distributed
+from utils.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    for name in LAUNCH:
+        monkeypatch.delenv(name, raising=False)
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def run_processes(size, code, timeout=90, **environment):
+    """Run the code in each of ``size`` processes; returns [(exit code, output)] by rank."""
+    base = {name: value for name, value in os.environ.items() if name not in LAUNCH}
+    base |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    base |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "PYTHONPATH": str(ROOT)} | environment
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(code)],
+            env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+    try:
+        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_collectives(size):
+    code = """
+    import torch
+    from utils import distributed as d
+    world = d.start("CPU", timeout_s=60)
+    size = world.size
+    assert (world.backend, world.device.type, world.is_main) == ("gloo", "cpu", world.rank == 0)
+    everyone = sum(range(1, size + 1))
+    whole = torch.full((3,), world.rank + 1, dtype=torch.long)
+    assert d.all_reduce_sum(whole) is whole and whole.tolist() == [everyone] * 3
+    number = torch.tensor(0.5 * (world.rank + 1), dtype=torch.float64)
+    assert d.all_reduce_sum(number).item() == 0.5 * everyone
+    strided = torch.zeros(2, 3)
+    strided.t()[:] = world.rank + 1
+    d.all_reduce_sum(strided.t())
+    assert (strided == everyone).all()
+    assert d.gather_objects({"rank": world.rank}) == [{"rank": r} for r in range(size)]
+    assert d.broadcast_object([world.rank, "text"]) == [0, "text"]
+    assert d.broadcast_object(world.rank, source=size - 1) == size - 1
+    assert d.any_rank(world.rank == size - 1) is True
+    assert d.any_rank(False) is False
+    d.barrier()
+    d.stop()
+    d.stop()
+    print("good")
+    """
+    for returncode, output in run_processes(size, code):
+        assert returncode == 0, output
+        assert output.endswith("good\n")
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_confusion_of_uneven_shares_equals_one_process(size, tmp_path):
+    # 7 images over 2 or 3 processes, one of which may have fewer batches, or none.
+    code = f"""
+    import torch
+    from metrics.stream_metrics import StreamSegMetrics
+    from utils import distributed as d
+    world = d.start(timeout_s=60)
+    data = torch.load({str(tmp_path / "data.pt")!r}, weights_only=True)
+    bounds = [0, 6, 7, 7][: world.size] + [7]
+    share = slice(bounds[world.rank], bounds[world.rank + 1])
+    metrics = StreamSegMetrics(21, world.device)
+    for _ in range(2):
+        metrics.reset()
+        for image, mask in zip(data["preds"][share], data["targets"][share]):
+            metrics.update(image[None], mask[None])
+        metrics.synchronise()
+        metrics.synchronise()
+    assert metrics.images == 7
+    if world.rank == world.size - 1:
+        torch.save(metrics.confusion_matrix, {str(tmp_path / "confusion.pt")!r})
+    d.stop()
+    """
+    generator = torch.Generator().manual_seed(3)
+    preds = torch.randint(21, (7, 9, 11), generator=generator)
+    targets = torch.randint(22, (7, 9, 11), generator=generator)
+    targets[targets == 21] = 255
+    torch.save({"preds": preds, "targets": targets.to(torch.uint8)}, tmp_path / "data.pt")
+    for returncode, output in run_processes(size, code):
+        assert returncode == 0, output
+    alone = StreamSegMetrics(21)
+    alone.update(preds, targets)
+    shared = torch.load(tmp_path / "confusion.pt", weights_only=True)
+    assert torch.equal(shared, alone.confusion_matrix)
+
+
+def test_lost_and_silent_ranks_end_in_an_error_within_the_timeout():
+    lost = """
+    import os, torch
+    from utils import distributed as d
+    world = d.start("CPU", timeout_s=5)
+    if world.rank == 1:
+        os._exit(9)
+    d.all_reduce_sum(torch.ones(1))
+    """
+    silent = lost.replace("os._exit(9)", "import time; time.sleep(15)")
+    for code in (lost, silent):
+        began = time.perf_counter()
+        results = run_processes(2, code)
+        assert results[0][0] == 1, results[0][1]
+        assert time.perf_counter() - began < 60
+
+
+def test_missing_rank_is_a_user_error():
+    code = """
+    from utils import distributed as d
+    from utils.errors import UserError
+    try:
+        d.start("CPU", timeout_s=3)
+    except UserError as error:
+        print(error)
+    """
+    ((returncode, output),) = run_processes(1, code, WORLD_SIZE="2")
+    assert returncode == 0, output
+    assert "rank 0 of 2 finds no group at 127.0.0.1" in output
+
+
+@pytest.mark.slow
+def test_torchrun_starts_it(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch\n"
+        "from utils import distributed as d\n"
+        "world = d.start('CPU', timeout_s=60)\n"
+        "total = d.all_reduce_sum(torch.ones(()))\n"
+        "print('total', int(total), torch.get_num_threads(), flush=True)\n"
+        "d.stop()\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCH}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("total 2 1") == 2
+
+
+@pytest.mark.parametrize("where", [None, "CPU", "CPU_windows", "GPU_windows"])
+def test_one_process_needs_no_group(where):
+    world = distributed.start(where)
+    try:
+        assert (world.rank, world.local_rank, world.size, world.backend) == (0, 0, 1, None)
+        assert world.is_main
+        assert not torch.distributed.is_initialized()
+        tensor = torch.arange(3)
+        assert distributed.all_reduce_sum(tensor) is tensor
+        assert distributed.gather_objects("a") == ["a"]
+        assert distributed.broadcast_object("a") == "a"
+        assert distributed.any_rank(True) and not distributed.any_rank(False)
+        distributed.barrier()
+    finally:
+        distributed.stop()
+
+
+def test_one_process_of_torchrun_needs_no_group(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert distributed.start("CPU").backend is None
+
+
+def test_launch_rank(monkeypatch):
+    assert distributed.launch_rank() == 0
+    monkeypatch.setenv("RANK", "3")
+    assert distributed.launch_rank() == 3
+
+
+@pytest.mark.parametrize(
+    ("where", "environment", "gpus", "message"),
+    [
+        ("GPU", {}, 0, "--where_to_sim GPU: unknown"),
+        ("GPU_server", {}, 0, "no CUDA device.*--where_to_sim CPU"),
+        ("CPU_windows", {"RANK": "0", "WORLD_SIZE": "2"}, 0, "one process, but 2"),
+        ("GPU_windows", {"RANK": "0", "WORLD_SIZE": "2"}, 1, "one process, but 2"),
+        (None, {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, 1, "2 processes .* 1 GPU; .*=1"),
+        (None, {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"}, 2, "4 processes .* 2 GPUs; .*=2"),
+        ("CPU", {"RANK": "zero"}, 0, "RANK='zero' is no number"),
+        ("CPU", {"WORLD_SIZE": "2"}, 0, "RANK, MASTER_ADDR, MASTER_PORT is not set"),
+    ],
+)
+def test_bad_launches(monkeypatch, where, environment, gpus, message):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(UserError, match=message) as caught:
+        distributed.start(where)
+    assert "\n" not in str(caught.value)
+
+
+def test_processes_share_the_cores_unless_told_otherwise():
+    code = """
+    import torch
+    from utils import distributed as d
+    d.start("CPU", timeout_s=60)
+    print("threads", torch.get_num_threads())
+    d.stop()
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    without = code.replace("import torch", "import os; del os.environ['OMP_NUM_THREADS']; import torch", 1)
+    for body, threads in ((code, 1), (without, max(1, cores // 2))):
+        for _, output in run_processes(2, body):
+            assert f"threads {threads}" in output
+
+
+def test_unwrap():
+    plain = nn.Linear(2, 2)
+    assert distributed.unwrap(plain) is plain
+    assert distributed.unwrap(nn.DataParallel(plain)) is plain
+    assert distributed.unwrap(nn.DataParallel(torch.compile(plain))) is plain

@@ -1,0 +1,153 @@
+import logging
+import math
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from tensorboardX.proto.event_pb2 import Event
+
+from utils.distributed import World
+from utils.errors import UserError
+from utils.logger import RunLogger, format_table, progress, setup_logging
+
+MAIN = World(0, 0, 2, torch.device("cpu"), None)
+OTHER = World(1, 1, 2, torch.device("cpu"), None)
+
+
+@pytest.fixture(autouse=True)
+def plain_logging():
+    root = logging.getLogger()
+    level = root.level
+    yield
+    setup_logging(MAIN, None)
+    for handler in [h for h in root.handlers if (h.get_name() or "").startswith("run.")]:
+        root.removeHandler(handler)
+    root.setLevel(level)
+    logging.captureWarnings(False)
+
+
+def events(folder):
+    """Events of a TensorBoard file: 8 bytes length, 4 bytes checksum, the record, 4 bytes checksum."""
+    (path,) = folder.glob("events*")
+    data, found = path.read_bytes(), []
+    while data:
+        length = int.from_bytes(data[:8], "little")
+        found.append(Event.FromString(data[12 : 12 + length]))
+        data = data[16 + length :]
+    return found
+
+
+def test_rank_0_writes_to_stdout_and_appends_to_the_file(tmp_path, capsys):
+    for word in ("first", "second"):
+        setup_logging(MAIN, tmp_path / "run")
+        log = logging.getLogger("dataset.voc")
+        log.info("%s line", word)
+        log.debug("hidden")
+    captured = capsys.readouterr()
+    assert [line.split(" ", 1)[1] for line in captured.out.splitlines()] == ["first line", "second line"]
+    text = (tmp_path / "run" / "train.log").read_text()
+    assert [line.split("INFO ")[1] for line in text.splitlines()] == [
+        "dataset.voc: first line",
+        "dataset.voc: second line",
+    ]
+
+
+def test_debug_lines_and_warnings(tmp_path, capsys):
+    setup_logging(MAIN, tmp_path, debug=True)
+    logging.getLogger("train").debug("shown")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        logging.captureWarnings(True)
+        warnings.warn("careful", stacklevel=1)
+    assert "shown" in capsys.readouterr().out
+    assert "careful" in (tmp_path / "train.log").read_text()
+
+
+def test_other_ranks_only_warn_on_stderr(tmp_path, capsys):
+    setup_logging(OTHER, tmp_path / "run")
+    logging.getLogger("train").info("hidden")
+    logging.getLogger("train").warning("seen")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "rank 1 WARNING: seen" in captured.err
+    assert "hidden" not in captured.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_log_file_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"train\.log: cannot be written .*--logdir"):
+        setup_logging(MAIN, tmp_path / "file")
+    with pytest.raises(UserError, match="cannot be written"):
+        RunLogger(MAIN, tmp_path / "file" / "step_0")
+
+
+def test_tensorboard_events(tmp_path):
+    board = RunLogger(MAIN, tmp_path)
+    board.scalar("lr", 0.5, 3)
+    board.scalar("nothing", math.nan, 3)
+    board.scalars({"loss/ce": 1.0, "loss/kd": 2.0}, 4)
+    board.text("options", "a **text**")
+    board.image("picture", np.zeros((4, 6, 3), dtype=np.uint8), 5)
+    board.close()
+    board.close()
+    values = [(event.step, value) for event in events(tmp_path) for value in event.summary.value]
+    scalars = {(step, value.tag): value.simple_value for step, value in values if value.HasField("simple_value")}
+    assert scalars == {(3, "lr"): 0.5, (4, "loss/ce"): 1.0, (4, "loss/kd"): 2.0}
+    (image,) = [value.image for _, value in values if value.HasField("image")]
+    assert (image.height, image.width) == (4, 6)
+    assert any(value.tag.startswith("options") for _, value in values)
+
+
+@pytest.mark.parametrize(("world", "enabled"), [(OTHER, True), (MAIN, False)])
+def test_tensorboard_elsewhere_or_off_does_nothing(tmp_path, world, enabled):
+    board = RunLogger(world, tmp_path / "run", enabled=enabled)
+    board.scalar("lr", 0.5, 1)
+    board.scalars({"a": 1.0}, 1)
+    board.text("a", "b")
+    board.figure("a", None, 1)
+    board.image("a", None, 1)
+    board.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_progress_prints_plain_lines_where_there_is_no_terminal(capsys):
+    setup_logging(MAIN, None)
+    items = list(progress(range(7), total=7, desc="epoch 1", world=MAIN, interval=3))
+    assert items == list(range(7))
+    captured = capsys.readouterr()
+    shown = [line.split(" ", 1)[1].split(" (")[0] for line in captured.out.splitlines()]
+    assert shown == ["epoch 1: 3/7", "epoch 1: 6/7", "epoch 1: 7/7"]
+    assert captured.out.rstrip().endswith("0:00 left)")
+    assert captured.err == ""
+
+
+def test_progress_draws_a_bar_on_a_terminal(capsys, monkeypatch):
+    setup_logging(MAIN, None)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert list(progress(range(3), total=3, desc="epoch 1", world=MAIN, interval=1)) == [0, 1, 2]
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "epoch 1" in captured.err
+
+
+def test_progress_is_silent_on_other_ranks(capsys):
+    setup_logging(OTHER, None)
+    assert list(progress(iter("ab"), total=2, desc="x", world=OTHER, interval=1)) == ["a", "b"]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_table():
+    text = format_table(["class", "IoU"], [["cat", 1.5], ["background", math.nan], ["dog", None]])
+    assert text.splitlines() == [
+        "class        IoU",
+        "----------  ----",
+        "cat         1.50",
+        "background     –",
+        "dog            –",
+    ]
+    assert format_table(["a", "bc"], []).splitlines() == ["a  bc", "-  --"]
+    with pytest.raises(ValueError, match="2 headers for 1 columns"):
+        format_table(["a", "b"], [["c"]])
