@@ -349,8 +349,9 @@ def _apply_preset(opts: Options) -> None:
     for name, value in chosen.items():
         if name in opts.typed:
             if getattr(opts, name) != value:
+                typed = getattr(opts, name)
                 opts.notes.append(
-                    f"--{name} {getattr(opts, name)} was typed and wins over {value} of --method {opts.method}"
+                    f"--{name} {typed} was typed and wins over {value} of --method {opts.method}"
                 )
         else:
             setattr(opts, name, value)
@@ -394,12 +395,13 @@ def _check(opts: Options) -> None:
         raise UserError("--ckpt names one checkpoint; give a single --step with it")
     if opts.pretrained_path is not None and opts.no_pretrained:
         raise UserError("--pretrained_path and --no_pretrained exclude each other; give one")
-    if opts.batch_size == 1 and opts.model == "deeplab" and opts.norm_act in ("std", "abn", "iabn"):
-        if not (opts.test or opts.check_data or opts.fix_bn):
-            raise UserError(
-                "--batch_size 1: the head normalises one pooled value per image over the batch, which needs "
-                "--batch_size 2 or more, or --fix_bn"
-            )
+    trains = not (opts.test or opts.check_data)
+    own_statistics = opts.model == "deeplab" and opts.norm_act in ("std", "abn", "iabn") and not opts.fix_bn
+    if opts.batch_size == 1 and trains and own_statistics:
+        raise UserError(
+            "--batch_size 1: the head normalises one pooled value per image over the batch, which needs "
+            "--batch_size 2 or more, or --fix_bn"
+        )
     if opts.crop_size < 32:
         raise UserError(f"--crop_size {opts.crop_size} is below the networks' stride of 32")
     for name in ("lr_power", "momentum", "weight_decay", "num_workers", "sample_num"):

@@ -89,7 +89,7 @@ class IncrementalSegmentationModule(nn.Module):
     def _classify(self, pre_logits: Tensor) -> Tensor:
         if self.unknown is not None:
             return torch.cat([head(pre_logits) for head in [*self.cls, self.unknown]], dim=1)
-        # One convolution with the classifiers' joined weights: one pass over pre_logits for any number of steps.
+        # One convolution with the classifiers' joined weights: one pass for any number of steps.
         heads = [cast(nn.Conv2d, head) for head in self.cls]
         weight = torch.cat([head.weight for head in heads])
         bias = torch.cat([cast(Tensor, head.bias) for head in heads])

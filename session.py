@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from argparser import Options
+from dataset.incremental import IncrementalDataset
 from dataset.loaders import EpochSampler, Loader, make_eval_loader, make_train_loader
-from dataset.step_data import StepData, step_data
+from dataset.step_data import EvaluationData, StepData, evaluation_data, step_data
 from methods import Context, Method, build_methods
 from metrics.continual import Results, summarise, write_results
 from metrics.stream_metrics import StreamSegMetrics
@@ -97,16 +98,16 @@ class Session:
         load_state(model, model_state(content))
         precision = Precision(self.opts.opt_level, self.device)
         model = precision.cast(model.to(self.device))
-        data = step_data(self.opts, step, progress=self.world.is_main)
+        data = evaluation_data(self.opts, step)
         log.info("testing %s on %d images", path, len(data.test))
-        self._report(step, data, self._evaluate(model, data, precision, final=True))
+        self._report(step, data, self._evaluate(model, data.test, len(data.class_names), precision))
 
     def _evaluate(
-        self, model: nn.Module, data: StepData, precision: Precision, *, final: bool
+        self, model: nn.Module, images: IncrementalDataset, classes: int, precision: Precision
     ) -> StreamSegMetrics:
         opts = self.opts
         loader = make_eval_loader(
-            data.test if final else data.val,
+            images,
             opts.batch_size if opts.crop_val else 1,
             num_workers=opts.num_workers,
             rank=self.world.rank,
@@ -121,13 +122,13 @@ class Session:
         return evaluate(
             model,
             batches,
-            StreamSegMetrics(len(data.class_names), self.device),
+            StreamSegMetrics(classes, self.device),
             device=self.device,
             precision=precision,
             predict=predict,
         )
 
-    def _report(self, step: int, data: StepData, metrics: StreamSegMetrics) -> Results:
+    def _report(self, step: int, data: EvaluationData, metrics: StreamSegMetrics) -> Results:
         """Results of a step in the log and, from rank 0, as JSON and CSV in the run's folder."""
         task = self.opts.task_
         results = summarise(
@@ -166,7 +167,9 @@ class Session:
         path = self.checkpoint(step)
         resumed = self._resumable(path, step)
         torch.manual_seed(opts.random_seed + step)
-        data = step_data(opts, step, progress=world.is_main)
+        data = step_data(
+            opts, step, exemplar_list=self.run_dir / f"exemplars_{step}.json", is_main=world.is_main
+        )
         sampler, loader = self._train_loader(data)
         log.info(
             "step %d of task %s: %d training images, %d for the final evaluation, %d classes, total batch %d",
@@ -216,7 +219,8 @@ class Session:
                     best = max(best, score)
                 if last or (epoch + 1) % opts.ckpt_interval == 0:
                     self._save(path, trainer, step, epoch, best)
-            results = self._report(step, data, self._evaluate(context.model, data, precision, final=True))
+            metrics = self._evaluate(context.model, data.test, len(data.class_names), precision)
+            results = self._report(step, data, metrics)
             board.scalar("miou/all", results.miou_all, opts.epochs)
             self._pictures(context.model, data, step, precision, board)
         finally:
@@ -332,7 +336,7 @@ class Session:
         channels = int(model.network.body_channels)
         if "feat_dim" in self.opts.typed and channels != self.opts.feat_dim:
             raise UserError(
-                f"--feat_dim {self.opts.feat_dim:g}: the body of this network has {channels} channels; drop it"
+                f"--feat_dim {self.opts.feat_dim:g}: this network's body has {channels} channels; drop it"
             )
 
     def _methods(self, context: Context, resumed: dict[str, Any] | None) -> dict[str, Method]:
@@ -447,7 +451,7 @@ class Session:
         )
 
     def _validate(self, trainer: Trainer, data: StepData, step: int, epoch: int, board: RunLogger) -> float:
-        metrics = self._evaluate(trainer.context.model, data, trainer.precision, final=False)
+        metrics = self._evaluate(trainer.context.model, data.val, len(data.class_names), trainer.precision)
         results = summarise(
             metrics.confusion_matrix,
             data.class_names,

@@ -327,6 +327,8 @@ def _foreground_order(
             "give another order as a task file, or choose a shuffled task such as 15-5s_b or 100-10b"
         )
     if seed is not None:
+        if not 0 <= seed < 2**32:
+            raise UserError(f"--class_order_seed {seed}: give a number from 0 to {2**32 - 1}")
         # RandomState's stream is frozen (NEP 19): a seed means the same order with every numpy.
         return (0, *(int(c) for c in 1 + np.random.RandomState(seed).permutation(num_classes - 1)))
     order = tuple(class_order or ())

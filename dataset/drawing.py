@@ -18,7 +18,7 @@ Texture = Callable[[Array, Array], NDArray[Any]]
 Colour = tuple[int, int, int]
 
 _OVERSAMPLING = 2  # pictures are drawn at twice their size and averaged
-_RADIUS = (0.15, 0.27)  # of a thing, as a part of the picture's side
+_RADIUS = (0.19, 0.31)  # of a thing, as a part of the picture's side
 
 
 def draw_sample(size: int, seed: tuple[int, int, int]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -171,7 +171,7 @@ def _moon(u: Array, v: Array) -> NDArray[np.bool_]:
 
 
 def _cross(u: Array, v: Array) -> NDArray[np.bool_]:
-    return (np.minimum(abs(u), abs(v)) < 0.34) & (np.maximum(abs(u), abs(v)) < 0.92)
+    return (np.minimum(abs(u), abs(v)) < 0.4) & (np.maximum(abs(u), abs(v)) < 0.92)
 
 
 def _hexagon(u: Array, v: Array) -> NDArray[np.bool_]:
@@ -298,9 +298,7 @@ _GEM = _polygon((-0.55, -0.75), (0.55, -0.75), (1, -0.25), (0, 1), (-1, -0.25))
 _ARROW = _polygon(
     (0, -1), (0.85, -0.05), (0.36, -0.05), (0.36, 0.95), (-0.36, 0.95), (-0.36, -0.05), (-0.85, -0.05)
 )
-_BOLT = _polygon(
-    (-0.1, -1), (0.62, -1), (0.3, -0.3), (0.72, -0.3), (-0.3, 1.05), (-0.02, 0.12), (-0.55, 0.12)
-)
+_BOLT = _polygon((-0.25, -1), (0.7, -1), (0.35, -0.3), (0.85, -0.3), (-0.4, 1.05), (-0.1, 0.2), (-0.75, 0.2))
 _HOUSE = _polygon(
     (0, -1), (1, -0.15), (0.76, -0.15), (0.76, 0.85), (-0.76, 0.85), (-0.76, -0.15), (-1, -0.15)
 )

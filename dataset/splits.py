@@ -68,53 +68,52 @@ def mask_values(path: Path) -> BoolArray:
         return _values(read_mask(path).numpy())  # names the fault
     if not _is_plain(data):
         return _values(read_mask(path).numpy())
-    seen = _values_in_stream(data)
+    deflated = _image_data(data)
+    if deflated is None:
+        raise DataError(f"{path}: the mask is truncated or its checksum is wrong; replace the file")
+    seen = _values_in_stream(deflated, *_size(data))
     return _values(_decode(path, data)) if seen is None else seen
 
 
 def _is_plain(data: bytes) -> bool:
-    """Whether a file is a PNG with one byte per pixel, not interlaced, of a size that fits into memory."""
+    """Whether a file is a PNG with one byte per pixel, not interlaced."""
     if data[:8] != _PNG_SIGNATURE or len(data) < 33:
         return False
     depth, colour_type, interlace = data[24], data[25], data[28]
-    width, height = _size(data)
-    return depth == 8 and colour_type in _ONE_CHANNEL and not interlace and 0 < width * height <= _MAX_PIXELS
+    return depth == 8 and colour_type in _ONE_CHANNEL and not interlace
 
 
 def _size(data: bytes) -> tuple[int, int]:
+    """(width, height)."""
     return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
 
 
-def _decode(path: Path, data: bytes) -> npt.NDArray[np.uint8]:
-    """The pixels of a plain PNG. Pillow decodes: torchvision 0.29 crashes on damaged data."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(image)
-    except (OSError, SyntaxError, ValueError, zlib.error) as error:  # Pillow reports damage as any of these
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path}: the mask is truncated or corrupt; replace the file ({reason})") from error
+def _image_data(data: bytes) -> bytes | None:
+    """The joined IDAT chunks (a zlib stream); None where the file is cut or a chunk's CRC is wrong."""
+    view, parts, start = memoryview(data), [], 8
+    while start + 12 <= len(data):
+        end = start + 8 + int.from_bytes(view[start : start + 4], "big")
+        if zlib.crc32(view[start + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
+            return None
+        kind = view[start + 4 : start + 8]
+        if kind == b"IDAT":
+            parts.append(view[start + 8 : end])
+        elif kind == b"IEND":
+            return b"".join(parts)
+        start = end + 4
+    return None
 
 
-def _values(pixels: npt.NDArray[np.uint8]) -> BoolArray:
-    """Which values occur. Only the ends of runs are looked up; a mask has few of them."""
-    flat, seen = pixels.reshape(-1), np.zeros(256, dtype=bool)
-    seen[flat[np.flatnonzero(flat[1:] != flat[:-1])]] = True
-    seen[flat[-1:]] = True
-    return seen
-
-
-def _values_in_stream(data: bytes) -> BoolArray | None:
+def _values_in_stream(deflated: bytes, width: int, height: int) -> BoolArray | None:
     """Values of a plain PNG straight from its inflated stream; None where the stream needs a real decoder.
 
     Where no row is filtered (so VOC's masks are), the inflated stream is the pixels with a 0 before each row.
     Inflating it in one piece takes two thirds of the time of a decoder, which works row by row. The chunks'
     CRC stands in for the stream's Adler-32, which is slower.
     """
-    deflated = _image_data(data)
-    if deflated is None:
-        return None
-    width, height = _size(data)
     size = (width + 1) * height
+    if not 0 < width * height <= _MAX_PIXELS:
+        return None
     try:
         stream = np.frombuffer(zlib.decompress(deflated[2:], wbits=-15, bufsize=size), dtype=np.uint8)
     except zlib.error:
@@ -127,20 +126,23 @@ def _values_in_stream(data: bytes) -> BoolArray | None:
     return seen
 
 
-def _image_data(data: bytes) -> bytes | None:
-    """The joined IDAT chunks (a zlib stream); None where a chunk is cut or its CRC is wrong."""
-    view, parts, start = memoryview(data), [], 8
-    while start + 12 <= len(data):
-        end = start + 8 + int.from_bytes(view[start : start + 4], "big")
-        kind = view[start + 4 : start + 8]
-        if kind == b"IDAT":
-            if zlib.crc32(view[start + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
-                return None
-            parts.append(view[start + 8 : end])
-        elif kind == b"IEND":
-            return b"".join(parts)
-        start = end + 4
-    return None
+def _values(pixels: npt.NDArray[np.uint8]) -> BoolArray:
+    """Which values occur. Only the ends of runs are looked up; a mask has few of them."""
+    flat, seen = pixels.reshape(-1), np.zeros(256, dtype=bool)
+    seen[flat[np.flatnonzero(flat[1:] != flat[:-1])]] = True
+    seen[flat[-1:]] = True
+    return seen
+
+
+def _decode(path: Path, data: bytes) -> npt.NDArray[np.uint8]:
+    """The pixels of a plain PNG. Pillow decodes: torchvision 0.29 crashes on damaged data."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return np.asarray(image)
+    # Pillow reports damage as any of these.
+    except (OSError, SyntaxError, ValueError, zlib.error, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path}: the mask is truncated or corrupt; replace the file ({reason})") from error
 
 
 # --- presence index -----------------------------------------------------------------------------------------

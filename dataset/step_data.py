@@ -12,10 +12,19 @@ from torch import Tensor
 
 from dataset import open_dataset
 from dataset.base import SegmentationDataset
+from dataset.exemplars import (
+    Exemplar,
+    class_counts,
+    exemplar_origin,
+    load_exemplars,
+    save_exemplars,
+    select_exemplars,
+)
 from dataset.incremental import Entry, IncrementalDataset, eval_lookup, train_lookup
 from dataset.loaders import cross_val_split
 from dataset.splits import load_step_list, scan_presence, task_indices
 from dataset.transforms import eval_transform, train_transform
+from utils.errors import UserError
 
 CACHE = Path(__file__).resolve().parent.parent / "data" / "cache"
 HELD_OUT_SEED = 1  # --test_on_val: the same images for every step and every run
@@ -23,87 +32,156 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class StepData:
-    """What one step reads.
+class EvaluationData:
+    """What the final evaluation of a step reads.
 
     Attributes:
-        train: samples of the step, exemplars last.
-        num_memory: how many of them are exemplars.
-        val: images that are looked at during training, all seen classes labelled.
-        test: images of the final evaluation.
+        test: images, all seen classes labelled.
         class_names: in the network's order, seen classes only.
         ignored: network indices that are no class at evaluation (ADE20K's "other").
     """
 
-    train: IncrementalDataset
-    num_memory: int
-    val: IncrementalDataset
     test: IncrementalDataset
     class_names: list[str]
     ignored: frozenset[int]
 
 
-def step_data(opts: Any, step: int, *, progress: bool) -> StepData:
-    """Open the data set and choose the images of a step by the published rule of its task.
+@dataclass
+class StepData(EvaluationData):
+    """What the training of a step reads besides.
+
+    Attributes:
+        train: samples of the step, exemplars last.
+        num_memory: how many of them are exemplars.
+        val: images that are looked at during training.
+    """
+
+    train: IncrementalDataset
+    num_memory: int
+    val: IncrementalDataset
+
+
+def evaluation_data(opts: Any, step: int) -> EvaluationData:
+    """The images of a step's final evaluation.
+
+    They are the validation list's, or with ``--val_on_trainset`` the training list's, or with
+    ``--test_on_val`` the fifth of the training list that no step trains on.
+
+    Raises:
+        UserError: the data set is missing or faulty.
+    """
+    on_training_images = opts.val_on_trainset or opts.test_on_val
+    dataset = open_dataset(opts.dataset, opts.data_root, "train" if on_training_images else "val")
+    chosen = _held_out(len(dataset))[1] if opts.test_on_val else range(len(dataset))
+    seen = opts.task_.seen_classes(step)
+    return EvaluationData(
+        test=_evaluation(opts, step, dataset, chosen),
+        class_names=[dataset.class_names[c] for c in seen],
+        ignored=frozenset(seen.index(c) for c in dataset.ignore_at_eval if c in seen),
+    )
+
+
+def step_data(opts: Any, step: int, *, exemplar_list: Path, is_main: bool) -> StepData:
+    """All images of a step, training ones by the published rule of the task.
 
     Args:
         opts: the options of the run.
         step: number of the step.
-        progress: show the scan of the masks.
+        exemplar_list: file of the exemplars of ``--memory``; used again if it was made from the same
+            choices, else made.
+        is_main: this process shows progress and writes files.
 
     Raises:
         UserError: the data set or a list is missing or faulty.
     """
-    task = opts.task_
-    train_set = open_dataset(opts.dataset, opts.data_root, "train")
-    val_set = open_dataset(opts.dataset, opts.data_root, "val")
-    indices = _train_indices(opts, step, train_set, progress)
-    held_out: list[int] = []
-    if opts.test_on_val:
-        kept, held_out = cross_val_split(range(len(train_set)), HELD_OUT_SEED)
-        indices = sorted(set(indices) & set(kept))
-    val_indices: list[int] | None = None
+    final = evaluation_data(opts, step)
+    dataset = open_dataset(opts.dataset, opts.data_root, "train")
+    lists = _StepLists(opts, dataset, is_main)
+    indices = lists.indices(step)
+    val = final.test
     if opts.cross_val:
-        indices, val_indices = cross_val_split(indices, opts.random_seed)
+        indices, held_out = cross_val_split(indices, opts.random_seed)
+        val = _evaluation(opts, step, dataset, held_out)
+    exemplars: list[Exemplar] = []
+    if opts.memory and step:
+        exemplars = _exemplars(opts, step, lists, exemplar_list, is_main)
+    entries = [Entry(i) for i in indices] + [Entry(e.index, 1 + e.step) for e in exemplars]
+    # Look-up 0 is the step's own; 1 + s shows the classes that were known when step s stored an exemplar.
+    lookups = [_train_table(opts, step, opts.data_masking)]
+    lookups += [_train_table(opts, earlier, "current+old") for earlier in range(step)]
+    train = IncrementalDataset(dataset, entries, lookups, train_transform(opts.crop_size), opts.random_seed)
+    return StepData(**vars(final), train=train, num_memory=len(exemplars), val=val)
 
-    lookup = eval_lookup(task, step, unseen_label=opts.unseen_label, ignore_ids=val_set.ignore_at_eval)
+
+class _StepLists:
+    """Training images of every step; the masks are scanned at most once."""
+
+    def __init__(self, opts: Any, dataset: SegmentationDataset, is_main: bool) -> None:
+        self.opts = opts
+        self.dataset = dataset
+        self.is_main = is_main
+        self._presence: Sequence[frozenset[int]] | None = None
+
+    @property
+    def presence(self) -> Sequence[frozenset[int]]:
+        """Class ids of every training image."""
+        if self._presence is None:
+            self._presence = scan_presence(self.dataset.masks, cache_dir=CACHE, progress=self.is_main)
+        return self._presence
+
+    def indices(self, step: int) -> list[int]:
+        """Places in the training list of a step's images."""
+        opts = self.opts
+        if opts.splits_dir is not None:
+            indices = load_step_list(opts.splits_dir, step, len(self.dataset))
+        else:
+            indices = task_indices(opts.dataset, opts.task_, step, opts.protocol, self.presence)
+        if opts.test_on_val:
+            indices = sorted(set(indices) & set(_held_out(len(self.dataset))[0]))
+        return indices
+
+
+def _held_out(number: int) -> tuple[list[int], list[int]]:
+    """Training and evaluation fifths of ``--test_on_val``."""
+    return cross_val_split(range(number), HELD_OUT_SEED)
+
+
+def _evaluation(
+    opts: Any, step: int, dataset: SegmentationDataset, chosen: Sequence[int]
+) -> IncrementalDataset:
+    lookup = eval_lookup(opts.task_, step, unseen_label=opts.unseen_label, ignore_ids=dataset.ignore_at_eval)
     transform = eval_transform(opts.crop_size if opts.crop_val else None)
-
-    def evaluation(dataset: SegmentationDataset, chosen: Sequence[int] | None) -> IncrementalDataset:
-        entries = [Entry(i) for i in (range(len(dataset)) if chosen is None else chosen)]
-        return IncrementalDataset(dataset, entries, [lookup], transform, opts.random_seed)
-
-    if opts.test_on_val:
-        test = evaluation(train_set, held_out)
-    elif opts.val_on_trainset:
-        test = evaluation(train_set, None)
-    else:
-        test = evaluation(val_set, None)
-    entries, lookups = [Entry(i) for i in indices], [_train_table(opts, step)]
-    train = IncrementalDataset(train_set, entries, lookups, train_transform(opts.crop_size), opts.random_seed)
-    seen = task.seen_classes(step)
-    return StepData(
-        train=train,
-        num_memory=0,
-        val=evaluation(train_set, val_indices) if opts.cross_val else test,
-        test=test,
-        class_names=[train_set.class_names[c] for c in seen],
-        ignored=frozenset(seen.index(c) for c in val_set.ignore_at_eval if c in seen),
-    )
+    return IncrementalDataset(dataset, [Entry(i) for i in chosen], [lookup], transform, opts.random_seed)
 
 
-def _train_indices(opts: Any, step: int, train_set: SegmentationDataset, progress: bool) -> list[int]:
-    if opts.splits_dir is not None:
-        return load_step_list(opts.splits_dir, step, len(train_set))
-    presence = scan_presence(train_set.masks, cache_dir=CACHE, progress=progress)
-    return task_indices(opts.dataset, opts.task_, step, opts.protocol, presence)
-
-
-def _train_table(opts: Any, step: int) -> Tensor:
+def _train_table(opts: Any, step: int, data_masking: str) -> Tensor:
     return train_lookup(
         opts.task_,
         step,
-        data_masking=opts.data_masking,
+        data_masking=data_masking,
         protocol=opts.protocol,
         void_label=opts.void_label,
     )
+
+
+def _exemplars(opts: Any, step: int, lists: _StepLists, path: Path, is_main: bool) -> list[Exemplar]:
+    """Exemplars of the earlier steps: the list on disk if it was made from the same choices, or a new one."""
+    candidates = [lists.indices(earlier) for earlier in range(step)]
+    choices = (opts.task_, step, opts.memory, opts.random_seed, candidates)
+    origin = exemplar_origin(*choices)
+    exemplars: list[Exemplar] | None = None
+    if path.is_file():
+        try:
+            exemplars = load_exemplars(path, origin)
+            log.info("exemplars: taken from %s", path)
+        except UserError as error:
+            log.info("%s; it is made again now", error)
+    if exemplars is None:
+        exemplars = select_exemplars(lists.presence, *choices)
+        if is_main:
+            save_exemplars(path, exemplars, origin)
+    counts = class_counts(exemplars, lists.presence, opts.task_)
+    names = lists.dataset.class_names
+    shown = ", ".join(f"{names[c]} {number}" for c, number in counts.items())
+    log.info("%d exemplars: %s", len(exemplars), shown)
+    return exemplars

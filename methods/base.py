@@ -40,7 +40,7 @@ class Batch:
         outputs_old: the teacher's logits, B×C_old×H×W; None at step 0.
         features_old: the teacher's intermediates by name.
         image_weights: B; factor on each image's classification loss (PLOP's adaptive factor), or None.
-        pixel_weights: B×H×W; factor on each pixel's classification loss (confidence of pseudo-labels), or None.
+        pixel_weights: B×H×W; factor on each pixel's classification loss (pseudo-label confidence), or None.
         extras: further per-image tensors of the data set, by name (SSUL's saliency maps).
         epoch: number of the epoch, from 0.
     """

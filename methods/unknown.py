@@ -1,4 +1,4 @@
-"""SSUL: an unknown class beside the background, and a frozen network that only gains heads (Cha et al. 2021)."""
+"""SSUL: an unknown class beside the background, a frozen network that only gains heads (Cha et al. 2021)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class UnknownClass(Method):
         return True
 
     def begin_step(self, context: Context) -> None:
-        """Later steps: the new head starts from unknown's; all but it, unknown's and background's is frozen."""
+        """Later steps: the new head starts from unknown's; only it, unknown's and background's learn."""
         self.step = context.step
         if context.step == 0:
             return
@@ -74,7 +74,7 @@ class UnknownClass(Method):
         hidden = background if salient is None else background & salient.bool()
         targets = torch.where(hidden, unknown, batch.targets)
         if batch.outputs_old is not None:
-            # The teacher's last channel is its unknown class: neither it nor the background is a label to hand on.
+            # The teacher's last channel is its unknown class: neither it nor the background is handed on.
             score, label = batch.outputs_old.sigmoid().max(dim=1)
             old = (label > 0) & (label < batch.classes_old)
             targets = torch.where(background & old & (score >= self.threshold), label, targets)

@@ -22,4 +22,4 @@ for method in FT MIB; do
     train --name "$method" --method "$method" --step 1 --lr 0.01 --epochs "${EPOCHS_1:-16}" \
         --step_ckpt "$LOGDIR/$TASK-shapes_FT/$TASK-shapes_FT_0.pth"
 done
-python -m utils.compare "$LOGDIR/$TASK-shapes_FT" "$LOGDIR/$TASK-shapes_MIB"
+python -m utils.report "$LOGDIR/$TASK-shapes_FT" "$LOGDIR/$TASK-shapes_MIB"

@@ -16,7 +16,8 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 def test_a_preset_sets_its_options_and_is_matched_without_case() -> None:
     opts = parse_options(["--method", "mib", "--task", "15-5"])
-    assert (opts.method, opts.unce, opts.unkd, opts.loss_kd, opts.init_balanced) == ("MIB", True, True, 10, True)
+    assert (opts.method, opts.loss_kd) == ("MIB", 10)
+    assert opts.unce and opts.unkd and opts.init_balanced
 
 
 def test_what_was_typed_wins_over_the_preset_and_is_said() -> None:
@@ -128,4 +129,4 @@ def test_every_option_marked_now_exists_with_its_default() -> None:
             elif default not in ("None", ""):
                 words = default.strip("[]").split(", ") if "[" in default else [default]
                 values = action.default if isinstance(action.default, list) else [action.default]
-                assert [str(v) for v in values] == [str(type(v)(w)) for v, w in zip(values, words, strict=True)]
+                assert values == [type(v)(w) for v, w in zip(values, words, strict=True)], row["option"]

@@ -137,6 +137,7 @@ def test_class_order_seed_is_fixed():
         ({"class_order": [1, 2, 3, 9]}, r"class order: unknown class id\(s\) 9; the data set has 0 to 4"),
         ({"class_order": [1, 0, 2, 3, 4]}, r"background \(0\) must come first"),
         ({"class_order": [1, 2, 3, 4], "class_order_seed": 1}, "exclude each other"),
+        ({"class_order_seed": -1}, "--class_order_seed -1: give a number from 0 to"),
     ],
 )
 def test_faulty_class_order(options, message):

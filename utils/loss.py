@@ -53,6 +53,7 @@ __all__ = [
 ]
 
 VOID = 255
+_BLOCK = 2**20
 FIDELITIES = ("paper", "released")
 
 # ----------------------------------------------------------------------------------------------------------
@@ -132,7 +133,7 @@ def _blocks(batch: int, channels: int, pixels: int, device: torch.device) -> Ite
     if device.type != "cpu":
         yield slice(None), slice(None)
         return
-    per_block = max(2**18 // max(channels, 1), 1)
+    per_block = max(_BLOCK // max(channels, 1), 1)
     images = max(per_block // max(pixels, 1), 1)
     for first in range(0, batch, images):
         for start in range(0, pixels, per_block):

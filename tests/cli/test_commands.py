@@ -96,7 +96,7 @@ def test_resumed_epochs_give_the_weights_of_an_unbroken_run(
         (["--dataset", "voc", "--data_root", "{tmp}"], ["JPEGImages"]),
         (["--metod", "MIB"], ["--metod", "--method"]),
         (["--method", "MIBB"], ["MIBB", "mib"]),
-        (["--task", "15-55"], ["15-55", "15-5"]),
+        (["--dataset", "voc", "--task", "15-55"], ["15-55", "15-5"]),
         (["--task", "15-5", "--step", "2"], ["--step 2", "0 to 1"]),
         (["--task", "15-5", "--step", "1"], ["step 0", "--step_ckpt"]),
         (["--batch_size", "1000"], ["--batch_size"]),

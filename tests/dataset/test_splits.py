@@ -268,8 +268,16 @@ def broken_masks(folder: Path) -> dict[str, Path]:
     good = folder / "good.png"
     Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(good)
     data = good.read_bytes()
+    bad_stream = bytearray(data)  # the chunk's checksum is right, what it holds cannot be inflated
+    start = data.index(b"IDAT")
+    length = int.from_bytes(data[start - 4 : start], "big")
+    bad_stream[start + 10] ^= 0xFF
+    crc = zlib.crc32(bad_stream[start : start + 4 + length])
+    bad_stream[start + 4 + length : start + 8 + length] = crc.to_bytes(4, "big")
     contents = {
         "cut": data[: len(data) // 2],
+        "no_end": data[:-12],
+        "stream": bytes(bad_stream),
         "flipped": data[:60] + bytes([data[60] ^ 0xFF]) + data[61:],
         "empty": b"",
         "text": b"this is no picture at all, whatever its name says",
@@ -283,7 +291,9 @@ def broken_masks(folder: Path) -> dict[str, Path]:
     return {name: folder / f"{name}.png" for name in names}
 
 
-@pytest.mark.parametrize("kind", ["cut", "flipped", "empty", "text", "rgb", "jpeg", "folder", "missing"])
+@pytest.mark.parametrize(
+    "kind", ["cut", "no_end", "stream", "flipped", "empty", "text", "rgb", "jpeg", "folder", "missing"]
+)
 @pytest.mark.parametrize("cached", [False, True])
 def test_bad_masks_are_refused_by_name(tmp_path, kind, cached):
     bad = broken_masks(tmp_path)[kind]

@@ -1,0 +1,152 @@
+"""The exemplar memory: a few class-balanced images of earlier steps (``--memory``; SSUL-M, arXiv 2106.11562).
+
+At step s the memory is chosen from the memory of step s−1 and the training images of step s−1, so no image
+comes back that a learner without access to earlier data could not have kept.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dataset.splits import VOID, list_digest, write_atomically
+from tasks import Task, check_step
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Exemplar:
+    """An image of the training set and the step that stored it: its labels are the classes seen then."""
+
+    index: int
+    step: int
+
+
+def select_exemplars(
+    presence: Sequence[Collection[int]],
+    task: Task,
+    step: int,
+    memory: int,
+    seed: int,
+    candidates: Sequence[Sequence[int]],
+) -> list[Exemplar]:
+    """At most ``memory`` images for use at a step; the same for the same arguments.
+
+    Args:
+        presence: class ids of every training image (background and void do not count).
+        task: class order.
+        step: the step that trains with the memory; 0 has none.
+        memory: number of images.
+        seed: seed of the run.
+        candidates: training images of the steps 0, 1, ..., at least up to ``step - 1``.
+
+    Raises:
+        UserError: unknown step, or a negative ``memory``.
+    """
+    check_step(task, step)
+    if memory < 0:
+        raise UserError(f"--memory {memory}: give the number of images to keep, or 0 for none")
+    kept: dict[int, int] = {}
+    for current in range(1, step + 1):
+        # An image that the previous step trained on again is known with that step's classes.
+        pool = kept | dict.fromkeys(candidates[current - 1], current - 1)
+        known = {i: _known(presence[i], task, stored) for i, stored in pool.items()}
+        chosen = _pick_balanced(known, memory, np.random.RandomState([seed % 2**32, current]))
+        kept = {i: pool[i] for i in chosen}
+    return [Exemplar(i, stored) for i, stored in sorted(kept.items())]
+
+
+def class_counts(
+    exemplars: Sequence[Exemplar], presence: Sequence[Collection[int]], task: Task
+) -> dict[int, int]:
+    """Number of exemplars that show each old class (dataset class id -> images), for the log."""
+    last = max((exemplar.step for exemplar in exemplars), default=-1)
+    counts = {c: 0 for classes in task.steps[: last + 1] for c in classes if c != 0}
+    for exemplar in exemplars:
+        for c in _known(presence[exemplar.index], task, exemplar.step):
+            counts[c] += 1
+    return counts
+
+
+def _known(ids: Collection[int], task: Task, step: int) -> set[int]:
+    return (set(ids) & set(task.seen_classes(step))) - {0, VOID}
+
+
+def _pick_balanced(known: Mapping[int, set[int]], memory: int, rng: np.random.RandomState) -> list[int]:
+    """Images one by one, each for the class that has fewest so far.
+
+    Of the images of that class, the one whose other classes have fewest: otherwise classes that stand beside
+    many others (person) would fill the memory. Equal classes and equal images in random order.
+    """
+    images = sorted(i for i, classes in known.items() if classes)
+    shuffled = [images[place] for place in rng.permutation(len(images))]
+    classes = rng.permutation(sorted(set().union(*known.values()))).tolist()
+    shows = np.array([[c in known[i] for c in classes] for i in shuffled], dtype=np.float64)
+    shows = shows.reshape(len(shuffled), len(classes))
+    counts, left = np.zeros(len(classes)), shows.sum(axis=0)
+    free = np.ones(len(shuffled), dtype=bool)
+    chosen: list[int] = []
+    while len(chosen) < memory and free.any():
+        rarest = int(np.where(left > 0, counts, np.inf).argmin())
+        crowd = np.where(free & (shows[:, rarest] > 0), shows @ counts, np.inf)
+        pick = int(crowd.argmin())
+        free[pick] = False
+        counts += shows[pick]
+        left -= shows[pick]
+        chosen.append(shuffled[pick])
+    return chosen
+
+
+def exemplar_origin(
+    task: Task, step: int, memory: int, seed: int, candidates: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    """What a list was computed from, as plain values: equal origins mean equal lists."""
+    return {
+        "dataset": task.dataset,
+        "task": task.name,
+        "steps": [list(classes) for classes in task.steps],
+        "step": step,
+        "memory": memory,
+        "seed": seed,
+        "candidates": [list_digest(indices) for indices in candidates[:step]],
+    }
+
+
+def save_exemplars(path: Path, exemplars: Sequence[Exemplar], origin: Mapping[str, Any]) -> None:
+    """Write a list as JSON, with what it was computed from; all of the file or nothing."""
+    pairs = [[exemplar.index, exemplar.step] for exemplar in exemplars]
+    content = json.dumps({"origin": dict(origin), "exemplars": pairs}, indent=1)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content.encode())
+    except OSError as error:
+        raise UserError(f"exemplar list {path}: cannot be written ({error.strerror})") from error
+
+
+def load_exemplars(path: Path, origin: Mapping[str, Any]) -> list[Exemplar]:
+    """Read a list of :func:`save_exemplars`.
+
+    Raises:
+        UserError: the file is missing, damaged, or was computed from something else than ``origin``.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        exemplars = [Exemplar(int(index), int(step)) for index, step in content["exemplars"]]
+        found = content["origin"]
+    except OSError as error:
+        raise UserError(f"exemplar list {path}: cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"exemplar list {path}: damaged; delete it to have it made again") from error
+    differing = [
+        key for key, value in origin.items() if not isinstance(found, dict) or found.get(key) != value
+    ]
+    if differing:
+        raise UserError(
+            f"exemplar list {path}: made for another {', '.join(differing)}; delete it to have it made again"
+        )
+    return exemplars

@@ -1,0 +1,160 @@
+"""The exemplar memory: balanced, seeded, from earlier steps only; its list on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dataset.exemplars import (
+    Exemplar,
+    class_counts,
+    exemplar_origin,
+    load_exemplars,
+    save_exemplars,
+    select_exemplars,
+)
+from dataset.splits import task_indices
+from tasks import get_task
+from utils.errors import UserError
+
+SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "splits"
+TASK = get_task("voc", "15-5s")
+
+
+def random_presence(count: int, seed: int) -> list[set[int]]:
+    rng = np.random.default_rng(seed)
+    weights = 1 / np.arange(1, 21)
+    return [
+        set(
+            rng.choice(
+                np.arange(1, 21), rng.integers(1, 4), replace=False, p=weights / weights.sum()
+            ).tolist()
+        )
+        for _ in range(count)
+    ]
+
+
+def lists_of(presence: list[set[int]], protocol: str = "overlapped") -> list[list[int]]:
+    return [task_indices("voc", TASK, step, protocol, presence) for step in range(TASK.num_steps)]
+
+
+@given(
+    seed=st.integers(0, 50),
+    memory=st.integers(0, 60),
+    step=st.integers(0, 5),
+    protocol=st.sampled_from(["overlapped", "disjoint"]),
+)
+def test_properties(seed, memory, step, protocol):
+    presence = random_presence(150, seed)
+    lists = lists_of(presence, protocol)
+    exemplars = select_exemplars(presence, TASK, step, memory, seed, lists)
+    assert len(exemplars) <= memory
+    assert len({exemplar.index for exemplar in exemplars}) == len(exemplars)
+    for exemplar in exemplars:
+        assert exemplar.step < step
+        assert exemplar.index in lists[exemplar.step]
+        assert presence[exemplar.index] & set(TASK.seen_classes(exemplar.step))
+    # Neither this step's images nor later ones matter: they need not even be known.
+    assert exemplars == select_exemplars(presence, TASK, step, memory, seed, lists[:step])
+    if step >= 1 and memory <= len(lists[0]):
+        assert len(exemplars) == memory
+
+
+@given(seed=st.integers(0, 50), step=st.integers(2, 5))
+def test_an_image_of_an_older_step_was_in_the_memory_before(seed, step):
+    presence = random_presence(150, seed)
+    lists = lists_of(presence, "disjoint")
+    before = {e.index for e in select_exemplars(presence, TASK, step - 1, 25, seed, lists)}
+    now = select_exemplars(presence, TASK, step, 25, seed, lists)
+    assert {e.index for e in now if e.step < step - 1} <= before
+
+
+def test_seed_decides():
+    presence = random_presence(300, 0)
+    lists = lists_of(presence)
+    first, same, other = (select_exemplars(presence, TASK, 3, 30, seed, lists) for seed in (1, 1, 2))
+    assert first == same != other
+    assert select_exemplars(presence, TASK, 3, 30, -5, lists)
+
+
+def test_balanced_where_the_classes_allow_it():
+    presence = [{c} for c in range(1, 17) for _ in range(3 * c)]
+    lists = lists_of(presence)
+    counts = class_counts(select_exemplars(presence, TASK, 1, 45, 0, lists), presence, TASK)
+    assert set(counts) == set(range(1, 16))
+    assert set(counts.values()) == {3}
+    # Class 1 has three images only; what it cannot give, the others share evenly.
+    counts = class_counts(select_exemplars(presence, TASK, 1, 73, 0, lists), presence, TASK)
+    assert counts[1] == 3 and {counts[c] for c in range(2, 16)} == {5}
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the class lists in shared/splits are not there")
+def test_balance_on_voc():
+    lines = (SHARED / "voc_train_classes.txt").read_text().splitlines()
+    presence = [{int(word) for word in line.split()[1:]} for line in lines]
+    lists = [task_indices("voc", TASK, step, "overlapped", presence) for step in range(6)]
+    exemplars = select_exemplars(presence, TASK, 5, 100, 42, lists)
+    counts = class_counts(exemplars, presence, TASK)
+    assert len(exemplars) == 100
+    assert set(counts) == set(range(1, 20))
+    # Drawn without regard to class, person would have some 20 and the rarest class none.
+    assert min(counts.values()) >= 5
+    assert max(counts.values()) <= 8
+
+
+def test_classes_unknown_when_stored_do_not_count():
+    presence = [{1, 16}, {2, 16}, {16}, {17}]
+    exemplars = [Exemplar(0, 0), Exemplar(2, 1)]
+    assert class_counts(exemplars, presence, TASK)[16] == 1
+    assert class_counts(exemplars, presence, TASK)[1] == 1
+    assert class_counts([], presence, TASK) == {}
+
+
+def test_image_that_comes_back_is_known_with_the_later_classes():
+    presence = [{1, 16}, {2}, {17}]
+    lists = [[0, 1], [0], [2], [], [], []]
+    assert select_exemplars(presence, TASK, 1, 5, 0, lists) == [Exemplar(0, 0), Exemplar(1, 0)]
+    assert select_exemplars(presence, TASK, 2, 5, 0, lists) == [Exemplar(0, 1), Exemplar(1, 0)]
+
+
+def test_bad_arguments():
+    with pytest.raises(UserError, match="--memory -1"):
+        select_exemplars([{1}], TASK, 1, -1, 0, [[0]])
+    with pytest.raises(UserError, match="has 6 steps"):
+        select_exemplars([{1}], TASK, 6, 1, 0, [[0]])
+
+
+def test_list_on_disk(tmp_path):
+    presence = random_presence(100, 3)
+    lists = lists_of(presence)
+    exemplars = select_exemplars(presence, TASK, 2, 10, 7, lists)
+    origin = exemplar_origin(TASK, 2, 10, 7, lists)
+    path = tmp_path / "run" / "exemplars_2.json"
+    save_exemplars(path, exemplars, origin)
+    assert load_exemplars(path, origin) == exemplars
+    assert json.loads(path.read_text())["origin"]["memory"] == 10
+
+    changed = [lists[0][1:], *lists[1:]]
+    with pytest.raises(UserError, match="made for another seed, candidates; delete it"):
+        load_exemplars(path, exemplar_origin(TASK, 2, 10, 8, changed))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"origin": {}}', '{"origin": {}, "exemplars": [1]}'])
+def test_damaged_list_on_disk(tmp_path, content):
+    path = tmp_path / "exemplars.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match="damaged; delete it"):
+        load_exemplars(path, {})
+
+
+def test_list_that_cannot_be_read_or_written(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        load_exemplars(tmp_path / "none.json", {})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        save_exemplars(tmp_path / "file" / "list.json", [], {})
