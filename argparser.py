@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from methods import METHODS, REGISTRY, preset
-from methods.presets import FAMILY_PLOP
+from methods.presets import FAMILY_PLOP, preset_note
 from tasks import Task, get_task
 from utils.errors import UserError
 
@@ -345,7 +345,9 @@ def _apply_preset(opts: Options) -> None:
     if opts.pod or opts.pseudo or opts.distill_object:
         chosen.update(FAMILY_PLOP)
     if opts.method is not None:
-        chosen.update(preset(opts.method, dataset=opts.dataset, task=opts.task))
+        chosen.update(preset(opts.method, dataset=opts.dataset, task=opts.task, fidelity=opts.fidelity))
+        if note := preset_note(opts.method, opts.fidelity):
+            opts.notes.append(note)
     for name, value in chosen.items():
         if name in opts.typed:
             if getattr(opts, name) != value:
@@ -404,7 +406,15 @@ def _check(opts: Options) -> None:
         )
     if opts.crop_size < 32:
         raise UserError(f"--crop_size {opts.crop_size} is below the networks' stride of 32")
-    for name in ("lr_power", "momentum", "weight_decay", "num_workers", "sample_num"):
+    for name in (
+        "lr_power",
+        "momentum",
+        "weight_decay",
+        "num_workers",
+        "sample_num",
+        "random_seed",
+        "memory",
+    ):
         if getattr(opts, name) < 0:
             raise UserError(f"--{name} {getattr(opts, name)} is negative")
     if min(opts.lrs) <= 0:

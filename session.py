@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from argparser import Options
 from dataset.incremental import IncrementalDataset
-from dataset.loaders import EpochSampler, Loader, make_eval_loader, make_train_loader
+from dataset.loaders import EpochSampler, Loader, choose_samples, make_eval_loader, make_train_loader
 from dataset.step_data import EvaluationData, StepData, evaluation_data, step_data
 from methods import Context, Method, build_methods
 from metrics.continual import Results, summarise, write_results
@@ -494,14 +494,14 @@ class Session:
     def _pictures(
         self, model: nn.Module, data: StepData, step: int, precision: Precision, board: RunLogger
     ) -> None:
-        """The first --sample_num images of the evaluation beside truth and prediction."""
+        """``--sample_num`` images of the evaluation, the same in every step, beside truth and prediction."""
         count = min(self.opts.sample_num, len(data.test))
         if not count or not self.world.is_main:
             return
         model.eval()
         images, targets, predictions = [], [], []
-        for index in range(count):
-            image, target = data.test[index]
+        for index in choose_samples(len(data.test), count, self.opts.random_seed):
+            image, target, *_ = data.test[index]
             with torch.no_grad(), precision.network():
                 logits, _ = model(to_device(image[None], self.device))
                 scores = model.scores(logits)  # type: ignore[operator]

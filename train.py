@@ -92,6 +92,7 @@ class Trainer:
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.model = forward if forward is not None else context.model
+        self.teacher = context.model_old if any(m.uses_teacher for m in methods.values()) else None
         self.precision = precision or Precision("O0", context.device)
 
     def train_epoch(
@@ -162,7 +163,8 @@ class Trainer:
         for method in self.methods.values():
             penalties.update(method.penalty())
         for penalty in penalties.values():
-            penalty.backward()
+            if penalty.requires_grad:  # nothing to penalise yet: a constant zero
+                penalty.backward()
         scaler.step(self.optimizer)
         scaler.update()
         if self.scheduler is not None:
@@ -177,9 +179,9 @@ class Trainer:
         targets = targets.to(device, non_blocking=True).long()
         outputs_old, features_old = None, {}
         with self.precision.network():
-            if context.model_old is not None:
+            if self.teacher is not None:
                 with torch.no_grad():
-                    outputs_old, features_old = context.model_old(images)
+                    outputs_old, features_old = self.teacher(images)
             outputs, features = self.model(images)
         return Batch(
             images=images,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from dataset.base import VOID, SegmentationDataset
+from dataset.decoding import read_mask
 from dataset.transforms import PairTransform
 from utils.errors import DataError
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from tasks import Task
 
 BACKGROUND = 0
+Sample = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def _table(task: Task, visible: Iterable[int], hidden: int, *, void: int) -> Ten
     return table
 
 
-class IncrementalDataset(Dataset[tuple[Tensor, Tensor]]):
+class IncrementalDataset(Dataset[Sample]):
     """Samples ``(image uint8 3×H×W, target uint8 H×W)`` of one step; targets are network indices and 255.
 
     The random draws of a sample depend on the seed and its :class:`SampleKey` alone: not on the number of
@@ -107,6 +110,8 @@ class IncrementalDataset(Dataset[tuple[Tensor, Tensor]]):
         lookups: uint8[256] tables that entries refer to (exemplars have their own).
         transform: crop of image and mask.
         seed: seed of the run.
+        saliency: one map per picture of ``dataset`` (PNG, above 0 where something stands out); samples then
+            end with ``{"saliency": bool H×W}``, cropped as the image is.
     """
 
     def __init__(
@@ -116,17 +121,19 @@ class IncrementalDataset(Dataset[tuple[Tensor, Tensor]]):
         lookups: Sequence[Tensor],
         transform: PairTransform,
         seed: int = 0,
+        saliency: Sequence[Path] | None = None,
     ) -> None:
         self.dataset = dataset
         self.entries = list(entries)
         self.transform = transform
         self.seed = seed
+        self.saliency = saliency
         self._tables = [lookup.numpy() for lookup in lookups]
 
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __getitem__(self, key: SampleKey | int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, key: SampleKey | int) -> Sample:
         """One sample; a bare number means epoch 0.
 
         Raises:
@@ -142,16 +149,31 @@ class IncrementalDataset(Dataset[tuple[Tensor, Tensor]]):
                 raise
             return error  # type: ignore[return-value]
 
-    def _sample(self, key: SampleKey) -> tuple[Tensor, Tensor]:
+    def _sample(self, key: SampleKey) -> Sample:
         entry = self.entries[key.index]
         image, mask = self.dataset.read(entry.index)
         # numpy's take needs no int64 indices, torch's would convert every pixel first.
         target = torch.from_numpy(self._tables[entry.lookup].take(mask.numpy()))
+        if self.saliency is not None:
+            # As a second channel the map goes through the same crop as the mask.
+            target = torch.cat([target, self._saliency(entry.index, target.shape[-2:])])
         with torch.random.fork_rng(devices=[]):
             # Only the CPU's generator: torch.manual_seed would also restart the GPU's, and with it dropout.
             torch.default_generator.manual_seed(self._seed_of(key))
             image, target = self.transform(image.as_subclass(Tensor), target)
-        return image.contiguous(), target[0].contiguous()
+        if self.saliency is None:
+            return image.contiguous(), target[0].contiguous()
+        return image.contiguous(), target[0].contiguous(), {"saliency": target[1] > 0}
+
+    def _saliency(self, index: int, size: torch.Size) -> Tensor:
+        assert self.saliency is not None
+        path = self.saliency[index]
+        salient = read_mask(path)
+        if salient.shape[-2:] != size:
+            raise DataError(
+                f"{path}: is {tuple(salient.shape[-2:])} pixels, its mask {tuple(size)}; get the right map"
+            )
+        return salient
 
     def _seed_of(self, key: SampleKey) -> int:
         state = np.random.SeedSequence((self.seed, key.epoch, key.position)).generate_state(1, np.uint64)

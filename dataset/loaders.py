@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from dataset.incremental import SampleKey
+from dataset.incremental import Sample, SampleKey
 from utils.errors import DataError, UserError
 
 
@@ -125,24 +124,28 @@ class MemoryMixSampler(EpochSampler):
         return order
 
 
-class EvalSampler(Sampler[SampleKey]):
-    """Every sample once over all ranks, in order: rank r of n takes r, r + n, ...
+class EvalBatchSampler(Sampler[list[SampleKey]]):
+    """Batches of every sample once over all ranks, in order: rank r of n takes the batches r, r + n, ...
 
-    Nothing is padded, so ranks may have different numbers of samples and batches: a loop over it must not
-    call a collective per batch.
+    A batch holds the same samples for every number of ranks, so that a network computes the same numbers to
+    the last digit. Nothing is padded: ranks may have different numbers of batches, and a loop over them must
+    not call a collective per batch.
     """
 
-    def __init__(self, num_samples: int, *, rank: int = 0, world_size: int = 1) -> None:
-        self._own = range(rank, num_samples, world_size)
+    def __init__(self, num_samples: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
+        self.num_samples, self.batch_size = num_samples, batch_size
+        self._starts = range(rank * batch_size, num_samples, world_size * batch_size)
 
     def __len__(self) -> int:
-        return len(self._own)
+        return len(self._starts)
 
-    def __iter__(self) -> Iterator[SampleKey]:
-        return (SampleKey(i, 0, i) for i in self._own)
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        for start in self._starts:
+            stop = min(start + self.batch_size, self.num_samples)
+            yield [SampleKey(i, 0, i) for i in range(start, stop)]
 
 
-class Loader(DataLoader[tuple[Tensor, Tensor]]):
+class Loader(DataLoader[Sample]):
     """A DataLoader whose workers' data errors arrive as the DataError they are, with their one line."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -156,7 +159,7 @@ class Loader(DataLoader[tuple[Tensor, Tensor]]):
 
 
 def make_train_loader(
-    dataset: Dataset[tuple[Tensor, Tensor]],
+    dataset: Dataset[Sample],
     batch_size: int,
     *,
     num_memory: int = 0,
@@ -196,7 +199,7 @@ def make_train_loader(
 
 
 def make_eval_loader(
-    dataset: Dataset[tuple[Tensor, Tensor]],
+    dataset: Dataset[Sample],
     batch_size: int,
     *,
     num_workers: int = 1,
@@ -208,8 +211,9 @@ def make_eval_loader(
 
     Whole pictures (``--crop_val`` off) differ in size and need ``batch_size`` 1.
     """
-    sampler = EvalSampler(len(dataset), rank=rank, world_size=world_size)  # type: ignore[arg-type]
-    return Loader(dataset, batch_size, sampler=sampler, **_settings(num_workers, device))
+    number = len(dataset)  # type: ignore[arg-type]
+    batches = EvalBatchSampler(number, batch_size, rank=rank, world_size=world_size)
+    return Loader(dataset, batch_sampler=batches, **_settings(num_workers, device))
 
 
 def _settings(num_workers: int, device: torch.device | str) -> dict[str, Any]:

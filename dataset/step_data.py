@@ -109,7 +109,14 @@ def step_data(opts: Any, step: int, *, exemplar_list: Path, is_main: bool) -> St
     # Look-up 0 is the step's own; 1 + s shows the classes that were known when step s stored an exemplar.
     lookups = [_train_table(opts, step, opts.data_masking)]
     lookups += [_train_table(opts, earlier, "current+old") for earlier in range(step)]
-    train = IncrementalDataset(dataset, entries, lookups, train_transform(opts.crop_size), opts.random_seed)
+    train = IncrementalDataset(
+        dataset,
+        entries,
+        lookups,
+        train_transform(opts.crop_size),
+        opts.random_seed,
+        saliency=_saliency_maps(dataset) if opts.unknown else None,
+    )
     return StepData(**vars(final), train=train, num_memory=len(exemplars), val=val)
 
 
@@ -139,6 +146,20 @@ class _StepLists:
         if opts.test_on_val:
             indices = sorted(set(indices) & set(_held_out(len(self.dataset))[0]))
         return indices
+
+
+def _saliency_maps(dataset: SegmentationDataset) -> list[Path] | None:
+    """SSUL's saliency maps beside the pictures, or None where the data set has none."""
+    folder = dataset.images[0].parent.parent / "saliency_map"
+    if not folder.is_dir():
+        log.info("no saliency maps in %s: all background is unknown, as SSUL does on ADE20K", folder)
+        return None
+    maps = [folder / f"{image.stem}.png" for image in dataset.images]
+    for path in maps:
+        if not path.is_file():
+            raise UserError(f"{path}: missing; get all maps (data/download_voc.sh) or move the folder away")
+    log.info("saliency maps from %s", folder)
+    return maps
 
 
 def _held_out(number: int) -> tuple[list[int], list[int]]:

@@ -60,8 +60,20 @@ _PRESETS["SATS-M"] = {**_PRESETS["SATS"], "memory": 100}
 
 METHODS = tuple(_PRESETS)
 
+_NO_EFFECT_WHEN_RELEASED = {"CIL": "loss_CIL is compared with 1 instead of being set to it"}
 
-def preset(method: str, *, dataset: str, task: str) -> dict[str, Any]:
+
+def preset_note(method: str, fidelity: str) -> str | None:
+    """What the log should say about a preset that the released code names but never applies (SPEC section 6)."""
+    if fidelity != "released" or method not in _NO_EFFECT_WHEN_RELEASED:
+        return None
+    return (
+        f"--method {method} --fidelity released sets nothing, as in the released code "
+        f"({_NO_EFFECT_WHEN_RELEASED[method]}): this run is FT"
+    )
+
+
+def preset(method: str, *, dataset: str, task: str, fidelity: str = "paper") -> dict[str, Any]:
     """Options that ``--method`` stands for.
 
     Args:
@@ -69,7 +81,10 @@ def preset(method: str, *, dataset: str, task: str) -> dict[str, Any]:
         dataset: "ade" has weights and an exemplar memory of its own.
         task: canonical task name; MiB distils ten times stronger when classes come one by one on VOC
             (15-1; SPEC section 10).
+        fidelity: "paper" or "released"; see ``preset_note``.
     """
+    if preset_note(method, fidelity) is not None:
+        return {}
     options = dict(_PRESETS[method])
     ade = dataset == "ade"
     if method == "MIB" and task.startswith("15-5s"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from methods.base import Batch, Context, Method
@@ -39,6 +40,7 @@ class PrototypeLearning(Method):
         self.matching_loss = DistillationEncoderPrototypesLoss(
             sumafter=opts.loss_de_prototypes_sumafter, fidelity=opts.fidelity
         )
+        self.prototypes: Prototypes | None = None
         self.state: dict[str, Any] | None = None
 
     @classmethod
@@ -75,24 +77,36 @@ class PrototypeLearning(Method):
 
     def begin_step(self, context: Context) -> None:
         """Grow the prototypes; what the background is depends on the protocol."""
-        channels = int(context.model.network.body_channels)  # type: ignore[union-attr, arg-type]
-        self.prototypes = Prototypes(
-            num_classes=context.classes_old + context.classes_new,
-            feat_dim=channels,
-            fidelity=context.fidelity,
-        ).to(context.device)
+        self.classes = context.classes_old + context.classes_new
+        self.prototypes = None
         if self.state is not None:
+            self.prototypes = self._table(self.state["prototypes"].shape[1], context.device)
             self.prototypes.load_state_dict(self.state)
+        self.sequential = context.protocol == "sequential"
+        # The released loss returns nothing at step 0.
+        self.contrast = context.step > 0 or not self.released
         # Without old labels the background holds classes of other steps: its mean would mean nothing.
         self.skip_background = context.protocol == "overlapped" or (
             context.protocol == "disjoint" and context.step > 0
         )
         self.reduce = None if self.released else context.reduce
 
+    def _table(self, channels: int, device: torch.device) -> Prototypes:
+        table = Prototypes(
+            num_classes=self.classes,
+            feat_dim=channels,
+            fidelity="released" if self.released else "paper",
+        )
+        return table.to(device)
+
     def observe(self, batch: Batch) -> None:
         """Running mean over every feature vector seen so far."""
+        features = batch.features["body"].detach()
+        if self.prototypes is None:
+            # Made at the first batch: it tells how many channels the body has, whatever the network.
+            self.prototypes = self._table(features.shape[1], features.device)
         self.prototypes.update(
-            batch.features["body"].detach(),
+            features,
             batch.targets,
             skip_background=self.skip_background,
             reduce=self.reduce,
@@ -100,11 +114,13 @@ class PrototypeLearning(Method):
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Attraction, repulsion and, from step 1 on, matching."""
+        assert self.prototypes is not None
         features, labels = batch.features["body"], batch.targets
+        prototypes = self.prototypes.prototypes
         terms: dict[str, Tensor] = {}
-        if self.attraction > 0 or self.repulsion > 0:
+        if self.contrast and (self.attraction > 0 or self.repulsion > 0):
             attraction, repulsion = self.contrast_loss(
-                features=features, labels=labels, prototypes=self.prototypes.prototypes
+                features=features, labels=labels, prototypes=prototypes
             )
             if self.attraction > 0:
                 terms["attraction"] = self.attraction * attraction
@@ -114,19 +130,20 @@ class PrototypeLearning(Method):
             terms["matching"] = self.matching * self.matching_loss(
                 features=features,
                 labels=labels,
-                outputs_old=batch.outputs_old,
-                prototypes=self.prototypes.prototypes,
+                # Sequential labels name the old classes themselves.
+                outputs_old=None if self.sequential else batch.outputs_old,
+                prototypes=prototypes,
                 classes_old=batch.classes_old,
             )
         return terms
 
     def state_dict(self) -> dict[str, Any]:
         """Prototypes and counts."""
-        return self.prototypes.state_dict()
+        return {} if self.prototypes is None else self.prototypes.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Kept until ``begin_step`` knows the number of classes."""
-        self.state = state
+        self.state = state or None
 
 
 class FeatureSparsity(Method):

@@ -46,16 +46,18 @@ class PseudoLabels(Method):
     def __init__(self, opts: Any) -> None:
         self.kind: str = opts.pseudo
         self.threshold: float = opts.threshold
-        self.step_threshold: float = opts.step_threshold or 0.0
+        # PLOP's and SATS's released trainers add the step's share after the threshold was used: no effect.
+        self.step_threshold: float = (opts.fidelity == "paper" and opts.step_threshold) or 0.0
         self.bins: int | None = opts.pseudo_nb_bins
         self.adaptive: bool = opts.classif_adaptive_factor
         self.min_factor: float = opts.classif_adaptive_min_factor
         self.fidelity: str = opts.fidelity
         self.thresholds = torch.empty(0)
         self.infinite: float | None = None
+        self.weighted = True
         if opts.fidelity == "released" and opts.distill_object is not None:
-            # SATS's released trainer computes the adaptive factor but never applies it.
-            self.adaptive = False
+            # SATS's released trainer computes adaptive factor and confidence but never applies them.
+            self.adaptive = self.weighted = False
             self.infinite = SATS_INFINITE_THRESHOLD
 
     @classmethod
@@ -150,7 +152,9 @@ class PseudoLabels(Method):
             if self.adaptive:
                 batch.image_weights = factor
         elif self.kind == "confidence":
-            batch.targets, batch.pixel_weights = confidence_pseudo_labels(outputs, labels, classes_old=old)
+            batch.targets, weights = confidence_pseudo_labels(outputs, labels, classes_old=old)
+            if self.weighted:
+                batch.pixel_weights = weights
         else:
             least: Tensor | float = self.thresholds
             if self.kind != "median":

@@ -38,6 +38,11 @@ class Regularization(Method):
             "--reg_iterations", type=int, default=10, help="RW: batches between two path-integral updates"
         )
 
+    @property
+    def uses_teacher(self) -> bool:
+        """The old weights are read once, by ``begin_step``; no forward pass of the old network is needed."""
+        return self.regularizer is None
+
     @classmethod
     def from_options(cls, opts: Any) -> Regularization | None:
         """On with ``--regularizer``."""

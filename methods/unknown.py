@@ -26,8 +26,9 @@ class UnknownClass(Method):
     reaches ``threshold`` for an old class, that class is the label.
     """
 
-    def __init__(self, threshold: float) -> None:
+    def __init__(self, threshold: float, *, fidelity: str = "paper") -> None:
         self.threshold = threshold
+        self.released = fidelity == "released"
         self.criterion = BCEWithLogitsLossWithIgnoreIndex(reduction="mean", ignore_index=255)
         self.step = 0
 
@@ -41,7 +42,7 @@ class UnknownClass(Method):
     @classmethod
     def from_options(cls, opts: Any) -> UnknownClass | None:
         """On with ``--unknown``; ``--threshold`` is the sigmoid that a pseudo-label must reach."""
-        return cls(opts.threshold) if opts.unknown else None
+        return cls(opts.threshold, fidelity=opts.fidelity) if opts.unknown else None
 
     @property
     def uses_teacher(self) -> bool:
@@ -49,13 +50,18 @@ class UnknownClass(Method):
         return True
 
     def begin_step(self, context: Context) -> None:
-        """Later steps: the new head starts from unknown's; only it, unknown's and background's learn."""
+        """Later steps: the new head starts from unknown's; only it, unknown's and background's learn.
+
+        Released: norm layers of the heads that train are frozen too (the published runs' ``--bn_freeze``).
+        A network of another kind has no heads to start and freeze: that is left to who made it.
+        """
         self.step = context.step
-        if context.step == 0:
-            return
         model = context.model
-        assert isinstance(model, IncrementalSegmentationModule)
+        if context.step == 0 or not isinstance(model, IncrementalSegmentationModule):
+            return
         model.init_from_unknown()
+        if self.released:
+            model.fix_bn()
         freeze(model.network)
         for head in model.cls[1:-1]:
             freeze(head)

@@ -287,7 +287,7 @@ def _read(path: Path, file: BinaryIO, map_location: str | torch.device) -> Any:
     except torch.OutOfMemoryError:
         raise
     except pickle.UnpicklingError as error:
-        refused = re.search(r"(?:GLOBAL|class|global:?) ([\w.]+\.[\w.]+)", str(error))
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused is None:
             raise _damaged(path, "not a checkpoint's pickle") from error
         raise UserError(

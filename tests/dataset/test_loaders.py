@@ -11,7 +11,7 @@ from dataset import open_dataset
 from dataset.incremental import Entry, IncrementalDataset, SampleKey, train_lookup
 from dataset.loaders import (
     EpochSampler,
-    EvalSampler,
+    EvalBatchSampler,
     Loader,
     MemoryMixSampler,
     choose_samples,
@@ -130,11 +130,17 @@ def test_exemplars_need_two_places_in_a_batch() -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 @pytest.mark.parametrize("samples", [0, 1, 7, 16])
 def test_evaluation_takes_every_image_once(samples: int, ranks: int) -> None:
-    parts = [list(EvalSampler(samples, rank=r, world_size=ranks)) for r in range(ranks)]
-    assert sorted(key.index for part in parts for key in part) == list(range(samples))
-    assert [len(EvalSampler(samples, rank=r, world_size=ranks)) for r in range(ranks)] == [
-        len(p) for p in parts
-    ]
+    samplers = [EvalBatchSampler(samples, 3, rank=r, world_size=ranks) for r in range(ranks)]
+    parts = [list(sampler) for sampler in samplers]
+    assert sorted(key.index for part in parts for batch in part for key in batch) == list(range(samples))
+    assert [len(sampler) for sampler in samplers] == [len(part) for part in parts]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_evaluation_batches_are_the_same_on_any_number_of_ranks(ranks: int) -> None:
+    alone = list(EvalBatchSampler(17, 4))
+    together = [batch for r in range(ranks) for batch in EvalBatchSampler(17, 4, rank=r, world_size=ranks)]
+    assert sorted(together, key=lambda batch: batch[0].index) == alone
 
 
 def make(root: Path, *, train: bool = True) -> IncrementalDataset:
@@ -206,11 +212,10 @@ def test_evaluation_loader(shapes_root: Path, workers: int) -> None:
         list(make_eval_loader(dataset, 5, num_workers=workers, rank=r, world_size=2, device="cpu"))
         for r in (0, 1)
     ]
-    assert [len(part[-1][0]) for part in parts] == [4, 4]
-    for rank, part in enumerate(parts):
-        targets = torch.cat([target for _, target in part])
-        expected = torch.stack([dataset[i][1] for i in range(rank, 48, 2)])
-        assert torch.equal(targets, expected)
+    # 48 samples in batches of 5: the last holds 3 and is the second rank's.
+    assert [len(part[-1][0]) for part in parts] == [5, 3]
+    batches = [targets for pair in zip(*parts, strict=True) for _, targets in pair]
+    assert torch.equal(torch.cat(batches), torch.stack([dataset[i][1] for i in range(48)]))
 
 
 def message(loader: Loader) -> str:

@@ -147,7 +147,7 @@ def test_read_only_place_is_a_warning(tmp_path, caplog):
 @pytest.mark.skipif(splits.fcntl is None, reason="file locks need POSIX")
 def test_processes_that_start_together_read_once(tmp_path):
     make_masks(tmp_path / "masks", 6)
-    processes = [start_scanner(tmp_path, 0.1) for _ in range(2)]
+    processes = [start_scanner(tmp_path, 0.4) for _ in range(2)]
     last_lines = [process.communicate(timeout=60)[0].splitlines()[-1] for process in processes]
     read = sorted(int(line.split()[1]) for line in last_lines)
     assert read == [0, 6]

@@ -85,7 +85,7 @@ def test_table_shows_percent_and_names():
     assert cat.split() == ["old", "cat", "33.33", "50.00", "16.67", "4"]
     sheep = next(line for line in table.splitlines() if " sheep " in line)
     assert sheep.split() == ["new", "sheep", "60.00", "75.00", "–", "4"]
-    assert any(line.split()[-1] == "43.33" and "mIoU all" in line for line in table.splitlines())
+    assert any("mIoU all" in line and line.split()[-1] == "43.33" for line in table.splitlines())
     assert table.count("mIoU new") == 1
     assert summarise(CONFUSION, NAMES).table().count("mIoU new") == 2
 

@@ -32,7 +32,7 @@ def free_port():
         return server.getsockname()[1]
 
 
-def run_processes(size, code, timeout=90, **environment):
+def run_processes(size, code, timeout=90, folder=None, **environment):
     """Run the code in each of ``size`` processes; returns [(exit code, output)] by rank."""
     base = {name: value for name, value in os.environ.items() if name not in LAUNCH}
     base |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -41,6 +41,7 @@ def run_processes(size, code, timeout=90, **environment):
         subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(code)],
             env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -55,72 +56,63 @@ def run_processes(size, code, timeout=90, **environment):
     return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_collectives(size):
-    code = """
-    import torch
-    from utils import distributed as d
-    world = d.start("CPU", timeout_s=60)
-    size = world.size
-    assert (world.backend, world.device.type, world.is_main) == ("gloo", "cpu", world.rank == 0)
-    everyone = sum(range(1, size + 1))
-    whole = torch.full((3,), world.rank + 1, dtype=torch.long)
-    assert d.all_reduce_sum(whole) is whole and whole.tolist() == [everyone] * 3
-    number = torch.tensor(0.5 * (world.rank + 1), dtype=torch.float64)
-    assert d.all_reduce_sum(number).item() == 0.5 * everyone
-    strided = torch.zeros(2, 3)
-    strided.t()[:] = world.rank + 1
-    d.all_reduce_sum(strided.t())
-    assert (strided == everyone).all()
-    assert d.gather_objects({"rank": world.rank}) == [{"rank": r} for r in range(size)]
-    assert d.broadcast_object([world.rank, "text"]) == [0, "text"]
-    assert d.broadcast_object(world.rank, source=size - 1) == size - 1
-    assert d.any_rank(world.rank == size - 1) is True
-    assert d.any_rank(False) is False
-    d.barrier()
-    d.stop()
-    d.stop()
-    print("good")
-    """
-    for returncode, output in run_processes(size, code):
-        assert returncode == 0, output
-        assert output.endswith("good\n")
+COLLECTIVES = """
+import os
+import torch
+from utils import distributed as d
+world = d.start("CPU", timeout_s=60)
+size = world.size
+assert (world.backend, world.device.type, world.is_main) == ("gloo", "cpu", world.rank == 0)
+everyone = sum(range(1, size + 1))
+whole = torch.full((3,), world.rank + 1, dtype=torch.long)
+assert d.all_reduce_sum(whole) is whole and whole.tolist() == [everyone] * 3
+number = torch.tensor(0.5 * (world.rank + 1), dtype=torch.float64)
+assert d.all_reduce_sum(number).item() == 0.5 * everyone
+strided = torch.zeros(2, 3)
+strided.t()[:] = world.rank + 1
+d.all_reduce_sum(strided.t())
+assert (strided == everyone).all()
+assert d.gather_objects({"rank": world.rank}) == [{"rank": r} for r in range(size)]
+assert d.broadcast_object([world.rank, "text"]) == [0, "text"]
+assert d.broadcast_object(world.rank, source=size - 1) == size - 1
+assert d.any_rank(world.rank == size - 1) is True
+assert d.any_rank(False) is False
+d.barrier()
+"""
+
+CONFUSION = """
+from metrics.stream_metrics import StreamSegMetrics
+data = torch.load("data.pt", weights_only=True)
+bounds = [0, 6, 7, 7][:size] + [7]  # uneven, and the third process has no image at all
+share = slice(bounds[world.rank], bounds[world.rank + 1])
+metrics = StreamSegMetrics(21, world.device)
+for _ in range(2):
+    metrics.reset()
+    for image, mask in zip(data["preds"][share], data["targets"][share]):
+        metrics.update(image[None], mask[None])
+    metrics.synchronise()
+    metrics.synchronise()
+assert metrics.images == 7
+assert torch.equal(metrics.confusion_matrix, data["expected"])
+d.stop()
+d.stop()
+print("threads", torch.get_num_threads())
+"""
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_confusion_of_uneven_shares_equals_one_process(size, tmp_path):
-    # 7 images over 2 or 3 processes, one of which may have fewer batches, or none.
-    code = f"""
-    import torch
-    from metrics.stream_metrics import StreamSegMetrics
-    from utils import distributed as d
-    world = d.start(timeout_s=60)
-    data = torch.load({str(tmp_path / "data.pt")!r}, weights_only=True)
-    bounds = [0, 6, 7, 7][: world.size] + [7]
-    share = slice(bounds[world.rank], bounds[world.rank + 1])
-    metrics = StreamSegMetrics(21, world.device)
-    for _ in range(2):
-        metrics.reset()
-        for image, mask in zip(data["preds"][share], data["targets"][share]):
-            metrics.update(image[None], mask[None])
-        metrics.synchronise()
-        metrics.synchronise()
-    assert metrics.images == 7
-    if world.rank == world.size - 1:
-        torch.save(metrics.confusion_matrix, {str(tmp_path / "confusion.pt")!r})
-    d.stop()
-    """
+def test_sums_and_objects_and_confusion_of_uneven_shares(size, tmp_path):
     generator = torch.Generator().manual_seed(3)
     preds = torch.randint(21, (7, 9, 11), generator=generator)
     targets = torch.randint(22, (7, 9, 11), generator=generator)
     targets[targets == 21] = 255
-    torch.save({"preds": preds, "targets": targets.to(torch.uint8)}, tmp_path / "data.pt")
-    for returncode, output in run_processes(size, code):
-        assert returncode == 0, output
     alone = StreamSegMetrics(21)
     alone.update(preds, targets)
-    shared = torch.load(tmp_path / "confusion.pt", weights_only=True)
-    assert torch.equal(shared, alone.confusion_matrix)
+    data = {"preds": preds, "targets": targets.to(torch.uint8), "expected": alone.confusion_matrix}
+    torch.save(data, tmp_path / "data.pt")
+    for returncode, output in run_processes(size, COLLECTIVES + CONFUSION, folder=tmp_path):
+        assert returncode == 0, output
+        assert output.endswith("threads 1\n")  # as OMP_NUM_THREADS says
 
 
 def test_lost_and_silent_ranks_end_in_an_error_within_the_timeout():
@@ -154,7 +146,6 @@ def test_missing_rank_is_a_user_error():
     assert "rank 0 of 2 finds no group at 127.0.0.1" in output
 
 
-@pytest.mark.slow
 def test_torchrun_starts_it(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
@@ -225,19 +216,18 @@ def test_bad_launches(monkeypatch, where, environment, gpus, message):
     assert "\n" not in str(caught.value)
 
 
-def test_processes_share_the_cores_unless_told_otherwise():
-    code = """
-    import torch
-    from utils import distributed as d
-    d.start("CPU", timeout_s=60)
-    print("threads", torch.get_num_threads())
-    d.stop()
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    without = code.replace("import torch", "import os; del os.environ['OMP_NUM_THREADS']; import torch", 1)
-    for body, threads in ((code, 1), (without, max(1, cores // 2))):
-        for _, output in run_processes(2, body):
-            assert f"threads {threads}" in output
+@pytest.mark.parametrize(("environment", "expected"), [({}, [4]), ({"OMP_NUM_THREADS": "1"}, [])])
+def test_processes_share_the_cores_unless_told_otherwise(monkeypatch, environment, expected):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    launch = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}  # two machines, two processes each
+    for name, value in (launch | environment).items():
+        monkeypatch.setenv(name, value)
+    calls = []
+    monkeypatch.setattr(torch, "set_num_threads", calls.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(9)), raising=False)
+    with pytest.raises(UserError, match="MASTER_ADDR"):  # no group is wanted here
+        distributed.start("CPU")
+    assert calls == expected
 
 
 def test_unwrap():

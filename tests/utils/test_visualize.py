@@ -1,0 +1,97 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from utils.errors import UserError
+from utils.visualize import colorize, confusion_figure, overlay, palette, prediction_grid
+
+NAMES = ["background", "aeroplane", "bicycle", "bird"]
+
+
+def sample(height=20, width=30, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (height, width, 3), dtype=np.uint8), rng.integers(0, 4, (height, width))
+
+
+def test_voc_colours():
+    colours = palette()
+    assert colours.shape == (256, 3) and colours.dtype == np.uint8
+    expected = {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0), 15: (192, 128, 128), 20: (0, 64, 128)}
+    expected[255] = (224, 224, 192)
+    assert {index: tuple(colours[index].tolist()) for index in expected} == expected
+
+
+def test_colours_differ_for_any_number_of_classes():
+    assert len(np.unique(palette(5000), axis=0)) == 5000
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int64, torch.uint8, torch.long])
+def test_colorize(kind):
+    mask = np.array([[0, 1], [20, 255]])
+    given = torch.from_numpy(mask).to(kind) if isinstance(kind, torch.dtype) else mask.astype(kind)
+    picture = colorize(given)
+    assert picture.dtype == np.uint8
+    assert picture.tolist() == [[[0, 0, 0], [128, 0, 0]], [[0, 64, 128], [224, 224, 192]]]
+    assert colorize(np.array([[300]]))[0, 0].tolist() == palette(301)[300].tolist()
+
+
+def test_overlay_leaves_background_and_void_alone():
+    image = np.full((1, 3, 3), 100, dtype=np.uint8)
+    picture = overlay(image, np.array([[0, 1, 255]]), opacity=0.5)
+    assert picture.tolist() == [[[100] * 3, [114, 50, 50], [100] * 3]]
+    tensor = torch.from_numpy(image).permute(2, 0, 1)
+    np.testing.assert_array_equal(overlay(tensor, torch.tensor([[0, 1, 255]]), opacity=0.5), picture)
+
+
+@pytest.mark.parametrize("image", [np.zeros((4, 4, 3)), np.zeros((4, 4), np.uint8), np.zeros((4, 3, 4), np.uint8)])
+def test_overlay_refuses_other_images(image):
+    with pytest.raises(ValueError, match="uint8"):
+        overlay(image, np.zeros((4, 4), int))
+
+
+def test_grid_of_pictures_of_several_sizes(tmp_path):
+    (first, mask), (second, other) = sample(), sample(40, 24, seed=1)
+    path = tmp_path / "new" / "grid.png"
+    grid = prediction_grid([first, torch.from_numpy(second)], [mask, other], [mask, other], NAMES, path=path)
+    assert grid.dtype == np.uint8 and grid.ndim == 3 and grid.shape[2] == 3
+    with Image.open(path) as picture:
+        np.testing.assert_array_equal(np.asarray(picture.convert("RGB")), grid)
+    assert [p.name for p in path.parent.iterdir()] == ["grid.png"]
+    # The legend's colours are there undiluted.
+    colours = {tuple(colour) for colour in grid.reshape(-1, 3).tolist()}
+    assert {tuple(colour) for colour in palette(4)[1:].tolist()} <= colours
+
+
+def test_grid_of_several_methods_is_wider():
+    image, mask = sample()
+    one = prediction_grid([image], [mask], [mask], NAMES)
+    two = prediction_grid([image], [mask], {"FT": [mask], "MIB": [mask]}, NAMES)
+    assert two.shape[1] > one.shape[1]
+
+
+def test_grid_without_any_class_and_with_an_unnamed_one():
+    image, mask = sample()
+    prediction_grid([image], [np.full_like(mask, 255)], [np.zeros_like(mask)], NAMES)
+    prediction_grid([image], [np.full_like(mask, 7)], [mask], NAMES)
+
+
+def test_grid_needs_pictures_that_pair_up(tmp_path):
+    image, mask = sample()
+    for arguments in (([], [], []), ([image], [mask], []), ([image], [mask], {"FT": [mask, mask]})):
+        with pytest.raises(ValueError, match="at least one"):
+            prediction_grid(*arguments, NAMES)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        prediction_grid([image], [mask], [mask], NAMES, path=tmp_path / "file" / "grid.png")
+
+
+@pytest.mark.parametrize("classes", [4, 60])
+def test_confusion_figure(classes, tmp_path):
+    counts = torch.randint(50, (classes, classes), generator=torch.Generator().manual_seed(0))
+    counts[1] = 0
+    figure = confusion_figure(counts, [f"class {index}" for index in range(classes)])
+    shares = figure.axes[0].get_images()[0].get_array()
+    np.testing.assert_allclose(shares.sum(axis=1)[[0, 1]], [100, 0])
+    figure.savefig(tmp_path / "confusion.png")
+    assert (tmp_path / "confusion.png").stat().st_size > 1000
