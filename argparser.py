@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from methods import METHODS, REGISTRY, preset
 from methods.presets import FAMILY_PLOP, preset_note
-from tasks import Task, get_task
+from tasks import Task, get_task, read_class_order
 from utils.errors import UserError
 
 NORMS = ("std", "sync", "abn", "iabn", "iabn_sync", "iabn_sync_test")
@@ -136,6 +136,13 @@ def _add_task(group: argparse._ActionsContainer) -> None:
     group.add_argument("--dataset", default="voc", choices=("voc", "ade", "folder", "shapes"))
     group.add_argument("--task", default="19-1", help="class order, e.g. 19-1, 15-5, 15-1, 100-50")
     group.add_argument("--task_file", type=Path, default=None, help="YAML or JSON file with own tasks")
+    group.add_argument(
+        "--class_order",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="classes of an A-B task in this order: one name or id per line (own data)",
+    )
     group.add_argument(
         "--class_order_seed", type=int, default=None, help="shuffle the classes of an A-B task by this seed"
     )
@@ -303,13 +310,7 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         raise UserError(f"unknown option {word}{_nearest(word, known)} (see python run.py --help)")
     opts.typed = _typed(argv)
     opts.notes = []
-    opts.task_ = get_task(
-        opts.dataset,
-        opts.task,
-        task_file=opts.task_file,
-        class_order_seed=opts.class_order_seed,
-        num_classes=_own_classes(opts),
-    )
+    opts.task_ = _task(opts)
     opts.task = opts.task_.name
     _apply_preset(opts)
     _derive(opts)
@@ -317,19 +318,39 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     return opts
 
 
-def _own_classes(opts: Options) -> int | None:
-    """Number of classes of a data set of the user's own: its classes.txt counts the background too."""
+def _task(opts: Options) -> Task:
+    """The class order; without ``--task``, the task file's only one, or all classes for ``--check_data``."""
+    name = opts.task
+    if "task" not in opts.typed:
+        if opts.task_file is not None:
+            name = None
+        elif opts.check_data:
+            name = "offline"
+    class_names = _own_classes(opts)
+    class_order = None
+    if opts.class_order is not None:
+        if class_names is None:
+            raise UserError(
+                f"--class_order goes with --dataset folder; for {opts.dataset} write the order as a --task_file"
+            )
+        class_order = read_class_order(opts.class_order, class_names)
+    return get_task(
+        opts.dataset,
+        name,
+        task_file=opts.task_file,
+        class_order=class_order,
+        class_order_seed=opts.class_order_seed,
+        num_classes=None if class_names is None else len(class_names),
+    )
+
+
+def _own_classes(opts: Options) -> tuple[str, ...] | None:
+    """Class names of a data set of the user's own, the background's first."""
     if opts.dataset != "folder":
         return None
-    path = opts.data_root / "classes.txt"
-    try:
-        names = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except OSError as error:
-        raise UserError(
-            f"cannot read {path} ({error.strerror}); --dataset folder needs one class name per line there, "
-            "the background first (docs/own_data.md)"
-        ) from error
-    return len(names)
+    from dataset.folder import read_class_names  # its imports take a second that --help need not wait for
+
+    return read_class_names(opts.data_root.expanduser() / "classes.txt")
 
 
 def _typed(argv: Sequence[str]) -> set[str]:

@@ -171,7 +171,7 @@ def task_names(dataset: str) -> list[str]:
 
 def get_task(
     dataset: str,
-    name: str,
+    name: str | None,
     *,
     task_file: Path | None = None,
     num_classes: int | None = None,
@@ -184,7 +184,8 @@ def get_task(
         dataset: ``voc``, ``ade``, ``folder`` or ``shapes``.
         name: a published name or one of its synonyms (``15-1``, ``joint``; case does not matter). For
             ``folder`` and ``shapes`` also ``10-2`` (the first 10 foreground classes, then 2 by 2, the last
-            step takes what is left) or all sizes, ``10-5-5``.
+            step takes what is left) or all sizes, ``10-5-5``. ``None``: the only task of ``task_file``,
+            or its list of steps under the file's name.
         task_file: YAML or JSON file with ``{name: [[0, ...], [...]]}`` or with one list of steps.
         num_classes: number of dataset classes with background; needed for ``folder``.
         class_order: the foreground class ids in the order in which the task takes them (``folder``,
@@ -199,7 +200,9 @@ def get_task(
     if task_file is not None:
         if class_order is not None or class_order_seed is not None:
             raise UserError("--task_file and a class order exclude each other: the file fixes the order")
-        return Task(name, dataset, _read_task_file(task_file, name, num_classes))
+        return Task(*_read_task_file(task_file, name, dataset, num_classes))
+    if name is None:
+        raise UserError("--task: give a name or a --task_file")
 
     order = _foreground_order(dataset, num_classes, class_order, class_order_seed)
     canonical = _canonical_name(dataset, name, num_classes)
@@ -334,12 +337,12 @@ def _foreground_order(
     order = tuple(class_order or ())
     if 0 not in order:
         order = (0, *order)
-    _check_ids(order, num_classes, "class order")
+    _check_ids(order, num_classes, "--class_order")
     if order[0] != 0:
-        raise UserError("class order: background (0) must come first, or be left out")
+        raise UserError("--class_order: background (0) must come first, or be left out")
     missing = sorted(set(range(num_classes)) - set(order))
     if missing:
-        raise UserError(f"class order: class id(s) {_join(missing)} missing; list every class once")
+        raise UserError(f"--class_order: class id(s) {_join(missing)} missing; list every class once")
     return order
 
 
@@ -365,7 +368,8 @@ def _steps_from_sizes(name: str, num_classes: int) -> Steps | None:
     return tuple(tuple(range(a, b)) for a, b in pairwise(bounds))
 
 
-def _read_task_file(path: Path, name: str, num_classes: int) -> Steps:
+def _read_task_file(path: Path, name: str | None, dataset: str, num_classes: int) -> tuple[str, str, Steps]:
+    """Name, data set and steps of a task in a file of one's own."""
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
@@ -376,11 +380,47 @@ def _read_task_file(path: Path, name: str, num_classes: int) -> Steps:
         raise UserError(f"task file {path}: not valid YAML or JSON ({reason})") from error
     if isinstance(content, dict):
         tasks = {str(key): value for key, value in content.items()}
+        if name is None and len(tasks) == 1:
+            name = next(iter(tasks))
+        if name is None:
+            raise UserError(f"task file {path}: has {', '.join(tasks) or 'no task'}; choose one with --task")
         if name not in tasks:
             near = difflib.get_close_matches(name, tasks, n=3, cutoff=0.5) or list(tasks)
             raise UserError(f"task file {path}: no task {name!r}; it has {', '.join(near)}")
         content = tasks[name]
-    return _check_steps(content, num_classes, f"task file {path}, task {name!r}")
+    name = path.stem if name is None else name
+    if any(mark in name for mark in "/\\"):
+        raise UserError(f"task file {path}: task {name!r} is part of file names; leave out / and \\")
+    return name, dataset, _check_steps(content, num_classes, f"task file {path}, task {name!r}")
+
+
+def read_class_order(path: Path, class_names: Sequence[str]) -> list[int]:
+    """Class ids from a text file with one class per line, by its name or its id (``--class_order``).
+
+    Args:
+        path: the file; empty lines do not count.
+        class_names: name of each dataset class id. A name wins over an id.
+
+    Raises:
+        UserError: the file cannot be read or a line is no class. Whether every class is there once is left to
+            :func:`get_task`.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"--class_order {path}: cannot be read ({reason})") from error
+    ids = {str(c): c for c in range(len(class_names))} | {name: c for c, name in enumerate(class_names)}
+    order = []
+    for number, line in enumerate(lines, start=1):
+        word = line.strip()
+        if word and word not in ids:
+            near = difflib.get_close_matches(word, class_names, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else "give a name or id of classes.txt"
+            raise UserError(f"--class_order {path}:{number}: {word!r} is no class; {hint}")
+        if word:
+            order.append(ids[word])
+    return order
 
 
 def _check_steps(content: object, num_classes: int, where: str) -> Steps:

@@ -157,8 +157,9 @@ class Trainer:
         scaler = self.precision.scaler
         scaler.scale(total).backward()
         scaler.unscale_(self.optimizer)
-        for method in self.methods.values():
-            method.after_backward()
+        if self._gradients_are_finite():
+            for method in self.methods.values():
+                method.after_backward()
         penalties: dict[str, Tensor] = {}
         for method in self.methods.values():
             penalties.update(method.penalty())
@@ -172,6 +173,17 @@ class Trainer:
         terms.update(penalties)
         terms["total"] = total + sum(penalties.values())
         return {name: term.detach() for name, term in terms.items()}
+
+    def _gradients_are_finite(self) -> bool:
+        """False where loss scaling overflowed: that step is skipped, and no estimate should take it in.
+
+        Reading the answer waits for the device, so it is asked only where a method looks at gradients.
+        """
+        readers = any(type(m).after_backward is not Method.after_backward for m in self.methods.values())
+        if not (readers and self.precision.scaler.is_enabled()):
+            return True
+        gradients = [p.grad for p in self.context.model.parameters() if p.grad is not None]
+        return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
 
     def _forward(self, images: Tensor, targets: Tensor, extras: dict[str, Tensor], epoch: int) -> Batch:
         context, device = self.context, self.context.device

@@ -3,9 +3,9 @@
     python benchmarks/data_index.py [MASKS] [--limit N] [--rounds R]
 
 MASKS is a folder of PNG masks; the default is VOC's 10,582 training masks in ``shared/`` beside the checkout.
-The reference opens each mask with PIL and takes ``numpy.unique``. Both are measured in turn, round by round in
-one process, by the processor time they take, so that the ratio is one per core whatever else the machine does.
-Then come the time with all cores, and that of a second start, which reads the cache.
+The reference opens each mask with PIL and takes ``numpy.unique``. Both are measured in turn, round by round
+in one process, by the processor time they take, so that the ratio is one per core. Then come the time with
+all cores, and that of a second start, which reads the cache.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Cost of every loss, forward and backward, in units of cross-entropy.
 
-    python -m benchmarks.losses [--out FILE.json] [--threads N] [--repeats N] [--device cpu|cuda] [--only TEXT]
+    python -m benchmarks.losses [--out FILE.json] [--threads N] [--repeats N] [--device cuda] [--only TEXT]
 
 The unit CE is ``F.cross_entropy`` forward and backward on 8×21×512×512 float32 logits on the same device and
-threads. Each repeat times every case right after CE, so a noisy machine disturbs both; the figure is the median
-of the case's time over the median of CE's.
+threads. Each repeat times the case right after CE, so a noisy machine disturbs both; the figure is the median
+of the case's times over the median of CE's.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from utils import loss as L
 
 
 class Case(NamedTuple):
-    """A benchmark: ``make(device)`` returns the function to time; the bounds are in CE, None where not set."""
+    """A benchmark: ``make(device)`` returns what to time; the other figures are in CE, None if unknown."""
 
     name: str
     make: Callable[[torch.device], Callable[[], object]]

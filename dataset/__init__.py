@@ -11,16 +11,21 @@ from dataset.shapes import open_shapes
 from dataset.voc import open_voc
 from utils.errors import UserError
 
-_OPENERS = {"voc": open_voc, "ade": open_ade, "folder": open_folder, "shapes": open_shapes}
+# VOC's layout has list files; in the other one, the files of two folders are paired by their names.
+_LISTED = {"voc": open_voc, "shapes": open_shapes}
+_PAIRED = {"ade": open_ade, "folder": open_folder}
 
 
-def open_dataset(name: str, data_root: str | Path, split: str) -> SegmentationDataset:
+def open_dataset(
+    name: str, data_root: str | Path, split: str, *, unpaired: bool = False
+) -> SegmentationDataset:
     """Open one split of a data set on disk; pictures are read later.
 
     Args:
         name: ``voc``, ``ade``, ``folder`` or ``shapes``.
         data_root: folder of ``--data_root``.
         split: ``train`` or ``val``.
+        unpaired: also list a picture without mask or a mask without picture (``--check_data`` names them).
 
     Raises:
         UserError: the folder is missing or holds something else; says what was looked for and how to get it.
@@ -28,12 +33,15 @@ def open_dataset(name: str, data_root: str | Path, split: str) -> SegmentationDa
     """
     if split not in ("train", "val"):
         raise ValueError(f"split is train or val, not {split!r}")
-    if name not in _OPENERS:
-        raise UserError(f"--dataset {name}: unknown, choose from {', '.join(_OPENERS)}")
+    known = _LISTED.keys() | _PAIRED.keys()
+    if name not in known:
+        raise UserError(f"--dataset {name}: unknown, choose from {', '.join(sorted(known))}")
     root = Path(data_root).expanduser()
     if not root.is_dir():
         raise UserError(f"--data_root {root}: no such folder; {_remedy(name, root)}")
-    return _OPENERS[name](root, split)
+    if name in _PAIRED:
+        return _PAIRED[name](root, split, unpaired=unpaired)
+    return _LISTED[name](root, split)
 
 
 def _remedy(name: str, root: Path) -> str:

@@ -12,20 +12,20 @@ _FOLDER = "ADEChallengeData2016"
 _SPLITS = {"train": "training", "val": "validation"}
 
 
-def open_ade(data_root: Path, split: str) -> SegmentationDataset:
+def open_ade(data_root: Path, split: str, *, unpaired: bool = False) -> SegmentationDataset:
     """ADE20K in ``<data_root>/ADEChallengeData2016`` or ``<data_root>``, files sorted by name.
 
     Id 0 is "other": the background in training, ignored at evaluation.
+    ``unpaired`` as in :func:`dataset.open_dataset`.
 
     Raises:
         UserError: neither folder holds the data.
         DataError: a picture has no mask or a mask no picture.
     """
     for root in (data_root / _FOLDER, data_root):
-        if (root / "images" / _SPLITS[split]).is_dir() and (root / "annotations" / _SPLITS[split]).is_dir():
-            images, masks = pair_by_stem(
-                root / "images" / _SPLITS[split], root / "annotations" / _SPLITS[split]
-            )
+        folders = root / "images" / _SPLITS[split], root / "annotations" / _SPLITS[split]
+        if all(folder.is_dir() for folder in folders):
+            images, masks = pair_by_stem(*folders, unpaired=unpaired)
             return SegmentationDataset("ade", split, root, images, masks, _class_names(root), frozenset({0}))
     raise UserError(
         f"no ADE20K data: looked for images/{_SPLITS[split]}/ and annotations/{_SPLITS[split]}/ in "

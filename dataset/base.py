@@ -108,8 +108,15 @@ def files_by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     return files
 
 
-def pair_by_stem(image_folder: Path, mask_folder: Path) -> tuple[list[Path], list[Path]]:
+def pair_by_stem(
+    image_folder: Path, mask_folder: Path, *, unpaired: bool = False
+) -> tuple[list[Path], list[Path]]:
     """Pictures and PNG masks of two folders, paired by name without suffix, sorted by name.
+
+    Args:
+        image_folder: folder of the pictures.
+        mask_folder: folder of the masks.
+        unpaired: list a file without partner too, beside the path where its partner should be.
 
     Raises:
         UserError: a folder is missing or empty.
@@ -120,9 +127,13 @@ def pair_by_stem(image_folder: Path, mask_folder: Path) -> tuple[list[Path], lis
         raise UserError(f"{image_folder}: holds no image ({', '.join(IMAGE_SUFFIXES)}); check --data_root")
     alone = [(images[s], "mask", mask_folder) for s in images.keys() - masks.keys()]
     alone += [(masks[s], "image", image_folder) for s in masks.keys() - images.keys()]
-    if alone:
+    if alone and not unpaired:
         path, what, where = min(alone)
         raise DataError(
             f"{path}: has no {what} of that name in {where} ({len(alone)} such files); add or remove it"
         )
-    return list(images.values()), [masks[stem] for stem in images]
+    stems = sorted(images.keys() | masks.keys(), key=lambda stem: (images.get(stem) or masks[stem]).name)
+    return (
+        [images.get(stem, image_folder / f"{stem}.jpg") for stem in stems],
+        [masks.get(stem, mask_folder / f"{stem}.png") for stem in stems],
+    )

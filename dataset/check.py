@@ -26,7 +26,7 @@ from dataset.splits import (
     task_indices,
 )
 from tasks import Task
-from utils.errors import DataError
+from utils.errors import DataError, UserError
 
 PUBLISHED_SIZE = {"voc": 10582, "ade": 20210}  # training images
 
@@ -67,25 +67,27 @@ def check_data(opts: Any) -> int:
         0: nothing is wrong; 2: a file is missing or faulty, or a list differs that should be published.
 
     Raises:
-        UserError: there is no such data set, or a list of ``--splits_dir`` is faulty.
+        UserError: neither split can be opened, or a list of ``--splits_dir`` is faulty.
     """
     reports: dict[str, SplitReport] = {}
-    sound = True
+    unopened: list[UserError] = []
     for split in ("train", "val"):
         try:
-            dataset = open_dataset(opts.dataset, opts.data_root, split)
-        except DataError as error:
-            print(f"{split}: fault: {error}")
-            sound = False
+            dataset = open_dataset(opts.dataset, opts.data_root, split, unpaired=True)
+        except UserError as error:
+            unopened.append(error)
             continue
         reports[split] = report = check_split(dataset)
         print(f"{split}: {report.images} images and {report.masks} masks of {len(dataset.images)} listed")
         for line in report.fault_lines():
             print(f"{split}: {line}")
-        sound &= not report.faults
         class_names = dataset.class_names
-    if reports:
-        print_class_table(class_names, reports)
+    if not reports:
+        raise unopened[0]
+    for reason in unopened:
+        print(f"fault: {reason}")
+    sound = not unopened and not any(report.faults for report in reports.values())
+    print_class_table(class_names, reports)
     if "train" in reports:
         sound &= check_task(opts.task_, opts.protocol, reports["train"].presence, splits_dir=opts.splits_dir)
     print("the data is in order" if sound else "the data is not in order; see the lines with 'fault'")
@@ -207,31 +209,28 @@ def check_task(
         False where a step has no image, or where the training set has the published size but a list differs.
     """
     print(f"task {task.name}, {protocol}:")
-    sound = True
+    size = PUBLISHED_SIZE.get(task.dataset, len(presence))
+    sound, differs = True, False
     for step in range(task.num_steps):
         if splits_dir is None:
             indices = task_indices(task.dataset, task, step, protocol, presence)
         else:
             indices = load_step_list(splits_dir, step, len(presence))
-        verdict, right = _verdict(task, protocol, step, indices, len(presence))
+        published = published_list(task, step, protocol)
+        if not indices:
+            sound, verdict = False, "fault: the step has nothing to train on"
+        elif published is None:
+            verdict = "no published list is known"
+        elif (len(indices), list_digest(indices)) == published:
+            verdict = "equal to the published list"
+        else:
+            differs = True
+            verdict = f"differs from the published list of {published[0]} images"
         print(f"  step {step}: {len(task.new_classes(step))} classes, {len(indices)} images; {verdict}")
-        sound &= right
+    if differs and len(presence) == size and splits_dir is None:
+        print("fault: the training set has the published size, but its masks or their order differ")
+        return False
+    if differs:
+        print("warning: results on other lists cannot be compared with published ones", end="")
+        print(f" (training set: {len(presence)} images, published: {size})")
     return sound
-
-
-def _verdict(
-    task: Task, protocol: Protocol, step: int, indices: list[int], num_images: int
-) -> tuple[str, bool]:
-    if not indices:
-        return "fault: the step has nothing to train on", False
-    published = published_list(task, step, protocol)
-    if published is None:
-        return "no published list is known", True
-    if (len(indices), list_digest(indices)) == published:
-        return "equal to the published list", True
-    if num_images == PUBLISHED_SIZE[task.dataset]:
-        return f"fault: differs from the published list of {published[0]} images", False
-    return (
-        f"differs from the published list of {published[0]} images, as the training set has {num_images} "
-        f"images instead of {PUBLISHED_SIZE[task.dataset]}: results cannot be compared with published ones"
-    ), True

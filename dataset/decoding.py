@@ -1,11 +1,14 @@
 """Reading pictures and label masks into uint8 tensors.
 
-Torchvision's decoder reads what it can; Pillow reads the rest. Each file is decoded as its author meant it or
-refused by name with a :class:`~utils.errors.DataError`.
+Torchvision's decoder reads JPEG; Pillow reads the rest: torchvision's PNG decoder ends the process (a
+segmentation fault) on some damaged files. Each file is decoded as its author meant it or refused by name with
+a :class:`~utils.errors.DataError`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,7 @@ import torch
 from PIL import Image as PILImage
 from PIL import ImageOps
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image, decode_png, read_file
+from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as F
 
 from utils.errors import DataError
@@ -21,8 +24,9 @@ from utils.errors import DataError
 # What Pillow raises for a file that it cannot read (SyntaxError: a broken PNG chunk).
 _PIL_ERRORS = (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError)
 
-_PNG_SIGNATURE = (0x89, 0x50, 0x4E, 0x47, 0x0D, 0x0A, 0x1A, 0x0A)
-# PNG header (IHDR): byte 24 is the bit depth, 25 the colour type, 28 the interlace method.
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_JPEG_SIGNATURE = b"\xff\xd8\xff"
+# PNG header (IHDR): byte 24 is the bit depth, 25 the colour type.
 _PNG_GREY, _PNG_PALETTE = 0, 3
 
 
@@ -59,25 +63,15 @@ def read_mask(path: Path) -> Tensor:
         DataError: the file is missing, broken or no PNG, has several channels, or an index above 255.
     """
     data = _read_bytes(path, "mask")
-    if len(data) < 29 or tuple(data[:8].tolist()) != _PNG_SIGNATURE:
+    if len(data) < 29 or not data.startswith(_PNG_SIGNATURE):
         raise DataError(f"{path}: the mask is no PNG file; save it as PNG with one class index per pixel")
-    depth, colour_type, interlace = (int(data[i]) for i in (24, 25, 28))
+    depth, colour_type = data[24], data[25]
     if colour_type not in (_PNG_GREY, _PNG_PALETTE):
         raise DataError(
             f"{path}: the mask holds colours, not class indices; save it as a palette or greyscale PNG"
         )
-    if depth == 8 and not interlace:
-        # torchvision leaves indices of fewer bits packed and scales grey levels of fewer bits, hence only 8.
-        try:
-            return decode_png(data, mode=ImageReadMode.UNCHANGED)
-        except RuntimeError as error:
-            raise _broken(path, "mask", error) from error
-    return _read_mask_with_pil(path, depth, colour_type)
-
-
-def _read_mask_with_pil(path: Path, depth: int, colour_type: int) -> Tensor:
     try:
-        with PILImage.open(path) as picture:
+        with PILImage.open(io.BytesIO(data)) as picture:
             indices = np.array(picture)
     except _PIL_ERRORS as error:
         raise _broken(path, "mask", error) from error
@@ -89,27 +83,25 @@ def _read_mask_with_pil(path: Path, depth: int, colour_type: int) -> Tensor:
     return torch.from_numpy(indices)[None]
 
 
-def _read_bytes(path: Path, kind: str) -> Tensor:
+def _read_bytes(path: Path, kind: str) -> bytearray:
     try:
-        return read_file(str(path))
-    except RuntimeError as error:
-        if not path.is_file():
-            raise DataError(f"{path}: the {kind} is missing; check the list file and --data_root") from error
-        raise _broken(path, kind, error) from error
+        return bytearray(path.read_bytes())
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: the {kind} is missing; check the list file and --data_root") from error
+    except OSError as error:
+        raise DataError(f"{path}: the {kind} cannot be read ({error.strerror})") from error
 
 
-def _decode_rgb(path: Path, data: Tensor, *, upright: bool) -> Tensor:
+def _decode_rgb(path: Path, data: bytearray, *, upright: bool) -> Tensor:
+    if data.startswith(_JPEG_SIGNATURE):
+        with contextlib.suppress(RuntimeError):  # what it cannot read (CMYK of some kinds), Pillow may
+            encoded = torch.frombuffer(data, dtype=torch.uint8)
+            return decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=upright)
     try:
-        image = decode_image(data, mode=ImageReadMode.RGB, apply_exif_orientation=upright)
-    except RuntimeError:
-        return _decode_rgb_with_pil(path, upright=upright)
-    return F.to_dtype_image(image, torch.uint8, scale=True)  # 16-bit PNG
-
-
-def _decode_rgb_with_pil(path: Path, *, upright: bool) -> Tensor:
-    try:
-        with PILImage.open(path) as picture:
+        with PILImage.open(io.BytesIO(data)) as picture:
             turned = ImageOps.exif_transpose(picture) if upright else picture
+            if turned.mode.startswith("I;16"):  # Pillow's own conversion would clip 16-bit greys at 255
+                turned = PILImage.fromarray((np.asarray(turned) >> 8).astype(np.uint8))
             return F.pil_to_tensor(turned.convert("RGB"))
     except _PIL_ERRORS as error:
         raise _broken(path, "image", error) from error

@@ -8,10 +8,11 @@ from dataset.base import MAX_CLASSES, SegmentationDataset, pair_by_stem
 from utils.errors import DataError, UserError
 
 
-def open_folder(data_root: Path, split: str) -> SegmentationDataset:
+def open_folder(data_root: Path, split: str, *, unpaired: bool = False) -> SegmentationDataset:
     """Own data below ``data_root``: pictures and PNG masks of the same name, sorted by name.
 
     Line i of ``classes.txt`` (from 0) names class id i; the first line is the background.
+    ``unpaired`` as in :func:`dataset.open_dataset`.
 
     Raises:
         UserError: a folder or ``classes.txt`` is missing.
@@ -22,7 +23,8 @@ def open_folder(data_root: Path, split: str) -> SegmentationDataset:
             "no own data: looked for images/{train,val}, masks/{train,val} and classes.txt in "
             f"{data_root}; docs/own_data.md shows the layout"
         )
-    images, masks = pair_by_stem(data_root / "images" / split, data_root / "masks" / split)
+    folders = data_root / "images" / split, data_root / "masks" / split
+    images, masks = pair_by_stem(*folders, unpaired=unpaired)
     return SegmentationDataset(
         "folder", split, data_root, images, masks, read_class_names(data_root / "classes.txt")
     )
@@ -33,11 +35,17 @@ def read_class_names(path: Path) -> tuple[str, ...]:
 
     Raises:
         UserError: the file is missing.
-        DataError: fewer than 2 or more than 255 names, an empty line between names, or a name twice.
+        DataError: no UTF-8 text, fewer than 2 or more than 255 names, an empty line between names, or a name
+            twice.
     """
     if not path.is_file():
-        raise UserError(f"{path}: missing; write one class name per line, the background first")
-    names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+        raise UserError(
+            f"{path}: missing; write one class name per line, the background first (docs/own_data.md)"
+        )
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text; save it as UTF-8") from error
     if not 2 <= len(names) <= MAX_CLASSES:
         raise DataError(f"{path}: {len(names)} classes, expected 2 to {MAX_CLASSES}, the background first")
     for number, name in enumerate(names):

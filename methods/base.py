@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ class Context:
         recall: ``recall(name, inputs, compute)`` returns the dict of tensors that an earlier start of
             this step stored under ``name`` if it was computed from the same inputs (a JSON-like dict:
             checkpoint, data, options), else computes and stores it.
-        batches_per_epoch, epochs: length of the training.
+        autocast: makes the context in which the loop runs the networks (``Precision.network``).
     """
 
     task: Task
@@ -93,7 +93,7 @@ class Context:
     recall: Callable[[str, dict[str, Any], Callable[[], dict[str, Tensor]]], dict[str, Tensor]] = (
         lambda name, inputs, compute: compute()
     )
-    run_dir: Path | None = None
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     @property
     def classes_per_step(self) -> list[int]:

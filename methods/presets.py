@@ -64,7 +64,7 @@ _NO_EFFECT_WHEN_RELEASED = {"CIL": "loss_CIL is compared with 1 instead of being
 
 
 def preset_note(method: str, fidelity: str) -> str | None:
-    """What the log should say about a preset that the released code names but never applies (SPEC section 6)."""
+    """What the log should say about a preset that the released code never applies (SPEC section 6)."""
     if fidelity != "released" or method not in _NO_EFFECT_WHEN_RELEASED:
         return None
     return (

@@ -117,7 +117,8 @@ class PseudoLabels(Method):
         bins = self.bins or (ENTROPY_BINS if mode == "entropy" else PROBABILITY_BINS)
         histogram = torch.zeros(self.classes, bins, dtype=torch.long, device=context.device)
         for images, targets in context.batches():
-            outputs_old, _ = context.model_old(images)
+            with context.autocast():
+                outputs_old, _ = context.model_old(images)
             histogram += pseudo_label_histogram(
                 outputs_old,
                 targets,

@@ -53,7 +53,6 @@ class Regularization(Method):
 
     def begin_step(self, context: Context) -> None:
         """Take over the importances of the steps before."""
-        self.penalised = context.model_old is not None
         self.regularizer = get_regularizer(
             context.model, context.model_old, context.device, SimpleNamespace(**self.options), self.state
         )
@@ -64,7 +63,7 @@ class Regularization(Method):
 
     def penalty(self) -> dict[str, Tensor]:
         """Σ importance·(θ − θ_old)², weighted."""
-        if not self.penalised:
+        if not self.regularizer.penalize:
             return {}
         return {"reg": self.importance * self.regularizer.penalty()}
 

@@ -46,9 +46,7 @@ class Toy(nn.Module):
         small = torch.cat([classifier(pre_logits) for classifier in self.cls], dim=1)
         logits = F.interpolate(small, size=images.shape[-2:], mode="bilinear", align_corners=False)
         maps = [stem, body, F.avg_pool2d(body, 2), F.avg_pool2d(body, 4)]
-        attention = [
-            self._attention(i, values) for i, values in enumerate(maps[: len(self.queries)])
-        ]
+        attention = [self._attention(i, values) for i, values in enumerate(maps[: len(self.queries)])]
         return logits, {
             "body": body,
             "pre_logits": pre_logits,
@@ -306,7 +304,10 @@ class ReleasedSDR:
             attraction = attraction + (mine - self.prototype(c, features)[:, None]).pow(2).mean()
             attraction = attraction / len(present)  # inside the loop, as released
         inverse = [
-            1 / (a - b).pow(2).sum().sqrt() for i, a in enumerate(means) for j, b in enumerate(means) if i != j
+            1 / (a - b).pow(2).sum().sqrt()
+            for i, a in enumerate(means)
+            for j, b in enumerate(means)
+            if i != j
         ]
         terms = [self.attraction * attraction]
         if inverse:
@@ -345,7 +346,11 @@ def released_entropy(probability: Tensor) -> Tensor:
 
 
 def released_medians(
-    teacher: nn.Module, batches: Iterable[tuple[Any, ...]], classes: int, floor: float, infinite: float | None
+    teacher: Callable[[Tensor], Any],
+    batches: Iterable[tuple[Any, ...]],
+    classes: int,
+    floor: float,
+    infinite: float | None,
 ) -> list[float]:
     """Threshold of each class. The running sum adds the number of the bin, not its count."""
     histogram = [[0] * 100 for _ in range(classes)]
@@ -384,7 +389,9 @@ class PseudoLabelled:
     asked: Tensor
 
 
-def released_pseudo_labels(labels: Tensor, out_old: Tensor, medians: list[float], classes: int) -> PseudoLabelled:
+def released_pseudo_labels(
+    labels: Tensor, out_old: Tensor, medians: list[float], classes: int
+) -> PseudoLabelled:
     probability = torch.softmax(out_old, dim=1)
     guess = probability.argmax(dim=1)
     limit = torch.tensor(medians, dtype=out_old.dtype)[guess]
@@ -413,9 +420,27 @@ def local_pod(maps: Tensor) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def plop_terms(
-    *, old: int, new: int, medians: list[float], factor: float = 1e-2, last_factor: float = 5e-4
-) -> Terms:
+def pooled_distillation(
+    teacher: Sequence[Tensor],
+    student: Sequence[Tensor],
+    *,
+    old: int,
+    new: int,
+    factor: float = 1e-2,
+    last_factor: float = 5e-4,
+) -> Tensor:
+    """Mean over maps of the weighted local POD; in the last, new channels join the background's."""
+    folded = student[-1][:, :old].clone()
+    folded[:, 0] = folded[:, 0] + student[-1][:, old:].sum(dim=1)
+    total = torch.zeros((), dtype=folded.dtype)
+    for position, (a, b) in enumerate(zip(teacher, [*student[:-1], folded], strict=True)):
+        distance = (local_pod(a) - local_pod(b)).pow(2).sum(dim=1).sqrt().mean()
+        weight = last_factor if position == len(teacher) - 1 else factor
+        total = total + weight * math.sqrt((old + new) / new) * distance
+    return total / len(teacher)
+
+
+def plop_terms(*, old: int, new: int, medians: list[float]) -> Terms:
     """Cross entropy on pseudo-labels with the adaptive factor, then local POD; the last map is the logits."""
 
     def terms(s: Sight) -> list[Tensor]:
@@ -423,15 +448,7 @@ def plop_terms(
         found = [(filled.share[:, None, None] * cross_entropy(s.out, filled.labels)).mean()]
         teacher = [*s.maps_old["attentions"], s.maps_old["logits_small"]]
         student = [*s.maps["attentions"], s.maps["logits_small"]]
-        folded = student[-1][:, :old].clone()
-        folded[:, 0] = folded[:, 0] + student[-1][:, old:].sum(dim=1)
-        student[-1] = folded
-        pod = torch.zeros((), dtype=s.out.dtype)
-        for position, (a, b) in enumerate(zip(teacher, student, strict=True)):
-            distance = (local_pod(a) - local_pod(b)).pow(2).sum(dim=1).sqrt().mean()
-            weight = last_factor if position == len(teacher) - 1 else factor
-            pod = pod + weight * math.sqrt((old + new) / new) * distance
-        return [*found, pod / len(teacher)]
+        return [*found, pooled_distillation(teacher, student, old=old, new=new)]
 
     return terms
 

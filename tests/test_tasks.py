@@ -132,10 +132,10 @@ def test_class_order_seed_is_fixed():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"class_order": [1, 2, 2, 4]}, r"class order: class id\(s\) 2 listed more than once"),
-        ({"class_order": [1, 2, 3]}, r"class order: class id\(s\) 4 missing"),
-        ({"class_order": [1, 2, 3, 9]}, r"class order: unknown class id\(s\) 9; the data set has 0 to 4"),
-        ({"class_order": [1, 0, 2, 3, 4]}, r"background \(0\) must come first"),
+        ({"class_order": [1, 2, 2, 4]}, r"--class_order: class id\(s\) 2 listed more than once"),
+        ({"class_order": [1, 2, 3]}, r"--class_order: class id\(s\) 4 missing"),
+        ({"class_order": [1, 2, 3, 9]}, r"--class_order: unknown class id\(s\) 9; the data set has 0 to 4"),
+        ({"class_order": [1, 0, 2, 3, 4]}, r"--class_order: background \(0\) must come first"),
         ({"class_order": [1, 2, 3, 4], "class_order_seed": 1}, "exclude each other"),
         ({"class_order_seed": -1}, "--class_order_seed -1: give a number from 0 to"),
     ],

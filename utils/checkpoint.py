@@ -73,15 +73,17 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     _check_loadable(dict(content), "content")
     path = Path(path)
     save_id = secrets.token_hex(8)
-    for left_over in path.parent.glob(f".{path.name}.*.tmp"):
-        left_over.unlink(missing_ok=True)
     try:
+        for left_over in path.parent.glob(f".{path.name}.*.tmp"):
+            left_over.unlink(missing_ok=True)
         with atomic_write(path, _NO_SPACE) as file:
             torch.save({"format": FORMAT_VERSION, **content, "save_id": save_id}, file)
             size = file.tell()
             file.flush()
             with Path(file.name).open("rb") as written:
                 digest = _sha256(written)
+    except OSError as error:
+        raise cannot_write(path, error, _NO_SPACE) from error
     except RuntimeError as error:
         # torch's archive writer covers the operating system's error with one about its own position.
         if isinstance(error.__context__, OSError):

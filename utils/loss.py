@@ -53,7 +53,7 @@ __all__ = [
 ]
 
 VOID = 255
-_BLOCK = 2**20
+_BLOCK = 2**20  # numbers in a block of work on the CPU: 4 MiB, of the order of its caches
 FIDELITIES = ("paper", "released")
 
 # ----------------------------------------------------------------------------------------------------------
@@ -88,15 +88,15 @@ def downsample_labels(labels: Tensor, size: Sequence[int], mode: str = "nearest"
     Args:
         labels: B×H×W, any integer type.
         size: (h, w).
-        mode: ``"nearest"`` (the rule of the released SDR and PLOP code) or ``"nearest-exact"`` (Pillow's rule,
-            of the released SATS code).
+        mode: ``"nearest"`` (the rule of the released SDR code) or ``"nearest-exact"`` (Pillow's rule, that of
+            the released SATS code).
 
     Returns:
         B×h×w int64.
     """
     height, width = labels.shape[-2:]
     if (height, width) != (size[0], size[1]):
-        # Interpolating the indices instead of the labels applies torch's own rule to h + w numbers, not B·H·W.
+        # Interpolating the indices applies torch's own rule to h + w numbers instead of B·H·W.
         rows = torch.arange(height, dtype=torch.float64, device=labels.device).view(1, 1, -1, 1)
         columns = torch.arange(width, dtype=torch.float64, device=labels.device).view(1, 1, 1, -1)
         rows = F.interpolate(rows, size=(size[0], 1), mode=mode).long().view(-1, 1)
@@ -196,7 +196,7 @@ class _UnbiasedCrossEntropyMap(torch.autograd.Function):
 
 
 class UnbiasedCrossEntropy(nn.Module):
-    """Cross-entropy in which the old classes' probability counts as background (MiB, arXiv 2002.00718, eq. 3).
+    """Cross-entropy in which the old classes count as background (MiB, arXiv 2002.00718).
 
     Args:
         old_cl: number of old classes, background included; targets below it become background.
@@ -323,16 +323,17 @@ class _DistillationMap(torch.autograd.Function):
             else:
                 log_q = F.log_softmax(x[:, :old], dim=1)
             loss[images, columns] = log_q.mul_(p).sum(dim=1).div_(-old)
-        ctx.save_for_backward(inputs, targets)
-        ctx.alpha, ctx.unbiased = alpha, unbiased
+        ctx.save_for_backward(inputs)
+        # Not saved for backward: a teacher under inference mode gives tensors that autograd refuses to save.
+        ctx.targets, ctx.alpha, ctx.unbiased = targets, alpha, unbiased
         return loss.view(inputs.shape[0], *inputs.shape[2:])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, targets = ctx.saved_tensors
+        (inputs,) = ctx.saved_tensors
         grad_inputs = torch.empty_like(inputs)
-        logits, teacher, grads = inputs.flatten(2), targets.flatten(2), grad_inputs.flatten(2)
+        logits, teacher, grads = inputs.flatten(2), ctx.targets.flatten(2), grad_inputs.flatten(2)
         batch, channels, pixels = logits.shape
         old = teacher.shape[1]
         scale = (grad_loss / old).flatten(1)
@@ -376,7 +377,7 @@ class KnowledgeDistillationLoss(nn.Module):
         self.alpha = alpha
 
     def forward(self, inputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
-        """inputs B×C×H×W, targets B×C_old×H×W (the teacher's logits), mask B×H×W of pixels to keep → scalar."""
+        """inputs B×C×H×W, targets B×C_old×H×W (teacher's logits), mask B×H×W (pixels to keep) → scalar."""
         if inputs.shape[1] < targets.shape[1]:
             raise ValueError(f"the teacher has {targets.shape[1]} classes, the student {inputs.shape[1]}")
         loss = _DistillationMap.apply(inputs.float(), targets.detach().float(), self.alpha, self.unbiased)
@@ -386,10 +387,10 @@ class KnowledgeDistillationLoss(nn.Module):
 
 
 class UnbiasedKnowledgeDistillationLoss(KnowledgeDistillationLoss):
-    """Distillation of the teacher's background into background + new classes (MiB, arXiv 2002.00718, eq. 7).
+    """The teacher's background against background + new classes (MiB, arXiv 2002.00718).
 
-    The student's softmax is over all classes; the sum over old classes is divided by their number. Arguments as
-    for :class:`KnowledgeDistillationLoss`, to which it is equal where there is no new class.
+    The student's softmax is over all classes; the sum over old classes is divided by their number. Arguments
+    as for :class:`KnowledgeDistillationLoss`, to which it is equal where there is no new class.
     """
 
     unbiased = True
@@ -456,10 +457,9 @@ class DistillationEncoderLoss(nn.Module):
     def forward(self, features: Tensor, features_old: Tensor, labels: Tensor, classes_old: int) -> Tensor:
         """features, features_old B×D×h×w, labels B×H×W → scalar, the mean over (chosen) positions."""
         features, features_old = features.float(), features_old.detach().float()
-        if not self.mask and not self.loss_de_cosine:
-            return F.mse_loss(features, features_old) if features.numel() else features.sum()
         if self.loss_de_cosine:
-            loss = 1.0 - F.cosine_similarity(features, features_old, dim=1)
+            # A clone, because the teacher may run under inference mode, and autograd saves this operand.
+            loss = 1.0 - F.cosine_similarity(features, features_old.clone(), dim=1)
         else:
             loss = (features - features_old).square().mean(dim=1)
         if not self.mask:
@@ -476,10 +476,10 @@ class DistillationEncoderLoss(nn.Module):
 class _MixedClassFeatures:
     """How SDR's released code reads "the features of a class" from a batch, without its loop over classes.
 
-    The code selects the values of class c from B×D×h×w by a mask, which lists them by image, then channel, then
-    position, and views that list as D×n (n: positions of the class). For B = 1 this is the class's features;
-    for B > 1 images and channels mix. Value number s of the list lands in row ``s // n`` and column ``s % n``.
-    Viewed as n×D, as in the matching loss, it lands in column ``s % D``.
+    The code selects the values of class c from B×D×h×w by a mask, which lists them by image, then channel,
+    then position, and views that list as D×n (n: positions of the class). For B = 1 this is the class's
+    features; for B > 1 images and channels mix. Value number s of the list lands in row ``s // n`` and column
+    ``s % n``. Viewed as n×D, as in the matching loss, it lands in column ``s % D``.
 
     Attributes:
         classes: B×1×N, the class of a position, C for void.
@@ -537,10 +537,10 @@ def _drop_first_present(present: Tensor) -> Tensor:
 
 
 class Prototypes(nn.Module):
-    """Running mean of every feature vector seen of each class (SDR, section 3.2).
+    """Running mean of every feature vector seen of each class (SDR).
 
-    ``fidelity="released"``: with more than one image the class's features are read through the released code's
-    mis-shaped view, and skipping the background drops the lowest class present, whichever it is.
+    ``fidelity="released"``: with more than one image the class's features are read through a mis-shaped view,
+    and skipping the background drops the lowest class present, whichever it is.
 
     Attributes:
         prototypes: C×D float32, zeros for a class not yet seen.
@@ -614,22 +614,22 @@ class Prototypes(nn.Module):
 
 
 class FeaturesClusteringSeparationLoss(nn.Module):
-    """Attraction of features to their prototype and repulsion between class means (SDR, section 3.3).
+    """Attraction of features to their prototype and repulsion between class means (SDR).
 
     Attraction: mean over the classes present of the MSE between the class's features and its prototype.
     Repulsion: mean of 1/distance over pairs of distinct class means in the batch.
 
     ``fidelity="released"``: with more than one image the class's features are read through a mis-shaped view;
-    the attraction's running sum is divided by the number of classes inside the loop over them, so the i-th of K
-    classes weighs K^-(K-i); prototypes are L2-normalised over classes instead of channels; ``lfc_nobgr`` drops
-    the lowest class present, background or not.
+    the attraction's running sum is divided by the number of classes inside the loop over them, so class i of
+    K (from 0) weighs K^-(K-i); prototypes are L2-normalised over classes instead of channels; ``lfc_nobgr``
+    drops the lowest class present, background or not.
 
     Args:
         lfc_L2normalized: L2-normalise features and prototypes.
         lfc_nobgr: leave the background out.
-        lfc_orth_sep: repulsion by orthogonality: mean product of class means and the other classes' prototypes.
+        lfc_orth_sep: repulsion by orthogonality: mean product of class means and other classes' prototypes.
         lfc_orth_maxonly: its maximum (at least 0) instead of the mean.
-        lfc_sep_clust: the repulsion's weight; here 0 only saves its computation, the weight is the caller's.
+        lfc_sep_clust: weight of the repulsion, applied by the caller; here 0 only gives a repulsion of 0.
         lfc_sep_clust_ison_proto: distances from class means to the prototypes of the classes present, each
             class's own included.
         orth_sep: another name of ``lfc_orth_sep``, that of the released constructor.
@@ -700,7 +700,7 @@ class FeaturesClusteringSeparationLoss(nn.Module):
         columns = mixed.columns()
         squares = flat.new_zeros(flat.shape[0] * flat.shape[2] + 1)
         squares = squares.index_add(0, columns.flatten(), (flat.square() * mixed.inside).flatten())
-        # The clamp inside the root keeps the gradient of an all-zero column finite; 1e-12 is F.normalize's eps.
+        # The clamp inside the root keeps the gradient of an all-zero column finite (F.normalize: 1e-12).
         return flat / squares.clamp(min=1e-24).sqrt()[columns]
 
     def _repulsion(self, means: Tensor, prototypes: Tensor, present: Tensor) -> Tensor:
@@ -763,7 +763,7 @@ class _ClassStatistics(torch.autograd.Function):
 
 
 class DistillationEncoderPrototypesLoss(nn.Module):
-    """Prototype matching: current features of an old class against its prototype (SDR, section 3.2).
+    """Prototype matching: current features of an old class against its prototype (SDR).
 
     The classes are those of the pseudo-labels: where the label is background, the teacher's argmax; without a
     teacher (sequential protocol) the labels of the old classes themselves. Background is left out.
@@ -827,7 +827,7 @@ class DistillationEncoderPrototypesLoss(nn.Module):
 
 
 class FeaturesSparsificationLoss(nn.Module):
-    """Sparsity of the features over channels (SDR, section 3.4): Σ_d shrink(f_d) / Σ_d f_d per position, mean.
+    """Sparsity of the features over channels (SDR): mean of Σ_d shrink(f_d) / Σ_d f_d.
 
     Args:
         lfs_normalization: ``L1``, ``L2``, ``softmax`` over channels; ``max_foreachfeature`` by the position's
@@ -835,13 +835,13 @@ class FeaturesSparsificationLoss(nn.Module):
             batch's maximum.
         lfs_shrinkingfn: ``squared``, ``power3`` or ``exponential``.
         lfs_loss_fn_touse: ``ratio`` as above; ``lasso``: half the sum of |f| over the batch, before the
-            normalisation; ``entropy``: Σ_d −f·log f, for L1 and softmax; ``max_minus_ratio``: 0, the published
-            code names it and leaves it empty.
+            normalisation; ``entropy``: Σ_d −f·log f, for L1 and softmax; ``max_minus_ratio``: 0, the
+            published code names it and leaves it empty.
         reduction: ``"mean"`` or ``"sum"`` over positions.
         fidelity: ``"released"``: under ``max_maskedforclass`` a batch of background alone has no loss.
 
-    The labels only say which positions share a maximum. Void positions share one too and count in the mean, in
-    both forms.
+    The labels only say which positions share a maximum. Void positions share one too and count in the mean,
+    in both forms.
     """
 
     _NORMALIZATIONS = (
@@ -979,7 +979,8 @@ class _MaxRatioMap(torch.autograd.Function):
         first = grad * scale / total
         second = first * ratio
         highest_channel = torch.empty_like(index).view(attained.shape)
-        for block in _blocks(*flat.shape, flat.device):
+        batch, depth, positions = flat.shape
+        for block in _blocks(batch, depth, positions, flat.device):
             f = flat[block[0], :, block[1]]
             highest_channel[block] = f.argmax(dim=1)
             g = f * scale[block][:, None]
@@ -999,11 +1000,11 @@ class _MaxRatioMap(torch.autograd.Function):
 
 
 class SNNL(nn.Module):
-    """Soft nearest neighbour loss over the positions of a batch (arXiv 1902.01889, eq. 1).
+    """Soft nearest neighbour loss over the positions of a batch (arXiv 1902.01889).
 
-    −mean_i log( Σ_{j≠i, y_j=y_i} exp(−|x_i−x_j|²/T) / Σ_{j≠i} exp(−|x_i−x_j|²/T) ). Positions without another
-    one of their class, and void, are left out. Pairs are made in chunks and made again in the backward pass, so
-    memory grows with the number of positions, not with its square.
+    −mean_i log( Σ_{j≠i, y_j=y_i} exp(−|x_i−x_j|²/T) / Σ_{j≠i} exp(−|x_i−x_j|²/T) ). Positions without
+    another one of their class, and void, are left out. Pairs are made in chunks and made again in the
+    backward pass, so memory grows with the number of positions, not with its square.
 
     ``fidelity="released"``: SDR's code views B×D×h×w as (B·h·w)×D without moving axes.
 
@@ -1057,7 +1058,6 @@ class SNNL(nn.Module):
 # PLOP: local POD (arXiv 2011.11390)
 # ----------------------------------------------------------------------------------------------------------
 
-_POD_BLOCK = 2**20
 _POD_TYPES = ("spatial", "local", "global")
 _POD_PREPROS = ("pow", "none", "abs", "relu")
 _POD_SWITCH = frozenset({"type", "factor", "norm", "prepro"})
@@ -1065,28 +1065,29 @@ _POD_SWITCH_AFTER = _POD_SWITCH | {"extra_channels", "spp_scales", "use_pod_sche
 
 
 class LocalPODLoss(nn.Module):
-    """Distance between pooled feature maps of teacher and student (PLOP, section 3.2).
+    """Distance between pooled feature maps of teacher and student (PLOP).
 
-    Every map is preprocessed (squared), pooled over rows and columns of the cells of an s×s grid for each scale
-    s, and compared by the L2 norm over all pooled numbers of an image; mean over the batch, times a factor,
-    times sqrt(classes now / new classes), mean over maps. The last pair may have more student channels: the
-    new classes' channels are added to the background's, or cut off.
+    Every map is preprocessed (squared), averaged over rows and columns of the cells of an s×s grid for each
+    scale s, and compared by the L2 norm over all these numbers of an image; mean over the batch, times a
+    factor, times sqrt(classes now / new classes), mean over maps. In the last pair the student may have more
+    channels: the new classes' are added to the background's, or cut off.
 
     Args:
         pod_factor: factor of every map.
         pod_options: PLOP's ``--pod_options``: ``{"switch": {"before": {...}, "after": {...},
             "normalize_per_scale": False | True | "spm"}, "difference_function": "frobenius" | "l1",
             "difference_function_all": ...}``. ``before`` changes the options of all maps but the last (and of
-            the last where ``after`` says nothing), ``after`` those of the last: ``type``, ``factor``, ``norm``,
-            ``prepro``, and in ``after`` also ``extra_channels`` (``sum`` or ``trim``), ``spp_scales``,
-            ``use_pod_schedule``. ``difference_function`` is the last map's, ``..._all`` that of the others.
+            the last where ``after`` says nothing), ``after`` those of the last: ``type``, ``factor``,
+            ``norm``, ``prepro``, and in ``after`` also ``extra_channels`` (``sum`` or ``trim``),
+            ``spp_scales``, ``use_pod_schedule``. ``difference_function`` is the last map's, ``..._all`` that
+            of the others.
         spp_scales: grid sizes.
         use_pod_schedule: multiply by sqrt(classes now / new classes).
-        pod: ``local``; ``spatial``: sums over whole rows and columns; ``global``: sums over rows and columns of
-            the average-pooled map.
+        pod: ``local``; ``spatial``: sums over whole rows and columns; ``global``: sums over rows and columns
+            of the average-pooled map.
         pod_prepro: ``pow`` (square), ``abs``, ``relu`` or ``none``.
-        pod_apply: ``all`` maps; ``backbone``: the first ``backbone_maps``; ``deeplab``: the rest. (The released
-            code accepts the option and uses all maps.)
+        pod_apply: ``all`` maps; ``backbone``: the first ``backbone_maps``; ``deeplab``: the rest. (The
+            released code accepts the option and uses all maps.)
         backbone_maps: how many of the maps are the backbone's.
 
     Raises:
@@ -1157,7 +1158,7 @@ class LocalPODLoss(nn.Module):
                 raise ValueError(f"map {position}: {tuple(old.shape)} against {tuple(new.shape)}")
             weight = options["factor"] * (schedule if options["use_pod_schedule"] else 1.0)
             if options["factor"] > 0.0:
-                loss = loss + weight * _pod_distance(old, new, options).mean()
+                loss = loss + weight * _reduce(_pod_distance(old, new, options), "mean")
         return loss / max(len(chosen), 1)
 
     def _chosen(self, number: int) -> range:
@@ -1196,21 +1197,22 @@ def _pod_distance(old: Tensor, new: Tensor, options: dict[str, Any]) -> Tensor:
 class _ChannelByChannel(torch.autograd.Function):
     """A function of each channel of two maps by itself, a block of channels at a time.
 
-    The function takes n×1×h×w twice and returns n. It runs again in the backward pass, so nothing of the maps'
-    size is kept or allocated but the gradient.
+    The function takes n×1×h×w twice and returns n. It runs again in the backward pass, so nothing of the
+    size of the maps is kept or allocated but the gradient.
     """
 
     @staticmethod
     def forward(ctx: Any, old: Tensor, new: Tensor, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        ctx.save_for_backward(old, new)
-        ctx.function = function
+        ctx.save_for_backward(new)
+        ctx.old, ctx.function = old, function  # see _DistillationMap: the teacher's map may not be savable
         rows = [function(a, b) for a, b in zip(_channels(old), _channels(new), strict=True)]
         return torch.cat(rows).view(new.shape[:2])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        old, new = ctx.saved_tensors
+        (new,) = ctx.saved_tensors
+        old = ctx.old
         grad_new = torch.empty_like(new, memory_format=torch.contiguous_format)
         first = 0
         for a, b, out in zip(_channels(old), _channels(new), _channels(grad_new), strict=True):
@@ -1228,7 +1230,7 @@ def _channels(maps: Tensor) -> tuple[Tensor, ...]:
     channels = maps.reshape(-1, 1, *maps.shape[2:])
     if maps.device.type != "cpu":
         return (channels,)
-    return channels.split(max(_POD_BLOCK // max(channels[0].numel(), 1), 1))
+    return channels.split(max(_BLOCK // max(channels.shape[1:].numel(), 1), 1))
 
 
 _POD_PREPRO_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -1283,15 +1285,15 @@ def _scale_divisor(level: int, scale: int, levels: int, normalize_per_scale: boo
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Pseudo-labels (PLOP, section 3.3; SSUL)
+# Pseudo-labels (PLOP, SSUL)
 # ----------------------------------------------------------------------------------------------------------
 
 
 def entropy(probabilities: Tensor, fidelity: str = "paper") -> Tensor:
     """Entropy per pixel: B×C×H×W probabilities → B×H×W.
 
-    ``"paper"``: Shannon entropy divided by log C, so 0 is sure and 1 is uniform. ``"released"``: the mean over
-    classes instead of the sum, which makes it C times smaller.
+    ``"paper"``: Shannon entropy divided by log C, so 0 is sure and 1 is uniform. ``"released"``: the mean
+    over classes instead of the sum, which makes it C times smaller.
     """
     _check_choice("fidelity", fidelity, FIDELITIES)
     probabilities = probabilities.float()
@@ -1303,10 +1305,28 @@ def entropy(probabilities: Tensor, fidelity: str = "paper") -> Tensor:
     return total / math.log(classes) if classes > 1 else total
 
 
-def _scaled_entropy(probabilities: Tensor, nb_current_classes: int, fidelity: str) -> Tensor:
+def _guess(outputs_old: Tensor, certainty: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """The teacher's classes and ``certainty(probabilities)``, block by block: two B×H×W maps."""
+    logits = outputs_old.flatten(2)
+    batch, channels, pixels = logits.shape
+    predicted = logits.new_empty(batch, pixels, dtype=torch.long)
+    values = logits.new_empty(batch, pixels, dtype=torch.float32)
+    for images, columns in _blocks(batch, channels, pixels, logits.device):
+        block = logits[images, :, columns].float()
+        predicted[images, columns] = block.argmax(dim=1)
+        values[images, columns] = certainty(F.softmax(block, dim=1))
+    size = (batch, *outputs_old.shape[2:])
+    return predicted.view(size), values.view(size)
+
+
+def _highest(probabilities: Tensor) -> Tensor:
+    return probabilities.amax(dim=1)
+
+
+def _scaled_entropy(nb_current_classes: int, fidelity: str) -> Callable[[Tensor], Tensor]:
     """The entropy that is binned and compared; the released code divides by log C a second time."""
-    values = entropy(probabilities, fidelity)
-    return values / math.log(nb_current_classes) if fidelity == "released" else values
+    divisor = math.log(nb_current_classes) if fidelity == "released" else 1.0
+    return lambda probabilities: entropy(probabilities, fidelity) / divisor
 
 
 @torch.no_grad()
@@ -1335,11 +1355,8 @@ def pseudo_label_histogram(
         nb_current_classes×nb_bins int64.
     """
     _check_choice("mode", mode, ("entropy", "probability"))
-    probabilities = F.softmax(outputs_old.float(), dim=1)
-    highest, predicted = probabilities.max(dim=1)
-    values = highest
-    if mode == "entropy":
-        values = _scaled_entropy(probabilities, nb_current_classes, fidelity)
+    measure = _scaled_entropy(nb_current_classes, fidelity) if mode == "entropy" else _highest
+    predicted, values = _guess(outputs_old, measure)
     bins = (values * nb_bins).long().clamp(max=nb_bins - 1)
     histogram = bins.new_zeros(nb_current_classes * nb_bins)
     histogram.index_add_(0, (predicted * nb_bins + bins).flatten(), (labels == 0).long().flatten())
@@ -1359,9 +1376,9 @@ def class_median_thresholds(
 
     Entropy: max(median, threshold). Probability: min(median, threshold). A class without pixels has median 0.
 
-    ``fidelity="released"``: PLOP's code adds the bin's index instead of its count to the running sum, and reads
-    the bins through a truncated product; the median can be infinite. SATS's code then replaces +inf by 0.005,
-    which ``infinite_threshold`` does.
+    ``fidelity="released"``: PLOP's code adds the bin's index instead of its count to the running sum, and
+    reads the bins through a truncated product; the median can be infinite. SATS's code then replaces it by
+    0.005, which ``infinite_threshold`` does.
 
     Args:
         histogram: C×bins counts, see :func:`pseudo_label_histogram`.
@@ -1432,9 +1449,8 @@ def entropy_pseudo_labels(
         The new labels (B×H×W int64) and the adaptive factor (B): the share of old and background pixels that
         were accepted, 1 for an image that has none.
     """
-    probabilities = F.softmax(outputs_old.float(), dim=1)
-    predicted = probabilities.argmax(dim=1)
-    sure = _scaled_entropy(probabilities, nb_current_classes, fidelity) < thresholds[predicted]
+    predicted, uncertainty = _guess(outputs_old, _scaled_entropy(nb_current_classes, fidelity))
+    sure = uncertainty < thresholds[predicted]
     candidates = labels < (outputs_old.shape[1] if classes_old is None else classes_old)
     result = torch.where(candidates, torch.where(sure, predicted, VOID), labels.long())
     number = candidates.flatten(1).sum(dim=1)
@@ -1451,7 +1467,7 @@ def probability_pseudo_labels(
     *,
     classes_old: int | None = None,
 ) -> Tensor:
-    """Label old and background pixels by the teacher's argmax; void where its probability is below a threshold.
+    """Label old and background pixels by the teacher's argmax, void where its probability is too low.
 
     ``--pseudo naive``: threshold 0. ``--pseudo threshold_0.8``: a number. ``--pseudo median``: the tensor of
     :func:`class_median_thresholds` with ``mode="probability"``.
@@ -1465,7 +1481,7 @@ def probability_pseudo_labels(
     Returns:
         B×H×W int64.
     """
-    highest, predicted = F.softmax(outputs_old.float(), dim=1).max(dim=1)
+    predicted, highest = _guess(outputs_old, _highest)
     limit = threshold[predicted] if isinstance(threshold, Tensor) else threshold
     candidates = labels < (outputs_old.shape[1] if classes_old is None else classes_old)
     return torch.where(candidates, torch.where(highest < limit, VOID, predicted), labels.long())
@@ -1475,12 +1491,12 @@ def probability_pseudo_labels(
 def confidence_pseudo_labels(
     outputs_old: Tensor, labels: Tensor, *, classes_old: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``--pseudo confidence``: the teacher's argmax on old and background pixels, weighted by its probability.
+    """``--pseudo confidence``: the teacher's argmax on old and background pixels, and its probability.
 
     Returns:
         Labels (B×H×W int64) and weights of the classification loss (B×H×W float32, 1 on new pixels).
     """
-    highest, predicted = F.softmax(outputs_old.float(), dim=1).max(dim=1)
+    predicted, highest = _guess(outputs_old, _highest)
     candidates = labels < (outputs_old.shape[1] if classes_old is None else classes_old)
     return torch.where(candidates, predicted, labels.long()), torch.where(candidates, highest, 1.0)
 
@@ -1489,7 +1505,7 @@ def confidence_pseudo_labels(
 def sigmoid_pseudo_labels(
     outputs_old: Tensor, labels: Tensor, threshold: float = 0.7, *, reserved: int = 1
 ) -> Tensor:
-    """SSUL's pseudo-labels (arXiv 2106.11562): the teacher's class where its sigmoid is at least ``threshold``.
+    """SSUL's pseudo-labels (arXiv 2106.11562): the teacher's class where its sigmoid is high enough.
 
     Only pixels labelled background or unknown change, and only into a class that is neither.
 
@@ -1515,15 +1531,15 @@ _DISTILL_OBJECTS = ("sats-selfattn", "sats-selfattn-GP", "sats-selfattn-NP", "sa
 
 
 class AttentionTransferLoss(nn.Module):
-    """Distance between the student's and the teacher's attention, averaged over class regions (SATS, eq. 4–6).
+    """Distance between student's and teacher's attention, averaged over class regions (SATS).
 
     For each stage the attention rows of the query positions of each class (not background, not void) in each
     image are averaged; the L2 distance between student and teacher is averaged over heads, the classes of the
     image, the batch and the stages. An image without a class counts as zero.
 
     ``distill_object``: ``sats-selfattn`` as above; ``sats-selfattn-GP``: one region, all positions;
-    ``sats-selfattn-NP``: each position by itself, no labels; ``sats-feature-CNN``: class means of feature maps
-    instead of attention.
+    ``sats-selfattn-NP``: each position by itself, no labels; ``sats-feature-CNN``: class means of feature
+    maps instead of attention.
 
     ``fidelity="released"``: B×heads×L×S is reshaped to B×√L×√L×heads×S without moving axes, which mixes heads
     and positions where there is more than one head; the stages' sum is divided by 4 whatever their number.

@@ -1,9 +1,51 @@
-"""PLACEHOLDER so that other modules import; helper-1 replaces this file with the real one."""
+"""Learning-rate schedules, stepped once per iteration."""
 
-from typing import Any
+from __future__ import annotations
 
-import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LinearLR, LRScheduler, PolynomialLR, SequentialLR, StepLR
+
+from utils.errors import UserError
 
 
-def make_scheduler(optimizer: Any, policy: str, *, max_iters: int, **k: Any) -> Any:
-    return torch.optim.lr_scheduler.PolynomialLR(optimizer, max_iters, 0.9)
+def make_scheduler(
+    optimizer: Optimizer,
+    policy: str,
+    *,
+    max_iters: int,
+    lr_power: float = 0.9,
+    lr_decay_step: int = 5000,
+    lr_decay_factor: float = 0.1,
+    warmup_iters: int = 0,
+) -> LRScheduler:
+    """Make the schedule of ``--lr_policy``; call ``step()`` after every optimiser step.
+
+    Args:
+        optimizer: its parameter groups keep their own base rates.
+        policy: ``poly``: lr·(1 − i/max_iters)^lr_power; ``step``: lr·lr_decay_factor^⌊i/lr_decay_step⌋.
+        max_iters: iterations of the run, warm-up included.
+        lr_power: exponent of ``poly``.
+        lr_decay_step: iterations between two drops of ``step``.
+        lr_decay_factor: the drop.
+        warmup_iters: iterations of linear warm-up; the policy has the rest (SSUL on ADE20K).
+
+    Raises:
+        UserError: an unknown policy, or no iteration left after the warm-up.
+    """
+    if policy not in ("poly", "step"):
+        raise UserError(f"--lr_policy {policy}: unknown; use poly or step")
+    remaining = max_iters - warmup_iters
+    if remaining < 1:
+        raise UserError(
+            f"{max_iters} iterations with {warmup_iters} of warm-up leave nothing to train: "
+            "use more --epochs or a smaller --batch_size"
+        )
+    main: LRScheduler
+    if policy == "poly":
+        main = PolynomialLR(optimizer, total_iters=remaining, power=lr_power)
+    else:
+        main = StepLR(optimizer, step_size=lr_decay_step, gamma=lr_decay_factor)
+    if warmup_iters == 0:
+        return main
+    warmup = LinearLR(optimizer, start_factor=1.0 / (warmup_iters + 1), total_iters=warmup_iters)
+    return SequentialLR(optimizer, [warmup, main], milestones=[warmup_iters])

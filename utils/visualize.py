@@ -160,7 +160,8 @@ def _name(class_names: Sequence[str], class_id: int) -> str:
 
 def _picture(image: Array | Tensor) -> Array:
     picture = np.asarray(image)
-    if picture.ndim == 3 and picture.shape[0] == 3 and picture.shape[2] != 3:
+    # Three rows of pixels look like channels: a tensor has its channels first, an array last.
+    if picture.ndim == 3 and picture.shape[0] == 3 and (isinstance(image, Tensor) or picture.shape[2] != 3):
         picture = picture.transpose(1, 2, 0)
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
         raise ValueError(f"an image must be H×W×3 or 3×H×W in uint8, not {picture.dtype} {picture.shape}")

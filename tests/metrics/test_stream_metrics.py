@@ -62,9 +62,7 @@ def test_equals_sklearn(classes, void, seed):
     kept = targets != 255
     if kept.any():
         expected = confusion_matrix(targets[kept], preds[kept], labels=range(classes))
-        iou = jaccard_score(
-            targets[kept], preds[kept], labels=range(classes), average=None, zero_division=0
-        )
+        iou = jaccard_score(targets[kept], preds[kept], labels=range(classes), average=None, zero_division=0)
         iou[expected.sum(axis=0) + expected.sum(axis=1) == 0] = np.nan
         results = summarise(metrics.confusion_matrix, names(classes))
         np.testing.assert_allclose(list(results.class_iou.values()), iou, rtol=1e-12)
@@ -93,7 +91,7 @@ def test_255_is_void_even_with_more_than_255_classes_below_it():
 def test_stray_labels_are_reported_not_counted(label):
     metrics = StreamSegMetrics(3)
     metrics.update(torch.zeros(1, 1, 2, dtype=torch.long), torch.tensor([[[0, label]]]))
-    with pytest.raises(UserError, match="1 pixels .* outside 0 to 2"):
+    with pytest.raises(UserError, match=r"1 pixels .* outside 0 to 2"):
         _ = metrics.confusion_matrix
 
 

@@ -147,7 +147,9 @@ def test_killed_at_any_moment_the_checkpoint_is_whole(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     read_back = 0
     for _ in range(5):
-        saver = subprocess.Popen([sys.executable, "-c", SAVER, str(path)], env=environment, stdout=subprocess.PIPE)
+        saver = subprocess.Popen(
+            [sys.executable, "-c", SAVER, str(path)], env=environment, stdout=subprocess.PIPE
+        )
         try:
             assert saver.stdout.readline() == b"ready\n"
             deadline = time.monotonic() + 30
@@ -204,7 +206,9 @@ def test_full_disk_leaves_the_old_checkpoint_and_nothing_else(tmp_path, limit):
         capture_output=True,
         text=True,
     )
-    assert done.stdout.startswith(f"refused: {path}: cannot be written (File too large); free some space"), done
+    assert done.stdout.startswith(f"refused: {path}: cannot be written (File too large); free some space"), (
+        done
+    )
     assert path.read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.pth"]
     load_checkpoint(path)
@@ -343,7 +347,11 @@ def test_released_checkpoint_with_numpy_score(tmp_path, zipped):
 
 def test_score_pickled_by_numpy_1(tmp_path):
     path = tmp_path / "a.pth"
-    torch.save({"model_state": {"w": torch.ones(1)}, "best_score": np.float64(0.75)}, path, _use_new_zipfile_serialization=False)
+    torch.save(
+        {"model_state": {"w": torch.ones(1)}, "best_score": np.float64(0.75)},
+        path,
+        _use_new_zipfile_serialization=False,
+    )
     data = path.read_bytes()
     name = b"numpy._core.multiarray" if b"numpy._core.multiarray" in data else b"numpy.core.multiarray"
     assert name in data
@@ -359,7 +367,9 @@ def test_wrappers_are_taken_off(prefix):
     assert model_state(wrapped).keys() == weights.keys()
 
 
-@pytest.mark.parametrize("bad", [{}, {"model_state": {}}, {"model_state": 3}, {"model_state": {"w": 1.0}}, {"epoch": 3}])
+@pytest.mark.parametrize(
+    "bad", [{}, {"model_state": {}}, {"model_state": 3}, {"model_state": {"w": 1.0}}, {"epoch": 3}]
+)
 def test_no_weights(bad):
     with pytest.raises(UserError, match="no 'model_state'"):
         model_state(bad)

@@ -149,14 +149,22 @@ def test_missing_rank_is_a_user_error():
 def test_torchrun_starts_it(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "import torch\n"
+        "import os, torch\n"
         "from utils import distributed as d\n"
         "world = d.start('CPU', timeout_s=60)\n"
         "total = d.all_reduce_sum(torch.ones(()))\n"
-        "print('total', int(total), torch.get_num_threads(), flush=True)\n"
+        "line = f'total {int(total)} {torch.get_num_threads()}\\n'\n"
+        "os.write(1, line.encode())\n"  # in one piece: both processes share the pipe
         "d.stop()\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(script),
+    ]
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCH}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)

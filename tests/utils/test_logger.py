@@ -94,7 +94,9 @@ def test_tensorboard_events(tmp_path):
     board.close()
     board.close()
     values = [(event.step, value) for event in events(tmp_path) for value in event.summary.value]
-    scalars = {(step, value.tag): value.simple_value for step, value in values if value.HasField("simple_value")}
+    scalars = {
+        (step, value.tag): value.simple_value for step, value in values if value.HasField("simple_value")
+    }
     assert scalars == {(3, "lr"): 0.5, (4, "loss/ce"): 1.0, (4, "loss/kd"): 2.0}
     (image,) = [value.image for _, value in values if value.HasField("image")]
     assert (image.height, image.width) == (4, 6)

@@ -132,8 +132,8 @@ def test_sdr_contrastive_released(name):
     assert_close(gradient(repulsion, f)[0], z["grad_repulsion"])
 
 
-# With one image the readings agree on the class features, so the repulsion is the paper's; except "nobgr" where
-# the lowest class present is not the background, which is not so here.
+# With one image the readings agree on the class features, so the repulsion is the paper's; with "nobgr" only
+# where the lowest class present is the background, as here.
 @pytest.mark.parametrize("name", cases("sdr_contrastive_*_b1-*"))
 def test_sdr_repulsion_paper(name):
     z, meta = load(name)

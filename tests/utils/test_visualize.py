@@ -44,7 +44,9 @@ def test_overlay_leaves_background_and_void_alone():
     np.testing.assert_array_equal(overlay(tensor, torch.tensor([[0, 1, 255]]), opacity=0.5), picture)
 
 
-@pytest.mark.parametrize("image", [np.zeros((4, 4, 3)), np.zeros((4, 4), np.uint8), np.zeros((4, 3, 4), np.uint8)])
+@pytest.mark.parametrize(
+    "image", [np.zeros((4, 4, 3)), np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8)]
+)
 def test_overlay_refuses_other_images(image):
     with pytest.raises(ValueError, match="uint8"):
         overlay(image, np.zeros((4, 4), int))

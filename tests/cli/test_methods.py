@@ -1,0 +1,60 @@
+"""Every method through the real command: three steps, state carried through checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from command import SMALL, Launch
+
+SEGFORMER = (
+    *("--model", "segformer_b0", "--no_pretrained", "--crop_size", "64"),
+    *("--batch_size", "4", "--epochs", "1", "--num_workers", "0"),
+)
+# (method, network, further options, processes): each network, precision, protocol and number of processes
+# meets many methods, each method runs twice.
+RUNS = [
+    ("FT", SMALL, ["--opt_level", "O1"], 1),
+    ("FT", SEGFORMER, ["--opt_level", "O3"], 2),
+    ("LWF", SMALL, ["--opt_level", "O1"], 2),
+    ("LWF-MC", SMALL, [], 1),
+    ("LWF-MC", SEGFORMER, ["--icarl_disjoint", "--opt_level", "O1"], 1),
+    ("ILT", SMALL, ["--opt_level", "O2"], 2),
+    ("ILT", SEGFORMER, ["--loss_de_maskedold", "--loss_de_cosine"], 1),
+    ("EWC", SMALL, [], 2),
+    ("RW", SMALL, ["--opt_level", "O1", "--reg_iterations", "2"], 1),
+    ("PI", SEGFORMER, [], 1),
+    ("MIB", SEGFORMER, ["--opt_level", "O1", "--memory", "6"], 2),
+    ("CIL", SMALL, ["--opt_level", "O1"], 1),
+    ("SDR", SMALL, ["--loss_SNNL", "1e-3"], 2),
+    ("SDR", SMALL, ["--opt_level", "O1", "--fidelity", "released"], 1),
+    ("PLOP", SMALL, ["--opt_level", "O1"], 2),
+    ("PLOP", SEGFORMER, ["--fidelity", "released"], 1),
+    ("SSUL", SMALL, [], 2),
+    ("SSUL-M", SMALL, ["--opt_level", "O1", "--memory", "6"], 1),
+    ("SATS", SEGFORMER, [], 2),
+    ("SATS-M", SEGFORMER, ["--opt_level", "O1", "--memory", "6"], 1),
+    ("SATS", SMALL, ["--distill_object", "sats-feature-CNN"], 1),
+    ("SATS", SEGFORMER, ["--distill_object", "sats-selfattn-GP", "--fidelity", "released"], 1),
+]
+
+
+@pytest.mark.parametrize(("method", "network", "options", "processes"), RUNS)
+def test_three_steps(
+    cli: Launch, tmp_path: Path, method: str, network: tuple[str, ...], options: list[str], processes: int
+) -> None:
+    outcome = cli(
+        *(*network, "--task", "10-5-5", "--overlap", "--step", "all", "--lr", "0.01"),
+        *("--logdir", tmp_path, "--name", "run", "--method", method, *options),
+        launcher="torchrun" if processes > 1 else "python",
+        processes=processes,
+    )
+    assert outcome.code == 0, outcome.err[-3000:]
+    run_dir = tmp_path / "10-5-5-shapes_run"
+    for step in range(3):
+        results = json.loads((run_dir / f"results_{step}.json").read_text(encoding="utf-8"))
+        assert 0 <= results["miou_all"] <= 1
+    content = torch.load(run_dir / "10-5-5-shapes_run_2.pth", weights_only=True)
+    assert all(torch.isfinite(value).all() for value in content["model_state"].values())

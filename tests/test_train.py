@@ -1,0 +1,370 @@
+"""The training loop: order of the hooks, kinds of input, precision levels, losses that are not finite."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from released_reference import Toy
+from torch import Tensor, nn
+
+from argparser import parse_options
+from dataset.transforms import normalize
+from methods import Batch, Context, Method, build_methods
+from methods.classification import Classification
+from metrics.stream_metrics import StreamSegMetrics
+from tasks import get_task
+from train import NonFiniteLoss, Precision, Trainer
+
+CLASSES = [16, 5]  # VOC 15-5
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def context(*, attention: bool = False) -> Context:
+    """Step 1: a student and a teacher with weights of their own."""
+    torch.manual_seed(0)
+    teacher, student = Toy(CLASSES[:1], attention=attention), Toy(CLASSES, attention=attention)
+    teacher.requires_grad_(False).eval()
+    return Context(task=get_task("voc", "15-5"), step=1, model=student, model_old=teacher)
+
+
+def batches(number: int = 3) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.tensor([0, 0, 16, 18, 20, 255])
+    patches = [ids[torch.randint(6, (2, 4, 4), generator=generator)] for _ in range(number)]
+    return [
+        (torch.randn(2, 3, 32, 32, generator=generator), p.repeat_interleave(8, 1).repeat_interleave(8, 2))
+        for p in patches
+    ]
+
+
+def sgd(model: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True)
+
+
+def trained(made: Context, methods: dict[str, Method], loader: Any) -> dict[str, float]:
+    for method in methods.values():
+        method.begin_step(made)
+    return Trainer(made, methods, sgd(made.model)).train_epoch(loader, 0)
+
+
+# ── order ────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Witness(Method):
+    """Writes down when each hook is called, and what it sees."""
+
+    needs_teacher = True
+
+    def __init__(self, name: str, seen: list[str], parameter: nn.Parameter) -> None:
+        self.name, self.seen, self.parameter = name, seen, parameter
+
+    def note(self, hook: str) -> None:
+        self.seen.append(f"{hook} {self.name}")
+
+    def observe(self, batch: Batch) -> None:
+        self.note("observe")
+        assert batch.targets is batch.original_targets
+        assert batch.outputs.requires_grad and not batch.outputs_old.requires_grad  # type: ignore[union-attr]
+        assert batch.outputs.shape[1] == 21 and batch.outputs_old.shape[1] == 16  # type: ignore[union-attr]
+        assert (batch.classes_old, batch.classes_new, batch.incremental_step) == (16, 5, 1)
+
+    def relabel(self, batch: Batch) -> None:
+        self.note("relabel")
+        batch.targets = batch.targets + 1
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        self.note("losses")
+        # Both have relabelled before either computes its losses.
+        assert torch.equal(batch.targets, batch.original_targets + 2)
+        return {self.name: 2.0 * self.parameter.sum() + 0.0 * batch.outputs.sum()}
+
+    def after_backward(self) -> None:
+        self.note("after_backward")
+        # Two terms of slope 2, and nothing of a penalty yet.
+        assert torch.equal(self.parameter.grad, torch.full_like(self.parameter, 4.0))
+
+    def penalty(self) -> dict[str, Tensor]:
+        self.note("penalty")
+        return {f"penalty {self.name}": 10.0 * self.parameter.sum()}
+
+
+def test_hooks_are_called_in_order_around_one_backward() -> None:
+    made = context()
+    seen: list[str] = []
+    parameter = made.model.head.bias  # type: ignore[union-attr]
+    methods: dict[str, Method] = {name: Witness(name, seen, parameter) for name in "ab"}
+    made.model.register_forward_pre_hook(lambda *_: seen.append("student"))
+    made.model_old.register_forward_pre_hook(lambda *_: seen.append("teacher"))  # type: ignore[union-attr]
+    optimizer = torch.optim.SGD(made.model.parameters(), lr=0.1)
+    optimizer.register_step_pre_hook(lambda *_: seen.append("optimiser"))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    step = scheduler.step
+    scheduler.step = lambda: (seen.append("scheduler"), step())  # type: ignore[method-assign, assignment]
+    before = parameter.detach().clone()
+    terms = Trainer(made, methods, optimizer, scheduler).train_step(*batches(1)[0])
+    hooks = ("observe", "relabel", "losses", "after_backward", "penalty")
+    called = [f"{hook} {name}" for hook in hooks for name in "ab"]
+    assert seen == ["teacher", "student", *called, "optimiser", "scheduler"]
+    # Slope 4 of the losses and 20 of the penalties; plain SGD with rate 0.1.
+    torch.testing.assert_close(parameter.detach(), before - 2.4)
+    assert list(terms) == ["a", "b", "penalty a", "penalty b", "total"]
+    torch.testing.assert_close(terms["total"], 24.0 * before.sum())
+    assert not any(term.requires_grad for term in terms.values())
+
+
+def test_student_trains_its_norm_layers_and_the_teacher_does_not() -> None:
+    made = context()
+    states = copy.deepcopy((made.model.state_dict(), made.model_old.state_dict()))  # type: ignore[union-attr]
+    methods = build_methods(parse_options(["--method", "LWF", "--task", "15-5"]), 1)
+    trained(made, methods, batches())
+    after = made.model.state_dict()
+    assert all(not torch.equal(after[name], value) for name, value in states[0].items())
+    for name, value in made.model_old.state_dict().items():  # type: ignore[union-attr]
+        assert torch.equal(value, states[1][name]), name
+
+
+def test_the_teacher_runs_only_for_a_method_that_looks_at_it() -> None:
+    for name, runs in (("FT", 0), ("LWF", 3)):
+        made, calls = context(), []
+        made.model_old.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))  # type: ignore[union-attr]
+        trained(made, build_methods(parse_options(["--method", name, "--task", "15-5"]), 1), batches())
+        assert len(calls) == runs
+
+
+class ConstantPenalty(Method):
+    def penalty(self) -> dict[str, Tensor]:
+        return {"reg": torch.zeros(())}
+
+
+def test_a_penalty_without_gradient_is_no_fault() -> None:
+    means = trained(context(), {"a": Classification(), "b": ConstantPenalty()}, batches())
+    assert means["reg"] == 0.0 and means["total"] == means["ce"]
+
+
+# ── input ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_uint8_images_and_labels_are_the_normalised_floats() -> None:
+    generator = torch.Generator().manual_seed(2)
+    images = torch.randint(0, 256, (3, 2, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    labels = [target for _, target in batches()]
+    small = [(image, target.to(torch.uint8)) for image, target in zip(images, labels, strict=True)]
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    deviation = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    by_hand = [((i.float() / 255 - mean) / deviation, t) for i, t in zip(images, labels, strict=True)]
+    torch.testing.assert_close(normalize(images[0]), by_hand[0][0], rtol=1e-5, atol=1e-6)
+    results = []
+    for loader in (small, by_hand):
+        made = context()
+        results.append((made.model, trained(made, {"ce": Classification()}, loader)))
+    assert results[0][1]["ce"] == pytest.approx(results[1][1]["ce"], rel=1e-5)
+    for a, b in zip(results[0][0].parameters(), results[1][0].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+class Extras(Method):
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        return {"saliency": batch.extras["saliency"].float().mean() + 0.0 * batch.outputs.sum()}
+
+
+def test_extras_reach_the_methods_by_name() -> None:
+    images, labels = batches(1)[0]
+    half = torch.zeros_like(labels)
+    half[:, :16] = 1
+    means = trained(context(), {"extras": Extras()}, [(images, labels, {"saliency": half})])
+    assert means["saliency"] == 0.5
+
+
+# ── reports ──────────────────────────────────────────────────────────────────────────────────────
+
+
+class Counting(Method):
+    """Its term is 0, 1, 2, ... over the batches."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        self.count += 1
+        return {"count": self.count - 1 + 0.0 * batch.outputs.sum()}
+
+
+def test_reports_are_means_of_an_interval_and_the_result_of_the_epoch() -> None:
+    made = context()
+    told: list[tuple[int, float]] = []
+    trainer = Trainer(made, {"a": Counting()}, sgd(made.model))
+    means = trainer.train_epoch(
+        batches(5), 0, interval=2, report=lambda position, terms: told.append((position, terms["count"]))
+    )
+    assert told == [(2, 0.5), (4, 2.5)]
+    assert means == {"count": 2.0, "total": 2.0}
+
+
+class TurnsBad(Counting):
+    """A loss that is not finite from the third batch on."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = value
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        super().losses(batch)
+        bad = self.value if self.count >= 3 else 1.0
+        return {"bad": 0.0 * batch.outputs.sum() + bad, "good": 0.0 * batch.outputs.sum() + 0.5}
+
+
+@pytest.mark.parametrize(("value", "shown"), [(math.nan, "nan"), (math.inf, "inf")])
+def test_a_loss_that_is_not_finite_stops_with_the_terms_and_their_values(value: float, shown: str) -> None:
+    made, method = context(), TurnsBad(value)
+    trainer = Trainer(made, {"a": method}, sgd(made.model))
+    with pytest.raises(NonFiniteLoss) as caught:
+        trainer.train_epoch(batches(8), 0, interval=2)
+    assert method.count == 4, "stops at the next report, not at the end of the epoch"
+    message = str(caught.value)
+    assert f"bad {shown}" in message and "good 0.5" in message and "total" in message
+    assert "\n" not in message and "--lr" in message
+
+
+def test_a_short_epoch_is_checked_at_its_end() -> None:
+    made = context()
+    with pytest.raises(NonFiniteLoss, match="bad nan"):
+        Trainer(made, {"a": TurnsBad(math.nan)}, sgd(made.model)).train_epoch(batches(3), 0, interval=10)
+
+
+def test_weights_that_are_not_finite_are_named_by_the_real_losses() -> None:
+    made = context()
+    with torch.no_grad():
+        made.model.head.bias.fill_(math.nan)  # type: ignore[union-attr]
+    methods = build_methods(parse_options(["--method", "LWF", "--task", "15-5"]), 1)
+    with pytest.raises(NonFiniteLoss, match="ce nan, kd nan, total nan"):
+        trained(made, methods, batches())
+
+
+# ── precision ────────────────────────────────────────────────────────────────────────────────────
+
+
+class Types(Method):
+    """The types in which the losses see the networks' outputs."""
+
+    needs_teacher = True
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        self.seen = {batch.outputs.dtype, batch.features["attentions"][0].dtype, batch.outputs_old.dtype}  # type: ignore[union-attr]
+        return {"a": batch.outputs.float().square().mean()}
+
+
+@pytest.mark.parametrize(
+    ("level", "weights", "losses"),
+    [
+        ("O0", torch.float32, torch.float32),
+        ("O1", torch.float32, torch.float32),
+        ("O2", torch.float32, torch.bfloat16),
+        ("O3", torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_what_the_levels_lower(level: str, weights: torch.dtype, losses: torch.dtype) -> None:
+    made, method = context(), Types()
+    precision = Precision(level, made.device)
+    made.model, made.model_old = precision.cast(made.model), precision.cast(made.model_old)  # type: ignore[type-var]
+    convolved = []
+    made.model.stem[0].register_forward_hook(lambda *found: convolved.append(found[2].dtype))  # type: ignore[union-attr, index]
+    Trainer(made, {"a": method}, sgd(made.model), precision=precision).train_epoch(batches(), 0)
+    assert {p.dtype for p in made.model.parameters()} == {weights}
+    assert method.seen == {losses}
+    assert set(convolved) == {torch.float32 if level == "O0" else torch.bfloat16}
+
+
+@pytest.mark.parametrize("level", ["O1", "O2", "O3"])
+@pytest.mark.parametrize("name", ["FT", "LWF-MC", "ILT", "MIB", "CIL", "SDR", "PLOP", "SATS", "EWC", "RW"])
+@pytest.mark.parametrize("fidelity", ["paper", "released"])
+def test_every_level_gives_finite_losses_near_those_of_single_precision(
+    level: str, name: str, fidelity: str
+) -> None:
+    words = ["--method", name, "--task", "15-5", "--fidelity", fidelity]
+    if name == "CIL":
+        words += ["--loss_CIL", "1"]
+    results = {}
+    for chosen in ("O0", level):
+        made = context(attention=True)
+        made.fidelity = fidelity
+        precision = Precision(chosen, made.device)
+        made.model, made.model_old = precision.cast(made.model), precision.cast(made.model_old)  # type: ignore[type-var]
+        made.batches, made.autocast = batches, precision.network
+        methods = build_methods(parse_options(words), 1)
+        for method in methods.values():
+            method.begin_step(made)
+        trainer = Trainer(made, methods, sgd(made.model), precision=precision)
+        results[chosen] = {n: t.item() for n, t in trainer.train_step(*batches()[0]).items()}
+        assert all(math.isfinite(value) for value in trainer.train_epoch(batches(), 0).values())
+        assert all(torch.isfinite(p).all() for p in made.model.parameters())
+    for term, value in results["O0"].items():
+        assert results[level][term] == pytest.approx(value, rel=0.1, abs=1e-4), term
+
+
+class Gradients(Method):
+    """A steep loss, and how often its gradients may be looked at."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        return {"steep": 1000.0 * batch.outputs.square().mean()}
+
+    def after_backward(self) -> None:
+        self.count += 1
+
+
+def test_a_step_whose_scaled_gradients_overflow_leaves_no_trace() -> None:
+    made, method = context(), Gradients()
+    precision = Precision("O1", made.device)
+    precision.scaler = torch.amp.GradScaler("cpu", init_scale=1e38, backoff_factor=1e-36)
+    trainer = Trainer(made, {"a": method}, sgd(made.model), precision=precision)
+    before = copy.deepcopy(list(made.model.parameters()))
+    trainer.train_step(*batches()[0])
+    assert method.count == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, made.model.parameters(), strict=True))
+    trainer.train_step(*batches()[0])
+    assert method.count == 1
+    assert not any(torch.equal(a, b) for a, b in zip(before, made.model.parameters(), strict=True))
+
+
+# ── evaluation ───────────────────────────────────────────────────────────────────────────────────
+
+
+class Constant(nn.Module):
+    """Predicts class 1 everywhere; its norm layer says in which mode it ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        logits = torch.zeros(images.shape[0], 3, *images.shape[2:]) + 0.0 * self.norm(images)
+        logits[:, 1] = 1.0
+        return logits, {}
+
+
+def test_evaluation_counts_every_pixel_once_and_trains_nothing() -> None:
+    model = Constant()
+    made = Context(task=get_task("voc", "15-5"), step=0, model=model)
+    trainer = Trainer(made, {}, sgd(model))
+    labels = torch.zeros(2, 4, 4, dtype=torch.long)
+    labels[:, 0], labels[:, 1], labels[0, 2] = 1, 2, 255
+    metrics = StreamSegMetrics(3)
+    for _ in range(2):  # emptied first: the second pass does not add to the first
+        trainer.evaluate([(torch.randn(2, 3, 4, 4), labels)], metrics)
+    matrix = torch.as_tensor(metrics.confusion_matrix)
+    assert matrix[:, 1].tolist() == [12, 8, 8] and int(matrix.sum()) == 28
+    assert not model.training and torch.equal(model.norm.running_mean, torch.zeros(3))

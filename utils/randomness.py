@@ -1,0 +1,41 @@
+"""Random generators: their state in checkpoints, and runs that are equal to the last bit."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils.errors import UserError
+
+
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """State of this process's generators: the CPU's and, on CUDA, the device's."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    """Go on where ``rng_state`` was taken; a run that moved between CPU and CUDA keeps what fits."""
+    try:
+        torch.set_rng_state(state["cpu"])
+        if device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], device)
+    except (RuntimeError, TypeError, KeyError) as error:
+        raise UserError(
+            "the checkpoint's random state is of another kind of generator; give --fresh to start the step over"
+        ) from error
+
+
+def make_deterministic() -> None:
+    """Let every operation give the same bits for the same input, or raise where none such exists.
+
+    Call it before CUDA is used: cuBLAS reads its setting once.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)

@@ -1,0 +1,68 @@
+"""Being told to stop: by Slurm before the time is over, by ``kill``, by ``torchrun``.
+
+SIGTERM and SIGUSR1 only leave a note. Training looks at it between two batches, saves, and ends with exit code
+``EXIT_STOPPED``: start the same command again and it goes on with the next batch.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
+_NAMES = ("SIGTERM", "SIGUSR1")  # Windows has no SIGUSR1
+
+
+class Stopped(Exception):
+    """A signal ended the run; everything that it needs to go on is saved."""
+
+
+class StopRequest:
+    """Whether this process was told to stop.
+
+    Attributes:
+        signal: name of the signal that came, None before.
+    """
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+        self._owner = os.getpid()
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+    def listen(self) -> StopRequest:
+        """Take note of the signals from now on. Only the main thread can do that; elsewhere nothing changes."""
+        if threading.current_thread() is threading.main_thread():
+            for number in _signals():
+                signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() == self._owner:
+            self.signal = signal.Signals(number).name
+        else:  # a child process that inherited this
+            outlive_first_signal()
+
+
+def outlive_first_signal(worker: int = 0) -> None:
+    """Let a loader process outlive the first signal of each kind; the second ends it.
+
+    Slurm signals whole process groups. A loader that died of it would take the batch with it that the run
+    still has to finish. The second signal is that of a parent that wants to be rid of its children.
+
+    Args:
+        worker: number of the process; not used (torch passes it).
+    """
+
+    def ignore_once(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in _signals():
+        signal.signal(number, ignore_once)
+
+
+def _signals() -> list[signal.Signals]:
+    return [signal.Signals[name] for name in _NAMES if hasattr(signal, name)]
