@@ -129,6 +129,18 @@ def _add_launch(group: argparse._ActionsContainer) -> None:
     )
     group.add_argument("--random_seed", type=int, default=42, help="seed of everything drawn")
     group.add_argument("--num_workers", type=int, default=1, help="loader processes per process")
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="the same weights, bit for bit, for the same seed and number of processes (slower on CUDA)",
+    )
+    group.add_argument(
+        "--timeout",
+        type=float,
+        default=1800.0,
+        metavar="SECONDS",
+        help="how long a process waits for the others before that is an error",
+    )
 
 
 def _add_task(group: argparse._ActionsContainer) -> None:
@@ -176,6 +188,13 @@ def _add_task(group: argparse._ActionsContainer) -> None:
     )
     group.add_argument(
         "--splits_dir", type=Path, default=None, help="folder with own image lists train-<step>.npy"
+    )
+    group.add_argument(
+        "--skip_corrupt",
+        type=int,
+        default=0,
+        metavar="N",
+        help="pass over up to N unreadable images instead of ending; they are listed",
     )
     group.add_argument("--check_data", action="store_true", help="check the data set and its lists, then end")
 
@@ -291,7 +310,20 @@ def _add_logging(group: argparse._ActionsContainer) -> None:
     group.add_argument("--val_interval", type=_positive, default=1, help="epochs between two validations")
     group.add_argument("--ckpt_interval", type=_positive, default=1, help="epochs between two checkpoints")
     group.add_argument(
-        "--fresh", action="store_true", help="start steps over that the run's folder holds already"
+        "--ckpt_minutes",
+        type=float,
+        default=15.0,
+        metavar="M",
+        help="also save in the middle of an epoch, when M minutes have passed since the last time; 0: never",
+    )
+    group.add_argument(
+        "--resume",
+        choices=("auto", "fresh"),
+        default="auto",
+        help="auto: steps that the run's folder holds go on, finished ones are left; fresh: they start over",
+    )
+    group.add_argument(
+        "--fresh", dest="resume", action="store_const", const="fresh", help="the same as --resume fresh"
     )
 
 
@@ -435,9 +467,13 @@ def _check(opts: Options) -> None:
         "sample_num",
         "random_seed",
         "memory",
+        "skip_corrupt",
+        "ckpt_minutes",
     ):
         if getattr(opts, name) < 0:
             raise UserError(f"--{name} {getattr(opts, name)} is negative")
+    if opts.timeout <= 0:
+        raise UserError(f"--timeout {opts.timeout:g} must be above 0 seconds")
     if min(opts.lrs) <= 0:
         raise UserError(f"--lr {min(opts.lrs)} must be above 0")
     if not 0 <= opts.warmup < 1:

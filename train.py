@@ -20,12 +20,13 @@ from dataset.transforms import normalize
 from methods.base import Batch, Context, Method
 from metrics.stream_metrics import StreamSegMetrics
 from utils.distributed import unwrap
+from utils.errors import Fault
 
 M = TypeVar("M", bound=nn.Module)
 Predict = Callable[[nn.Module, Tensor], Tensor]
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(Fault):
     """A loss term became NaN or infinite."""
 
 
@@ -102,6 +103,8 @@ class Trainer:
         *,
         interval: int = 10,
         report: Callable[[int, dict[str, float]], None] = lambda position, terms: None,
+        first_batch: int = 0,
+        after_batch: Callable[[int], None] = lambda position: None,
     ) -> dict[str, float]:
         """Train on every batch of the loader once.
 
@@ -111,6 +114,8 @@ class Trainer:
             interval: batches between two calls of ``report`` (the only points at which losses are read
                 from the device).
             report: called with the number of batches done and the mean of every term since the last call.
+            first_batch: number of the epoch's batches that were done before this call.
+            after_batch: called after every batch with the number of batches done; may raise to end training.
 
         Returns:
             Mean of every term over the epoch, "total" among them.
@@ -120,13 +125,14 @@ class Trainer:
         """
         self.model.train()
         epoch_means, interval_means = _Means(), _Means()
-        for position, sample in enumerate(loader, start=1):
+        for position, sample in enumerate(loader, start=first_batch + 1):
             terms = self.train_step(*sample, epoch=epoch)
             epoch_means.add(terms)
             interval_means.add(terms)
             if position % interval == 0:
                 report(position, interval_means.read())
                 interval_means = _Means()
+            after_batch(position)
         return epoch_means.read()
 
     def train_step(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from utils.errors import DataError
 # What Pillow raises for a file that it cannot read (SyntaxError: a broken PNG chunk).
 _PIL_ERRORS = (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError)
 
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _JPEG_SIGNATURE = b"\xff\xd8\xff"
 # PNG header (IHDR): byte 24 is the bit depth, 25 the colour type.
 _PNG_GREY, _PNG_PALETTE = 0, 3
@@ -63,13 +64,14 @@ def read_mask(path: Path) -> Tensor:
         DataError: the file is missing, broken or no PNG, has several channels, or an index above 255.
     """
     data = _read_bytes(path, "mask")
-    if len(data) < 29 or not data.startswith(_PNG_SIGNATURE):
+    if len(data) < 29 or not data.startswith(PNG_SIGNATURE):
         raise DataError(f"{path}: the mask is no PNG file; save it as PNG with one class index per pixel")
     depth, colour_type = data[24], data[25]
     if colour_type not in (_PNG_GREY, _PNG_PALETTE):
         raise DataError(
             f"{path}: the mask holds colours, not class indices; save it as a palette or greyscale PNG"
         )
+    _check_png(path, "mask", data)
     try:
         with PILImage.open(io.BytesIO(data)) as picture:
             indices = np.array(picture)
@@ -97,6 +99,8 @@ def _decode_rgb(path: Path, data: bytearray, *, upright: bool) -> Tensor:
         with contextlib.suppress(RuntimeError):  # what it cannot read (CMYK of some kinds), Pillow may
             encoded = torch.frombuffer(data, dtype=torch.uint8)
             return decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=upright)
+    if data.startswith(PNG_SIGNATURE):
+        _check_png(path, "image", data)
     try:
         with PILImage.open(io.BytesIO(data)) as picture:
             turned = ImageOps.exif_transpose(picture) if upright else picture
@@ -107,8 +111,35 @@ def _decode_rgb(path: Path, data: bytearray, *, upright: bool) -> Tensor:
         raise _broken(path, "image", error) from error
 
 
-def _broken(path: Path, kind: str, error: BaseException) -> DataError:
-    reason = " ".join(str(error).split())[:120]
+def png_image_data(data: bytes | bytearray) -> bytes | None:
+    """The joined IDAT chunks of a PNG file (a zlib stream); None where it is cut or a chunk's CRC is wrong.
+
+    Pillow does not check the CRC of the pixels, and gives wrong ones for some damaged files. Chunks that are
+    no part of the picture (text, times) may be damaged.
+    """
+    view, parts, start = memoryview(data), [], len(PNG_SIGNATURE)
+    while start + 12 <= len(data):
+        end = start + 8 + int.from_bytes(view[start : start + 4], "big")
+        kind = bytes(view[start + 4 : start + 8])
+        if kind[:1].isupper() and zlib.crc32(view[start + 4 : end]) != int.from_bytes(
+            view[end : end + 4], "big"
+        ):
+            return None
+        if kind == b"IDAT":
+            parts.append(view[start + 8 : end])
+        elif kind == b"IEND":
+            return b"".join(parts)
+        start = end + 4
+    return None
+
+
+def _check_png(path: Path, kind: str, data: bytearray) -> None:
+    if png_image_data(data) is None:
+        raise _broken(path, kind, "a chunk is missing or its checksum is wrong")
+
+
+def _broken(path: Path, kind: str, reason: object) -> DataError:
+    words = " ".join(str(reason).split())[:120]
     return DataError(
-        f"{path}: the {kind} cannot be read, it is truncated or corrupt; replace the file ({reason})"
+        f"{path}: the {kind} cannot be read, it is truncated or corrupt; replace the file ({words})"
     )

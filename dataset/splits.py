@@ -30,7 +30,7 @@ import numpy.typing as npt
 from PIL import Image
 from tqdm import tqdm
 
-from dataset.decoding import read_mask
+from dataset.decoding import PNG_SIGNATURE, png_image_data, read_mask
 from tasks import Steps, Task, check_step, get_task, task_names
 from utils.errors import DataError, UserError
 
@@ -49,7 +49,6 @@ VOID = 255
 _PUBLISHED = Path(__file__).with_name("published_splits.json")
 _CACHE_VERSION = "presence-1"
 _BATCH = 64  # masks per unit of work and step of the progress bar
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _ONE_CHANNEL = (0, 3)  # PNG colour types: grey, palette
 _MAX_PIXELS = 2**27  # a header that claims more is left to the decoder's own limits
 
@@ -68,7 +67,7 @@ def mask_values(path: Path) -> BoolArray:
         return _values(read_mask(path).numpy())  # names the fault
     if not _is_plain(data):
         return _values(read_mask(path).numpy())
-    deflated = _image_data(data)
+    deflated = png_image_data(data)
     if deflated is None:
         raise DataError(f"{path}: the mask is truncated or its checksum is wrong; replace the file")
     seen = _values_in_stream(deflated, *_size(data))
@@ -77,7 +76,7 @@ def mask_values(path: Path) -> BoolArray:
 
 def _is_plain(data: bytes) -> bool:
     """Whether a file is a PNG with one byte per pixel, not interlaced."""
-    if data[:8] != _PNG_SIGNATURE or len(data) < 33:
+    if data[:8] != PNG_SIGNATURE or len(data) < 33:
         return False
     depth, colour_type, interlace = data[24], data[25], data[28]
     return depth == 8 and colour_type in _ONE_CHANNEL and not interlace
@@ -86,22 +85,6 @@ def _is_plain(data: bytes) -> bool:
 def _size(data: bytes) -> tuple[int, int]:
     """(width, height)."""
     return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
-
-
-def _image_data(data: bytes) -> bytes | None:
-    """The joined IDAT chunks (a zlib stream); None where the file is cut or a chunk's CRC is wrong."""
-    view, parts, start = memoryview(data), [], 8
-    while start + 12 <= len(data):
-        end = start + 8 + int.from_bytes(view[start : start + 4], "big")
-        if zlib.crc32(view[start + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
-            return None
-        kind = view[start + 4 : start + 8]
-        if kind == b"IDAT":
-            parts.append(view[start + 8 : end])
-        elif kind == b"IEND":
-            return b"".join(parts)
-        start = end + 4
-    return None
 
 
 def _values_in_stream(deflated: bytes, width: int, height: int) -> BoolArray | None:

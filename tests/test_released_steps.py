@@ -262,6 +262,9 @@ def run_ours(opts: Options, start: Start, carried: dict[str, Any] | None = None)
     for name, method in methods.items():
         if carried and name in carried:
             method.load_state_dict(carried[name])
+    if not any(method.uses_teacher for method in methods.values()):
+        context.model_old = None
+    for method in methods.values():
         method.begin_step(context)
     optimizer = Session._optimizer(SimpleNamespace(opts=opts), student, methods, opts.lrs[0])  # type: ignore[arg-type]
     scheduler = make_scheduler(
@@ -527,6 +530,23 @@ def test_the_step_threshold_comes_too_late_when_released() -> None:
     paper = run_ours(options(*words, fidelity="paper"), start).methods["PseudoLabels"].thresholds
     assert torch.equal(found, without)
     assert float(paper.min()) >= 0.52 - 1e-6
+
+
+def test_an_infinite_threshold_stays_in_plop_and_is_0_005_in_sats() -> None:
+    """Many pixels, no bin with half of them: the released sum passes by all and ends at an empty bin."""
+    peaks = torch.linspace(0.0, 6.0, 120 * 120, dtype=torch.float64).view(1, 120, 120)
+    logits = torch.zeros(1, OLD, 120, 120, dtype=torch.float64)
+    logits[:, 3] = peaks + 1e-3
+    batch = (logits, torch.zeros(1, 120, 120, dtype=torch.long))
+    for name, infinite, expected in (("PLOP", None, math.inf), ("SATS", 0.005, 0.005)):
+        method = build_methods(options("--method", name), 1)["PseudoLabels"]
+        start = toy_start(1)
+        context = Context(options("--method", name).task_, 1, start.student, fidelity="released")
+        context.model_old, context.batches = (lambda images: (images, {})), lambda: [batch]  # type: ignore[assignment]
+        method.begin_step(context)
+        theirs = released.released_medians(lambda images: (images,), [batch], OLD + NEW, 1e-3, infinite)
+        assert theirs[3] == expected
+        torch.testing.assert_close(method.thresholds, torch.tensor(theirs))  # type: ignore[attr-defined]
 
 
 def test_plop_at_step_0_is_fine_tuning() -> None:

@@ -136,7 +136,7 @@ def test_student_trains_its_norm_layers_and_the_teacher_does_not() -> None:
 
 
 def test_the_teacher_runs_only_for_a_method_that_looks_at_it() -> None:
-    for name, runs in (("FT", 0), ("LWF", 3)):
+    for name, runs in (("FT", 0), ("EWC", 0), ("LWF", 3)):
         made, calls = context(), []
         made.model_old.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))  # type: ignore[union-attr]
         trained(made, build_methods(parse_options(["--method", name, "--task", "15-5"]), 1), batches())

@@ -7,7 +7,9 @@ and every function below does the right thing for it.
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -17,9 +19,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from utils.errors import UserError
+from utils.errors import Fault, UserError
 
 PLACES = ("GPU_server", "GPU_windows", "CPU", "CPU_windows")
+
+# How Gloo and NCCL say that a process is gone, in RuntimeErrors of no class of their own.
+_LOST = ("connection closed by peer", "connection reset by peer", "timed out waiting", "gloo", "nccl")
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,80 @@ def any_rank(flag: bool) -> bool:
     votes = torch.tensor(int(flag), device=_collective_device())
     dist.all_reduce(votes, op=dist.ReduceOp.MAX)
     return bool(votes.item())
+
+
+@contextlib.contextmanager
+def shared_errors() -> Iterator[None]:
+    """What one process raises as ``UserError`` in the body, every process raises at its end.
+
+    The body calls no collective: the process that failed would be missed there.
+    """
+    error: UserError | None = None
+    try:
+        yield
+    except UserError as raised:
+        error = raised
+    met = gather_objects(None if error is None else (type(error), str(error)))
+    if error is not None:
+        raise error
+    for other in met:
+        if other is not None:
+            raise other[0](other[1])
+
+
+class Vote:
+    """Processes agree between batches on what to do, one batch late, without waiting for the device.
+
+    The ballots travel in a Gloo group of their own while the next batch is computed: an answer read from
+    the GPU after every batch would let it run empty.
+    """
+
+    def __init__(self) -> None:
+        self._group = dist.new_group(backend="gloo") if _grouped() else None
+        self._pending: tuple[dist.Work, Tensor] | None = None
+
+    def cast(self, ballot: int) -> int:
+        """Cast this batch's ballot and return the highest of the batch before (0 for the first).
+
+        Every process calls this equally often. One process alone gets its own ballot back at once.
+        """
+        if self._group is None:
+            return ballot
+        decided = self.close()
+        box = torch.tensor(ballot)
+        work = dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        assert work is not None
+        self._pending = work, box
+        return decided
+
+    def close(self) -> int:
+        """Wait for the ballots that are under way and return the highest (0 if there are none)."""
+        if self._pending is None:
+            return 0
+        work, box = self._pending
+        self._pending = None
+        work.wait()
+        return int(box)
+
+
+def as_fault(error: BaseException) -> Fault | None:
+    """One line for an error that another process caused by ending or by being too slow; None for others."""
+    if isinstance(error, Fault):
+        return error
+    text = str(error)
+    if "DataLoader worker" in text:
+        reason = text.splitlines()[0]
+        return Fault(
+            f"a loader process was lost ({reason}); it was killed or out of memory: start again to go on, "
+            "with fewer --num_workers if it happens again"
+        )
+    if isinstance(error, dist.DistError) or any(mark in text.lower() for mark in _LOST):
+        reason = " ".join(text.splitlines()[0].split())[-160:]
+        return Fault(
+            f"another process ended or did not answer within --timeout seconds ({reason}); its own message "
+            "says why. Start again to go on from the last checkpoint"
+        )
+    return None
 
 
 def unwrap(model: nn.Module) -> nn.Module:

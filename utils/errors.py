@@ -1,4 +1,4 @@
-"""Errors that a user can mend: one clear line, exit code 2, no traceback."""
+"""Errors that are told in one clear line, without a traceback."""
 
 from __future__ import annotations
 
@@ -12,3 +12,10 @@ class UserError(Exception):
 
 class DataError(UserError):
     """A bad image, mask or list. Raised on whichever rank reads the file, so every rank prints its own."""
+
+
+class Fault(RuntimeError):
+    """The machine or the numbers failed: a process died, a loss is not finite.
+
+    ``run.py`` prints it as ``run.py: fault: <text>`` on every rank that meets it and exits with code 1.
+    """

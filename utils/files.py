@@ -1,14 +1,23 @@
-"""Files that are whole or absent: written beside their place, flushed to the disk, then renamed."""
+"""Files that are whole or absent, and folders that belong to one process.
+
+A file is written beside its place, flushed to the disk, then renamed.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from utils.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 @contextlib.contextmanager
@@ -53,6 +62,60 @@ def atomic_write_text(
 def cannot_write(path: Path, error: OSError, remedy: str) -> UserError:
     """The error for a file that cannot be written."""
     return UserError(f"{path}: cannot be written ({error.strerror or error}); {remedy}")
+
+
+class FolderLock:
+    """A folder that is one process's own until the process ends, however it ends.
+
+    Args:
+        folder: made if missing; it gets a file ``.lock`` that names the owner.
+        remedy: last part of the message where the folder cannot be written.
+
+    Raises:
+        UserError: another process has the folder, or it cannot be written.
+    """
+
+    def __init__(self, folder: Path, remedy: str = "choose another folder") -> None:
+        path = folder / ".lock"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise cannot_write(path, error, remedy) from error
+        try:
+            self._lock()
+        except OSError as error:
+            owner = self._owner()
+            self._file.close()
+            raise UserError(
+                f"{folder}: another run is at work there ({owner}); wait for its end or give another --name"
+            ) from error
+        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same, only nameless
+            self._file.truncate(0)
+            self._file.write(f"process {os.getpid()} on {platform.node()}\n")
+            self._file.flush()
+
+    def _lock(self) -> None:
+        if fcntl is not None:
+            # A record lock: unlike flock's it does not pass on to loader processes, which can outlive a
+            # killed run by some seconds. It works on NFS too.
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            import msvcrt
+
+            self._file.seek(0)
+            msvcrt.locking(self._file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+
+    def _owner(self) -> str:
+        with contextlib.suppress(OSError):  # Windows does not let others read what is locked
+            self._file.seek(0)
+            if name := self._file.read(200).strip():
+                return name
+        return "a process that does not say who it is"
+
+    def release(self) -> None:
+        """Give the folder back before the process ends."""
+        self._file.close()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -315,7 +315,7 @@ class _DistillationMap(torch.autograd.Function):
         loss = logits.new_empty(batch, pixels)
         for images, columns in _blocks(batch, channels, pixels, logits.device):
             x = logits[images, :, columns]
-            p = F.softmax(teacher[images, :, columns] * alpha, dim=1)
+            p = _sharpened_softmax(teacher[images, :, columns], alpha)
             if unbiased:
                 log_total = torch.logsumexp(x, dim=1)
                 log_q = x[:, :old] - log_total[:, None]
@@ -339,7 +339,7 @@ class _DistillationMap(torch.autograd.Function):
         scale = (grad_loss / old).flatten(1)
         for images, columns in _blocks(batch, channels, pixels, logits.device):
             x, out = logits[images, :, columns], grads[images, :, columns]
-            p = F.softmax(teacher[images, :, columns] * ctx.alpha, dim=1)
+            p = _sharpened_softmax(teacher[images, :, columns], ctx.alpha)
             if ctx.unbiased:
                 q = F.softmax(x, dim=1)
                 q[:, 1:old] -= p[:, 1:]
@@ -352,6 +352,10 @@ class _DistillationMap(torch.autograd.Function):
                 out[:, :old] = q.mul_(scale[images, columns][:, None])
                 out[:, old:] = 0.0
         return grad_inputs, None, None, None
+
+
+def _sharpened_softmax(logits: Tensor, alpha: float) -> Tensor:
+    return F.softmax(logits if alpha == 1.0 else logits * alpha, dim=1)
 
 
 def _log_background_and_new(logits: Tensor, old: int) -> Tensor:

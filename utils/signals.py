@@ -43,8 +43,8 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() == self._owner:
             self.signal = signal.Signals(number).name
-        else:  # a child process that inherited this
-            outlive_first_signal()
+        else:  # a child process that inherited this: see outlive_first_signal
+            signal.signal(number, signal.SIG_DFL)
 
 
 def outlive_first_signal(worker: int = 0) -> None:

@@ -1,0 +1,106 @@
+"""Where a step of a run stands, and whether a checkpoint is of the same run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+# Options that do not change what is learnt: where things are and what is shown or saved. How many images
+# make a batch, the learning rate of the step and the list of images are compared as such (``facts``).
+_INCIDENTAL = frozenset(
+    "where_to_sim local_rank num_workers timeout debug step steps lr lrs batch_size method "
+    "data_root splits_dir task task_file class_order class_order_seed net_pytorch feat_dim skip_corrupt "
+    "crop_val val_on_trainset unseen_label test test_scales test_flip fusion_mode check_data "
+    "logdir name date checkpoint ckpt step_ckpt resume "
+    "sample_num visualize print_interval val_interval ckpt_interval ckpt_minutes".split()
+)
+
+
+@dataclass
+class Progress:
+    """How far a step is.
+
+    Attributes:
+        epoch: the epoch under way, from 0.
+        batch: its batches that are done.
+        best: best validation score so far.
+        unreadable: images that ``--skip_corrupt`` passed over.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    best: float = 0.0
+    unreadable: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any], batches_per_epoch: int) -> Progress:
+        """That of a checkpoint; one without a number of batches stands at the end of its epoch."""
+        return cls(
+            epoch=int(content["epoch"]),
+            batch=int(content.get("batch", batches_per_epoch)),
+            best=float(content.get("best_score", 0.0)),
+            unreadable=set(content.get("unreadable", [])),
+        )
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "best_score": self.best,
+            "unreadable": sorted(self.unreadable),
+        }
+
+
+def is_trained(content: Mapping[str, Any], epochs: int) -> bool:
+    """Whether a checkpoint stands at the end of its step's last epoch."""
+    last = int(content["epoch"]) + 1 >= epochs
+    return last and content.get("batch", None) in (None, content.get("batches_per_epoch"))
+
+
+def differences(content: Mapping[str, Any], options: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
+    """What a checkpoint was trained with that this run has otherwise, e.g. ``--momentum 0.9, now 0.5``.
+
+    Args:
+        content: of the checkpoint.
+        options: this run's, in JSON types; those that only one of the two knows are passed over.
+        facts: this run's, by the words that the message shall use.
+    """
+    manifest = content.get("manifest")
+    saved = manifest.get("options", {}) if isinstance(manifest, Mapping) else {}
+    found = [
+        f"--{name} {saved[name]}, now {options[name]}"
+        for name in sorted(saved.keys() & options.keys() - _INCIDENTAL)
+        if saved[name] != options[name]
+    ]
+    known = content.get("facts", {})
+    return found + [
+        f"{name} {_short(known[name])}, now {_short(value)}"
+        for name, value in facts.items()
+        if name in known and known[name] != value and None not in (known[name], value)
+    ]
+
+
+def _short(value: Any) -> str:
+    return value[:8] if isinstance(value, str) else str(value)
+
+
+def job_id() -> str:
+    """Name of the job of the scheduler or launcher that this process belongs to; empty without one."""
+    return os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID") or ""
+
+
+def restarted() -> bool:
+    """Whether the scheduler or launcher started this job before (requeued, ``--max-restarts``)."""
+    counts = (os.environ.get(name, "") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+    return any(count.isdigit() and int(count) > 0 for count in counts)
+
+
+def rng_of_rank(content: Mapping[str, Any], rank: int) -> dict[str, Tensor] | None:
+    """State of a rank's random generators in a checkpoint; None where there is none for it."""
+    states = content.get("rng_state") or []
+    return states[rank] if rank < len(states) else None
