@@ -307,6 +307,7 @@ class Session:
             fidelity=opts.fidelity,
             reduce=distributed.all_reduce_sum,
             recall=self._recall(step),
+            autocast=precision.network,
         )
 
     def _place(

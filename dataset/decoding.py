@@ -114,17 +114,14 @@ def _decode_rgb(path: Path, data: bytearray, *, upright: bool) -> Tensor:
 def png_image_data(data: bytes | bytearray) -> bytes | None:
     """The joined IDAT chunks of a PNG file (a zlib stream); None where it is cut or a chunk's CRC is wrong.
 
-    Pillow does not check the CRC of the pixels, and gives wrong ones for some damaged files. Chunks that are
-    no part of the picture (text, times) may be damaged.
+    Pillow does not check the CRC of the pixels, and gives wrong ones for some damaged files.
     """
     view, parts, start = memoryview(data), [], len(PNG_SIGNATURE)
     while start + 12 <= len(data):
         end = start + 8 + int.from_bytes(view[start : start + 4], "big")
-        kind = bytes(view[start + 4 : start + 8])
-        if kind[:1].isupper() and zlib.crc32(view[start + 4 : end]) != int.from_bytes(
-            view[end : end + 4], "big"
-        ):
+        if zlib.crc32(view[start + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
             return None
+        kind = view[start + 4 : start + 8]
         if kind == b"IDAT":
             parts.append(view[start + 8 : end])
         elif kind == b"IEND":
@@ -139,6 +136,8 @@ def _check_png(path: Path, kind: str, data: bytearray) -> None:
 
 
 def _broken(path: Path, kind: str, reason: object) -> DataError:
+    if isinstance(reason, PILImage.UnidentifiedImageError):
+        reason = "unknown format"  # Pillow's words name an object in memory
     words = " ".join(str(reason).split())[:120]
     return DataError(
         f"{path}: the {kind} cannot be read, it is truncated or corrupt; replace the file ({words})"

@@ -41,6 +41,14 @@ class SampleKey:
     position: int = 0
 
 
+@dataclass(frozen=True)
+class Substitute:
+    """A sample in the place of one that cannot be read (``--skip_corrupt``), and what is wrong with that."""
+
+    sample: Sample
+    reasons: tuple[str, ...]
+
+
 def train_lookup(
     task: Task,
     step: int,
@@ -112,6 +120,8 @@ class IncrementalDataset(Dataset[Sample]):
         seed: seed of the run.
         saliency: one map per picture of ``dataset`` (PNG, above 0 where something stands out); samples then
             end with ``{"saliency": bool H×W}``, cropped as the image is.
+        skip_corrupt: so many unreadable samples in a row are passed over for the next one that can be read.
+        void_instead: pass over them for a black picture labelled void, which no evaluation counts.
     """
 
     def __init__(
@@ -122,19 +132,24 @@ class IncrementalDataset(Dataset[Sample]):
         transform: PairTransform,
         seed: int = 0,
         saliency: Sequence[Path] | None = None,
+        *,
+        skip_corrupt: int = 0,
+        void_instead: bool = False,
     ) -> None:
         self.dataset = dataset
         self.entries = list(entries)
         self.transform = transform
         self.seed = seed
         self.saliency = saliency
+        self.skip_corrupt = skip_corrupt
+        self.void_instead = void_instead
         self._tables = [lookup.numpy() for lookup in lookups]
 
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __getitem__(self, key: SampleKey | int) -> Sample:
-        """One sample; a bare number means epoch 0.
+    def __getitem__(self, key: SampleKey | int) -> Sample | Substitute:
+        """One sample, or a substitute if that cannot be read; a bare number means epoch 0.
 
         Raises:
             DataError: a file cannot be read or has an unknown class id. A worker process returns the error
@@ -143,11 +158,33 @@ class IncrementalDataset(Dataset[Sample]):
         if not isinstance(key, SampleKey):
             key = SampleKey(int(key))
         try:
-            return self._sample(key)
+            return self._readable(key)
         except DataError as error:
             if get_worker_info() is None:
                 raise
             return error  # type: ignore[return-value]
+
+    def _readable(self, key: SampleKey) -> Sample | Substitute:
+        reasons: list[str] = []
+        for offset in range(self.skip_corrupt + 1):
+            # Which entry stands in depends on the entries alone: a resumed run finds the same one.
+            tried = SampleKey((key.index + offset) % len(self.entries), key.epoch, key.position)
+            try:
+                sample = self._sample(tried)
+            except DataError as error:
+                reasons.append(str(error))
+                if len(reasons) > self.skip_corrupt:
+                    raise
+                if self.void_instead:
+                    return Substitute(self._void_sample(), tuple(reasons))
+            else:
+                return Substitute(sample, tuple(reasons)) if reasons else sample
+        raise AssertionError("the last try returns or raises")
+
+    def _void_sample(self) -> Sample:
+        mask = torch.full((1, 64, 64), VOID, dtype=torch.uint8)
+        image, target = self.transform(torch.zeros(3, 64, 64, dtype=torch.uint8), mask)
+        return image.contiguous(), target[0].contiguous()
 
     def _sample(self, key: SampleKey) -> Sample:
         entry = self.entries[key.index]

@@ -6,15 +6,20 @@ of samples, with the same random crops, for every n that leaves the total batch 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from dataset.incremental import Sample, SampleKey
+from dataset.incremental import Sample, SampleKey, Substitute
 from utils.errors import DataError, UserError
+from utils.signals import outlive_first_signal
+
+log = logging.getLogger(__name__)
 
 
 class EpochSampler(Sampler[SampleKey]):
@@ -145,12 +150,50 @@ class EvalBatchSampler(Sampler[list[SampleKey]]):
             yield [SampleKey(i, 0, i) for i in range(start, stop)]
 
 
+class Tolerance:
+    """The unreadable images of a run, of which ``--skip_corrupt`` allows some.
+
+    Attributes:
+        limit: number of images allowed.
+        reasons: one line for each image met, which begins with its file.
+    """
+
+    def __init__(self, limit: int = 0, reasons: Iterable[str] = ()) -> None:
+        self.limit = limit
+        self.reasons = set(reasons)
+
+    def note(self, reasons: Iterable[str]) -> None:
+        """Take in unreadable images. Raises DataError if they are too many now."""
+        for reason in sorted(set(reasons) - self.reasons):
+            self.reasons.add(reason)
+            if len(self.reasons) > self.limit:
+                raise DataError(f"{reason}; it is one more than the {self.limit} of --skip_corrupt")
+            log.warning("passed over (%d of at most %d): %s", len(self.reasons), self.limit, reason)
+
+
+@dataclass(frozen=True)
+class _Patched:
+    """A batch with substitutes in it."""
+
+    batch: Any
+    reasons: tuple[str, ...]
+
+
 class Loader(DataLoader[Sample]):
-    """A DataLoader whose workers' data errors arrive as the DataError they are, with their one line."""
+    """A DataLoader whose workers' data errors arrive as the DataError they are, with their one line.
+
+    Attributes:
+        tolerance: where the images that samples were substituted for are counted.
+    """
+
+    tolerance: Tolerance
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Yield ``(images uint8 B×3×H×W, targets uint8 B×H×W)``. Raises DataError for a bad file."""
         for batch in super().__iter__():
+            if isinstance(batch, _Patched):
+                self.tolerance.note(batch.reasons)
+                batch = batch.batch
             if isinstance(batch, DataError):
                 # A new one: raising `batch` itself would tie it to this frame in a cycle, and workers that
                 # the garbage collector finds in a cycle take five seconds each to end.
@@ -168,6 +211,7 @@ def make_train_loader(
     world_size: int = 1,
     num_workers: int = 1,
     device: torch.device | str = "cpu",
+    tolerance: Tolerance | None = None,
 ) -> Loader:
     """Loader of training batches, whole ones only; call ``loader.sampler.set_epoch`` before each epoch.
 
@@ -180,6 +224,7 @@ def make_train_loader(
         world_size: number of processes.
         num_workers: reading processes; they live through all epochs.
         device: on CUDA the batches are pinned, so that copies overlap.
+        tolerance: counts unreadable images; by default none is allowed.
 
     Raises:
         UserError: too few samples for one batch.
@@ -195,7 +240,9 @@ def make_train_loader(
         sampler: EpochSampler = MemoryMixSampler(num_samples, num_memory, **settings)
     else:
         sampler = EpochSampler(num_samples, **settings)
-    return Loader(dataset, batch_size, sampler=sampler, drop_last=True, **_settings(num_workers, device))
+    loader = Loader(dataset, batch_size, sampler=sampler, drop_last=True, **_settings(num_workers, device))
+    loader.tolerance = tolerance or Tolerance()
+    return loader
 
 
 def make_eval_loader(
@@ -206,6 +253,7 @@ def make_eval_loader(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
+    tolerance: Tolerance | None = None,
 ) -> Loader:
     """Loader over each sample exactly once over all ranks, in order; the last batch may be smaller.
 
@@ -213,7 +261,9 @@ def make_eval_loader(
     """
     number = len(dataset)  # type: ignore[arg-type]
     batches = EvalBatchSampler(number, batch_size, rank=rank, world_size=world_size)
-    return Loader(dataset, batch_sampler=batches, **_settings(num_workers, device))
+    loader = Loader(dataset, batch_sampler=batches, **_settings(num_workers, device))
+    loader.tolerance = tolerance or Tolerance()
+    return loader
 
 
 def _settings(num_workers: int, device: torch.device | str) -> dict[str, Any]:
@@ -222,14 +272,18 @@ def _settings(num_workers: int, device: torch.device | str) -> dict[str, Any]:
         "collate_fn": collate,
         "pin_memory": torch.device(device).type == "cuda",
         "persistent_workers": num_workers > 0,
+        "worker_init_fn": outlive_first_signal,
     }
 
 
 def collate(samples: list[Any]) -> Any:
     """Stack samples to a batch; a DataError among them takes the batch's place."""
-    return next((sample for sample in samples if isinstance(sample, DataError)), None) or default_collate(
-        samples
-    )
+    error = next((sample for sample in samples if isinstance(sample, DataError)), None)
+    if error is not None:
+        return error
+    reasons = tuple(r for sample in samples if isinstance(sample, Substitute) for r in sample.reasons)
+    batch = default_collate([s.sample if isinstance(s, Substitute) else s for s in samples])
+    return _Patched(batch, reasons) if reasons else batch
 
 
 def _too_few(num_samples: int, batch_size: int, world_size: int, largest: int) -> UserError:

@@ -116,6 +116,7 @@ def step_data(opts: Any, step: int, *, exemplar_list: Path, is_main: bool) -> St
         train_transform(opts.crop_size),
         opts.random_seed,
         saliency=_saliency_maps(dataset) if opts.unknown else None,
+        skip_corrupt=opts.skip_corrupt,
     )
     return StepData(**vars(final), train=train, num_memory=len(exemplars), val=val)
 
@@ -172,7 +173,15 @@ def _evaluation(
 ) -> IncrementalDataset:
     lookup = eval_lookup(opts.task_, step, unseen_label=opts.unseen_label, ignore_ids=dataset.ignore_at_eval)
     transform = eval_transform(opts.crop_size if opts.crop_val else None)
-    return IncrementalDataset(dataset, [Entry(i) for i in chosen], [lookup], transform, opts.random_seed)
+    return IncrementalDataset(
+        dataset,
+        [Entry(i) for i in chosen],
+        [lookup],
+        transform,
+        opts.random_seed,
+        skip_corrupt=opts.skip_corrupt,
+        void_instead=True,
+    )
 
 
 def _train_table(opts: Any, step: int, data_masking: str) -> Tensor:

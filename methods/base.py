@@ -118,10 +118,12 @@ class Method:
         needs: intermediates of the student and of the teacher; they are computed only if asked for.
         needs_teacher: the method compares with the previous step's network. Such a method is left out
             at step 0.
+        differs_between_processes: its state is not the same in every process, so each saves its own.
     """
 
     needs: frozenset[str] = frozenset()
     needs_teacher: bool = False
+    differs_between_processes: bool = False
 
     @property
     def uses_teacher(self) -> bool:
@@ -166,4 +168,7 @@ class Method:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of the previous step or of an interrupted run (before ``begin_step``)."""
+        """Take over the state of the previous step (before ``begin_step``)."""
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on where an interrupted run of this step stood (after ``begin_step``)."""

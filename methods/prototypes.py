@@ -28,6 +28,8 @@ class PrototypeLearning(Method):
         self.repulsion = opts.lfc_sep_clust
         self.matching = opts.loss_de_prototypes
         self.released = opts.fidelity == "released"
+        # The released code does not add up over processes.
+        self.differs_between_processes = self.released
         self.contrast_loss = FeaturesClusteringSeparationLoss(
             lfc_L2normalized=opts.lfc_L2normalized,
             lfc_nobgr=opts.lfc_nobgr,
@@ -78,10 +80,9 @@ class PrototypeLearning(Method):
     def begin_step(self, context: Context) -> None:
         """Grow the prototypes; what the background is depends on the protocol."""
         self.classes = context.classes_old + context.classes_new
+        self.device = context.device
         self.prototypes = None
-        if self.state is not None:
-            self.prototypes = self._table(self.state["prototypes"].shape[1], context.device)
-            self.prototypes.load_state_dict(self.state)
+        self.resume(self.state or {})
         self.sequential = context.protocol == "sequential"
         # The released loss returns nothing at step 0.
         self.contrast = context.step > 0 or not self.released
@@ -144,6 +145,12 @@ class PrototypeLearning(Method):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Kept until ``begin_step`` knows the number of classes."""
         self.state = state or None
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """The tables of an interrupted run, or of the step before with fewer classes."""
+        if state:
+            self.prototypes = self._table(state["prototypes"].shape[1], self.device)
+            self.prototypes.load_state_dict(state)
 
 
 class FeatureSparsity(Method):

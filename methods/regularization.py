@@ -74,3 +74,7 @@ class Regularization(Method):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Kept until ``begin_step`` knows the network."""
         self.state = state
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """The regularizer's running values; what it penalises stays that of the step before."""
+        self.regularizer.load_state_dict(state)
