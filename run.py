@@ -8,7 +8,8 @@ A checkpoint:       --test [--ckpt FILE]
 The data set:       --check_data
 
 ``--batch_size`` is per process. Exit code 0: done; 1: a fault of the program or the machine; 2: bad input,
-with one line that says what to change.
+with one line that says what to change; 75: a signal (SIGTERM, SIGUSR1) ended the run after it was saved, and
+the same command goes on from there (docs/long_runs.md).
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ import sys
 from argparser import Options, parse_options
 from utils import distributed
 from utils.errors import DataError, UserError
+from utils.signals import EXIT_STOPPED, Stopped
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run what the command line asks for and return the exit code."""
     rank = distributed.launch_rank()
+    others_lost = False
     try:
         opts = parse_options(argv)
         return run(opts)
@@ -31,8 +34,19 @@ def main(argv: list[str] | None = None) -> int:
         if rank == 0 or isinstance(error, DataError):
             print(f"run.py: error: {error}", file=sys.stderr, flush=True)
         return 2
+    except Stopped as stopped:
+        if rank == 0:
+            print(f"run.py: {stopped}", file=sys.stderr, flush=True)
+        return EXIT_STOPPED
+    except RuntimeError as error:
+        fault = distributed.as_fault(error)
+        others_lost = fault is not None
+        if fault is None:
+            raise
+        print(f"run.py: fault: rank {rank}: {fault}", file=sys.stderr, flush=True)
+        return 1
     finally:
-        distributed.stop()
+        distributed.stop(others_lost)
 
 
 def run(opts: Options) -> int:
@@ -44,7 +58,7 @@ def run(opts: Options) -> int:
         return check_data(opts)
     from session import Session
 
-    world = distributed.start(opts.where_to_sim, opts.local_rank)
+    world = distributed.start(opts.where_to_sim, opts.local_rank, opts.timeout)
     session = Session(opts, world)
     for step, lr in zip(opts.steps, opts.lrs, strict=True):
         if opts.test:

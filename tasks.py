@@ -386,7 +386,7 @@ def _read_task_file(path: Path, name: str | None, dataset: str, num_classes: int
             raise UserError(f"task file {path}: has {', '.join(tasks) or 'no task'}; choose one with --task")
         if name not in tasks:
             near = difflib.get_close_matches(name, tasks, n=3, cutoff=0.5) or list(tasks)
-            raise UserError(f"task file {path}: no task {name!r}; it has {', '.join(near)}")
+            raise UserError(f"task file {path}: no task {name!r}; it has {' '.join(', '.join(near).split())}")
         content = tasks[name]
     name = path.stem if name is None else name
     if any(mark in name for mark in "/\\"):

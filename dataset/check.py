@@ -107,7 +107,7 @@ def check_split(
     report = SplitReport()
     pool = ThreadPoolExecutor(workers or default_workers())
     try:
-        pairs = pool.map(_check_pair, dataset.images, dataset.masks, repeat(dataset.num_classes))
+        pairs = pool.map(check_pair, dataset.images, dataset.masks, repeat(dataset.num_classes))
         bar = tqdm(pairs, total=len(dataset.images), desc="checking", unit="image", disable=not progress)
         for pair in bar:
             report.images += pair.image_exists
@@ -121,15 +121,18 @@ def check_split(
 
 
 @dataclass
-class _Pair:
+class Pair:
+    """What is there and what is wrong: (kind of fault, file with detail)."""
+
     image_exists: bool
     mask_exists: bool
     classes: frozenset[int] = frozenset()
     faults: list[tuple[str, str]] = field(default_factory=list)
 
 
-def _check_pair(image: Path, mask: Path, num_classes: int) -> _Pair:
-    pair = _Pair(image.is_file(), mask.is_file())
+def check_pair(image: Path, mask: Path, num_classes: int) -> Pair:
+    """Decode one image and its mask; faulty exactly where training would stop at the pair."""
+    pair = Pair(image.is_file(), mask.is_file())
     image_sizes = _check_image(image, pair) if pair.image_exists else None
     mask_size = _check_mask(mask, pair, num_classes) if pair.mask_exists else None
     if not pair.image_exists:
@@ -143,7 +146,7 @@ def _check_pair(image: Path, mask: Path, num_classes: int) -> _Pair:
     return pair
 
 
-def _check_image(path: Path, pair: _Pair) -> list[tuple[int, int]] | None:
+def _check_image(path: Path, pair: Pair) -> list[tuple[int, int]] | None:
     """(width, height) as stored and, where the camera's orientation turns the image, as seen."""
     try:
         with Image.open(path) as image:
@@ -158,7 +161,7 @@ def _check_image(path: Path, pair: _Pair) -> list[tuple[int, int]] | None:
     return [(width, height), (height, width)] if turned else [(width, height)]
 
 
-def _check_mask(path: Path, pair: _Pair, num_classes: int) -> tuple[int, int] | None:
+def _check_mask(path: Path, pair: Pair, num_classes: int) -> tuple[int, int] | None:
     """(width, height)."""
     try:
         with Image.open(path) as mask:

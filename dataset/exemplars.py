@@ -6,6 +6,7 @@ comes back that a learner without access to earlier data could not have kept.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -103,7 +104,12 @@ def _pick_balanced(known: Mapping[int, set[int]], memory: int, rng: np.random.Ra
 
 
 def exemplar_origin(
-    task: Task, step: int, memory: int, seed: int, candidates: Sequence[Sequence[int]]
+    presence: Sequence[Collection[int]],
+    task: Task,
+    step: int,
+    memory: int,
+    seed: int,
+    candidates: Sequence[Sequence[int]],
 ) -> dict[str, Any]:
     """What a list was computed from, as plain values: equal origins mean equal lists."""
     return {
@@ -114,6 +120,7 @@ def exemplar_origin(
         "memory": memory,
         "seed": seed,
         "candidates": [list_digest(indices) for indices in candidates[:step]],
+        "presence": hashlib.sha256(json.dumps([sorted(ids) for ids in presence]).encode()).hexdigest(),
     }
 
 
@@ -141,12 +148,10 @@ def load_exemplars(path: Path, origin: Mapping[str, Any]) -> list[Exemplar]:
     except OSError as error:
         raise UserError(f"exemplar list {path}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"exemplar list {path}: damaged; delete it to have it made again") from error
+        raise UserError(f"exemplar list {path}: is damaged") from error
     differing = [
         key for key, value in origin.items() if not isinstance(found, dict) or found.get(key) != value
     ]
     if differing:
-        raise UserError(
-            f"exemplar list {path}: made for another {', '.join(differing)}; delete it to have it made again"
-        )
+        raise UserError(f"exemplar list {path}: was made from another {', '.join(differing)}")
     return exemplars

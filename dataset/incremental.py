@@ -148,7 +148,7 @@ class IncrementalDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __getitem__(self, key: SampleKey | int) -> Sample | Substitute:
+    def __getitem__(self, key: SampleKey | int) -> Sample | Substitute:  # type: ignore[override]
         """One sample, or a substitute if that cannot be read; a bare number means epoch 0.
 
         Raises:

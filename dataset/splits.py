@@ -18,6 +18,7 @@ import io
 import json
 import logging
 import os
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Collection, Iterator, Sequence
@@ -48,6 +49,11 @@ VOID = 255
 
 _PUBLISHED = Path(__file__).with_name("published_splits.json")
 _CACHE_VERSION = "presence-1"
+# What numpy raises for a damaged file: it parses the header as Python's words and believes the size there.
+_DAMAGE = (
+    *(OSError, ValueError, KeyError, EOFError, MemoryError),
+    *(SyntaxError, tokenize.TokenError),
+)
 _BATCH = 64  # masks per unit of work and step of the progress bar
 _ONE_CHANNEL = (0, 3)  # PNG colour types: grey, palette
 _MAX_PIXELS = 2**27  # a header that claims more is left to the decoder's own limits
@@ -270,7 +276,7 @@ def _load_cache(path: Path, key: str, num_images: int) -> BoolArray | None:
             if str(stored["key"]) != key:
                 return None
             packed = stored["index"]
-    except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+    except (*_DAMAGE, zlib.error, zipfile.BadZipFile, RuntimeError) as error:
         logger.warning("presence index %s is damaged (%s); building it again", path, error)
         return None
     if packed.dtype != np.uint8 or packed.shape != (num_images, 32):
@@ -412,8 +418,9 @@ def load_step_list(splits_dir: Path, step: int, num_images: int) -> list[int]:
         raise UserError(
             f"--splits_dir: {path} is missing; the folder needs one train-<step>.npy per step"
         ) from error
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"--splits_dir: {path} is not a readable .npy array ({error})") from error
+    except _DAMAGE as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--splits_dir: {path} is not a readable .npy array ({reason})") from error
     if not isinstance(indices, np.ndarray) or indices.ndim != 1 or indices.dtype.kind not in "iu":
         raise UserError(f"--splits_dir: {path} must hold a one-dimensional array of integers")
     if indices.size == 0:

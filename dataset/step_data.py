@@ -99,12 +99,16 @@ def step_data(opts: Any, step: int, *, exemplar_list: Path, is_main: bool) -> St
     lists = _StepLists(opts, dataset, is_main)
     indices = lists.indices(step)
     val = final.test
+    held_out: list[int] = []
     if opts.cross_val:
         indices, held_out = cross_val_split(indices, opts.random_seed)
         val = _evaluation(opts, step, dataset, held_out)
     exemplars: list[Exemplar] = []
     if opts.memory and step:
-        exemplars = _exemplars(opts, step, lists, exemplar_list, is_main)
+        # An earlier step may have had an image that this one validates on.
+        kept_back = set(held_out)
+        stored = _exemplars(opts, step, lists, exemplar_list, is_main)
+        exemplars = [exemplar for exemplar in stored if exemplar.index not in kept_back]
     entries = [Entry(i) for i in indices] + [Entry(e.index, 1 + e.step) for e in exemplars]
     # Look-up 0 is the step's own; 1 + s shows the classes that were known when step s stored an exemplar.
     lookups = [_train_table(opts, step, opts.data_masking)]
@@ -134,7 +138,12 @@ class _StepLists:
     def presence(self) -> Sequence[frozenset[int]]:
         """Class ids of every training image."""
         if self._presence is None:
-            self._presence = scan_presence(self.dataset.masks, cache_dir=CACHE, progress=self.is_main)
+            self._presence = scan_presence(
+                self.dataset.masks,
+                cache_dir=CACHE,
+                num_classes=self.dataset.num_classes,
+                progress=self.is_main,
+            )
         return self._presence
 
     def indices(self, step: int) -> list[int]:
@@ -197,7 +206,7 @@ def _train_table(opts: Any, step: int, data_masking: str) -> Tensor:
 def _exemplars(opts: Any, step: int, lists: _StepLists, path: Path, is_main: bool) -> list[Exemplar]:
     """Exemplars of the earlier steps: the list on disk if it was made from the same choices, or a new one."""
     candidates = [lists.indices(earlier) for earlier in range(step)]
-    choices = (opts.task_, step, opts.memory, opts.random_seed, candidates)
+    choices = (lists.presence, opts.task_, step, opts.memory, opts.random_seed, candidates)
     origin = exemplar_origin(*choices)
     exemplars: list[Exemplar] | None = None
     if path.is_file():
@@ -205,9 +214,9 @@ def _exemplars(opts: Any, step: int, lists: _StepLists, path: Path, is_main: boo
             exemplars = load_exemplars(path, origin)
             log.info("exemplars: taken from %s", path)
         except UserError as error:
-            log.info("%s; it is made again now", error)
+            log.info("%s; it is made again", error)
     if exemplars is None:
-        exemplars = select_exemplars(lists.presence, *choices)
+        exemplars = select_exemplars(*choices)
         if is_main:
             save_exemplars(path, exemplars, origin)
     counts = class_counts(exemplars, lists.presence, opts.task_)

@@ -66,8 +66,14 @@ def _read_list(root: Path, split: str) -> list[tuple[Path, Path]] | None:
     path = next((root / name for name in _LISTS[split] if (root / name).is_file()), None)
     if path is None:
         return None
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a readable list in UTF-8; replace the file ({error})") from error
+    if "\0" in text:
+        raise DataError(f"{path}: a zero byte is no part of a file's name; replace the list")
     pairs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(text.splitlines(), start=1):
         fields = line.split()
         if len(fields) == 1:  # a bare name, as in ImageSets
             pairs.append((root / IMAGES / f"{fields[0]}.jpg", root / MASKS / f"{fields[0]}.png"))

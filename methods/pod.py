@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from methods.base import Batch, Method
+from utils.errors import UserError
 from utils.loss import LocalPODLoss
 
 
@@ -20,6 +21,9 @@ def _json_object(word: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"not a JSON object: {word}")
     return value
+
+
+SEGFORMER_STRIDE = 32
 
 
 class PooledOutputDistillation(Method):
@@ -73,6 +77,12 @@ class PooledOutputDistillation(Method):
             pod_prepro=opts.pod_prepro,
             pod_apply=opts.pod_apply,
         )
+        side = opts.crop_size // (opts.output_stride if opts.model == "deeplab" else SEGFORMER_STRIDE)
+        if opts.pod == "local" and side < max(opts.spp_scales):
+            raise UserError(
+                f"--spp_scales {max(opts.spp_scales)}: the smallest map has {side}×{side} positions with "
+                f"--crop_size {opts.crop_size}; give smaller --spp_scales or a larger --crop_size"
+            )
         last = "small" if opts.pod_logits else "large" if opts.pod_large_logits else None
         return cls(criterion, last=last)
 

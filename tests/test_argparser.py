@@ -130,3 +130,43 @@ def test_every_option_marked_now_exists_with_its_default() -> None:
                 words = default.strip("[]").split(", ") if "[" in default else [default]
                 values = action.default if isinstance(action.default, list) else [action.default]
                 assert values == [type(v)(w) for v, w in zip(values, words, strict=True)], row["option"]
+
+
+def own_data(root: Path) -> list[str]:
+    """Options of a data set of five classes below ``root``; only its ``classes.txt`` is read."""
+    (root / "classes.txt").write_text("background\ncat\ndog\ncow\nhen\n")
+    return ["--dataset", "folder", "--data_root", str(root)]
+
+
+def test_own_data_takes_its_order_from_a_file_or_a_seed(tmp_path: Path) -> None:
+    common = own_data(tmp_path)
+    order = tmp_path / "order.txt"
+    order.write_text("hen\n3\ndog\ncat\n")
+    opts = parse_options([*common, "--task", "2-1", "--class_order", str(order)])
+    assert opts.task_.steps == ((0, 4, 3), (2,), (1,))
+    assert opts.as_dict()["class_order"] == str(order)
+    assert parse_options([*common, "--task", "2-1", "--class_order_seed", "1"]).task_.order[0] == 0
+    with pytest.raises(UserError, match="--class_order and --class_order_seed exclude each other"):
+        parse_options([*common, "--task", "2-1", "--class_order", str(order), "--class_order_seed", "1"])
+    with pytest.raises(UserError, match="--class_order goes with --dataset folder; for voc write"):
+        parse_options(["--task", "15-5", "--class_order", str(order)])
+
+
+def test_a_task_file_with_one_task_needs_no_name(tmp_path: Path) -> None:
+    common = own_data(tmp_path)
+    (tmp_path / "tasks.yaml").write_text("mine: [[0, 1, 2], [3, 4]]\n")
+    assert parse_options([*common, "--task_file", str(tmp_path / "tasks.yaml")]).task == "mine"
+
+
+def test_the_check_of_the_data_needs_no_task(tmp_path: Path) -> None:
+    assert parse_options(["--check_data", "--dataset", "ade"]).task == "offline"
+    assert parse_options([*own_data(tmp_path), "--check_data"]).task_.steps == ((0, 1, 2, 3, 4),)
+    assert parse_options(["--check_data", "--task", "15-1"]).task == "15-5s"
+
+
+def test_own_data_without_its_class_list(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"classes\.txt: missing; .*docs/own_data\.md"):
+        parse_options(["--dataset", "folder", "--data_root", str(tmp_path), "--task", "2-1"])
+    (tmp_path / "classes.txt").write_bytes(b"background\nchi\xe9n\n")
+    with pytest.raises(UserError, match=r"classes\.txt: not UTF-8 text"):
+        parse_options(["--dataset", "folder", "--data_root", str(tmp_path), "--task", "2-1"])

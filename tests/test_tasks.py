@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks import Task, check_step, get_task, task_names
+from tasks import Task, check_step, get_task, read_class_order, task_names
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -227,3 +227,41 @@ def test_task_file_missing_or_with_an_order(tmp_path):
 def test_no_torch_needed():
     code = "import sys, tasks; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_task_file_without_a_name(tmp_path):
+    listed, single, several = (tmp_path / name for name in ("mine.yaml", "one.yaml", "two.json"))
+    listed.write_text("[[0, 2], [1]]")
+    single.write_text("rare-last: [[0, 2], [1]]")
+    several.write_text('{"a": [[0, 1]], "b": [[0, 2]]}')
+    assert get_task("folder", None, task_file=listed, num_classes=3).name == "mine"
+    assert get_task("folder", None, task_file=single, num_classes=3).name == "rare-last"
+    with pytest.raises(UserError, match=r"two\.json: has a, b; choose one with --task"):
+        get_task("folder", None, task_file=several, num_classes=3)
+    with pytest.raises(UserError, match="give a name or a --task_file"):
+        get_task("folder", None, num_classes=3)
+    single.write_text("a/b: [[0, 2], [1]]")
+    with pytest.raises(UserError, match=r"task 'a/b' is part of file names; leave out / and"):
+        get_task("folder", None, task_file=single, num_classes=3)
+
+
+def test_class_order_file(tmp_path):
+    path = tmp_path / "order.txt"
+    names = ("background", "cat", "dog", "traffic sign", "1")
+    path.write_bytes("\ufefftraffic sign\r\n\r\n 2 \r\n1\r\ncat\r\n".encode())
+    assert read_class_order(path, names) == [3, 2, 4, 1], "a class named 1 wins over the id 1"
+    assert get_task("folder", "2-1", num_classes=5, class_order=read_class_order(path, names)).steps == (
+        (0, 3, 2),
+        (4,),
+        (1,),
+    )
+    for content, message in (
+        (b"cat\ndoog\n", r"order\.txt:2: 'doog' is no class; did you mean dog\?"),
+        (b"9\n", r"order\.txt:1: '9' is no class; give a name or id of classes\.txt"),
+        (b"\xff\n", "not UTF-8 text"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            read_class_order(path, names)
+    with pytest.raises(UserError, match=r"--class_order \S*none\.txt: cannot be read \(No such file"):
+        read_class_order(tmp_path / "none.txt", names)

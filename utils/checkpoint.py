@@ -34,6 +34,7 @@ FORMAT_VERSION = 1
 
 _log = logging.getLogger(__name__)
 _NO_SPACE = "free some space or choose another --logdir"
+_DOS_FOLDER = 0x10  # bit of a zip record's attributes
 _WRAPPERS = ("module.", "_orig_mod.")
 _SAME_WEIGHTS = ({"std", "sync"}, {"iabn", "iabn_sync", "iabn_sync_test"})  # --norm_act: same arithmetic
 
@@ -227,6 +228,19 @@ def load_checkpoint(path: Path | str, *, map_location: str | torch.device = "cpu
     return content
 
 
+def save_id(path: Path) -> str | None:
+    """Name of the save that made a checkpoint, from the manifest beside it; None where there is none."""
+    found = _read_manifest(path).get("save_id")
+    return found if isinstance(found, str) else None
+
+
+def saved_options(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Options of the run that wrote a checkpoint; empty for a released one."""
+    manifest = content.get("manifest")
+    options = manifest.get("options") if isinstance(manifest, Mapping) else None
+    return options if isinstance(options, Mapping) else {}
+
+
 def model_state(content: Mapping[str, Any]) -> dict[str, Tensor]:
     """Weights by name, without the ``module.`` of wrapped models.
 
@@ -270,15 +284,19 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 def _check_archive(path: Path, file: BinaryIO) -> None:
     """Compare the checksums inside the zip archive, which ``torch.load`` does not look at."""
     file.seek(0)
-    if not zipfile.is_zipfile(file):
-        return  # the format before torch 1.6, or no checkpoint: the reader will tell
     try:
+        if not zipfile.is_zipfile(file):
+            return  # the format before torch 1.6, or no checkpoint: the reader will tell
         with zipfile.ZipFile(file) as archive:
             record = archive.testzip()
+            # torch's reader takes a record with this mark for a folder and leaves its tensor unfilled.
+            folders = [info.filename for info in archive.infolist() if info.external_attr & _DOS_FOLDER]
     except Exception as error:  # whatever a damaged archive makes the zip reader stumble over
         raise _damaged(path, _first_line(error)) from error
     if record is not None:
         raise _damaged(path, f"checksum of {record}")
+    if folders:
+        raise _damaged(path, f"attributes of {folders[0]}")
 
 
 def _read(path: Path, file: BinaryIO, map_location: str | torch.device) -> Any:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from utils.errors import Fault, UserError
+from utils.memory import keep_freed_memory
 
 PLACES = ("GPU_server", "GPU_windows", "CPU", "CPU_windows")
 
@@ -83,6 +84,7 @@ def start(where: str | None = None, local_rank: int | None = None, timeout_s: fl
         torch.cuda.set_device(device)
     else:
         _share_cores(size)
+        keep_freed_memory()
     backend = None
     if size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -90,9 +92,13 @@ def start(where: str | None = None, local_rank: int | None = None, timeout_s: fl
     return World(rank, local_rank, size, device, backend)
 
 
-def stop() -> None:
-    """Leave the process group, if there is one."""
-    if _grouped():
+def stop(others_lost: bool = False) -> None:
+    """Leave the process group, if there is one.
+
+    Args:
+        others_lost: another process is gone; NCCL would wait for it here, so that is left to the exit.
+    """
+    if _grouped() and not (others_lost and dist.get_backend() == "nccl"):
         dist.destroy_process_group()
 
 
@@ -112,6 +118,16 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     if staged is not tensor:
         tensor.copy_(staged)
     return tensor
+
+
+def broadcast_buffers(module: nn.Module) -> None:
+    """Give every process the first one's buffers (running statistics of norm layers)."""
+    if not _grouped():
+        return
+    for buffer in module.buffers():
+        staged = buffer.to(_collective_device()).contiguous()
+        dist.broadcast(staged, src=0)
+        buffer.copy_(staged)
 
 
 def gather_objects(obj: Any) -> list[Any]:
@@ -168,7 +184,7 @@ class Vote:
     """
 
     def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo") if _grouped() else None
+        self._group: Any = dist.new_group(backend="gloo") if _grouped() else None
         self._pending: tuple[dist.Work, Tensor] | None = None
 
     def cast(self, ballot: int) -> int:

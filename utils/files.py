@@ -104,7 +104,7 @@ class FolderLock:
             import msvcrt
 
             self._file.seek(0)
-            msvcrt.locking(self._file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+            msvcrt.locking(self._file.fileno(), msvcrt.LK_NBLCK, 1)
 
     def _owner(self) -> str:
         with contextlib.suppress(OSError):  # Windows does not let others read what is locked

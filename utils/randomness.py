@@ -27,7 +27,8 @@ def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
             torch.cuda.set_rng_state(state["cuda"], device)
     except (RuntimeError, TypeError, KeyError) as error:
         raise UserError(
-            "the checkpoint's random state is of another kind of generator; give --fresh to start the step over"
+            "the checkpoint's random state is of another kind of generator; give --fresh to start the step "
+            "over"
         ) from error
 
 

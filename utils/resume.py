@@ -9,15 +9,18 @@ from typing import Any
 
 from torch import Tensor
 
+from utils.checkpoint import saved_options
+
 # Options that do not change what is learnt: where things are and what is shown or saved. How many images
 # make a batch, the learning rate of the step and the list of images are compared as such (``facts``).
-_INCIDENTAL = frozenset(
-    "where_to_sim local_rank num_workers timeout debug step steps lr lrs batch_size method "
-    "data_root splits_dir task task_file class_order class_order_seed net_pytorch feat_dim skip_corrupt "
-    "crop_val val_on_trainset unseen_label test test_scales test_flip fusion_mode check_data "
-    "logdir name date checkpoint ckpt step_ckpt resume "
-    "sample_num visualize print_interval val_interval ckpt_interval ckpt_minutes".split()
-)
+_INCIDENTAL = {
+    *("where_to_sim", "local_rank", "num_workers", "timeout", "debug", "skip_corrupt", "check_data"),
+    *("step", "steps", "lr", "lrs", "batch_size", "method", "feat_dim", "net_pytorch"),
+    *("data_root", "splits_dir", "task", "task_file", "class_order", "class_order_seed"),
+    *("crop_val", "val_on_trainset", "unseen_label", "test", "test_scales", "test_flip", "fusion_mode"),
+    *("logdir", "name", "date", "checkpoint", "ckpt", "step_ckpt", "resume", "sample_num", "visualize"),
+    *("print_interval", "val_interval", "ckpt_interval", "ckpt_minutes"),
+}
 
 
 @dataclass
@@ -62,7 +65,9 @@ def is_trained(content: Mapping[str, Any], epochs: int) -> bool:
     return last and content.get("batch", None) in (None, content.get("batches_per_epoch"))
 
 
-def differences(content: Mapping[str, Any], options: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
+def differences(
+    content: Mapping[str, Any], options: Mapping[str, Any], facts: Mapping[str, Any]
+) -> list[str]:
     """What a checkpoint was trained with that this run has otherwise, e.g. ``--momentum 0.9, now 0.5``.
 
     Args:
@@ -70,8 +75,7 @@ def differences(content: Mapping[str, Any], options: Mapping[str, Any], facts: M
         options: this run's, in JSON types; those that only one of the two knows are passed over.
         facts: this run's, by the words that the message shall use.
     """
-    manifest = content.get("manifest")
-    saved = manifest.get("options", {}) if isinstance(manifest, Mapping) else {}
+    saved = saved_options(content)
     found = [
         f"--{name} {saved[name]}, now {options[name]}"
         for name in sorted(saved.keys() & options.keys() - _INCIDENTAL)

@@ -1,7 +1,7 @@
 """Being told to stop: by Slurm before the time is over, by ``kill``, by ``torchrun``.
 
-SIGTERM and SIGUSR1 only leave a note. Training looks at it between two batches, saves, and ends with exit code
-``EXIT_STOPPED``: start the same command again and it goes on with the next batch.
+SIGTERM and SIGUSR1 only leave a note. Training looks at it between two batches, saves, and ends with exit
+code ``EXIT_STOPPED``: start the same command again and it goes on with the next batch.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class StopRequest:
         return self.signal is not None
 
     def listen(self) -> StopRequest:
-        """Take note of the signals from now on. Only the main thread can do that; elsewhere nothing changes."""
+        """Take note of the signals from now on. Only the main thread can; in another this does nothing."""
         if threading.current_thread() is threading.main_thread():
             for number in _signals():
                 signal.signal(number, self._note)

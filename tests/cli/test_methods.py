@@ -31,7 +31,7 @@ RUNS = [
     ("SDR", SMALL, ["--loss_SNNL", "1e-3"], 2),
     ("SDR", SMALL, ["--opt_level", "O1", "--fidelity", "released"], 1),
     ("PLOP", SMALL, ["--opt_level", "O1"], 2),
-    ("PLOP", SEGFORMER, ["--fidelity", "released"], 1),
+    ("PLOP", SEGFORMER, ["--fidelity", "released", "--spp_scales", "1", "2"], 1),
     ("SSUL", SMALL, [], 2),
     ("SSUL-M", SMALL, ["--opt_level", "O1", "--memory", "6"], 1),
     ("SATS", SEGFORMER, [], 2),

@@ -1,3 +1,4 @@
+import io
 import re
 from pathlib import Path
 
@@ -7,7 +8,9 @@ import torch
 from PIL import Image
 
 from dataset import decoding
+from dataset.check import check_pair
 from dataset.decoding import read_image, read_mask
+from dataset.splits import mask_values
 from utils.errors import DataError
 
 # Left half red, right half blue, top right corner green: any turn or flip shows.
@@ -73,7 +76,7 @@ def test_camera_orientation_is_applied_only_where_the_mask_asks_for_it(
     tmp_path: Path, decoder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if decoder == "pillow":
-        monkeypatch.setattr(decoding, "decode_image", _refuse)
+        monkeypatch.setattr(decoding, "decode_jpeg", _refuse)
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned by 90° clockwise
     path = save(tmp_path / "x.jpg", Image.fromarray(PICTURE), quality=95, subsampling=0, exif=exif)
@@ -174,6 +177,105 @@ def test_broken_masks_are_refused_by_name(tmp_path: Path) -> None:
     high = save(tmp_path / "y.png", Image.fromarray(np.full((4, 4), 300, np.uint16)))
     with pytest.raises(DataError, match=r"y\.png: class index 300"):
         read_mask(high)
+
+
+def encoded(picture: Image.Image, **kwargs: object) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, **kwargs)
+    return buffer.getvalue()
+
+
+def damaged(data: bytes, rng: np.random.Generator) -> bytes:
+    """Cut at the end, one bit flipped in the header, some bytes overwritten, or a few taken out."""
+    changed, where = bytearray(data), int(rng.integers(len(data)))
+    match int(rng.integers(4)):
+        case 0:
+            return data[:where]
+        case 1:
+            changed[where % 60] ^= 1 << int(rng.integers(8))
+        case 2:
+            for _ in range(int(rng.integers(1, 6))):
+                changed[int(rng.integers(len(data)))] = int(rng.integers(256))
+        case _:
+            return data[:where] + data[where + int(rng.integers(1, 9)) :]
+    return bytes(changed)
+
+
+BLOCKS = np.kron(np.arange(35, dtype=np.uint8).reshape(5, 7) % 21, np.ones((8, 8), np.uint8))
+PALETTE = Image.fromarray(BLOCKS)
+PALETTE.putpalette([(37 * i) % 256 for i in range(768)])
+FUZZED_MASKS = {
+    "grey": (Image.fromarray(BLOCKS), {}),
+    "palette": (PALETTE, {}),
+    "4 bits": (Image.fromarray(BLOCKS % 16).convert("P"), {"bits": 4}),
+    "16 bits": (Image.fromarray(BLOCKS.astype(np.uint16)), {}),
+    "1 bit": (Image.fromarray(BLOCKS > 5), {}),
+}
+
+
+@pytest.mark.parametrize("kind", FUZZED_MASKS)
+def test_damaged_mask_gives_its_content_or_an_error(tmp_path: Path, kind: str) -> None:
+    picture, settings = FUZZED_MASKS[kind]
+    data, pixels = encoded(picture, format="PNG", **settings), np.asarray(picture)
+    path, rng = tmp_path / "x.png", np.random.default_rng(len(kind))
+    refused = 0
+    for _ in range(200):
+        path.write_bytes(damaged(data, rng))
+        for read, expected in ((read_mask, pixels), (mask_values, np.unique(pixels))):
+            try:
+                result = read(path)
+            except DataError as error:
+                assert str(path) in str(error) and "\n" not in str(error)
+                refused += 1
+            else:
+                found = np.flatnonzero(result) if read is mask_values else result[0].numpy()
+                assert np.array_equal(found, expected)
+    assert refused > 300
+
+
+def fuzzed_images() -> dict[str, bytes]:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 56, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return {
+        "jpeg": encoded(noise, format="JPEG"),
+        "progressive": encoded(noise, format="JPEG", progressive=True),
+        "cmyk": encoded(noise.convert("CMYK"), format="JPEG"),
+        "turned": encoded(noise, format="JPEG", exif=exif),
+        "png": encoded(noise, format="PNG"),
+        "webp": encoded(noise, format="WEBP"),
+        "bmp": encoded(noise, format="BMP"),
+        "tiff": encoded(noise, format="TIFF"),
+        "gif": encoded(noise.convert("P"), format="GIF"),
+    }
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("kind", fuzzed_images())
+def test_damaged_image_is_read_or_refused_as_the_check_says(tmp_path: Path, kind: str) -> None:
+    """JPEG, BMP and others have no checksum: damage may pass as other pixels, never as a crash."""
+    data, rng = fuzzed_images()[kind], np.random.default_rng(len(kind))
+    path, mask = tmp_path / f"x.{kind}", save(tmp_path / "mask.png", Image.fromarray(BLOCKS))
+    refused = 0
+    for _ in range(100):
+        path.write_bytes(damaged(data, rng))
+        unreadable = "unreadable images" in dict(check_pair(path, mask, num_classes=21).faults)
+        try:
+            image = read_image(path)
+        except DataError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            refused += 1
+            assert unreadable
+        else:
+            assert image.dtype == torch.uint8 and image.ndim == 3 and len(image) == 3
+            assert not unreadable
+            if kind == "png":
+                assert torch.equal(image, torch.from_numpy(png_pixels(data)))
+    assert refused > 10
+
+
+def png_pixels(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data))).transpose(2, 0, 1).copy()
 
 
 def test_real_masks_equal_pillow(shared: Path) -> None:

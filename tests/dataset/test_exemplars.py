@@ -133,22 +133,25 @@ def test_list_on_disk(tmp_path):
     presence = random_presence(100, 3)
     lists = lists_of(presence)
     exemplars = select_exemplars(presence, TASK, 2, 10, 7, lists)
-    origin = exemplar_origin(TASK, 2, 10, 7, lists)
+    origin = exemplar_origin(presence, TASK, 2, 10, 7, lists)
     path = tmp_path / "run" / "exemplars_2.json"
     save_exemplars(path, exemplars, origin)
     assert load_exemplars(path, origin) == exemplars
     assert json.loads(path.read_text())["origin"]["memory"] == 10
 
     changed = [lists[0][1:], *lists[1:]]
-    with pytest.raises(UserError, match="made for another seed, candidates; delete it"):
-        load_exemplars(path, exemplar_origin(TASK, 2, 10, 8, changed))
+    with pytest.raises(UserError, match="made from another seed, candidates"):
+        load_exemplars(path, exemplar_origin(presence, TASK, 2, 10, 8, changed))
+    redrawn = [presence[0] ^ {1}, *presence[1:]]
+    with pytest.raises(UserError, match="made from another presence"):
+        load_exemplars(path, exemplar_origin(redrawn, TASK, 2, 10, 7, lists))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"origin": {}}', '{"origin": {}, "exemplars": [1]}'])
 def test_damaged_list_on_disk(tmp_path, content):
     path = tmp_path / "exemplars.json"
     path.write_text(content)
-    with pytest.raises(UserError, match="damaged; delete it"):
+    with pytest.raises(UserError, match="is damaged"):
         load_exemplars(path, {})
 
 

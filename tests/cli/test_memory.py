@@ -1,0 +1,45 @@
+"""The exemplar memory through the real command: its lists on disk, and what the log says of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+from command import SMALL, Launch
+
+from dataset import open_dataset
+from dataset.shapes import SHAPE_CLASSES
+from dataset.splits import scan_presence, task_indices
+from tasks import get_task
+
+
+def test_lists_log_and_changed_choices(cli: Launch, shapes_root: Path, tmp_path: Path) -> None:
+    common = (*SMALL, "--task", "10-5-5", "--overlap", "--logdir", tmp_path, "--name", "FT", "--lr", "0.01")
+    trained = cli(*common, "--step", "all", "--memory", "8")
+    assert trained.code == 0, trained.err
+    run_dir = tmp_path / "10-5-5-shapes_FT"
+    assert not (run_dir / "exemplars_0.json").exists(), "step 0 has no earlier images"
+
+    task = get_task("shapes", "10-5-5")
+    presence = scan_presence(open_dataset("shapes", shapes_root, "train").masks, progress=False)
+    lists = [task_indices("shapes", task, step, "overlapped", presence) for step in range(3)]
+    for step in (1, 2):
+        content = (run_dir / f"exemplars_{step}.json").read_text(encoding="utf-8")
+        pairs = json.loads(content)["exemplars"]
+        assert len(pairs) == 8
+        counts: Counter[str] = Counter()
+        for index, stored in pairs:
+            assert stored < step and index in lists[stored], "an image that an earlier step trained on"
+            known = presence[index] & set(task.seen_classes(stored))
+            counts.update(SHAPE_CLASSES[c] for c in known)
+        logged = re.findall(r"8 exemplars: (.*)", trained.out)[step - 1]
+        found = {name: int(number) for name, number in re.findall(r"(\w+) (\d+)", logged)}
+        assert found == {SHAPE_CLASSES[c]: counts[SHAPE_CLASSES[c]] for c in task.old_classes(step) if c}
+
+    list_2 = run_dir / "exemplars_2.json"
+    other = cli(*common, "--step", "2", "--memory", "6", "--random_seed", "7", "--fresh")
+    assert other.code == 0, other.err
+    assert f"{list_2}: was made from another memory, seed; it is made again" in other.out
+    assert len(json.loads(list_2.read_text(encoding="utf-8"))["exemplars"]) == 6

@@ -1,0 +1,134 @@
+"""The images and labels of a step, from options to samples."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from small_data import make_ade, make_own
+
+from argparser import Options, parse_options
+from dataset import step_data as module
+from dataset.step_data import StepData, evaluation_data, step_data
+from utils.errors import DataError
+
+NAMES = ["background", *(f"class {i}" for i in range(1, 13))]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    root = make_own(tmp_path / "own")
+    (root / "classes.txt").write_text("\n".join(NAMES) + "\n")
+    return root
+
+
+def options(dataset: str, root: Path, *words: str) -> Options:
+    return parse_options(["--dataset", dataset, "--data_root", str(root), "--crop_size", "64", *words])
+
+
+def data_of(opts: Options, step: int) -> StepData:
+    path = opts.data_root.parent / f"exemplars_{step}.json"
+    return step_data(opts, step, exemplar_list=path, is_main=True)
+
+
+def test_other_of_ade_is_background_in_training_and_ignored_at_evaluation(tmp_path: Path) -> None:
+    opts = options("ade", make_ade(tmp_path / "ade"), "--task", "100-50", "--step", "0", "1")
+    for step, classes in ((0, 101), (1, 151)):
+        data = data_of(opts, step)
+        assert data.ignored == {0} and len(data.class_names) == classes
+        assert len(data.train) == 12
+        for i in range(len(data.train)):
+            _, target = data.train[i]
+            assert int(target.min()) == 0 and int(target.max()) < classes, "no pixel is ignored"
+        for i in range(len(data.test)):
+            mask = data.test.dataset.read_mask(i)[0]
+            _, target = data.test[i]
+            assert ((target == 255) == ((mask == 0) | (mask >= classes))).all()
+            assert (target[target != 255] == mask[target != 255]).all()
+
+
+def test_class_order_decides_labels_and_lists(own: Path, tmp_path: Path) -> None:
+    """Outputs follow the order of the file; background stays 0."""
+    order = tmp_path / "order.txt"
+    order.write_text("\n".join(reversed(NAMES[1:])))
+    opts = options("folder", own, "--task", "10-2", "--overlap", "--class_order", str(order))
+    assert opts.task_.steps == ((0, *range(12, 2, -1)), (2, 1))
+    data = data_of(opts, 1)
+    assert data.class_names == ["background", *reversed(NAMES[1:])]
+    for place, entry in enumerate(data.train.entries):
+        mask = data.train.dataset.read_mask(entry.index)
+        assert {1, 2} & set(mask.unique().tolist())
+        assert set(data.train[place][1].unique().tolist()) <= {0, 11, 12}
+
+
+def test_exemplars_keep_the_labels_of_their_time(own: Path, caplog: pytest.LogCaptureFixture) -> None:
+    opts = options("folder", own, "--task", "4-4", "--overlap", "--memory", "6", "--void_label", "ignore")
+    with caplog.at_level(logging.INFO):
+        data = data_of(opts, 2)
+    assert data.num_memory == 6 and "6 exemplars: class 1 " in caplog.text
+    pairs = json.loads((own.parent / "exemplars_2.json").read_text())["exemplars"]
+    stored = data.train.entries[-6:]
+    assert [[entry.index, entry.lookup - 1] for entry in stored] == pairs
+    for place, (index, step) in zip(range(len(data.train) - 6, len(data.train)), pairs, strict=True):
+        known = set(range(1 + 4 * (1 + step)))
+        mask = data.train.dataset.read_mask(index)
+        assert set(data.train[place][1].unique().tolist()) <= known & ({0} | set(mask.unique().tolist()))
+
+
+def test_exemplar_list_is_kept_until_something_changes(own: Path, caplog: pytest.LogCaptureFixture) -> None:
+    words = ("--task", "4-4", "--overlap", "--memory", "6")
+    path = own.parent / "exemplars_1.json"
+    caplog.set_level(logging.INFO)
+
+    def log_of(*changed: str) -> str:
+        caplog.clear()
+        data_of(options("folder", own, *words, *changed), 1)
+        return caplog.text
+
+    assert "taken from" not in log_of()
+    assert "taken from" in log_of()
+    assert "was made from another seed; it is made again" in log_of("--random_seed", "7")
+    assert "taken from" in log_of("--random_seed", "7")
+    path.write_text(path.read_text()[:-5])
+    assert "is damaged; it is made again" in log_of("--random_seed", "7")
+    # Image 0 shows 1 and 4, which step 0 brings: it stays in the list with other classes.
+    Image.fromarray(np.full((64, 64), 2, np.uint8)).save(own / "masks/train/train_00000000.png")
+    assert "was made from another presence; it is made again" in log_of("--random_seed", "7")
+
+
+def test_no_exemplar_is_validated_on(own: Path) -> None:
+    opts = options("folder", own, "--task", "8-4", "--overlap", "--memory", "26", "--cross_val")
+    data = data_of(opts, 1)
+    validated = {entry.index for entry in data.val.entries}
+    assert validated and 0 < data.num_memory < 26
+    assert not validated & {entry.index for entry in data.train.entries}
+
+
+def test_a_mask_with_an_unknown_class_is_named_before_training(own: Path) -> None:
+    Image.fromarray(np.full((64, 64), 13, np.uint8)).save(own / "masks/train/train_00000003.png")
+    with pytest.raises(DataError, match=r"train_00000003\.png: unknown class id\(s\) 13; expected 0 to 12"):
+        data_of(options("folder", own, "--task", "8-4"), 0)
+
+
+def test_own_lists(own: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "train-0.npy", np.array([5, 2, 9]))
+    data = data_of(options("folder", own, "--task", "8-4", "--splits_dir", str(tmp_path)), 0)
+    assert [entry.index for entry in data.train.entries] == [5, 2, 9]
+
+
+def test_final_evaluation_on_training_images(own: Path) -> None:
+    assert len(evaluation_data(options("folder", own, "--task", "8-4"), 0).test) == 6
+    assert len(evaluation_data(options("folder", own, "--task", "8-4", "--val_on_trainset"), 0).test) == 26
+    opts = options("folder", own, "--task", "8-4", "--overlap", "--test_on_val")
+    held_out = {entry.index for entry in evaluation_data(opts, 0).test.entries}
+    assert len(held_out) == 6
+    assert not held_out & {entry.index for step in (0, 1) for entry in data_of(opts, step).train.entries}

@@ -1,0 +1,234 @@
+"""Real runs that are killed, stopped and started again, and the comparison of what they leave."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from utils.checkpoint import load_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Trains in seconds on one core; saves after almost every batch.
+TINY = (
+    *("--dataset", "shapes", "--backbone", "mobilenet_v2", "--no_pretrained", "--crop_size", "64"),
+    *("--pooling", "0", "--batch_size", "4", "--num_workers", "0", "--lr", "0.01", "--where_to_sim", "CPU"),
+    *("--task", "15-5", "--overlap", "--visualize", "--print_interval", "1", "--ckpt_minutes", "0.01"),
+)
+BOUND = 60.0  # seconds in which every process must have ended after a fault
+_LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Process(Protocol):
+    """What ``subprocess.Popen`` and the campaign's forks have in common."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+
+    def kill(self) -> None: ...
+
+    def send_signal(self, number: int) -> None: ...
+
+
+Start = Callable[[Sequence[str], dict[str, str], Path], Process]
+
+
+def start_command(arguments: Sequence[str], environment: dict[str, str], output: Path) -> Process:
+    """``python run.py`` with the arguments; what it prints is appended to a file."""
+    with output.open("ab") as file:
+        return subprocess.Popen(
+            [sys.executable, "-u", "run.py", *arguments],
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+
+
+class Fork:
+    """``run.main`` with the arguments in a process of its own, forked from one that has imported everything.
+
+    What ``python run.py`` does, without the seconds of importing.
+    """
+
+    def __init__(self, arguments: Sequence[str], environment: dict[str, str], output: Path) -> None:
+        os.environ["OMP_NUM_THREADS"] = "1"  # read by the server when it imports torch
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["faults", "run", "session"])
+        self._process = context.Process(target=_run_main, args=(list(arguments), environment, output))
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def _run_main(arguments: list[str], environment: dict[str, str], output: Path) -> None:
+    import run
+
+    with output.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(environment)
+    code = 1
+    try:
+        code = run.main(arguments)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+class Run:
+    """One start of a run on some processes, without a launcher.
+
+    Args:
+        arguments: of ``run.py``.
+        folder: where the processes' outputs go.
+        size: number of processes.
+        start: starts one of them.
+    """
+
+    def __init__(self, arguments: Sequence[object], folder: Path, size: int = 1, start: Start = Fork) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.outputs = [folder / f"output-{rank}.txt" for rank in range(size)]
+        self.offsets = [path.stat().st_size if path.exists() else 0 for path in self.outputs]
+        base = {name: value for name, value in os.environ.items() if name not in _LAUNCH}
+        base |= {"OMP_NUM_THREADS": "1"}
+        if size > 1:
+            base |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+            base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        words = [str(argument) for argument in arguments]
+        self.processes = []
+        for rank, output in enumerate(self.outputs):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if size > 1 else {}
+            self.processes.append(start(words, base | own, output))
+
+    def output(self, rank: int = 0) -> str:
+        """What a process has printed since this start."""
+        data = self.outputs[rank].read_bytes() if self.outputs[rank].exists() else b""
+        return data[self.offsets[rank] :].decode("utf-8", "replace")
+
+    def wait_for(self, pattern: str, timeout: float = 120, rank: int = 0) -> bool:
+        """Wait until a pattern is printed; False if the processes end before."""
+        return self.wait_until(lambda: re.search(pattern, self.output(rank)) is not None, timeout)
+
+    def wait_until(self, condition: Callable[[], bool], timeout: float = 120) -> bool:
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            if condition():
+                return True
+            if all(process.poll() is not None for process in self.processes):
+                return condition()
+            time.sleep(0.002)
+        raise AssertionError(f"waited {timeout} s in vain; output: {self.output()[-2000:]}")
+
+    def kill(self, ranks: Sequence[int] | None = None) -> None:
+        """SIGKILL, to all processes unless ranks are named."""
+        for rank in range(len(self.processes)) if ranks is None else ranks:
+            with contextlib.suppress(ProcessLookupError):
+                self.processes[rank].send_signal(signal.SIGKILL)
+
+    def wait(self, timeout: float = 240) -> list[int]:
+        """Exit codes by rank; kills what has not ended in time and fails."""
+        deadline = time.monotonic() + timeout
+        while any(process.poll() is None for process in self.processes):
+            if time.monotonic() > deadline:
+                self.kill()
+                raise AssertionError(f"not ended after {timeout} s; output: {self.output()[-2000:]}")
+            time.sleep(0.01)
+        return [int(process.poll() or 0) for process in self.processes]
+
+
+@contextlib.contextmanager
+def running(*args: Any, **kwargs: Any) -> Iterator[Run]:
+    """A ``Run`` of which nothing is left afterwards."""
+    run = Run(*args, **kwargs)
+    try:
+        yield run
+    finally:
+        run.kill()
+        run.wait()
+
+
+def completed(arguments: Sequence[object], folder: Path, size: int = 1, start: Start = Fork) -> Run:
+    """A run to its good end."""
+    with running(arguments, folder, size, start) as run:
+        codes = run.wait()
+        assert codes == [0] * size, (codes, run.output()[-3000:], run.output(size - 1)[-3000:])
+        return run
+
+
+def saves_now(run_dir: Path) -> bool:
+    """Whether a checkpoint is being written."""
+    return any(run_dir.glob(".*.pth.*.tmp"))
+
+
+# ── what a run leaves ────────────────────────────────────────────────────────────────────────────────
+
+_COMPARED = (
+    *("epoch", "batch", "best_score", "model_state", "optimizer_state", "scheduler_state"),
+    *("method_state", "method_state_of_rank", "rng_state"),
+)
+
+
+def left_by(run_dir: Path) -> dict[str, Any]:
+    """Everything that must not depend on kills: checkpoints and results of all steps."""
+    left: dict[str, Any] = {}
+    for path in sorted(run_dir.glob("*-*-*.pth")):
+        content = load_checkpoint(path)
+        step = path.stem.rpartition("_")[2]
+        left[f"checkpoint {step}"] = {key: content.get(key) for key in _COMPARED}
+    for path in sorted(run_dir.glob("results_*.json")):
+        left[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+    return left
+
+
+def differences(a: Any, b: Any, where: str = "") -> list[str]:
+    """Places where two contents differ in a single bit."""
+    if isinstance(a, torch.Tensor):
+        equal = isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+        return [] if equal else [where]
+    if isinstance(a, dict):
+        if not isinstance(b, dict) or a.keys() != b.keys():
+            return [where]
+        return [place for key in a for place in differences(a[key], b[key], f"{where}/{key}")]
+    if isinstance(a, (list, tuple)):
+        if not isinstance(b, (list, tuple)) or len(a) != len(b):
+            return [where]
+        pairs = enumerate(zip(a, b, strict=True))
+        return [place for i, (x, y) in pairs for place in differences(x, y, f"{where}/{i}")]
+    return [] if a == b else [where]

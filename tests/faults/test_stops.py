@@ -1,0 +1,117 @@
+"""Signals: finish the batch, save, end with 75; and what schedulers and launchers do next."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from faults import BOUND, ROOT, TINY, completed, differences, left_by, running, start_command
+
+STAND_IN = Path(__file__).with_name("slurm_stand_in.py")
+
+
+def command(data: Path, logs: Path, name: str, *more: object) -> list[object]:
+    return [
+        *(*TINY, "--ckpt_minutes", "0", "--data_root", data, "--logdir", logs, "--name", name),
+        *("--epochs", "2", "--step", "0", *more),
+    ]
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process has started, and theirs."""
+    found = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return found + [grandchild for child in found for grandchild in children(child)]
+
+
+def test_one_process_of_two_is_told_and_both_save_and_end(tiny_data: Path, tmp_path: Path) -> None:
+    completed(command(tiny_data, tmp_path, "whole"), tmp_path / "whole", 2)
+    broken = command(tiny_data, tmp_path, "broken")
+    with running(broken, tmp_path / "out", 2) as run:
+        run.wait_for("step 0 epoch 1/2: 1/")
+        run.processes[1].send_signal(signal.SIGTERM)
+        assert run.wait(BOUND) == [75, 75]
+        assert "saved step 0 after batch 2 of epoch 1" in run.output() or "after batch 3" in run.output()
+        assert "Traceback" not in run.output() + run.output(1)
+    again = completed(broken, tmp_path / "out", 2)
+    assert "step 0 goes on at epoch 1 of 2, after batch" in again.output()
+    left = [left_by(tmp_path / f"15-5-shapes_{name}") for name in ("whole", "broken")]
+    assert differences(*left) == []
+
+
+def test_signals_to_the_whole_process_group_spare_the_loaders(tiny_data: Path, tmp_path: Path) -> None:
+    broken = command(tiny_data, tmp_path, "broken", "--num_workers", "1")
+    with running(broken, tmp_path / "out", 1, start_command) as run:
+        run.wait_for("step 0 epoch 1/2: 1/")
+        pid = run.processes[0].pid
+        for process in (pid, *children(pid)):
+            os.kill(process, signal.SIGTERM)
+        assert run.wait(BOUND) == [75], run.output()[-2000:]
+    # Between processes and epochs nothing may depend on the number of loader processes.
+    completed(command(tiny_data, tmp_path, "broken", "--num_workers", "1"), tmp_path / "out")
+    completed(command(tiny_data, tmp_path, "whole"), tmp_path / "whole")
+    left = [left_by(tmp_path / f"15-5-shapes_{name}") for name in ("whole", "broken")]
+    assert differences(*left) == []
+
+
+def test_slurm_script_saves_requeues_and_goes_on(tiny_data: Path, tmp_path: Path) -> None:
+    for name in ("srun", "scontrol"):
+        wrapper = tmp_path / "bin" / name
+        wrapper.parent.mkdir(exist_ok=True)
+        wrapper.symlink_to(STAND_IN)
+        STAND_IN.chmod(0o755)
+    environment = {
+        **os.environ,
+        **{"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "STAND_IN": str(tmp_path)},
+        **{"STAND_IN_PATTERN": "step 0 epoch 1/2: 2/", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+        **{"SLURM_JOB_ID": str(os.getpid()), "SLURM_NTASKS": "2", "SLURM_SUBMIT_DIR": str(ROOT)},
+    }
+    # With --fresh a requeued job must go on with its own work all the same.
+    arguments = [str(a) for a in command(tiny_data, tmp_path, "job", "--fresh")]
+    requeued, codes = tmp_path / "requeued", []
+    for start in range(3):
+        requeued.unlink(missing_ok=True)
+        job = subprocess.run(
+            ["bash", str(ROOT / "scripts/slurm/requeue.slurm"), *arguments],
+            env={**environment, "SLURM_RESTART_COUNT": str(start)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        codes.append(job.returncode)
+        if not requeued.exists():
+            break
+    printed = (tmp_path / "tasks.txt").read_text()
+    assert codes == [0, 0], printed[-3000:]
+    assert "goes back into the queue" not in job.stdout
+    assert "run.py: SIGUSR1: saved step 0 after batch" in printed
+    assert "step 0 goes on at epoch 1 of 2, after batch" in printed
+    assert (tmp_path / "15-5-shapes_job" / "results_0.json").is_file()
+
+
+def test_torchrun_starts_killed_processes_again(tiny_data: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "15-5-shapes_job"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    output = tmp_path / "out.txt"
+    arguments = [*map(str, command(tiny_data, tmp_path, "job")), "--ckpt_minutes", "0.001"]
+    with output.open("wb") as file:
+        process = subprocess.Popen(
+            [*launcher, "--max_restarts=1", "run.py", *arguments],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while not (run_dir / "15-5-shapes_job_0.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(children(process.pid)[0], signal.SIGKILL)
+        assert process.wait(240) == 0, output.read_text()[-3000:]
+    finally:
+        process.kill()
+    assert "step 0 goes on at epoch" in output.read_text()
+    assert (run_dir / "results_0.json").is_file()

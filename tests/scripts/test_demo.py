@@ -1,0 +1,38 @@
+"""The README's first command, with fewer epochs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_demo_ends_with_a_table_and_a_picture(shapes_root: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", "scripts/demo.sh"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+        env={
+            **os.environ,
+            "VENV": sys.prefix,
+            "DATA": str(shapes_root),
+            "LOGDIR": str(tmp_path),
+            "EPOCHS_0": "1",
+            "EPOCHS_1": "1",
+        },
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    end = done.stdout[done.stdout.rindex("mIoU old") :]
+    assert "15-5-shapes_FT" in end
+    assert "15-5-shapes_MIB" in end
+    pictures = [
+        Path(line.removeprefix("picture: ")) for line in end.splitlines() if line.startswith("picture:")
+    ]
+    assert pictures
+    assert all((ROOT / path).is_file() for path in pictures)

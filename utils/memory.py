@@ -1,0 +1,24 @@
+"""Memory of the processor: keep what was freed."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+
+# Numbers of mallopt's parameters in glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_LARGEST = 2**31 - 1
+
+
+def keep_freed_memory() -> bool:
+    """Ask the C library to keep freed memory for the next batch; returns whether it could be asked.
+
+    Training on a processor frees and allocates gigabytes in every step. By default glibc gives each large
+    tensor back to the system at once, and every new one is then paid for by page faults; on virtual machines
+    whose host takes back free pages this more than doubles the time of a step (docs/performance.md).
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    asked = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _LARGEST), (_M_TOP_PAD, 2**28))
+    return all(mallopt(parameter, value) == 1 for parameter, value in asked)
