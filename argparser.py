@@ -363,7 +363,7 @@ def _task(opts: Options) -> Task:
     if opts.class_order is not None:
         if class_names is None:
             raise UserError(
-                f"--class_order goes with --dataset folder; for {opts.dataset} write the order as a --task_file"
+                f"--class_order goes with --dataset folder; for {opts.dataset} write a --task_file instead"
             )
         class_order = read_class_order(opts.class_order, class_names)
     return get_task(

@@ -69,7 +69,7 @@ def run(dataset: SegmentationDataset, crop: int, count: int, repeats: int) -> di
     decoded = [dataset.read(i) for i in range(count)]
     plain = [(image.as_subclass(torch.Tensor), mask.as_subclass(torch.Tensor)) for image, mask in decoded]
     lookup = table.numpy()
-    batch = [samples[i][0] for i in range(count)]
+    batch = [transform(*pair)[0] for pair in plain]
     parts: dict[str, Callable[[int], object]] = {
         "decode JPEG": lambda i: read_image(dataset.images[i]),
         "decode mask": lambda i: dataset.read_mask(i),

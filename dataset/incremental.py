@@ -173,8 +173,12 @@ class IncrementalDataset(Dataset[Sample]):
                 sample = self._sample(tried)
             except DataError as error:
                 reasons.append(str(error))
-                if len(reasons) > self.skip_corrupt:
+                if not self.skip_corrupt:
                     raise
+                if len(reasons) > self.skip_corrupt:
+                    raise DataError(
+                        f"{error}; it is one more than the {self.skip_corrupt} of --skip_corrupt"
+                    ) from error
                 if self.void_instead:
                     return Substitute(self._void_sample(), tuple(reasons))
             else:

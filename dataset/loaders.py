@@ -190,7 +190,7 @@ class Loader(DataLoader[Sample]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Yield ``(images uint8 B×3×H×W, targets uint8 B×H×W)``. Raises DataError for a bad file."""
-        for batch in super().__iter__():
+        for batch in self._received():
             if isinstance(batch, _Patched):
                 self.tolerance.note(batch.reasons)
                 batch = batch.batch
@@ -199,6 +199,13 @@ class Loader(DataLoader[Sample]):
                 # the garbage collector finds in a cycle take five seconds each to end.
                 raise DataError(*batch.args)
             yield batch
+
+    def _received(self) -> Iterator[Any]:
+        try:
+            yield from super().__iter__()
+        except (ConnectionError, EOFError, FileNotFoundError) as error:
+            # Some deaths are met by torch, with these words, others in the middle of handing over a tensor.
+            raise RuntimeError(f"DataLoader worker gone: {type(error).__name__}") from error
 
 
 def make_train_loader(

@@ -17,9 +17,9 @@ common=(--dataset shapes --data_root "$DATA" --task "$TASK" --overlap --logdir "
 export OMP_NUM_THREADS=1
 train() { python -m torch.distributed.run --standalone --nproc_per_node=2 run.py "${common[@]}" "$@"; }
 
-train --name FT --method FT --step 0 --lr 0.05 --epochs "${EPOCHS_0:-24}"
+train --name FT --method FT --step 0 --lr 0.05 --epochs "${EPOCHS_0:-14}"
 for method in FT MIB; do
-    train --name "$method" --method "$method" --step 1 --lr 0.01 --epochs "${EPOCHS_1:-16}" \
+    train --name "$method" --method "$method" --step 1 --lr 0.03 --epochs "${EPOCHS_1:-10}" \
         --step_ckpt "$LOGDIR/$TASK-shapes_FT/$TASK-shapes_FT_0.pth"
 done
 python -m utils.report "$LOGDIR/$TASK-shapes_FT" "$LOGDIR/$TASK-shapes_MIB"

@@ -148,7 +148,7 @@ def test_own_data_takes_its_order_from_a_file_or_a_seed(tmp_path: Path) -> None:
     assert parse_options([*common, "--task", "2-1", "--class_order_seed", "1"]).task_.order[0] == 0
     with pytest.raises(UserError, match="--class_order and --class_order_seed exclude each other"):
         parse_options([*common, "--task", "2-1", "--class_order", str(order), "--class_order_seed", "1"])
-    with pytest.raises(UserError, match="--class_order goes with --dataset folder; for voc write"):
+    with pytest.raises(UserError, match="--class_order goes with --dataset folder; for voc write a"):
         parse_options(["--task", "15-5", "--class_order", str(order)])
 
 

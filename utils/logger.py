@@ -102,10 +102,17 @@ class RunLogger:
             except OSError as error:
                 raise cannot_write(run_dir, error, "choose another --logdir, or give --visualize") from error
 
+    def _open(self) -> SummaryWriter | None:
+        """The writer, as long as its thread lives: to a dead one's queue this process would wait forever."""
+        if self._writer is not None and not self._writer.file_writer.event_writer._worker.is_alive():
+            _log.warning("TensorBoard's file cannot be written any more; the run goes on without it")
+            self._writer = None
+        return self._writer
+
     def scalar(self, tag: str, value: float, step: int) -> None:
         """One point of a curve; NaN (a number that does not exist) is left out."""
-        if self._writer is not None and not math.isnan(value):
-            self._writer.add_scalar(tag, value, step)
+        if not math.isnan(value) and (writer := self._open()) is not None:
+            writer.add_scalar(tag, value, step)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """One point of several curves, each under its own tag."""
@@ -114,23 +121,26 @@ class RunLogger:
 
     def text(self, tag: str, text: str, step: int = 0) -> None:
         """A text in Markdown."""
-        if self._writer is not None:
-            self._writer.add_text(tag, text, step)
+        if (writer := self._open()) is not None:
+            writer.add_text(tag, text, step)
 
     def figure(self, tag: str, figure: Any, step: int) -> None:
         """A matplotlib figure."""
-        if self._writer is not None:
-            self._writer.add_figure(tag, figure, step)
+        if (writer := self._open()) is not None:
+            writer.add_figure(tag, figure, step)
 
     def image(self, tag: str, image: Any, step: int) -> None:
         """A picture, H×W×3, uint8."""
-        if self._writer is not None:
-            self._writer.add_image(tag, image, step, dataformats="HWC")
+        if (writer := self._open()) is not None:
+            writer.add_image(tag, image, step, dataformats="HWC")
 
     def close(self) -> None:
         """Write what is left and close the file."""
-        if self._writer is not None:
-            self._writer.close()
+        if (writer := self._open()) is not None:
+            try:
+                writer.close()
+            except OSError as error:
+                _log.warning("TensorBoard's file is not complete (%s)", error.strerror or error)
             self._writer = None
 
 

@@ -118,10 +118,13 @@ def _at_labels(values: Tensor, labels: Tensor) -> Tensor:
     return padded[torch.where(inside, labels, values.shape[0])]
 
 
-def _class_sums(features: Tensor, one_hot: Tensor) -> Tensor:
-    """Sum of the feature vectors of each class: features B×D×N, one-hot B×C×N → C×D."""
+def _class_sums(features: Tensor, one_hot: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Sum of the feature vectors of each class: features B×D×N, one-hot B×C×N → C×D.
+
+    ``dtype``: what images are added up in; the features' own if None.
+    """
     with _without_autocast(features):
-        return torch.bmm(one_hot, features.transpose(1, 2)).sum(0)
+        return torch.bmm(one_hot, features.transpose(1, 2)).sum(0, dtype=dtype)
 
 
 def _blocks(batch: int, channels: int, pixels: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
@@ -584,8 +587,9 @@ class Prototypes(nn.Module):
             mixed = _MixedClassFeatures(classes, one_hot, depth)
             sums = mixed.sums(flat, mixed.rows())
         else:
-            sums = _class_sums(flat, one_hot)
-        counts = one_hot.sum(dim=(0, 2))
+            # Images in float64: the mean is the same, however they are divided among processes.
+            sums = _class_sums(flat, one_hot, torch.float64)
+        counts = one_hot.sum(dim=(0, 2)).to(sums.dtype)
         if skip_background:
             kept = self._without_background(counts > 0)
             sums, counts = sums * kept[:, None], counts * kept

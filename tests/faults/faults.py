@@ -147,13 +147,11 @@ class Run:
         return self.wait_until(lambda: re.search(pattern, self.output(rank)) is not None, timeout)
 
     def wait_until(self, condition: Callable[[], bool], timeout: float = 120) -> bool:
-        deadline = time.monotonic() + timeout
-        while time.monotonic() < deadline:
+        for _ in _polls(timeout):
             if condition():
                 return True
             if all(process.poll() is not None for process in self.processes):
                 return condition()
-            time.sleep(0.002)
         raise AssertionError(f"waited {timeout} s in vain; output: {self.output()[-2000:]}")
 
     def kill(self, ranks: Sequence[int] | None = None) -> None:
@@ -164,13 +162,22 @@ class Run:
 
     def wait(self, timeout: float = 240) -> list[int]:
         """Exit codes by rank; kills what has not ended in time and fails."""
-        deadline = time.monotonic() + timeout
-        while any(process.poll() is None for process in self.processes):
-            if time.monotonic() > deadline:
-                self.kill()
-                raise AssertionError(f"not ended after {timeout} s; output: {self.output()[-2000:]}")
-            time.sleep(0.01)
-        return [int(process.poll() or 0) for process in self.processes]
+        for _ in _polls(timeout):
+            if all(process.poll() is not None for process in self.processes):
+                return [int(process.poll() or 0) for process in self.processes]
+        self.kill()
+        raise AssertionError(f"not ended after {timeout} s; output: {self.output()[-2000:]}")
+
+
+def _polls(timeout: float) -> Iterator[None]:
+    """Moments to look again, for so many seconds; time in which this process was stopped does not count."""
+    waited, before = 0.0, time.monotonic()
+    while waited < timeout:
+        yield
+        time.sleep(0.002)
+        now = time.monotonic()
+        waited += min(now - before, 1.0)
+        before = now
 
 
 @contextlib.contextmanager

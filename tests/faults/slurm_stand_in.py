@@ -2,8 +2,9 @@
 """What ``scripts/slurm/requeue.slurm`` needs of Slurm: srun that signals its tasks, scontrol that requeues.
 
 Called as ``srun`` or ``scontrol`` through links of these names. STAND_IN is a folder: ``requeued`` appears
-there when the job asks to be requeued, ``tasks.txt`` holds what the tasks print. STAND_IN_PATTERN: once a task prints
-it, SIGUSR1 goes to every task, as Slurm's ``--signal=USR1@180`` sends it; at the first start only.
+there when the job asks to be requeued, ``tasks.txt`` holds what the tasks print. STAND_IN_PATTERN: when a
+task has printed it, SIGUSR1 goes to every task, as Slurm's
+``--signal=USR1@180`` sends it; only at the first start.
 """
 
 from __future__ import annotations
