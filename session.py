@@ -484,6 +484,11 @@ class Session:
             self.previous_path: Path | None = None
         else:
             self.previous_path = self._previous_path(step)
+            if not self.previous_path.is_file():
+                raise UserError(
+                    f"{self.previous_path}: no checkpoint of step {step - 1}; train --step {step - 1} first, "
+                    "or name another with --step_ckpt"
+                )
             self.previous = self._load(self.previous_path, step - 1)
             state = model_state(self.previous)
             model_old = make_model(opts, task.classes_per_step(step - 1))

@@ -12,14 +12,14 @@ TASK=${TASK:-15-5}
 
 common=(--dataset shapes --data_root "$DATA" --task "$TASK" --overlap --logdir "$LOGDIR"
     --backbone mobilenet_v2 --no_pretrained --crop_size 96 --pooling 0 --where_to_sim CPU --opt_level O0
-    --batch_size 12 --num_workers 0 --val_interval 100 --print_interval 50 --void_label ignore
+    --batch_size "${BATCH:-12}" --num_workers 0 --val_interval 100 --print_interval 50 --void_label ignore
     --sample_num 6 --visualize --fresh)
 export OMP_NUM_THREADS=1
 train() { python -m torch.distributed.run --standalone --nproc_per_node=2 run.py "${common[@]}" "$@"; }
 
 train --name FT --method FT --step 0 --lr 0.05 --epochs "${EPOCHS_0:-14}"
 for method in FT MIB; do
-    train --name "$method" --method "$method" --step 1 --lr 0.03 --epochs "${EPOCHS_1:-10}" \
+    train --name "$method" --method "$method" --step 1 --lr 0.01 --epochs "${EPOCHS_1:-10}" \
         --step_ckpt "$LOGDIR/$TASK-shapes_FT/$TASK-shapes_FT_0.pth"
 done
 python -m utils.report "$LOGDIR/$TASK-shapes_FT" "$LOGDIR/$TASK-shapes_MIB"

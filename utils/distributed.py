@@ -301,12 +301,18 @@ def _join(backend: str, rank: int, size: int, device: torch.device, timeout_s: f
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(f"WORLD_SIZE is {size} but {', '.join(missing)} is not set; start with torchrun")
+    timeout = timedelta(seconds=timeout_s)
     try:
+        store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+        store.set_timeout(timeout)
+        # torchrun keeps its store when it starts processes again, and with it the addresses of the dead ones.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         dist.init_process_group(
             backend,
+            store=dist.PrefixStore(f"attempt_{attempt}", store),
             rank=rank,
             world_size=size,
-            timeout=timedelta(seconds=timeout_s),
+            timeout=timeout,
             # Names the GPU, which barriers would otherwise guess from the rank.
             device_id=device if backend == "nccl" else None,
         )

@@ -141,6 +141,9 @@ class RunLogger:
                 writer.close()
             except OSError as error:
                 _log.warning("TensorBoard's file is not complete (%s)", error.strerror or error)
+                events = writer.file_writer.event_writer
+                events._worker.stop()
+                events._closed = True  # else its exit hook would try once more, with a traceback
             self._writer = None
 
 

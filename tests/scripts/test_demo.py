@@ -23,6 +23,7 @@ def test_demo_ends_with_a_table_and_a_picture(shapes_root: Path, tmp_path: Path)
             "VENV": sys.prefix,
             "DATA": str(shapes_root),
             "LOGDIR": str(tmp_path),
+            "BATCH": "4",
             "EPOCHS_0": "1",
             "EPOCHS_1": "1",
         },

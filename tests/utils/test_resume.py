@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from utils.distributed import Vote, as_fault, shared_errors
+from utils.errors import Fault, UserError
+from utils.files import FolderLock
+from utils.randomness import rng_state, set_rng_state
+from utils.resume import Progress, differences, is_trained, restarted, rng_of_rank
+from utils.signals import StopRequest, outlive_first_signal
+
+
+def checkpoint(**changes: object) -> dict[str, object]:
+    content = {"epoch": 2, "batch": 5, "batches_per_epoch": 9, "best_score": 0.5, "unreadable": ["b", "a"]}
+    options = {"momentum": 0.9, "logdir": "a", "num_workers": 1}
+    return {**content, "manifest": {"options": options}, "facts": {"--lr": 0.1, "previous": "f00"}, **changes}
+
+
+def test_progress_comes_back_from_its_state() -> None:
+    progress = Progress.of(checkpoint(), 9)
+    assert progress == Progress(2, 5, 0.5, {"a", "b"})
+    assert Progress.of(progress.state(), 9) == progress
+    assert Progress.of({"epoch": 2}, 9) == Progress(2, 9)  # of a release: at the end of its epoch
+
+
+@pytest.mark.parametrize(
+    ("changes", "epochs", "expected"),
+    [({}, 3, False), ({"batch": 9}, 3, True), ({"batch": 9}, 4, False), ({"batch": None}, 3, True)],
+)
+def test_is_trained(changes: dict[str, object], epochs: int, expected: bool) -> None:
+    assert is_trained(checkpoint(**changes), epochs) is expected
+
+
+def test_differences_name_what_matters() -> None:
+    options = {"momentum": 0.5, "logdir": "b", "num_workers": 4, "new_option": 1}
+    facts = {"--lr": 0.2, "previous": None, "new fact": 3}
+    assert differences(checkpoint(), options, facts) == ["--momentum 0.9, now 0.5", "--lr 0.1, now 0.2"]
+    assert differences(checkpoint(), {"momentum": 0.9}, {"--lr": 0.1, "previous": "f00"}) == []
+    assert differences({"epoch": 3}, options, facts) == []  # a released checkpoint says nothing
+
+
+def test_restarted_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    assert not restarted()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert not restarted()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert restarted()
+
+
+def test_random_numbers_go_on() -> None:
+    cpu = torch.device("cpu")
+    torch.manual_seed(1)
+    torch.rand(3)
+    state = rng_state(cpu)
+    expected = torch.rand(5)
+    torch.manual_seed(2)
+    set_rng_state(state, cpu)
+    assert torch.equal(torch.rand(5), expected)
+    assert rng_of_rank({"rng_state": [state]}, 0) is state
+    assert rng_of_rank({"rng_state": [state]}, 1) is None
+    with pytest.raises(UserError, match="--fresh"):
+        set_rng_state({"cpu": torch.zeros(3, dtype=torch.uint8)}, cpu)
+
+
+def test_a_folder_has_one_owner(tmp_path: Path) -> None:
+    lock = FolderLock(tmp_path / "run")
+    reader, writer = os.pipe()
+    child = os.fork()  # record locks are one process's own: only another process meets them
+    if child == 0:
+        try:
+            FolderLock(tmp_path / "run")
+            os.write(writer, b"no error")
+        except UserError as error:
+            os.write(writer, str(error).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    text = os.read(reader, 1000).decode()
+    assert f"another run is at work there (process {os.getpid()} on" in text
+    lock.release()
+    FolderLock(tmp_path / "run").release()
+
+
+def test_a_signal_leaves_a_note() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        stop = StopRequest().listen()
+        assert not stop
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop and stop.signal == "SIGUSR1"
+        outlive_first_signal()
+        os.kill(os.getpid(), signal.SIGTERM)  # outlived
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        thread = threading.Thread(target=StopRequest().listen)
+        thread.start()
+        thread.join()
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_alone_votes_and_errors_are_ones_own() -> None:
+    vote = Vote()
+    assert [vote.cast(ballot) for ballot in (0, 2, 1)] == [0, 2, 1]
+    assert vote.close() == 0
+    with pytest.raises(UserError, match="mine"), shared_errors():
+        raise UserError("mine")
+
+
+def test_faults_of_others_are_told_from_own_ones() -> None:
+    lost = as_fault(RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer [127.0.0.1]:1"))
+    assert lost is not None and "--timeout" in str(lost)
+    worker = as_fault(RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed."))
+    assert worker is not None and "--num_workers" in str(worker)
+    own = Fault("a loss is not finite")
+    assert as_fault(own) is own
+    assert as_fault(RuntimeError("shapes differ")) is None
