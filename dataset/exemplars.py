@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from dataset.splits import VOID, list_digest, write_atomically
+from dataset.splits import VOID, list_digest
 from tasks import Task, check_step
 from utils.errors import UserError
+from utils.files import atomic_write_text
 
 
 @dataclass(frozen=True)
@@ -127,12 +128,7 @@ def exemplar_origin(
 def save_exemplars(path: Path, exemplars: Sequence[Exemplar], origin: Mapping[str, Any]) -> None:
     """Write a list as JSON, with what it was computed from; all of the file or nothing."""
     pairs = [[exemplar.index, exemplar.step] for exemplar in exemplars]
-    content = json.dumps({"origin": dict(origin), "exemplars": pairs}, indent=1)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, content.encode())
-    except OSError as error:
-        raise UserError(f"exemplar list {path}: cannot be written ({error.strerror})") from error
+    atomic_write_text(path, json.dumps({"origin": dict(origin), "exemplars": pairs}, indent=1))
 
 
 def load_exemplars(path: Path, origin: Mapping[str, Any]) -> list[Exemplar]:

@@ -34,6 +34,7 @@ from tqdm import tqdm
 from dataset.decoding import PNG_SIGNATURE, png_image_data, read_mask
 from tasks import Steps, Task, check_step, get_task, task_names
 from utils.errors import DataError, UserError
+from utils.files import atomic_write
 
 try:
     import fcntl
@@ -244,12 +245,11 @@ def _scan_cached(paths: Sequence[Path], cache_dir: Path, workers: int | None, pr
         index = _load_cache(path, key, len(paths))  # another process may have built it while this one waited
         if index is None:
             index = _scan(paths, workers, progress)
-            buffer = io.BytesIO()
-            np.savez(buffer, key=np.array(key), index=np.packbits(index, axis=1))
             try:
-                write_atomically(path, buffer.getvalue())
-            except OSError as error:
-                logger.warning("presence index is not kept: %s cannot be written (%s)", path, error.strerror)
+                with atomic_write(path) as file:
+                    np.savez(file, key=np.array(key), index=np.packbits(index, axis=1))
+            except UserError as error:
+                logger.warning("presence index is not kept: %s", error)
     return index
 
 
@@ -292,19 +292,6 @@ def file_lock(path: Path) -> Iterator[None]:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a kill in the middle, sees the old content or the new one."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 # --- protocols ----------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from methods.base import Batch, Context, Method
 from segmentation_module import IncrementalSegmentationModule, freeze
-from utils.loss import BCEWithLogitsLossWithIgnoreIndex
+from utils.loss import BCEWithLogitsLossWithIgnoreIndex, sigmoid_pseudo_labels
 
 BODY_LR_FACTOR = 0.1  # step 0: SSUL trains the body at 1e-3 and the heads at 1e-2
 BACKGROUND_LR_FACTOR = 1e-4  # later steps: the background's head hardly moves
@@ -73,18 +73,15 @@ class UnknownClass(Method):
         return BACKGROUND_LR_FACTOR if parameter.startswith("cls.0.") else 1.0
 
     def relabel(self, batch: Batch) -> None:
-        """Background becomes unknown where it is salient; confident old classes take both places."""
-        unknown = batch.classes_old + batch.classes_new
-        background = batch.targets == 0
-        salient = batch.extras.get("saliency")
-        hidden = background if salient is None else background & salient.bool()
-        targets = torch.where(hidden, unknown, batch.targets)
+        """Confident old classes take the background's place; what is left and salient becomes unknown."""
+        targets = batch.targets
         if batch.outputs_old is not None:
-            # The teacher's last channel is its unknown class: neither it nor the background is handed on.
-            score, label = batch.outputs_old.sigmoid().max(dim=1)
-            old = (label > 0) & (label < batch.classes_old)
-            targets = torch.where(background & old & (score >= self.threshold), label, targets)
-        batch.targets = targets
+            # The teacher's last channel is its unknown class, which is not handed on.
+            targets = sigmoid_pseudo_labels(batch.outputs_old, targets, self.threshold, end=batch.classes_old)
+        hidden = targets == 0
+        if (salient := batch.extras.get("saliency")) is not None:
+            hidden &= salient.bool()
+        batch.targets = torch.where(hidden, batch.classes_old + batch.classes_new, targets)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Binary cross entropy over classes and "unknown", void left out."""

@@ -18,6 +18,24 @@ HIDDEN_CHANNELS = 256
 DILATIONS = {16: (6, 12, 18), 8: (12, 24, 32)}
 
 
+class AtrousConv2d(nn.Conv2d):
+    """3×3 atrous convolution, padded by its dilation, without the taps that meet nothing but padding.
+
+    On maps no larger than the dilation (small crops) the outer taps multiply zeros alone: leaving them out
+    gives the same sums, and zero gradients for them, from as little as a ninth of the work.
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        """B×C×h×w → B×D×h×w."""
+        taps, padding = [], []
+        for size, dilation in zip(features.shape[2:], self.dilation, strict=True):
+            inner = size <= dilation
+            taps.append(slice(1, 2) if inner else slice(None))
+            padding.append(0 if inner else dilation)
+        weight = self.weight[:, :, taps[0], taps[1]]
+        return F.conv2d(features, weight, self.bias, self.stride, padding, self.dilation)
+
+
 class DeepLabHead(nn.Module):
     """Atrous spatial pyramid pooling with one norm over all branches and an added global-pool branch.
 
@@ -44,7 +62,7 @@ class DeepLabHead(nn.Module):
         width = HIDDEN_CHANNELS
         branches = [nn.Conv2d(in_channels, width, 1, bias=False)]
         for d in DILATIONS[output_stride]:
-            branches.append(nn.Conv2d(in_channels, width, 3, padding=d, dilation=d, bias=False))
+            branches.append(AtrousConv2d(in_channels, width, 3, padding=d, dilation=d, bias=False))
         self.map_convs = nn.ModuleList(branches)
         self.map_bn = norm_act(width * len(branches))
         self.red_conv = nn.Conv2d(width * len(branches), width, 1, bias=False)

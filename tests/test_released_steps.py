@@ -14,7 +14,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ from argparser import Options, parse_options
 from methods import Context, Method, build_methods
 from modules.network import Network
 from segmentation_module import IncrementalSegmentationModule
-from session import Session
+from session.networks import make_optimizer
 from train import Trainer
 from utils.scheduler import make_scheduler
 
@@ -266,7 +265,7 @@ def run_ours(opts: Options, start: Start, carried: dict[str, Any] | None = None)
         context.model_old = None
     for method in methods.values():
         method.begin_step(context)
-    optimizer = Session._optimizer(SimpleNamespace(opts=opts), student, methods, opts.lrs[0])  # type: ignore[arg-type]
+    optimizer = make_optimizer(opts, student, methods, opts.lrs[0])
     scheduler = make_scheduler(
         optimizer,
         opts.lr_policy,

@@ -1511,7 +1511,7 @@ def confidence_pseudo_labels(
 
 @torch.no_grad()
 def sigmoid_pseudo_labels(
-    outputs_old: Tensor, labels: Tensor, threshold: float = 0.7, *, reserved: int = 1
+    outputs_old: Tensor, labels: Tensor, threshold: float = 0.7, *, reserved: int = 1, end: int | None = None
 ) -> Tensor:
     """SSUL's pseudo-labels (arXiv 2106.11562): the teacher's class where its sigmoid is high enough.
 
@@ -1522,12 +1522,14 @@ def sigmoid_pseudo_labels(
         labels: B×H×W.
         threshold: smallest sigmoid accepted.
         reserved: how many of the first indices are not classes: 1 (background), or 2 (background, unknown).
+        end: the index after the last class, where an "unknown" channel follows; None: there is none.
 
     Returns:
         B×H×W int64.
     """
     score, predicted = outputs_old.float().sigmoid().max(dim=1)
-    accepted = (labels < reserved) & (predicted >= reserved) & (score >= threshold)
+    classes = predicted >= reserved if end is None else (predicted >= reserved) & (predicted < end)
+    accepted = (labels < reserved) & classes & (score >= threshold)
     return torch.where(accepted, predicted, labels.long())
 
 

@@ -9,8 +9,13 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterable, Iterator
 from types import FrameType
+from typing import TypeVar
 
+from utils import distributed
+
+T = TypeVar("T")
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 _NAMES = ("SIGTERM", "SIGUSR1")  # Windows has no SIGUSR1
 
@@ -39,6 +44,27 @@ class StopRequest:
             for number in _signals():
                 signal.signal(number, self._note)
         return self
+
+    @property
+    def reason(self) -> str:
+        """What ended the run, for a message."""
+        return self.signal or "a signal to another process"
+
+    def end_if_told(self) -> None:
+        """End every process if one was told to stop; every process must call it.
+
+        Raises:
+            Stopped: on every process.
+        """
+        if distributed.any_rank(bool(self)):
+            raise Stopped(f"{self.reason}: stopped")
+
+    def until_told(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, up to the one after which this process was told to stop."""
+        for item in items:
+            yield item
+            if self:
+                return
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() == self._owner:

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from dataset import splits
-from dataset.splits import scan_presence, write_atomically
+from dataset.splits import scan_presence
 
 ROOT = Path(__file__).resolve().parents[2]
 VOC = ROOT.parent / "shared" / "voc_masks"
@@ -167,20 +167,6 @@ def test_kill_in_the_middle_leaves_no_half_file(tmp_path):
     again = start_scanner(tmp_path, 0.0)  # the dead process's lock does not hold it up
     last = again.communicate(timeout=60)[0].splitlines()[-1]
     assert last.startswith("read 200 ")
-
-
-def test_atomic_write_keeps_the_old_file_on_failure(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-
-    def fail(_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.skipif(not VOC.is_dir(), reason="the VOC masks in shared/voc_masks are not there")

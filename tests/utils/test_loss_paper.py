@@ -276,6 +276,8 @@ def test_sigmoid_pseudo_labels_by_hand():
     outputs_old[0, 2, 0, 3] = 9.0  # labelled already
     labels = torch.tensor([[[0, 1, 0, 4]]])
     assert L.sigmoid_pseudo_labels(outputs_old, labels, reserved=2).flatten().tolist() == [2, 1, 0, 4]
+    # Channel 2 is the teacher's unknown class: it is not handed on.
+    assert L.sigmoid_pseudo_labels(outputs_old, labels, reserved=1, end=2).flatten().tolist() == [0, 1, 1, 4]
 
 
 # --- slow formulations ---------------------------------------------------------------------------------

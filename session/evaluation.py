@@ -1,0 +1,143 @@
+"""Evaluation of a step: confusion matrix, results files, pictures of predictions."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from argparser import Options
+from dataset.incremental import IncrementalDataset, Substitute
+from dataset.loaders import Tolerance, choose_samples, make_eval_loader
+from dataset.step_data import EvaluationData
+from metrics.continual import Results, summarise, write_results
+from metrics.stream_metrics import StreamSegMetrics
+from session.folder import RunFolder
+from train import Precision, class_scores, evaluate, to_device
+from utils import distributed
+from utils.distributed import World
+from utils.inference import FusedPrediction
+from utils.logger import RunLogger, progress
+from utils.signals import StopRequest
+from utils.visualize import prediction_grid
+
+log = logging.getLogger(__name__)
+
+
+class Evaluation:
+    """Evaluates networks and writes what came out.
+
+    Args:
+        opts: checked options.
+        world: this process among the others.
+        folder: of the run.
+        stop: whether this process was told to stop.
+        tolerance: for unreadable images.
+    """
+
+    def __init__(
+        self, opts: Options, world: World, folder: RunFolder, stop: StopRequest, tolerance: Tolerance
+    ) -> None:
+        self.opts = opts
+        self.world = world
+        self.folder = folder
+        self.stop = stop
+        self.tolerance = tolerance
+        fused = len(opts.test_scales) > 1 or opts.test_scales != [1.0] or opts.test_flip
+        self.predict = (
+            FusedPrediction(opts.test_scales, opts.test_flip, opts.fusion_mode) if fused else class_scores
+        )
+
+    def run(
+        self, model: nn.Module, images: IncrementalDataset, classes: int, precision: Precision
+    ) -> StreamSegMetrics:
+        """Confusion matrix over images, summed over all processes.
+
+        Raises:
+            Stopped: a signal came.
+        """
+        opts = self.opts
+        loader = make_eval_loader(
+            images,
+            opts.batch_size if opts.crop_val else 1,
+            num_workers=opts.num_workers,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            device=self.world.device,
+            tolerance=self.tolerance,
+        )
+        batches = progress(
+            loader, total=len(loader), desc="evaluation", world=self.world, interval=opts.print_interval * 10
+        )
+        # Running statistics of norm layers differ between processes; the first one's count, as in training.
+        distributed.broadcast_buffers(model)
+        metrics = evaluate(
+            model,
+            self.stop.until_told(batches),
+            StreamSegMetrics(classes, self.world.device),
+            device=self.world.device,
+            precision=precision,
+            predict=self.predict,
+        )
+        self.stop.end_if_told()
+        return metrics
+
+    def summarise(
+        self,
+        step: int,
+        data: EvaluationData,
+        metrics: StreamSegMetrics,
+        learnt_iou: dict[str, float] | None = None,
+    ) -> Results:
+        """The numbers of a confusion matrix."""
+        return summarise(
+            metrics.confusion_matrix,
+            data.class_names,
+            old_classes=len(self.opts.task_.old_classes(step)) if step else 0,
+            ignore=data.ignored,
+            learnt_iou=learnt_iou,
+        )
+
+    def report(self, step: int, data: EvaluationData, metrics: StreamSegMetrics) -> Results:
+        """Results of a step in the log and, from rank 0, as JSON and CSV in the run's folder."""
+        opts = self.opts
+        results = self.summarise(step, data, metrics, self.folder.learnt_iou(step))
+        log.info("step %d, %s protocol\n%s", step, opts.protocol, results.table())
+        if self.world.is_main:
+            prefix = f"{opts.date}_" if opts.date else ""
+            written = write_results(
+                self.folder.path,
+                results,
+                step=step,
+                num_classes=len(opts.task_.order),
+                csv_name=f"{prefix}{opts.dataset}_{opts.task}_{opts.name}.csv",
+            )
+            log.info("results: %s", ", ".join(str(path) for path in written))
+        return results
+
+    def pictures(
+        self, step: int, data: EvaluationData, model: nn.Module, precision: Precision, board: RunLogger
+    ) -> None:
+        """``--sample_num`` images of the evaluation, the same in every step, beside truth and prediction."""
+        count = min(self.opts.sample_num, len(data.test))
+        if not count or not self.world.is_main:
+            return
+        model.eval()
+        images, targets, predictions = [], [], []
+        for index in choose_samples(len(data.test), count, self.opts.random_seed):
+            sample = data.test[index]
+            image, target, *_ = sample.sample if isinstance(sample, Substitute) else sample
+            images.append(image)
+            targets.append(target)
+            predictions.append(self._prediction(model, image, precision))
+        path = self.folder.path / f"predictions_{step}.png"
+        picture = prediction_grid(images, targets, predictions, data.class_names, path=path)
+        board.image("predictions", picture, self.opts.epochs)
+        log.info("pictures: %s", path)
+
+    @torch.no_grad()
+    def _prediction(self, model: nn.Module, image: Tensor, precision: Precision) -> Tensor:
+        with precision.network():
+            scores = self.predict(model, to_device(image[None], self.world.device))
+        return scores.argmax(1)[0].cpu()

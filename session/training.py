@@ -1,0 +1,348 @@
+"""Training of a step, from its start or from where its checkpoint stands, and saving it on the way."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from argparser import Options
+from dataset.loaders import EpochSampler, Loader, Tolerance, make_train_loader
+from dataset.splits import list_digest
+from dataset.step_data import StepData, step_data
+from methods import Context
+from session.evaluation import Evaluation
+from session.folder import RunFolder
+from session.networks import StepNetworks, schedule
+from train import NonFiniteLoss, Precision, Trainer, to_device
+from utils import distributed
+from utils.checkpoint import make_manifest, save_checkpoint
+from utils.distributed import World
+from utils.errors import UserError
+from utils.logger import RunLogger, progress
+from utils.randomness import rng_state, set_rng_state
+from utils.resume import Progress, job_id, rng_of_rank
+from utils.signals import Stopped, StopRequest
+
+log = logging.getLogger(__name__)
+
+_GO_ON, _SAVE, _END = 0, 1, 2  # ballots after a batch; the highest wins
+
+
+class StepTraining:
+    """A step in training.
+
+    Args:
+        opts: checked options.
+        world: this process among the others.
+        folder: of the run.
+        evaluation: for validation.
+        stop: whether this process was told to stop.
+        tolerance: for unreadable images.
+        step: the step.
+        lr: its learning rate.
+        facts: what its checkpoint must agree with beside the options (``RunFolder.facts``).
+        resumed: the checkpoint that it goes on from, None at its start.
+
+    Raises:
+        UserError: data, previous step or checkpoint do not fit.
+    """
+
+    def __init__(
+        self,
+        opts: Options,
+        world: World,
+        folder: RunFolder,
+        evaluation: Evaluation,
+        stop: StopRequest,
+        tolerance: Tolerance,
+        *,
+        step: int,
+        lr: float,
+        facts: dict[str, Any],
+        resumed: dict[str, Any] | None,
+    ) -> None:
+        self.opts = opts
+        self.world = world
+        self.folder = folder
+        self.evaluation = evaluation
+        self.stop = stop
+        self.tolerance = tolerance
+        self.step = step
+        self.facts = facts
+        self.vote = distributed.Vote()
+        self.precision = Precision(opts.opt_level, world.device)
+        torch.manual_seed(opts.random_seed + step)
+        with distributed.shared_errors():
+            self.data = self._step_data(resumed)
+        self.loader = self._train_loader()
+        assert isinstance(self.loader.sampler, EpochSampler)
+        self.sampler = self.loader.sampler
+        networks = StepNetworks(opts, world, folder, step, self.precision)
+        self.context: Context = networks.context
+        self.context.batches = self._training_pass
+        networks.begin()
+        if resumed is not None:
+            networks.restore(resumed)
+        forward, optimizer = networks.wrapped(), networks.optimizer(lr)
+        self.scheduler = schedule(opts, optimizer, opts.epochs * self.sampler.batches_per_epoch)
+        self.trainer = Trainer(
+            self.context,
+            networks.methods,
+            optimizer,
+            self.scheduler,
+            forward=forward,
+            precision=self.precision,
+        )
+        self.progress = Progress()
+        self._rng: dict[str, Tensor] | None = None
+        self._saved: tuple[int, int] | None = None  # epoch and batch of the checkpoint on the disk
+        if resumed is not None:
+            self._go_on(resumed)
+        self.board = RunLogger(world, folder.path / f"step_{step}", enabled=opts.visualize)
+        self._last_save = time.monotonic()
+
+    @property
+    def model(self) -> nn.Module:
+        """The student, not wrapped."""
+        return self.context.model
+
+    # ── start ────────────────────────────────────────────────────────────────────────────────────
+
+    def _step_data(self, resumed: dict[str, Any] | None) -> StepData:
+        """The step's images. From now on its results tell that it is done, so that old ones go."""
+        opts, step = self.opts, self.step
+        exemplar_list = self.folder.path / f"exemplars_{step}.json"
+        data = step_data(opts, step, exemplar_list=exemplar_list, is_main=self.world.is_main)
+        self.facts["list of training images"] = list_digest([entry.index for entry in data.train.entries])
+        if resumed is not None and opts.ckpt is None:
+            self.folder.check_same_run(step, resumed, self.facts)
+        if self.world.is_main:
+            self.folder.results(step).unlink(missing_ok=True)
+        log.info(
+            "step %d of task %s: %d training images, %d for the final evaluation, %d classes, total batch %d",
+            step,
+            opts.task,
+            len(data.train) - data.num_memory,
+            len(data.test),
+            len(data.class_names),
+            opts.batch_size * self.world.size,
+        )
+        return data
+
+    def _train_loader(self) -> Loader:
+        opts, world = self.opts, self.world
+        return make_train_loader(
+            self.data.train,
+            opts.batch_size,
+            num_memory=self.data.num_memory,
+            seed=opts.random_seed,
+            rank=world.rank,
+            world_size=world.size,
+            num_workers=opts.num_workers,
+            device=world.device,
+            tolerance=self.tolerance,
+        )
+
+    def _training_pass(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """This step's training batches once, as epoch 0 draws them."""
+        self.sampler.set_epoch(0)
+        for images, targets, *_ in self.loader:
+            yield to_device(images, self.world.device), targets.to(self.world.device).long()
+
+    def _go_on(self, resumed: dict[str, Any]) -> None:
+        """Stand where a checkpoint stands."""
+        batches = self.sampler.batches_per_epoch
+        progress = self.progress = Progress.of(resumed, batches)
+        self.tolerance.reasons |= progress.unreadable
+        if "optimizer_state" in resumed:
+            try:
+                self.trainer.optimizer.load_state_dict(resumed["optimizer_state"])
+            except ValueError as error:
+                raise UserError(
+                    f"{self.folder.checkpoint(self.step)}: its optimiser trained other weights ({error}); "
+                    "--fresh starts the step over"
+                ) from error
+            self.scheduler.load_state_dict(resumed["scheduler_state"])
+            self.precision.scaler.load_state_dict(resumed["scaler_state"])
+        if 0 < progress.batch < batches:
+            self._rng = rng_of_rank(resumed, self.world.rank)
+        self._saved = progress.epoch, progress.batch
+        log.info(
+            "step %d goes on at epoch %d of %d, after batch %d of %d",
+            self.step,
+            progress.epoch + 1,
+            self.opts.epochs,
+            progress.batch,
+            batches,
+        )
+
+    # ── epochs ───────────────────────────────────────────────────────────────────────────────────
+
+    def run(self) -> None:
+        """Train what is left of the epochs; validate and save between them.
+
+        Raises:
+            Stopped: a signal came; the step is saved.
+            NonFiniteLoss: a loss or a weight is not finite.
+        """
+        opts, progress, batches = self.opts, self.progress, self.sampler.batches_per_epoch
+        for epoch in range(progress.epoch, opts.epochs):
+            if epoch > progress.epoch:
+                progress.epoch, progress.batch = epoch, 0
+            last = epoch + 1 == opts.epochs
+            if progress.batch < batches:
+                self._train_epoch()
+                if last or (epoch + 1) % opts.ckpt_interval == 0:
+                    self._save()
+            if not last and (epoch + 1) % opts.val_interval == 0:
+                try:
+                    progress.best = max(progress.best, self._validate())
+                except Stopped:
+                    if self._saved != (epoch, progress.batch):
+                        self._save()
+                    raise
+
+    def _train_epoch(self) -> None:
+        """Train the rest of the epoch under way."""
+        opts, sampler, progress_ = self.opts, self.sampler, self.progress
+        epoch, first = progress_.epoch, progress_.batch
+        began = time.perf_counter()
+        sampler.set_epoch(epoch, first)
+        title = f"step {self.step} epoch {epoch + 1}/{opts.epochs}"
+        batches = progress(
+            self._seeded(epoch),
+            total=sampler.batches_per_epoch - first,
+            desc=title,
+            world=self.world,
+            interval=opts.print_interval,
+        )
+        means = self.trainer.train_epoch(
+            batches,
+            epoch,
+            interval=opts.print_interval,
+            report=self._report,
+            first_batch=first,
+            after_batch=self._after_batch,
+        )
+        seconds = time.perf_counter() - began
+        speed = (sampler.batches_per_epoch - first) * opts.batch_size * self.world.size / seconds
+        self.board.scalar("images_per_second", speed, epoch + 1)
+        log.info("%s: %s (%.1f images/s)", title, _listed(means), speed)
+
+    def _report(self, position: int, terms: dict[str, float]) -> None:
+        epoch = self.progress.epoch
+        iteration = epoch * self.sampler.batches_per_epoch + position
+        self.board.scalars({f"loss/{name}": value for name, value in terms.items()}, iteration)
+        self.board.scalar("lr", self.trainer.optimizer.param_groups[0]["lr"], iteration)
+        log.debug("step %d epoch %d batch %d: %s", self.step, epoch + 1, position, _listed(terms))
+
+    def _seeded(self, epoch: int) -> Iterator[Any]:
+        """The loader's batches; dropout and drop path draw what they draw in an unbroken run."""
+        for position, batch in enumerate(self.loader):
+            # Not earlier: a loader that starts draws a number too.
+            if position == 0 and self._rng is not None:
+                set_rng_state(self._rng, self.world.device)
+                self._rng = None
+            elif position == 0:
+                torch.manual_seed(self.opts.random_seed + 1000 * (epoch + 1) + self.world.rank)
+            yield batch
+
+    def _validate(self) -> float:
+        data, epoch = self.data, self.progress.epoch
+        metrics = self.evaluation.run(self.model, data.val, len(data.class_names), self.precision)
+        miou = self.evaluation.summarise(self.step, data, metrics).miou_all
+        self.board.scalar("miou/all", miou, epoch + 1)
+        log.info("step %d epoch %d: validation mIoU %.2f %%", self.step, epoch + 1, 100 * miou)
+        return miou
+
+    # ── saving ───────────────────────────────────────────────────────────────────────────────────
+
+    def _after_batch(self, position: int) -> None:
+        """Save where ``--ckpt_minutes`` are over, save and end where a signal came; all processes alike."""
+        self.progress.batch = position
+        ballot = _END if self.stop else _SAVE if self._save_is_due() else _GO_ON
+        decision = self.vote.cast(ballot)
+        if decision == _GO_ON:
+            return
+        self._save()
+        if decision == _END:
+            raise Stopped(
+                f"{self.stop.reason}: saved step {self.step} after batch {position} of epoch "
+                f"{self.progress.epoch + 1}; the same command goes on from there"
+            )
+
+    def _save_is_due(self) -> bool:
+        """Whether the first process's clock says so; once per interval."""
+        interval = 60 * self.opts.ckpt_minutes
+        if not (self.world.is_main and interval) or time.monotonic() - self._last_save < interval:
+            return False
+        self._last_save = time.monotonic()
+        return True
+
+    def _save(self) -> None:
+        """Write the checkpoint from rank 0; every process waits until it is whole, or fails with it."""
+        _check_finite(self.model)
+        if self.opts.skip_corrupt:
+            for reasons in distributed.gather_objects(self.tolerance.reasons):
+                self.tolerance.note(reasons)
+            self.progress.unreadable = set(self.tolerance.reasons)
+        trained = self.trainer.methods
+        methods = {name: method.state_dict() for name, method in trained.items()}
+        local = {name: methods[name] for name, m in trained.items() if m.differs_between_processes}
+        gathered = {
+            "method_state_of_rank": distributed.gather_objects(local) if local else [],
+            "rng_state": distributed.gather_objects(rng_state(self.world.device)),
+        }
+        with distributed.shared_errors():
+            if self.world.is_main:
+                save_checkpoint(
+                    self.folder.checkpoint(self.step),
+                    {**self._content(), **gathered, "method_state": methods, "manifest": self._manifest()},
+                )
+        self._saved = self.progress.epoch, self.progress.batch
+        self._last_save = time.monotonic()
+
+    def _content(self) -> dict[str, Any]:
+        """What the first process puts into the checkpoint on its own."""
+        return {
+            **self.progress.state(),
+            "batches_per_epoch": self.sampler.batches_per_epoch,
+            "model_state": self.model.state_dict(),
+            "optimizer_state": self.trainer.optimizer.state_dict(),
+            "scheduler_state": self.scheduler.state_dict(),
+            "scaler_state": self.precision.scaler.state_dict(),
+            "facts": self.facts,
+            "job": job_id(),
+        }
+
+    def _manifest(self) -> dict[str, Any]:
+        opts = self.opts
+        return make_manifest(
+            task=opts.task,
+            dataset=opts.dataset,
+            steps=[list(ids) for ids in opts.task_.steps],
+            step=self.step,
+            model=opts.model,
+            backbone=opts.backbone,
+            decoder=opts.decoder,
+            norm_act=opts.norm_act,
+            options=self.folder.options,
+        )
+
+
+def _listed(terms: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
+
+
+def _check_finite(model: nn.Module) -> None:
+    """Raise rather than put weights on the disk that no run can go on with."""
+    finite = [p.detach().isfinite().all() for p in model.parameters()]
+    if not bool(torch.stack(finite).all()):
+        raise NonFiniteLoss(
+            "the weights are not finite any more and are not saved; a lower --lr or --opt_level O0 may help"
+        )
