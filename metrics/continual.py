@@ -64,20 +64,21 @@ class Results:
 
     def table(self) -> str:
         """Two text tables: every class, then the means, in percent."""
-        classes = format_table(
-            ["", "class", "IoU %", "accuracy %", "forgotten", "pixels"],
+        return "\n\n".join(format_table(*table) for table in self.tables())
+
+    def tables(self) -> list[tuple[list[str], list[list[str]]]]:
+        """Titles and rows of two tables: every class, then the means, in percent."""
+        classes = [
             [
-                [
-                    "old" if self.indices[name] < self.old_classes else "new",
-                    name,
-                    _percent(iou),
-                    _percent(self.class_accuracy[name]),
-                    _percent(self.forgetting.get(name, math.nan)),
-                    str(self.class_pixels[name]),
-                ]
-                for name, iou in self.class_iou.items()
-            ],
-        )
+                "old" if self.indices[name] < self.old_classes else "new",
+                name,
+                _percent(iou),
+                _percent(self.class_accuracy[name]),
+                _percent(self.forgetting.get(name, math.nan)),
+                str(self.class_pixels[name]),
+            ]
+            for name, iou in self.class_iou.items()
+        ]
         means = [
             ("mIoU old, with background", self.miou_old),
             ("mIoU old, without background", self.miou_old_no_background),
@@ -91,8 +92,10 @@ class Results:
         ]
         if self.old_classes:  # the background is old: both means of the new classes are one number
             del means[3]
-        summary = format_table(["", "%"], [[name, _percent(value)] for name, value in means])
-        return f"{classes}\n\n{summary}"
+        return [
+            (["", "class", "IoU %", "accuracy %", "forgotten", "pixels"], classes),
+            (["", "%"], [[name, _percent(value)] for name, value in means]),
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain JSON types, NaN as None."""
@@ -172,11 +175,18 @@ def summarise(
 
 
 def write_results(
-    run_dir: Path, results: Results, *, step: int, num_classes: int, csv_name: str
+    run_dir: Path,
+    results: Results,
+    *,
+    step: int,
+    num_classes: int,
+    csv_name: str,
+    confusion: Tensor | Array | None = None,
+    class_names: Sequence[str] = (),
 ) -> list[Path]:
     """Write ``results_<step>.json`` and the step's row of the CSV file into the run's folder.
 
-    A step that runs again replaces its files' contents and its row. Both files are whole at any moment.
+    A step that runs again replaces its files' contents and its row. Every file is whole at any moment.
 
     Args:
         run_dir: folder of the run, made if missing.
@@ -184,24 +194,65 @@ def write_results(
         step: number of the step.
         num_classes: number of classes of the whole task.
         csv_name: name of the CSV file, published as ``<date>_<dataset>_<task>_<name>.csv``.
+        confusion: C×C counts, rows are labels, columns predictions; also written, as
+            ``confusion_<step>.csv`` with the class names as its first row and column.
+        class_names: C names for it.
 
     Returns:
-        The two paths.
+        The paths of the files written.
 
     Raises:
         UserError: a file cannot be written, or the CSV file that stands there cannot be read.
     """
     json_path, csv_path = run_dir / f"results_{step}.json", run_dir / csv_name
+    written = [json_path, csv_path]
+    if confusion is not None:
+        written.append(_write_confusion(confusion_path(run_dir, step), confusion, class_names))
     content = {"step": step, **results.to_json()}
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
     atomic_write_text(json_path, f"{text}\n")
     rows = [row for row in _read_rows(csv_path) if row[0] != str(step)]
     rows.append(results.csv_row(step, num_classes))
     rows.sort(key=lambda row: int(row[0]))
+    _write_csv(csv_path, rows)
+    return written
+
+
+def confusion_path(run_dir: Path, step: int) -> Path:
+    """Where the confusion matrix of a step stands."""
+    return run_dir / f"confusion_{step}.csv"
+
+
+def read_confusion(path: Path) -> tuple[Array, list[str]]:
+    """Counts (C×C, int64, rows are labels) and class names that ``write_results`` wrote.
+
+    Raises:
+        UserError: the file cannot be read as such.
+    """
+    try:
+        header, *rows = csv.reader(path.read_text(encoding="utf-8").splitlines())
+        counts = np.array([[int(cell) for cell in row[1:]] for row in rows], dtype=np.int64)
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read as a confusion matrix ({error}); move it away") from error
+    names = header[1:]
+    if counts.shape != (len(names), len(names)):
+        raise UserError(f"{path}: is no square confusion matrix; move it away")
+    return counts, names
+
+
+def _write_confusion(path: Path, confusion: Tensor | Array, class_names: Sequence[str]) -> Path:
+    counts = torch.as_tensor(confusion).cpu().long().tolist()
+    if len(counts) != len(class_names):
+        raise ValueError(f"{len(class_names)} class names for a confusion matrix of {len(counts)} rows")
+    rows = [[name, *row] for name, row in zip(class_names, counts, strict=True)]
+    _write_csv(path, [["label \\ prediction", *class_names], *rows])
+    return path
+
+
+def _write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows(rows)
-    atomic_write_text(csv_path, buffer.getvalue())
-    return [json_path, csv_path]
+    atomic_write_text(path, buffer.getvalue())
 
 
 def _read_rows(path: Path) -> list[list[str]]:

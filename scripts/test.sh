@@ -7,4 +7,9 @@ ruff check .
 ruff format --check .
 mypy
 python scripts/check_collected.py
+# The test of the report's page looks at it in a real browser; without one it is skipped, and says so.
+if ! command -v chromium chromium-browser google-chrome >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    { apt-get update && apt-get install -y --no-install-recommends chromium; } >/dev/null ||
+        echo "no chromium could be installed; the page is not looked at" >&2
+fi
 OMP_NUM_THREADS=1 python -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile "$@"

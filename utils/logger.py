@@ -8,13 +8,18 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from utils.distributed import World
 from utils.files import cannot_write
+from utils.history import Record
+from utils.visualize import confusion_figure
+
+if TYPE_CHECKING:  # at run time that module imports this one
+    from metrics.continual import Results
 
 T = TypeVar("T")
 
@@ -134,6 +139,41 @@ class RunLogger:
         if (writer := self._open()) is not None:
             writer.add_image(tag, image, step, dataformats="HWC")
 
+    def progress(self, record: Record) -> None:
+        """A point of a step's course: every loss term under its own name, learning rate, speed, memory."""
+        values = {f"loss/{name}": value for name, value in record.losses.items()}
+        values["lr"] = record.lr
+        for tag, value in (("images_per_second", record.images_per_second), ("memory_MiB", record.memory)):
+            if value is not None:
+                values[tag] = value
+        self.scalars(values, record.iteration)
+
+    def options(self, options: Mapping[str, Any]) -> None:
+        """The options of a run as a table."""
+        rows = [[name, str(value)] for name, value in sorted(options.items())]
+        self.text("options", markdown_table(["option", "value"], rows))
+
+    def results(self, results: Results, step: int, confusion: Any = None) -> None:
+        """Results of an evaluation: curves of means and of every class, the tables, the confusion matrix.
+
+        Args:
+            results: of the evaluation.
+            step: place on the curves: the number of the step, or of the epoch.
+            confusion: C×C counts, rows are labels, columns predictions; None: no figure.
+        """
+        if self._open() is None:  # a figure of 151 classes takes a second
+            return
+        means = {"old": results.miou_old, "new": results.miou_new, "all": results.miou_all}
+        means["harmonic"] = results.harmonic_mean
+        self.scalars({f"miou/{name}": value for name, value in means.items()}, step)
+        self.scalar("mean_forgetting", results.mean_forgetting, step)
+        self.scalars({f"iou/{name}": value for name, value in results.class_iou.items()}, step)
+        self.text("results", "\n\n".join(markdown_table(*table) for table in results.tables()), step)
+        if confusion is not None:
+            names = {index: name for name, index in results.indices.items()}
+            class_names = [names.get(index, "not evaluated") for index in range(len(confusion))]
+            self.figure("confusion", confusion_figure(confusion, class_names), step)
+
     def close(self) -> None:
         """Write what is left and close the file."""
         if (writer := self._open()) is not None:
@@ -200,6 +240,15 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> st
 
     rule = "  ".join("-" * width for width in widths)
     return "\n".join([line(headers), rule, *map(line, shown)])
+
+
+def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """The table as ``format_table``'s, in Markdown."""
+    shown = [[_cell(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    columns = list(zip(*shown, strict=True))
+    right = [bool(column) and all(map(_numeric, column)) for column in columns] or [False] * len(headers)
+    rule = ["---:" if at_right else "---" for at_right in right]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [list(headers), rule, *shown])
 
 
 def _cell(value: object) -> str:

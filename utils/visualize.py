@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -19,6 +20,8 @@ from utils.files import atomic_write
 
 Array = np.ndarray[Any, np.dtype[Any]]
 VOID = 255
+SAMPLE_SIDE = 320
+_NUMBERED = 40  # classes of a confusion matrix up to which its cells hold numbers
 
 
 def palette(num_classes: int = 256) -> Array:
@@ -63,15 +66,17 @@ def prediction_grid(
     predictions: Sequence[Array | Tensor] | Mapping[str, Sequence[Array | Tensor]],
     class_names: Sequence[str],
     *,
+    old_predictions: Sequence[Array | Tensor] | None = None,
     path: Path | None = None,
 ) -> Array:
-    """Pictures in rows: image, labels, prediction; below, the colours of the classes that occur.
+    """Pictures in rows: image, labels, old model's prediction, prediction; below, the classes' colours.
 
     Args:
         images: each H×W×3 or 3×H×W, uint8; sizes may differ.
         targets: each H×W, class ids, 255 void.
         predictions: each H×W, class ids; or several columns of predictions by title.
         class_names: by class id.
+        old_predictions: each H×W, of the model before this step, for a column before the predictions.
         path: also write the picture there, as PNG.
 
     Returns:
@@ -81,7 +86,8 @@ def prediction_grid(
         UserError: ``path`` cannot be written.
     """
     columns = dict(predictions) if isinstance(predictions, Mapping) else {"prediction": predictions}
-    masks = {"labels": targets, **columns}
+    old = {} if old_predictions is None else {"old model's prediction": old_predictions}
+    masks = {"labels": targets, **old, **columns}
     if not images or any(len(column) != len(images) for column in masks.values()):
         raise ValueError("prediction_grid needs as many labels and predictions as images, and at least one")
     figure = _grid_figure([_picture(image) for image in images], masks, class_names)
@@ -98,22 +104,70 @@ def confusion_figure(confusion: Array | Tensor, class_names: Sequence[str]) -> F
     counts = np.asarray(confusion, dtype=np.float64)
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     classes = len(class_names)
-    side = min(4 + 0.35 * classes, 20)
+    # 151 names need about 0.11 inch each to be read; few classes get room for a number in every cell.
+    side = 2.4 + (0.3 * classes if classes <= _NUMBERED else 0.115 * classes)
     figure = _figure(side + 1, side)
     axes = figure.add_subplot()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
     figure.colorbar(image, ax=axes, label="% of the true class's pixels", fraction=0.04, pad=0.02)
-    size = 9 if classes <= 30 else 4
+    size = 8 if classes <= _NUMBERED else 5.5
     axes.set_xticks(range(classes), class_names, rotation=90, fontsize=size)
     axes.set_yticks(range(classes), class_names, fontsize=size)
+    axes.tick_params(length=2 if classes <= _NUMBERED else 0, pad=2)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
-    if classes <= 30:
-        for row, column in zip(*np.nonzero(shares >= 0.5), strict=True):
-            share = shares[row, column]
-            colour = "white" if share > 55 else "black"
-            axes.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=7, color=colour)
+    if classes <= _NUMBERED:
+        _number_cells(axes, shares)
     return figure
+
+
+def _number_cells(axes: Axes, shares: Array) -> None:
+    """Percentages of half a percent and more, in the cells of a confusion matrix."""
+    for row, column in zip(*np.nonzero(shares >= 0.5), strict=True):
+        share = shares[row, column]
+        colour = "white" if share > 55 else "black"
+        axes.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=7, color=colour)
+
+
+def write_samples(
+    folder: Path,
+    images: Sequence[Array | Tensor],
+    targets: Sequence[Array | Tensor],
+    predictions: Sequence[Array | Tensor],
+    step: int,
+) -> list[Path]:
+    """Write the same pictures after every step, for reports that set steps and methods side by side.
+
+    ``<i>_input.png``, ``<i>_truth.png`` and ``<i>_step<step>.png``, masks as colours over the picture, the
+    longer side at most ``SAMPLE_SIDE`` pixels.
+
+    Args:
+        folder: made if missing.
+        images: each H×W×3 or 3×H×W, uint8.
+        targets: each H×W, class ids, 255 void.
+        predictions: each H×W, class ids, of the model after this step.
+        step: number of the step.
+
+    Returns:
+        The paths of the files.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    written = []
+    for index, (image, target, prediction) in enumerate(zip(images, targets, predictions, strict=True)):
+        shown = {
+            f"{index}_input.png": _picture(image),
+            f"{index}_truth.png": overlay(image, target),
+            f"{index}_step{step}.png": overlay(image, prediction),
+        }
+        for name, pixels in shown.items():
+            picture = Image.fromarray(pixels)
+            picture.thumbnail((SAMPLE_SIDE, SAMPLE_SIDE))
+            with atomic_write(folder / name, "free some space or choose another --logdir") as file:
+                picture.save(file, format="png")
+            written.append(folder / name)
+    return written
 
 
 def _grid_figure(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from metrics.continual import summarise, write_results
+from metrics.continual import read_confusion, summarise, write_results
 from utils.errors import UserError
 
 NAMES = ["background", "cat", "dog", "sheep"]
@@ -130,3 +130,22 @@ def test_foreign_csv_file_is_not_overwritten(tmp_path, content):
 def test_names_must_fit(confusion, names):
     with pytest.raises(ValueError, match="class names"):
         summarise(confusion, names)
+
+
+def test_confusion_matrix_is_written_beside_and_read(tmp_path):
+    confusion, names = torch.tensor([[6, 2], [0, 8]]), ["background", "cat, or dog"]
+    results = summarise(confusion, names)
+    written = write_results(
+        tmp_path, results, step=0, num_classes=2, csv_name="a.csv", confusion=confusion, class_names=names
+    )
+    assert written[2] == tmp_path / "confusion_0.csv"
+    counts, read = read_confusion(written[2])
+    assert counts.tolist() == confusion.tolist() and read == names
+    for broken in ("", "x,a,b\na,1,2\n", "x,a\na,z\n"):
+        written[2].write_text(broken)
+        with pytest.raises(UserError, match=r"confusion_0\.csv: "):
+            read_confusion(written[2])
+    with pytest.raises(ValueError, match="1 class names"):
+        write_results(
+            tmp_path, results, step=0, num_classes=2, csv_name="a.csv", confusion=confusion, class_names=["a"]
+        )

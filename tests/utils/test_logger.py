@@ -8,9 +8,11 @@ import pytest
 import torch
 from tensorboardX.proto.event_pb2 import Event
 
+from metrics.continual import summarise
 from utils.distributed import World
 from utils.errors import UserError
-from utils.logger import RunLogger, format_table, progress, setup_logging
+from utils.history import Record
+from utils.logger import RunLogger, format_table, markdown_table, progress, setup_logging
 
 MAIN = World(0, 0, 2, torch.device("cpu"), None)
 OTHER = World(1, 1, 2, torch.device("cpu"), None)
@@ -103,11 +105,43 @@ def test_tensorboard_events(tmp_path):
     assert any(value.tag.startswith("options") for _, value in values)
 
 
+def test_course_options_and_results_in_tensorboard(tmp_path):
+    board = RunLogger(MAIN, tmp_path)
+    board.progress(Record(10, 1, 5.0, 16.0, 0.1, None, {"ce": 1.0, "kd": 2.0}))
+    board.options({"method": "MIB", "lr": [0.1]})
+    confusion = np.array([[6, 2], [0, 8]])
+    board.results(summarise(confusion, ["background", "cat"], 1), 3, confusion)
+    board.close()
+    values = [(event.step, value) for event in events(tmp_path) for value in event.summary.value]
+    scalars = {(step, v.tag): v.simple_value for step, v in values if v.HasField("simple_value")}
+    assert scalars.keys() == {
+        *((10, tag) for tag in ("loss/ce", "loss/kd", "lr", "images_per_second")),
+        *((3, f"miou/{name}") for name in ("old", "new", "all", "harmonic")),
+        *((3, f"iou/{name}") for name in ("background", "cat")),
+    }
+    assert scalars[3, "iou/cat"] == pytest.approx(0.8)
+    assert [v.tag for _, v in values if v.HasField("image")] == ["confusion"]
+    texts = {v.tag: v.tensor.string_val[0].decode() for _, v in values if v.tensor.string_val}
+    assert "| method | MIB |" in next(text for tag, text in texts.items() if tag.startswith("options"))
+    assert "| mIoU all |" in next(text for tag, text in texts.items() if tag.startswith("results"))
+
+
+def test_markdown_table():
+    assert markdown_table(["class", "IoU"], [["a|b", 1.5], ["c", None]]).splitlines() == [
+        "| class | IoU |",
+        "| --- | ---: |",
+        "| a\\|b | 1.50 |",
+        "| c | – |",
+    ]
+    assert markdown_table(["a"], []).splitlines() == ["| a |", "| --- |"]
+
+
 @pytest.mark.parametrize(("world", "enabled"), [(OTHER, True), (MAIN, False)])
 def test_tensorboard_elsewhere_or_off_does_nothing(tmp_path, world, enabled):
     board = RunLogger(world, tmp_path / "run", enabled=enabled)
     board.scalar("lr", 0.5, 1)
     board.scalars({"a": 1.0}, 1)
+    board.results(summarise(np.eye(2), ["a", "b"]), 1, np.eye(2))
     board.text("a", "b")
     board.figure("a", None, 1)
     board.image("a", None, 1)

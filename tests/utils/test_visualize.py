@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from utils.errors import UserError
-from utils.visualize import colorize, confusion_figure, overlay, palette, prediction_grid
+from utils.visualize import colorize, confusion_figure, overlay, palette, prediction_grid, write_samples
 
 NAMES = ["background", "aeroplane", "bicycle", "bird"]
 
@@ -97,3 +97,28 @@ def test_confusion_figure(classes, tmp_path):
     np.testing.assert_allclose(shares.sum(axis=1)[[0, 1]], [100, 0])
     figure.savefig(tmp_path / "confusion.png")
     assert (tmp_path / "confusion.png").stat().st_size > 1000
+
+
+def test_grid_with_the_old_models_prediction_has_a_column_more():
+    image, mask = sample()
+    without = prediction_grid([image], [mask], [mask], NAMES)
+    assert prediction_grid([image], [mask], [mask], NAMES, old_predictions=[mask]).shape[1] > without.shape[1]
+    with pytest.raises(ValueError, match="at least one"):
+        prediction_grid([image], [mask], [mask], NAMES, old_predictions=[])
+
+
+def test_samples_of_every_step_lie_side_by_side(tmp_path):
+    (image, mask), (large, other) = sample(), sample(400, 800, seed=1)
+    for step in (0, 1):
+        write_samples(tmp_path / "samples", [image, large], [mask, other], [mask * step, other], step)
+    names = {path.name for path in (tmp_path / "samples").iterdir()}
+    assert names == {f"{i}_{kind}.png" for i in (0, 1) for kind in ("input", "truth", "step0", "step1")}
+
+    def read(name):
+        with Image.open(tmp_path / "samples" / name) as picture:
+            return np.asarray(picture)
+
+    np.testing.assert_array_equal(read("0_input.png"), image)
+    np.testing.assert_array_equal(read("0_step0.png"), image)  # all background
+    np.testing.assert_array_equal(read("0_step1.png"), overlay(image, mask))
+    assert read("1_truth.png").shape == (160, 320, 3)

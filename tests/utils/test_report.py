@@ -1,0 +1,262 @@
+"""The report of runs as training leaves them: finished, going on, cut off, of several seeds."""
+
+import csv
+import json
+import math
+import re
+import shutil
+import statistics
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from report_runs import write_run
+
+from utils.report import comparison, find_runs, main
+from utils.report.groups import arrange
+from utils.report.published import of_group, of_method, table
+from utils.report.reading import read_run
+from utils.report.tables import summary
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two methods, one of two seeds, joint training, and a run that is in its step 1."""
+    folder = tmp_path_factory.mktemp("runs")
+    for seed in (1, 2):
+        write_run(folder, "MIB", seed)
+    write_run(folder, "SDR", 1)
+    write_run(folder, "ILT", 1, done=(0,), going_on=1)
+    write_run(folder, "joint", 1, task="offline", done=(0,))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("report")
+    assert main([str(runs), "--out", str(out)]) == 0
+    return out
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_what_is_written(report: Path) -> None:
+    stem = "voc_15-5_overlapped_deeplab-resnet101"
+    figures = {path.stem.removeprefix(f"{stem}_") for path in report.glob(f"{stem}_*.png")}
+    confusions = {f"confusion_{place}" for place in range(4)}
+    assert (
+        figures
+        == {"curves", "forgetting", "classes", "losses", "cost", "picture_0", "picture_1"} | confusions
+    )
+    assert {path.name for path in report.glob("*.csv")} == {"steps.csv", "classes.csv", f"{stem}_summary.csv"}
+    for path in report.glob("*.png"):
+        with Image.open(path) as picture:
+            assert min(picture.size) > 100
+    markdown = (report / "report.md").read_text()
+    linked = re.findall(r"\]\((.*?)\)", markdown)
+    assert len(linked) == len(figures) and all((report / name).is_file() for name in linked)
+
+
+def test_seeds_are_averaged_and_stand_beside_the_published_number(runs: Path, report: Path) -> None:
+    results = [json.loads((runs / f"15-5-voc_MIB_{seed}/results_1.json").read_text()) for seed in (1, 2)]
+    ours = [100 * content["miou_all"] for content in results]
+    lines = [row for row in rows(next(report.glob("*_summary.csv"))) if row["method"] == "MIB"]
+    assert {row["source"] for row in lines} == {"MiB paper table", "PLOP author thesis"}
+    for row in lines:
+        assert row["runs"] == "2" and row["after step"] == "1"
+        assert float(row["mIoU all mean"]) == pytest.approx(statistics.mean(ours))
+        assert float(row["mIoU all std"]) == pytest.approx(statistics.stdev(ours))
+    paper = next(row for row in lines if row["source"] == "MiB paper table")
+    assert (paper["published old"], paper["published all"]) == ("75.5", "69.0")
+    # The paper's tables count no background: neither then do the means to set beside them.
+    bare = [
+        100 * statistics.mean(iou for name, iou in content["class_iou"].items() if name != "background")
+        for content in results
+    ]
+    assert float(paper["mIoU all counted as published"]) == pytest.approx(statistics.mean(bare))
+    thesis = next(row for row in lines if row["source"] == "PLOP author thesis")
+    assert float(thesis["mIoU all counted as published"]) == pytest.approx(statistics.mean(ours))
+
+
+def test_old_and_new_are_those_of_the_papers(tmp_path: Path) -> None:
+    """After the last of several steps, old are the classes of step 0 and new those of all later steps."""
+    folder = write_run(tmp_path, "MIB", 1, task="15-1", done=range(6), pictures=0)
+    (group,) = arrange([read_run(folder)])
+    assert group.task == "15-5s"  # the name of the published tables
+    iou = list(json.loads((folder / "results_5.json").read_text())["class_iou"].values())
+    (line,) = summary(group)
+    means = {key: number.mean for key, number in line.numbers.items() if number is not None}
+    expected = {"old": iou[:16], "new": iou[16:], "all": iou}
+    assert means == pytest.approx({key: statistics.mean(values) for key, values in expected.items()})
+    # A mean of fewer runs than there are would be of other runs in every row: only those that are done count.
+    write_run(tmp_path, "MIB", 2, task="15-1", done=range(3), pictures=0)
+    (group,) = arrange([read_run(path) for path in find_runs([tmp_path])])
+    (line,) = summary(group)
+    assert line.numbers["all"] is not None and line.numbers["all"].count == 1
+    assert len(line.method.runs) == 2
+
+
+def test_forgetting_is_against_the_step_that_learnt_the_class(runs: Path, report: Path) -> None:
+    folder = runs / "15-5-voc_SDR_1"
+    first, last = (json.loads((folder / f"results_{step}.json").read_text()) for step in (0, 1))
+    forgotten = {
+        row["class"]: float(row["forgotten"])
+        for row in rows(report / "classes.csv")
+        if row["run"] == folder.name and row["forgotten"]
+    }
+    expected = {
+        name: 100 * (first["class_iou"][name] - last["class_iou"][name]) for name in first["class_iou"]
+    }
+    assert forgotten == pytest.approx(expected)
+
+
+def test_joint_training_is_split_as_the_task_is(runs: Path) -> None:
+    (group,) = arrange([read_run(path) for path in find_runs([runs])])
+    iou = list(json.loads((runs / "offline-voc_joint_1/results_0.json").read_text())["class_iou"].values())
+    line = next(line for line in summary(group) if line.method.joint)
+    assert line.numbers["old"] is not None and line.numbers["new"] is not None
+    assert line.numbers["old"].mean == pytest.approx(statistics.mean(iou[:16]))
+    assert line.numbers["new"].mean == pytest.approx(statistics.mean(iou[16:]))
+    assert [row.method for row in line.published] == ["joint"]
+
+
+def test_a_run_going_on_says_where_it_is(runs: Path, report: Path) -> None:
+    state = read_run(runs / "15-5-voc_ILT_1").state()
+    assert re.fullmatch(r"step 1, epoch 2 of 4, iteration 80, \d+ (s|min) ago", state)
+    assert "step 1, epoch 2 of 4, iteration 80" in (report / "report.html").read_text()
+    assert read_run(runs / "15-5-voc_SDR_1").state() == "finished"
+
+
+def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
+    write_run(tmp_path, "MIB", 1, done=(), going_on=0)
+    assert main([str(tmp_path)]) == 0
+    assert "no results yet" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_a_run_with_results_alone(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As runs left them before there was a history: the folder's name tells what it is."""
+    folder = tmp_path / "15-5-voc_SDR_1"
+    folder.mkdir()
+    for path in (runs / folder.name).glob("results_*.json"):
+        shutil.copy(path, folder)
+    run = read_run(folder)
+    assert (run.dataset, run.task, run.name, run.protocol, run.backbone) == (
+        "voc",
+        "15-5",
+        "SDR_1",
+        None,
+        None,
+    )
+    assert main([str(folder)]) == 0
+    assert f"report: {folder / 'report' / 'report.html'}" in capsys.readouterr().out
+    assert {path.stem for path in (folder / "report").glob("*.png")} == {
+        f"voc_15-5_{name}" for name in ("curves", "forgetting", "classes")
+    }
+
+
+def test_options_of_a_checkpoint_are_taken_where_there_is_no_other(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "SDR", 3)
+    facts = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").unlink()
+    (folder / f"{folder.name}_1.json").write_text(json.dumps({"epoch": 4, "manifest": facts}))
+    run = read_run(folder)
+    assert (run.protocol, run.backbone, run.options["random_seed"]) == ("overlapped", "deeplab-resnet101", 3)
+
+
+def test_a_first_step_of_another_run_is_taken_over(tmp_path: Path) -> None:
+    base = write_run(tmp_path, "FT", 1)
+    later = write_run(tmp_path, "MIB", 1, done=(1,), step_ckpt="elsewhere/15-5-voc_FT_1/15-5-voc_FT_1_0.pth")
+    run = read_run(later)
+    assert run.taken_over == {0: base.name} and sorted(run.results) == [0, 1]
+    learnt = json.loads((base / "results_0.json").read_text())["class_iou"]["class 3"]
+    now = json.loads((later / "results_1.json").read_text())["class_iou"]["class 3"]
+    assert run.forgetting("class 3") == pytest.approx(learnt - now)
+
+
+def test_methods_of_one_name_are_told_apart_by_their_options(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path, "MIB", 1, loss_kd=10.0)]
+    other = write_run(tmp_path / "other", "MIB", 2, loss_kd=100.0)
+    (group,) = arrange([read_run(path) for path in [*folders, other]])
+    assert {method.label for method in group.methods} == {"MIB (loss_kd=10.0)", "MIB (loss_kd=100.0)"}
+
+
+def test_the_page_needs_nothing_else(report: Path) -> None:
+    page = (report / "report.html").read_text()
+    sources = re.findall(r"""(?:src|href)=["']([^"']*)""", page)
+    assert sources and all(source.startswith(("data:", "#")) for source in sources)
+    assert "<script" not in page and "@import" not in page and "url(" not in page
+
+
+def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
+    write_run(tmp_path, "<b>&", 1, pictures=0)
+    assert main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "&lt;b&gt;&amp;" in page and "<b>&" not in page
+
+
+def test_the_table_on_the_screen(runs: Path) -> None:
+    text = comparison(find_runs([runs]))
+    assert len(text.splitlines()) == 2 + 2 + 2 + 2 + 1 + 1
+    assert re.search(r"15-5-voc_SDR_1 +1 ", text)
+
+
+def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def error(*arguments: str) -> str:
+        assert main(list(arguments)) == 2
+        captured = capsys.readouterr()
+        assert captured.err.count("\n") == 1 and captured.err.startswith("utils.report: error: ")
+        return captured.err
+
+    assert "holds no results" in error(str(tmp_path))
+    folder = write_run(tmp_path, "MIB", 1)
+    (tmp_path / "file").write_text("")
+    assert "choose another --out" in error(str(folder), "--out", str(tmp_path / "file"))
+    (folder / "samples" / "0_input.png").write_bytes(b"no picture")
+    assert "0_input.png" in error(str(folder))
+    (folder / "confusion_1.csv").write_text("a,b\nc,d\n")
+    assert "confusion_1.csv" in error(str(folder))
+    (folder / "run.json").write_text("{")
+    assert "run.json" in error(str(folder))
+    (folder / "results_1.json").write_text("{}")
+    assert "results_1.json" in error(str(folder))
+
+
+# ── published results ────────────────────────────────────────────────────────────────────────────────
+
+CLASSES = {"19-1": (19, 1), "15-5": (15, 5), "15-5s": (15, 5), "10-1": (10, 10), "5-3": (5, 15)}
+CLASSES |= {"100-50": (100, 50), "50": (50, 100), "100-10": (100, 50), "100-5": (100, 50)}
+# Rows whose three numbers do not fit together by either way of counting, as published.
+MISFITS = {
+    ("15-5s", "disjoint", "deeplab-resnet101", "PLOP"),
+    ("5-3", "overlapped", "segformer_b2", "MIB"),
+    ("15-5s", "overlapped", "segformer_b2", "MIB-M"),
+    ("15-5", "overlapped", "segformer_b2", "MIB-M"),
+}
+
+
+def test_published_rows_count_the_background_as_their_numbers_say() -> None:
+    misfits = set()
+    for row in table():
+        old, new = CLASSES[row.task]
+        old += row.background
+        together = (old * row.miou_old + new * row.miou_new) / (old + new)
+        if not math.isclose(together, row.miou_all, abs_tol=0.1):
+            misfits.add((row.task, row.protocol, row.backbone, row.method))
+    assert misfits == MISFITS
+
+
+def test_published_numbers_are_of_the_same_backbone_and_protocol_only(tmp_path: Path) -> None:
+    for backbone, found in (("resnet101", True), ("mobilenet_v2", False)):
+        folder = write_run(tmp_path / backbone, "SDR", 1, backbone=backbone, pictures=0)
+        (group,) = arrange([read_run(folder)])
+        assert bool(of_group(group)) is found
+        assert [row.miou_all for row in of_method(group, group.methods[0])] == ([69.9] if found else [])
+
+
+def test_a_memory_makes_the_published_method_another(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "SSUL", 1, memory=100, pictures=0)
+    (group,) = arrange([read_run(folder)])
+    assert [row.method for row in of_method(group, group.methods[0])] == ["SSUL-M"]

@@ -1,0 +1,254 @@
+"""What a run leaves behind for reports while it trains: its options and the course of every step.
+
+``run.json`` holds the options. ``history_<step>.jsonl`` holds one JSON object per line: where training begins
+or goes on (``{"begin": iteration}``), a ``Record`` at every print interval, and a validation's mIoU. Lines
+are appended as they happen, so that a run still going on can be reported, and one that is killed loses one
+line at most.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from utils.files import atomic_write_text
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+_log = logging.getLogger(__name__)
+
+FACTS = "run.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One point of a step's course.
+
+    Attributes:
+        iteration: batches done in this step.
+        epoch: the epoch under way, from 1.
+        seconds: wall time of the step so far, without the time between two runs of an interrupted step.
+        images_per_second: trained images, of all processes, since the last point; None where unknown.
+        lr: learning rate of the first parameter group.
+        memory: peak memory of this process in MiB, see ``peak_memory``; None where unknown.
+        losses: mean of every loss term since the last point, by name.
+    """
+
+    iteration: int
+    epoch: int
+    seconds: float
+    images_per_second: float | None
+    lr: float
+    memory: float | None
+    losses: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """A validation's result; ``miou`` is a fraction, ``epoch`` counts from 1."""
+
+    iteration: int
+    epoch: int
+    seconds: float
+    miou: float
+
+
+@dataclass
+class Course:
+    """All that ``history_<step>.jsonl`` says, in order of the iterations."""
+
+    records: list[Record] = field(default_factory=list)
+    validations: list[Validation] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time at the last point; 0 where there is none."""
+        points: list[Record | Validation] = [*self.records, *self.validations]
+        return max((point.seconds for point in points), default=0.0)
+
+    def forget(self, iteration: int) -> None:
+        """Drop every point beyond an iteration: a resumed step does it again."""
+        self.records = [point for point in self.records if point.iteration <= iteration]
+        self.validations = [point for point in self.validations if point.iteration <= iteration]
+
+
+class History:
+    """Appends the course of a step to ``<run_dir>/history_<step>.jsonl``.
+
+    A file that cannot be written is told once, and the run goes on without it.
+
+    Args:
+        run_dir: folder of the run.
+        step: number of the step.
+        enabled: whether to write, True on rank 0; elsewhere the same calls write nothing.
+        iteration: batches that were done before, where a step goes on.
+        images: per iteration, of all processes together.
+        device: whose memory counts.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        step: int,
+        enabled: bool = True,
+        *,
+        iteration: int = 0,
+        images: int = 0,
+        device: torch.device | None = None,
+    ) -> None:
+        self._path = history_path(run_dir, step)
+        self._images = images
+        self._device = device or torch.device("cpu")
+        self._iteration = iteration
+        self._file: TextIO | None = None
+        before = 0.0
+        if enabled:
+            course = read_history(self._path)
+            course.forget(iteration)
+            before = course.seconds
+            self._file = self._open()
+            self._append({"begin": iteration})
+        self._start = time.perf_counter() - before
+        self._lap = time.perf_counter()
+
+    def _open(self) -> TextIO | None:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            content = self._path.read_bytes() if self._path.is_file() else b""
+            torn = bool(content) and not content.endswith(b"\n")
+            file = self._path.open("a", encoding="utf-8", buffering=1)
+            if torn:
+                file.write("\n")
+            return file
+        except OSError as error:
+            self._give_up(error)
+            return None
+
+    def lap(self) -> None:
+        """Training goes on now: what came before (an evaluation) does not count for the images per second."""
+        self._lap = time.perf_counter()
+
+    def progress(self, iteration: int, epoch: int, losses: Mapping[str, float], lr: float) -> Record:
+        """Write a point of the course and return it.
+
+        Args:
+            iteration: batches done in this step.
+            epoch: the epoch under way, from 1.
+            losses: mean of every term since the last point.
+            lr: learning rate.
+        """
+        now = time.perf_counter()
+        images = (iteration - self._iteration) * self._images
+        speed = images / (now - self._lap) if images > 0 and now > self._lap else None
+        record = Record(
+            iteration, epoch, now - self._start, speed, lr, peak_memory(self._device), dict(losses)
+        )
+        self._iteration, self._lap = iteration, now
+        self._append(asdict(record))
+        return record
+
+    def validation(self, epoch: int, miou: float) -> None:
+        """Write a validation's mIoU, a fraction; NaN is left out."""
+        if not math.isnan(miou):
+            seconds = time.perf_counter() - self._start
+            self._append(asdict(Validation(self._iteration, epoch, seconds, miou)))
+
+    def close(self) -> None:
+        """Close the file."""
+        file, self._file = self._file, None
+        if file is not None:
+            try:
+                file.close()
+            except OSError as error:
+                self._give_up(error)
+
+    def _append(self, content: Mapping[str, Any]) -> None:
+        if self._file is not None:
+            try:
+                self._file.write(json.dumps(content) + "\n")
+            except OSError as error:
+                self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            with contextlib.suppress(OSError):  # what is left in its buffer fails as the write did
+                file.close()
+        _log.warning("%s cannot be written (%s); the run goes on without it", self._path, error.strerror)
+
+
+def history_path(run_dir: Path, step: int) -> Path:
+    """Where the course of a step stands."""
+    return run_dir / f"history_{step}.jsonl"
+
+
+def read_history(path: Path) -> Course:
+    """The course of a step; empty where there is no file.
+
+    Lines that are torn or of another kind are passed over. Where a step went on from an earlier
+    iteration, only the later run's points count.
+    """
+    course = Course()
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not there, or not readable: a report shows what there is
+        return course
+    for line in lines:
+        try:
+            _add(course, json.loads(line))
+        except (ValueError, TypeError, KeyError):  # torn by a kill or a full disk
+            continue
+    return course
+
+
+def _add(course: Course, content: dict[str, Any]) -> None:
+    if "begin" in content:
+        course.forget(int(content["begin"]))
+    elif "miou" in content:
+        course.validations.append(Validation(**content))
+    else:
+        record = Record(**content)
+        course.records = [point for point in course.records if point.iteration < record.iteration]
+        course.records.append(record)
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """Most memory that this process has held, in MiB: tensors on CUDA, the whole process on the processor.
+
+    None on Windows without CUDA, which has no such count.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if resource is None:
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / 2**20 if sys.platform == "darwin" else most / 2**10  # bytes there, KiB on Linux
+
+
+def write_run_facts(run_dir: Path, options: Mapping[str, Any], steps: Sequence[Sequence[int]] = ()) -> None:
+    """Write ``run.json``, by which a report tells methods, seeds and tasks apart.
+
+    Args:
+        run_dir: folder of the run, made if missing.
+        options: as plain JSON types.
+        steps: dataset class ids of every step of the task.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    content = {"options": dict(options), "steps": [list(ids) for ids in steps]}
+    text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False)
+    atomic_write_text(run_dir / FACTS, f"{text}\n")
