@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dataset.ade import open_ade
+from dataset.ade import ade_class_names, open_ade
 from dataset.base import SegmentationDataset
-from dataset.folder import open_folder
+from dataset.drawing import SHAPE_CLASSES
+from dataset.folder import open_folder, read_class_names
 from dataset.shapes import open_shapes
-from dataset.voc import open_voc
+from dataset.voc import VOC_CLASSES, open_voc
 from utils.errors import UserError
 
 # VOC's layout has list files; in the other one, the files of two folders are paired by their names.
@@ -42,6 +43,18 @@ def open_dataset(
     if name in _PAIRED:
         return _PAIRED[name](root, split, unpaired=unpaired)
     return _LISTED[name](root, split)
+
+
+def class_names(name: str, data_root: str | Path) -> tuple[str, ...]:
+    """Name of each dataset class id, without opening the data set.
+
+    Raises:
+        UserError: own data whose ``classes.txt`` is missing or faulty.
+    """
+    root = Path(data_root).expanduser()
+    if name == "folder":
+        return read_class_names(root / "classes.txt")
+    return {"voc": VOC_CLASSES, "shapes": SHAPE_CLASSES}.get(name) or ade_class_names(root)
 
 
 def _remedy(name: str, root: Path) -> str:

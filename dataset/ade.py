@@ -33,6 +33,12 @@ def open_ade(data_root: Path, split: str, *, unpaired: bool = False) -> Segmenta
     )
 
 
+def ade_class_names(data_root: Path) -> tuple[str, ...]:
+    """Names of ids 0..150, of the release below ``data_root`` or, without one, built in."""
+    root = data_root / _FOLDER
+    return _class_names(root if root.is_dir() else data_root)
+
+
 def _class_names(root: Path) -> tuple[str, ...]:
     """Names of ids 0..150: from the release's ``objectInfo150.txt`` (tabs, name last) or built in."""
     info = root / "objectInfo150.txt"
@@ -43,5 +49,5 @@ def _class_names(root: Path) -> tuple[str, ...]:
         info = Path(__file__).with_name("ade_names.txt")
         names = info.read_text(encoding="utf-8").split("\n")[:-1]
     if len(names) != NUM_CLASSES - 1:
-        raise DataError(f"{info}: expected {NUM_CLASSES - 1} class names, found {len(names)}")
+        raise DataError(f"{info}: expected {NUM_CLASSES - 1} class names, found {len(names)}; replace it")
     return ("other", *names)

@@ -78,7 +78,9 @@ def read_mask(path: Path) -> Tensor:
     except _PIL_ERRORS as error:
         raise _broken(path, "mask", error) from error
     if indices.max(initial=0) > 255:
-        raise DataError(f"{path}: class index {indices.max()} found; masks hold 0 to 254, and 255 for void")
+        raise DataError(
+            f"{path}: class index {indices.max()} found; masks hold 0 to 254, and 255 for void: mend it"
+        )
     indices = indices.astype(np.uint8)
     if colour_type == _PNG_GREY and depth in (2, 4):
         indices //= 255 // (2**depth - 1)  # Pillow spreads these grey levels over 0..255
@@ -91,7 +93,9 @@ def _read_bytes(path: Path, kind: str) -> bytearray:
     except FileNotFoundError as error:
         raise DataError(f"{path}: the {kind} is missing; check the list file and --data_root") from error
     except OSError as error:
-        raise DataError(f"{path}: the {kind} cannot be read ({error.strerror})") from error
+        raise DataError(
+            f"{path}: the {kind} cannot be read ({error.strerror}); check its permissions"
+        ) from error
 
 
 def _decode_rgb(path: Path, data: bytearray, *, upright: bool) -> Tensor:

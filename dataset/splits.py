@@ -202,7 +202,7 @@ def _check_known(paths: Sequence[Path], index: BoolArray, num_classes: int) -> N
         others = f" (and {bad.size - 1} more masks)" if bad.size > 1 else ""
         raise DataError(
             f"mask {paths[first]}{others}: unknown class id(s) {ids}; "
-            f"expected 0 to {num_classes - 1}, or {VOID} for void"
+            f"expected 0 to {num_classes - 1}, or {VOID} for void; mend the mask"
         )
 
 
@@ -260,7 +260,9 @@ def _cache_key(paths: Sequence[Path]) -> tuple[str, str]:
         try:
             stat = path.stat()
         except OSError as error:
-            raise DataError(f"mask {path}: cannot be read ({error.strerror})") from error
+            raise DataError(
+                f"mask {path}: cannot be read ({error.strerror}); check its permissions"
+            ) from error
         name = path.absolute()
         names.update(f"{name}\n".encode())
         state.update(f"{name}\n{stat.st_size} {stat.st_mtime_ns}\n".encode())
@@ -416,10 +418,10 @@ def load_step_list(splits_dir: Path, step: int, num_images: int) -> list[int]:
     if outside.size:
         raise UserError(
             f"--splits_dir: {path} has index {outside[0]}; "
-            f"the training set has {num_images} images (0 to {num_images - 1})"
+            f"the training set has {num_images} images (0 to {num_images - 1}); mend the list"
         )
     if np.unique(indices).size != indices.size:
-        raise UserError(f"--splits_dir: {path} lists an image more than once")
+        raise UserError(f"--splits_dir: {path} lists an image more than once; mend the list")
     return indices.tolist()
 
 

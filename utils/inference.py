@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from train import class_scores
+from train import Precision, Predict, class_scores, to_device
+
+MIN_SIDE = 32
+"""The networks' stride: a view with fewer pixels may have no features left."""
 
 
 class FusedPrediction:
@@ -54,3 +58,35 @@ class FusedPrediction:
 
     def _fuse(self, fused: Tensor, view: Tensor) -> Tensor:
         return torch.maximum(fused, view) if self.mode == "max" else fused + view
+
+
+def predictor(scales: Sequence[float], flip: bool, mode: str) -> Predict:
+    """What predicts with ``--test_scales``, ``--test_flip`` and ``--fusion_mode``: fused where there is more
+    than the image itself."""
+    return FusedPrediction(scales, flip, mode) if flip or list(scales) != [1.0] else class_scores
+
+
+@torch.no_grad()
+def predict_classes(
+    model: nn.Module, image: Tensor, *, device: torch.device, precision: Precision, predict: Predict
+) -> Tensor:
+    """Predict one picture of any size.
+
+    Args:
+        model: in evaluation mode.
+        image: 3×H×W, uint8.
+        device, precision: of the model.
+        predict: maps (model, images) to scores; see ``predictor``.
+
+    Returns:
+        Network indices H×W, int64, on the CPU.
+    """
+    height, width = image.shape[-2:]
+    smallest = MIN_SIDE / min(getattr(predict, "scales", [1.0]))
+    missing = [max(0, math.ceil(smallest) - side) for side in (height, width)]
+    images = to_device(image[None], device)
+    if any(missing):
+        images = F.pad(images, (0, missing[1], 0, missing[0]), mode="replicate")
+    with precision.network():
+        scores = predict(model, images)
+    return scores[0, :, :height, :width].argmax(dim=0).cpu()

@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
+from small_checkpoint import DEEPLAB, save_untrained
 
+import run
 from argparser import parse_options
+from utils import tsne
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
-COMMANDS = [
-    line
-    for block in re.findall(r"^```bash\n(.*?)^```$", TEXT, re.M | re.S)
-    for line in block.replace("\\\n", " ").splitlines()
-    if line and not line.startswith("#")
-]
+_TRAINING, _PREDICTION = TEXT.split("## Predictions and features")
+
+
+def commands(text: str) -> list[str]:
+    return [
+        line
+        for block in re.findall(r"^```bash\n(.*?)^```$", text, re.M | re.S)
+        for line in block.replace("\\\n", " ").splitlines()
+        if line and not line.startswith("#")
+    ]
+
+
+COMMANDS = commands(_TRAINING)
 
 
 def test_all_commands_are_found() -> None:
     assert len(COMMANDS) == 6
+    assert len(commands(_PREDICTION)) == 4
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -37,6 +49,28 @@ def test_command_follows_the_table(command: str) -> None:
     assert opts.lrs == [first_lr[min(step, 1)] for step in opts.steps]
     assert (opts.momentum, opts.weight_decay, opts.lr_policy, opts.lr_power) == (0.9, 1e-4, "poly", 0.9)
     assert opts.opt_level == ("O0" if opts.unknown else "O1")
+
+
+@pytest.mark.parametrize("command", commands(_PREDICTION))
+def test_commands_on_a_checkpoint_need_nothing_of_its_run(
+    command: str, shapes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "logs" / "15-5-voc_MIB" / "15-5-voc_MIB_1.pth"
+    save_untrained(path, f"{DEEPLAB} --data_root {shapes_root} --crop_size 64")
+    (tmp_path / "photos").mkdir()
+    for file in sorted((shapes_root / "JPEGImages").iterdir())[:4]:
+        shutil.copy(file, tmp_path / "photos")
+    (tmp_path / "data").symlink_to(shapes_root)
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(command)
+    if words[:2] == ["python", "run.py"]:
+        assert run.main(words[2:]) == 0
+        assert len(list(Path("results/predictions").iterdir())) == 4
+    else:
+        assert words[:3] == ["python", "-m", "utils.tsne"]
+        assert tsne.main([*words[3:], "--images", "3"]) == 0
+        written = Path("features.png") if "--out" in words else path.with_name("15-5-voc_MIB_1_tsne.png")
+        assert written.is_file() and written.with_suffix(".csv").is_file()
 
 
 def test_what_depends_on_the_data_set() -> None:

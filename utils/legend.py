@@ -1,0 +1,71 @@
+"""A picture with the names of its classes below it, drawn by Pillow so that its pixels stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+from matplotlib.font_manager import findfont
+from PIL import Image, ImageDraw, ImageFont
+
+from utils.visualize import VOID, palette
+
+Array = np.ndarray[Any, np.dtype[Any]]
+_SMALLEST_FONT = 12  # pixels
+_WIDTH_OF_FONT = 45  # a picture this many times as wide as the font is high
+_NARROWEST = 240  # pixels; a legend below less has a line for every name
+
+
+def with_legend(picture: Array, mask: Array, class_names: Sequence[str]) -> Array:
+    """Put a legend of the classes that occur in a mask below a picture.
+
+    The background, which overlays leave uncoloured, has a hollow box. The result is wider than the picture
+    where a name needs it.
+
+    Args:
+        picture: H×W×3, uint8.
+        mask: H×W, class ids; 255 is void and not named.
+        class_names: by class id.
+
+    Returns:
+        (H + legend)×(W or more)×3, uint8.
+    """
+    height, width = picture.shape[:2]
+    size = max(_SMALLEST_FONT, width // _WIDTH_OF_FONT)
+    font = _font(size)
+    shown = [int(c) for c in np.unique(mask) if c != VOID]
+    lengths = [round(2.5 * size + font.getlength(class_names[c])) for c in shown]
+    canvas_width = max(width, _NARROWEST, *(size + length for length in lengths))
+    places, lines = _flow(lengths, canvas_width, size)
+    line_height = round(1.6 * size)
+    canvas = Image.new("RGB", (canvas_width, height + size + lines * line_height), "white")
+    canvas.paste(Image.fromarray(picture), (0, 0))
+    draw = ImageDraw.Draw(canvas)
+    colours = palette().tolist()
+    for c, (left, line) in zip(shown, places, strict=True):
+        middle = height + size // 2 + line * line_height + line_height // 2
+        box = (left, middle - size // 2, left + size, middle + size // 2)
+        draw.rectangle(
+            box, fill=tuple(colours[c]) if c else "white", outline=(110, 110, 110), width=1 + size // 24
+        )
+        draw.text((left + round(1.4 * size), middle), class_names[c], fill="black", font=font, anchor="lm")
+    return np.asarray(canvas)
+
+
+def _flow(lengths: Sequence[int], width: int, margin: int) -> tuple[list[tuple[int, int]], int]:
+    """Left edge and line of each entry, one after the other from left to right, and the number of lines."""
+    places: list[tuple[int, int]] = []
+    left, line = margin // 2, 0
+    for length in lengths:
+        if left + length > width and left > margin // 2:
+            left, line = margin // 2, line + 1
+        places.append((left, line))
+        left += length
+    return places, line + 1
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(findfont("DejaVu Sans"), size)  # comes with matplotlib
