@@ -178,7 +178,7 @@ def make_model(opts: Any, classes: Sequence[int]) -> IncrementalSegmentationModu
 
     Args:
         opts: options ``model``, ``backbone``, ``norm_act``, ``output_stride``, ``pooling``, ``decoder``,
-            ``unknown``.
+            ``unknown``; ``grad_checkpointing`` may be missing.
         classes: number of classes of each step up to the present one.
     """
     network = build_network(
@@ -188,5 +188,6 @@ def make_model(opts: Any, classes: Sequence[int]) -> IncrementalSegmentationModu
         output_stride=opts.output_stride,
         pooling=opts.pooling,
         decoder=opts.decoder,
+        checkpointing=getattr(opts, "grad_checkpointing", False),
     )
     return IncrementalSegmentationModule(network, classes, unknown=opts.unknown)

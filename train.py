@@ -3,14 +3,17 @@
 ``Trainer`` takes any module that maps images to ``(logits, intermediates)``; methods act through the
 hooks of ``methods/base.py``. Order in a step (SPEC section 6): teacher forward, student forward,
 running statistics, pseudo-labels, all terms, one backward, importance update, the penalty's backward,
-optimiser, scheduler.
+optimiser, scheduler. With ``accumulate`` the part up to the backward is done for several batches first.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+import itertools
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +23,7 @@ from dataset.transforms import normalize
 from methods.base import Batch, Context, Method
 from metrics.stream_metrics import StreamSegMetrics
 from utils.distributed import unwrap
-from utils.errors import Fault
+from utils.errors import Fault, UserError
 
 M = TypeVar("M", bound=nn.Module)
 Predict = Callable[[nn.Module, Tensor], Tensor]
@@ -59,7 +62,7 @@ class Precision:
 
     def loss_input(self, value: Any) -> Any:
         """What the losses see of a network's output: float32 unless they run in half precision too."""
-        return value if self.level in ("O2", "O3") else _single(value)
+        return value if self.level in ("O2", "O3") else _map_tensors(_single, value)
 
     def _autocast(self, on: bool) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=on)
@@ -72,10 +75,16 @@ class Trainer:
         context: the step: networks, classes, device. The teacher must be in evaluation mode.
         methods: the methods in calling order, already through ``begin_step``.
         optimizer: over the student's parameters.
-        scheduler: stepped once per batch, or None.
-        forward: the module whose forward trains (the student wrapped for several processes or
-            compiled); the student itself if None.
+        scheduler: stepped once per optimiser step, or None.
+        forward: the module whose forward trains (the student wrapped for several processes); the student
+            itself if None.
         precision: O0 if None.
+        accumulate: batches per optimiser step; its gradient is the mean of theirs.
+        compile: run both networks through ``torch.compile`` in training. Weights keep their names, and
+            evaluation, whose images may have any size, runs the networks as they are.
+
+    Raises:
+        UserError: there is no compiler for ``compile``.
     """
 
     def __init__(
@@ -87,6 +96,8 @@ class Trainer:
         *,
         forward: nn.Module | None = None,
         precision: Precision | None = None,
+        accumulate: int = 1,
+        compile: bool = False,
     ) -> None:
         self.context = context
         self.methods = methods
@@ -95,6 +106,10 @@ class Trainer:
         self.model = forward if forward is not None else context.model
         self.teacher = context.model_old if any(m.uses_teacher for m in methods.values()) else None
         self.precision = precision or Precision("O0", context.device)
+        self.accumulate = accumulate
+        if compile:
+            self.model = compiled(self.model)
+            self.teacher = None if self.teacher is None else compiled(self.teacher)
 
     def train_epoch(
         self,
@@ -112,10 +127,11 @@ class Trainer:
             loader: yields (images, targets) or (images, targets, extras); see ``train_step``.
             epoch: number of the epoch, from 0.
             interval: batches between two calls of ``report`` (the only points at which losses are read
-                from the device).
+                from the device); at the optimiser step that completes them.
             report: called with the number of batches done and the mean of every term since the last call.
             first_batch: number of the epoch's batches that were done before this call.
-            after_batch: called after every batch with the number of batches done; may raise to end training.
+            after_batch: called after every optimiser step with the number of batches done; may raise to end
+                training. What it saves thus never stands between two batches of one step.
 
         Returns:
             Mean of every term over the epoch, "total" among them.
@@ -125,11 +141,13 @@ class Trainer:
         """
         self.model.train()
         epoch_means, interval_means = _Means(), _Means()
-        for position, sample in enumerate(loader, start=first_batch + 1):
-            terms = self.train_step(*sample, epoch=epoch)
-            epoch_means.add(terms)
-            interval_means.add(terms)
-            if position % interval == 0:
+        position = first_batch
+        for samples in _groups(loader, self.accumulate):
+            terms = self.train_group(samples, epoch=epoch)
+            reported, position = position // interval, position + len(samples)
+            epoch_means.add(terms, len(samples))
+            interval_means.add(terms, len(samples))
+            if position // interval > reported:
                 report(position, interval_means.read())
                 interval_means = _Means()
             after_batch(position)
@@ -138,7 +156,7 @@ class Trainer:
     def train_step(
         self, images: Tensor, targets: Tensor, extras: dict[str, Tensor] | None = None, *, epoch: int = 0
     ) -> dict[str, Tensor]:
-        """One optimiser step.
+        """One optimiser step on one batch.
 
         Args:
             images: B×3×H×W, uint8 (normalised here) or float32 (taken as normalised).
@@ -149,7 +167,50 @@ class Trainer:
         Returns:
             The loss terms, detached, on the device.
         """
+        return self.train_group([(images, targets, extras)], epoch=epoch)
+
+    def train_group(self, samples: Sequence[Sequence[Any]], *, epoch: int = 0) -> dict[str, Tensor]:
+        """One optimiser step on the mean gradient of several batches.
+
+        Importance estimates and penalties see that mean, once. Several processes exchange gradients once,
+        with the last batch.
+
+        Args:
+            samples: the batches, each (images, targets) or (images, targets, extras); see ``train_step``.
+            epoch: number of the epoch, from 0.
+
+        Returns:
+            The means of the loss terms, detached, on the device.
+        """
         self.optimizer.zero_grad(set_to_none=True)
+        means = _Means()
+        # Only a network that is wrapped for several processes has gradients to hold back.
+        hold_back = getattr(self.model, "no_sync", contextlib.nullcontext)
+        for left in reversed(range(len(samples))):
+            with hold_back() if left else contextlib.nullcontext():
+                means.add(self._backward(*samples[-1 - left], epoch=epoch, share=len(samples)))
+        terms = means.means()
+        penalties = self._penalise()
+        scaler = self.precision.scaler
+        scaler.step(self.optimizer)
+        scaler.update()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        total = terms.pop("total")
+        terms.update(penalties)
+        terms["total"] = total + sum(penalties.values())
+        return terms
+
+    def _backward(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        extras: dict[str, Tensor] | None = None,
+        *,
+        epoch: int,
+        share: int,
+    ) -> dict[str, Tensor]:
+        """Add a batch's gradient, divided by ``share``, to that of the step; returns its terms and total."""
         batch = self._forward(images, targets, extras or {}, epoch)
         with self.precision.losses():
             for method in self.methods.values():
@@ -160,9 +221,13 @@ class Trainer:
             for method in self.methods.values():
                 terms.update(method.losses(batch))
         total = torch.stack([term.float() for term in terms.values()]).sum()
-        scaler = self.precision.scaler
-        scaler.scale(total).backward()
-        scaler.unscale_(self.optimizer)
+        self.precision.scaler.scale(total / share).backward()
+        terms["total"] = total
+        return {name: term.detach() for name, term in terms.items()}
+
+    def _penalise(self) -> dict[str, Tensor]:
+        """Show the methods the step's gradient, then add their penalties' to it; returns the penalties."""
+        self.precision.scaler.unscale_(self.optimizer)
         if self._gradients_are_finite():
             for method in self.methods.values():
                 method.after_backward()
@@ -172,13 +237,7 @@ class Trainer:
         for penalty in penalties.values():
             if penalty.requires_grad:  # nothing to penalise yet: a constant zero
                 penalty.backward()
-        scaler.step(self.optimizer)
-        scaler.update()
-        if self.scheduler is not None:
-            self.scheduler.step()
-        terms.update(penalties)
-        terms["total"] = total + sum(penalties.values())
-        return {name: term.detach() for name, term in terms.items()}
+        return {name: penalty.detach() for name, penalty in penalties.items()}
 
     def _gradients_are_finite(self) -> bool:
         """False where loss scaling overflowed: that step is skipped, and no estimate should take it in.
@@ -198,8 +257,9 @@ class Trainer:
         outputs_old, features_old = None, {}
         with self.precision.network():
             if self.teacher is not None:
-                with torch.no_grad():
-                    outputs_old, features_old = self.teacher(images)
+                with torch.inference_mode():
+                    found = self.teacher(images)
+                outputs_old, features_old = _map_tensors(_savable, found)
             outputs, features = self.model(images)
         return Batch(
             images=images,
@@ -237,7 +297,6 @@ def class_scores(model: nn.Module, images: Tensor) -> Tensor:
     return logits if scores is None else scores(logits)
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module,
     loader: Iterable[Any],
@@ -260,9 +319,9 @@ def evaluate(
     metrics.reset()
     predict = predict or class_scores
     for images, targets, *_ in loader:
-        with precision.network():
-            scores = predict(model, to_device(images, device))
-        metrics.update(scores.argmax(dim=1), targets.to(device, non_blocking=True))
+        with torch.inference_mode(), precision.network():
+            predictions = predict(model, to_device(images, device)).argmax(dim=1)
+        metrics.update(predictions, targets.to(device, non_blocking=True))
     metrics.synchronise()
     return metrics
 
@@ -273,15 +332,45 @@ def to_device(images: Tensor, device: torch.device) -> Tensor:
     return normalize(moved).contiguous(memory_format=torch.channels_last)
 
 
-def _single(value: Any) -> Any:
-    """Half-precision tensors as float32, in lists and dicts too: losses take sums over many pixels."""
+def compiled(module: nn.Module) -> nn.Module:
+    """The module behind ``torch.compile``, which translates it at the first batch of a shape.
+
+    Raises:
+        UserError: the compiler that it calls is missing.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if os.name == "posix" and shutil.which(compiler) is None:
+        raise UserError(f"--compile needs the C++ compiler {compiler}: install it or drop --compile")
+    return cast(nn.Module, torch.compile(module))
+
+
+def _groups(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """The batches in lists of ``size``; the last may be shorter."""
+    iterator = iter(batches)
+    while group := list(itertools.islice(iterator, size)):
+        yield group
+
+
+def _map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Apply a function to a tensor, or to those in dicts, lists and tuples of them."""
     if isinstance(value, Tensor):
-        return value.float() if value.is_floating_point() else value
+        return function(value)
     if isinstance(value, dict):
-        return {key: _single(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_single(item) for item in value]
+        return {key: _map_tensors(function, item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_map_tensors(function, item) for item in value]
     return value
+
+
+def _single(value: Tensor) -> Tensor:
+    """Half-precision tensors as float32: losses take sums over many pixels."""
+    return value.float() if value.is_floating_point() else value
+
+
+def _savable(value: Tensor) -> Tensor:
+    """A tensor made under inference mode as one that autograd may save; the same memory."""
+    plain = torch.empty(0, dtype=value.dtype, device=value.device)
+    return plain.set_(value.untyped_storage(), value.storage_offset(), value.size(), value.stride())
 
 
 class _Means:
@@ -291,10 +380,18 @@ class _Means:
         self.sums: dict[str, Tensor] = {}
         self.count = 0
 
-    def add(self, terms: Mapping[str, Tensor]) -> None:
-        self.count += 1
+    def add(self, terms: Mapping[str, Tensor], count: int = 1) -> None:
+        """Take in the terms of one batch, or the means over ``count`` batches."""
+        self.count += count
         for name, term in terms.items():
-            self.sums[name] = self.sums[name] + term if name in self.sums else term
+            weighted = term if count == 1 else count * term
+            self.sums[name] = self.sums[name] + weighted if name in self.sums else weighted
+
+    def means(self) -> dict[str, Tensor]:
+        """The means, still on the device."""
+        if self.count == 1:
+            return dict(self.sums)
+        return {name: value / self.count for name, value in self.sums.items()}
 
     def read(self) -> dict[str, float]:
         if not self.sums:

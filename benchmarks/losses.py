@@ -11,10 +11,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.measure import heading, interleaved, write_report
 from utils import loss as L
 
 
@@ -168,18 +165,6 @@ CASES = [
 ]
 
 
-def _seconds(function: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    result = function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elapsed = time.perf_counter() - start
-    del result
-    return elapsed
-
-
 def measure(cases: list[Case], device: torch.device, repeats: int) -> list[dict[str, object]]:
     """Time the cases; one row per case: seconds, the unit's seconds beside it, their ratio."""
     logits, targets = _logits(device), _blobs(device, 8, 21)
@@ -188,14 +173,8 @@ def measure(cases: list[Case], device: torch.device, repeats: int) -> list[dict[
     for case in cases:
         torch.manual_seed(0)
         function = case.make(device)
-        times: list[float] = []
-        units: list[float] = []
-        for repeat in range(repeats + 1):
-            pair = _seconds(unit, device), _seconds(function, device)
-            if repeat > 0:  # the first one warms up
-                units.append(pair[0])
-                times.append(pair[1])
-        seconds, ce = statistics.median(times), statistics.median(units)
+        times = interleaved({"unit": unit, "case": function}, device, repeats)
+        seconds, ce = times["case"], times["unit"]
         rows.append(
             {
                 "case": case.name,
@@ -235,12 +214,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     rows = measure([case for case in CASES if options.only in case.name], device, options.repeats)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    print(f"{name or platform.machine()}, {options.threads} threads, torch {torch.__version__}")
+    print(heading(device))
     print(table(rows))
-    if options.out is not None:
-        report = {"device": name, "threads": options.threads, "torch": torch.__version__, "rows": rows}
-        options.out.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(options.out, device, rows=rows)
 
 
 if __name__ == "__main__":

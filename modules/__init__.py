@@ -26,6 +26,7 @@ def build_network(
     pooling: int = 32,
     decoder: str = "sats",
     drop_path: float = 0.1,
+    checkpointing: bool = False,
 ) -> Network:
     """Make a network with random weights.
 
@@ -37,12 +38,13 @@ def build_network(
         pooling: of DeepLab: window of the evaluation pooling in features, 0 for the whole map.
         decoder: of SegFormer: ``sats`` or ``segformer``.
         drop_path: of SegFormer: largest stochastic depth rate.
+        checkpointing: compute the activations inside the body's stages anew in the backward pass.
 
     Raises:
         UserError: a value that is not among the choices, or inplace-abn is needed and not installed.
     """
     if model in CONFIGS:
-        return SegFormer(CONFIGS[model], decoder=decoder, drop_path=drop_path)
+        return SegFormer(CONFIGS[model], decoder, drop_path, checkpointing=checkpointing)
     if model not in (None, "deeplab"):
         raise UserError(f"--model {model}: unknown, choose one of {', '.join(MODELS)}")
     if backbone not in BACKBONES:
@@ -57,4 +59,10 @@ def build_network(
         body = MobileNetV2Body(norms, output_stride)
     else:
         body = ResNetBody(backbone, norms, output_stride)
+    if checkpointing and norms.fused:
+        raise UserError(
+            f"--grad_checkpointing does not go with --norm_act {norm_act}, whose layers overwrite what they "
+            "would compute from: drop it, or take --norm_act abn"
+        )
+    body.checkpointing = checkpointing
     return DeepLabV3(body, DeepLabHead(body.out_channels, norms, output_stride, pooling))

@@ -5,10 +5,14 @@ Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", CVPR 2
 
 from __future__ import annotations
 
+from itertools import pairwise
+
+import torch
 from torch import Tensor
 from torchvision.models.mobilenetv2 import InvertedResidual, MobileNetV2
 from torchvision.ops.misc import Conv2dNormActivation
 
+from modules.checkpointing import run_stage
 from modules.norm import NormAct
 
 STAGE_ENDS = (3, 6, 13, 17)
@@ -26,9 +30,13 @@ class MobileNetV2Body(MobileNetV2):
     Args:
         norm_act: norm layers and activations.
         output_stride: 16 or 8.
+
+    Attributes:
+        checkpointing: keep only what is between the stages for the backward pass, and compute the rest anew.
     """
 
     out_channels = 1280
+    checkpointing = False
 
     def __init__(self, norm_act: NormAct, output_stride: int) -> None:
         super().__init__(norm_layer=norm_act)
@@ -68,10 +76,12 @@ class MobileNetV2Body(MobileNetV2):
             B×1280×h×w, h = H / output stride, and a list of four tensors (24, 32, 96, 320 channels) or an
             empty one.
         """
+        recompute = self.checkpointing and torch.is_grad_enabled()
         x = images
         stages: list[Tensor] = []
-        for index, layer in enumerate(self.features):
-            x = layer(x)
-            if keep_stages and index in STAGE_ENDS:
+        for start, end in pairwise((-1, *STAGE_ENDS, len(self.features) - 1)):
+            stage = self.features[start + 1 : end + 1]
+            x = run_stage(stage, stage, x, recompute=recompute)
+            if keep_stages and end in STAGE_ENDS:
                 stages.append(x)
         return x, stages

@@ -5,11 +5,13 @@ He et al., "Deep Residual Learning for Image Recognition", CVPR 2016.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
+from modules.checkpointing import run_stage
 from modules.norm import NormAct
 
 LAYERS = {"resnet50": [3, 4, 6, 3], "resnet101": [3, 4, 23, 3]}
@@ -64,9 +66,13 @@ class ResNetBody(ResNet):
         backbone: ``resnet50`` or ``resnet101``.
         norm_act: norm layers and activations.
         output_stride: 16 or 8.
+
+    Attributes:
+        checkpointing: keep only what is between the stages for the backward pass, and compute the rest anew.
     """
 
     out_channels = 2048
+    checkpointing = False
 
     def __init__(self, backbone: str, norm_act: NormAct, output_stride: int) -> None:
         dilate = [False, output_stride == 8, True]
@@ -94,14 +100,20 @@ class ResNetBody(ResNet):
             an empty one.
         """
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        recompute = self.checkpointing and torch.is_grad_enabled()
         stages: list[Tensor] = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            *blocks, last = stage
-            for block in blocks:
-                x = block(x)
-            x = last.residual_sum(x)
+            x = run_stage(_residual_sum, stage, stage, x, recompute=recompute)
             if keep_stages:
                 stages.append(x)
                 x = x.clone()  # the activation overwrites its input
-            x = last.relu(x)
+            x = stage[-1].relu(x)
         return x, stages
+
+
+def _residual_sum(stage: nn.Sequential, x: Tensor) -> Tensor:
+    """A stage's features before their last activation."""
+    *blocks, last = stage
+    for block in blocks:
+        x = block(x)
+    return cast(ResidualBlock, last).residual_sum(x)

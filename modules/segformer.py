@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
+from modules.checkpointing import run_stage
 from modules.network import Features, Network
 from modules.norm import NormAct
 from utils.errors import UserError
@@ -162,7 +163,12 @@ class MixTransformer(nn.Module):
     Args:
         config: sizes.
         drop_path: probability of dropping the last block's branches; earlier blocks linearly less.
+
+    Attributes:
+        checkpointing: keep only what is between the stages for the backward pass, and compute the rest anew.
     """
+
+    checkpointing = False
 
     def __init__(self, config: MiTConfig, drop_path: float = 0.1) -> None:
         super().__init__()
@@ -193,20 +199,25 @@ class MixTransformer(nn.Module):
         Returns:
             Four feature maps B×C_i×h_i×w_i, and four maps B×heads×L×S after the softmax or none.
         """
+        recompute = self.checkpointing and torch.is_grad_enabled()
         x = images
         features: list[Tensor] = []
         maps: list[Tensor] = []
         for i in range(1, len(self.widths) + 1):
-            tokens, size = self.get_submodule(f"patch_embed{i}")(x)
-            *blocks, last = self.get_submodule(f"block{i}").children()
-            for block in blocks:
-                tokens, _ = block(tokens, size, keep_map=False)
-            tokens, attention = last(tokens, size, keep_map=keep_maps)
+            x, attention = run_stage(self._stage, self, i, x, keep_maps, recompute=recompute)
             if attention is not None:
                 maps.append(attention)
-            x = _to_map(self.get_submodule(f"norm{i}")(tokens), size)
             features.append(x)
         return features, maps
+
+    def _stage(self, i: int, x: Tensor, keep_map: bool) -> tuple[Tensor, Tensor | None]:
+        """Features B×C×h×w of stage ``i`` (from 1) from those before, and its last attention map if asked."""
+        tokens, size = self.get_submodule(f"patch_embed{i}")(x)
+        *blocks, last = self.get_submodule(f"block{i}").children()
+        for block in blocks:
+            tokens, _ = block(tokens, size, keep_map=False)
+        tokens, attention = last(tokens, size, keep_map=keep_map)
+        return _to_map(self.get_submodule(f"norm{i}")(tokens), size), attention
 
 
 def _init_weights(module: nn.Module) -> None:
@@ -292,6 +303,7 @@ class SegFormer(Network):
         config: sizes of the Mix Transformer.
         decoder: ``sats`` or ``segformer``.
         drop_path: largest stochastic depth rate.
+        checkpointing: see :class:`MixTransformer`.
 
     Raises:
         UserError: unknown decoder.
@@ -299,11 +311,19 @@ class SegFormer(Network):
 
     intermediates = frozenset({"body", "pre_logits", "attentions", "self_attention"})
 
-    def __init__(self, config: MiTConfig, decoder: str = "sats", drop_path: float = 0.1) -> None:
+    def __init__(
+        self,
+        config: MiTConfig,
+        decoder: str = "sats",
+        drop_path: float = 0.1,
+        *,
+        checkpointing: bool = False,
+    ) -> None:
         super().__init__()
         if decoder not in DECODERS:
             raise UserError(f"--decoder {decoder}: unknown, choose one of {', '.join(DECODERS)}")
         self.body = MixTransformer(config, drop_path)
+        self.body.checkpointing = checkpointing
         self.head = DECODERS[decoder](config.widths)
         self.out_channels = HIDDEN_CHANNELS
         self.body_channels = config.widths[-1]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +13,8 @@ import pytest
 import torch
 from released_reference import Toy
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from argparser import parse_options
 from dataset.transforms import normalize
@@ -19,6 +23,7 @@ from methods.classification import Classification
 from metrics.stream_metrics import StreamSegMetrics
 from tasks import get_task
 from train import NonFiniteLoss, Precision, Trainer
+from utils.errors import UserError
 
 CLASSES = [16, 5]  # VOC 15-5
 
@@ -151,6 +156,292 @@ class ConstantPenalty(Method):
 def test_a_penalty_without_gradient_is_no_fault() -> None:
     means = trained(context(), {"a": Classification(), "b": ConstantPenalty()}, batches())
     assert means["reg"] == 0.0 and means["total"] == means["ce"]
+
+
+# ── accumulation ─────────────────────────────────────────────────────────────────────────────────
+
+
+def kd(made: Context) -> dict[str, Method]:
+    methods = build_methods(parse_options(["--method", "LWF", "--task", "15-5"]), 1)
+    for method in methods.values():
+        method.begin_step(made)
+    return methods
+
+
+def test_an_accumulated_step_is_that_of_the_mean_of_the_losses() -> None:
+    loader = batches(5)
+    made, by_hand = context(), context()
+    seen: list[int] = []
+    trainer = Trainer(made, kd(made), sgd(made.model), accumulate=2)
+    trainer.train_epoch(loader, 0, after_batch=seen.append)
+    assert seen == [2, 4, 5], "checkpoints stand at the ends of optimiser steps only"
+    model, teacher, optimizer = by_hand.model, by_hand.model_old, sgd(by_hand.model)
+    methods = kd(by_hand)
+    model.train()
+    for group in (loader[:2], loader[2:4], loader[4:]):  # the last step has the mean over its own batch
+        losses = []
+        for images, targets in group:
+            with torch.no_grad():
+                outputs_old, _ = teacher(images)  # type: ignore[misc]
+            batch = Batch(images, targets, targets, 1, 16, 5, model(images)[0], outputs_old=outputs_old)
+            losses += [sum(t for m in methods.values() for t in m.losses(batch).values())]
+        optimizer.zero_grad()
+        (sum(losses) / len(group)).backward()  # type: ignore[union-attr]
+        optimizer.step()
+    expected = model.state_dict()
+    for name, value in made.model.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7, msg=name)
+
+
+class Importance(Method):
+    """Looks at the gradient once per optimiser step, and penalises."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.parameter, self.gradients = parameter, list[Tensor]()
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        return {"a": batch.images.mean() * self.parameter.sum() + 0.0 * batch.outputs.sum()}
+
+    def after_backward(self) -> None:
+        self.gradients.append(self.parameter.grad.clone())  # type: ignore[union-attr]
+
+    def penalty(self) -> dict[str, Tensor]:
+        return {"reg": 3.0 * self.parameter.sum()}
+
+
+def test_importance_penalty_and_schedule_come_once_per_optimiser_step() -> None:
+    made = context()
+    parameter = made.model.head.bias  # type: ignore[union-attr]
+    method, loader = Importance(parameter), batches(3)
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    before = parameter.detach().clone()
+    trainer = Trainer(made, {"a": method}, optimizer, scheduler, accumulate=2)
+    terms = trainer.train_group(loader[:2])
+    slopes = [images.mean() for images, _ in loader]
+    torch.testing.assert_close(parameter.detach(), before - 0.1 * (sum(slopes[:2]) / 2 + 3.0))
+    torch.testing.assert_close(terms["a"], sum(slopes[:2]) / 2 * before.sum())
+    torch.testing.assert_close(terms["reg"], 3.0 * before.sum())
+    torch.testing.assert_close(terms["total"], terms["a"] + terms["reg"])
+    trainer.train_epoch(loader, 0)
+    expected = [sum(slopes[:2]) / 2, sum(slopes[:2]) / 2, slopes[2]]
+    for gradient, slope in zip(method.gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, torch.full_like(gradient, float(slope)))
+    assert scheduler.get_last_lr() == [0.1 * 0.5**3]
+
+
+def test_means_of_an_epoch_count_every_batch_alike() -> None:
+    made = context()
+    told: list[tuple[int, float]] = []
+    trainer = Trainer(made, {"a": Counting()}, sgd(made.model), accumulate=3)
+    means = trainer.train_epoch(
+        batches(7), 0, interval=2, report=lambda position, terms: told.append((position, terms["count"]))
+    )
+    assert told == [(3, 1.0), (6, 4.0)]
+    assert means == {"count": 3.0, "total": 3.0}
+
+
+# ── nothing waits ────────────────────────────────────────────────────────────────────────────────
+
+METHODS = ("FT", "LWF", "LWF-MC", "ILT", "EWC", "RW", "PI", "MIB", "CIL", "SDR", "PLOP", "SSUL", "SATS")
+WAITING_OPS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+    "repeat_interleave",
+}
+READING = {"item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "__array__"}
+
+
+class Waits(TorchDispatchMode):
+    """Counts operations for whose result, or whose result's size, the host would wait on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        by_mask = "index" in name and any(
+            isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
+            for index in (args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ())
+        )
+        if name in WAITING_OPS or by_mask:
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Reads(TorchFunctionMode):
+    """Counts what Python calls to look at a tensor's values on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        # By its name only: the device that a context names is the CPU itself here.
+        to_host = name == "to" and any(isinstance(word, str) and word == "cpu" for word in args[1:])
+        if name in READING or to_host:
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def waits(function: Any) -> Counter[str]:
+    ops, reads = Waits(), Reads()
+    with ops, reads:
+        function()
+    return ops.found + reads.found
+
+
+def ready(name: str, fidelity: str, device: str = "cpu") -> Trainer:
+    """A trainer of step 1; importances come from a step 0."""
+    opts = parse_options(["--method", name, "--task", "15-5", "--fidelity", fidelity])
+    old, new = ([1, 15, 1], [1, 15, 5, 1]) if opts.unknown else (CLASSES[:1], CLASSES)
+    torch.manual_seed(0)
+    teacher, student = (Toy(classes, attention=True).to(device) for classes in (old, new))
+    made = context()
+    made.device, made.fidelity, made.model, made.model_old = torch.device(device), fidelity, student, teacher
+    made.batches = lambda: [(images.to(device), targets.to(device)) for images, targets in batches()]
+    before = Context(task=made.task, step=0, model=teacher, device=made.device)
+    states = {}
+    for kind, method in build_methods(opts, 0).items():
+        method.begin_step(before)
+        states[kind] = method.state_dict()
+    teacher.requires_grad_(False).eval()
+    methods = build_methods(opts, 1)
+    for kind, method in methods.items():
+        method.load_state_dict(states.get(kind, {}))
+        method.begin_step(made)
+    trainer = Trainer(made, methods, torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9))
+    trainer.model.train()
+    return trainer
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("fidelity", ["paper", "released"])
+def test_no_step_of_any_method_waits_for_a_value(name: str, fidelity: str) -> None:
+    trainer, loader = ready(name, fidelity), batches(2)
+
+    def steps() -> None:
+        for sample in loader:
+            trainer.train_step(*sample)
+
+    assert not waits(steps)
+    if name in ("EWC", "RW", "PI"):
+        assert "reg" in trainer.train_step(*loader[0]), "the penalty took part"
+
+
+def test_waits_are_seen() -> None:
+    values, mask = torch.arange(3), torch.tensor([True, False, True])
+    for look in (
+        lambda: values.sum().item(),
+        lambda: values[mask],
+        lambda: mask.nonzero(),
+        lambda: values.unique(),
+        lambda: bool(mask.any()),
+        lambda: values.to("cpu"),
+        lambda: values.tolist(),
+    ):
+        assert waits(look)
+    assert not waits(lambda: values[values.flip(0)] + values.sum())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("name", METHODS)
+def test_no_step_of_any_method_waits_for_a_gpu(name: str) -> None:
+    trainer = ready(name, "paper", "cuda")
+    loader = [(images.pin_memory(), targets.pin_memory()) for images, targets in batches(2)]
+    trainer.train_step(*loader[0])  # warms up libraries and caches
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.train_step(*loader[1])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_no_batch_of_an_evaluation_waits_for_a_value() -> None:
+    made = context()
+    trainer, metrics = Trainer(made, {}, sgd(made.model)), StreamSegMetrics(21)
+    assert not waits(lambda: trainer.evaluate(batches(2), metrics))
+    assert int(metrics.confusion_matrix.sum()) == sum(int((t != 255).sum()) for _, t in batches(2))
+
+
+class SavesTheTeacher(Method):
+    """Its term is a product: autograd saves the teacher's outputs to differentiate it."""
+
+    needs_teacher = True
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        product = batch.outputs[:, :16] * batch.outputs_old  # type: ignore[operator]
+        maps = zip(batch.features["attentions"], batch.features_old["attentions"], strict=True)
+        return {"products": product.mean() + sum((a * b).mean() for a, b in maps)}
+
+
+@pytest.mark.parametrize("level", ["O0", "O1", "O2"])
+def test_the_teacher_runs_in_inference_mode_and_its_outputs_can_be_saved(level: str) -> None:
+    made, modes = context(), []
+    made.model_old.register_forward_pre_hook(lambda *_: modes.append(torch.is_inference_mode_enabled()))  # type: ignore[union-attr]
+    trainer = Trainer(
+        made, {"a": SavesTheTeacher()}, sgd(made.model), precision=Precision(level, made.device)
+    )
+    images, targets = batches(1)[0]
+    trainer.train_step(images, targets)
+    assert modes == [True]
+    gradient = made.model.cls[0].weight.grad  # type: ignore[union-attr, index]
+    assert gradient.abs().sum() > 0
+    if level == "O0":
+        again = context()
+        with torch.no_grad():
+            outputs_old, maps_old = again.model_old(images)  # type: ignore[misc]
+        outputs, maps = again.model(images)
+        batch = Batch(images, targets, targets, 1, 16, 5, outputs, maps, outputs_old, maps_old)
+        SavesTheTeacher().losses(batch)["products"].backward()
+        torch.testing.assert_close(gradient, again.model.cls[0].weight.grad)  # type: ignore[union-attr, index]
+
+
+# ── torch.compile ────────────────────────────────────────────────────────────────────────────────
+
+
+class Tiny(nn.Module):
+    """As little as can be compiled: B×3×H×W → logits."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, classes, 1)
+        self.norm = nn.BatchNorm2d(classes)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        return self.norm(self.layer(images)), {}
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs the compiler g++ on the CPU")
+def test_compiled_networks_train_alike_under_the_same_names() -> None:
+    states = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        teacher, student = Tiny(16).requires_grad_(False).eval(), Tiny(21)
+        made = Context(task=get_task("voc", "15-5"), step=1, model=student, model_old=teacher)
+        trainer = Trainer(made, kd(made), sgd(student), compile=compile)
+        means = trainer.train_epoch(batches(2), 0)
+        metrics = trainer.evaluate(batches(1), StreamSegMetrics(21))
+        states.append((student.state_dict(), means, metrics.confusion_matrix))
+    (weights, means, matrix), (compiled, compiled_means, compiled_matrix) = states
+    assert weights.keys() == compiled.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    assert compiled_means == pytest.approx(means, rel=1e-4)
+    assert torch.equal(matrix, compiled_matrix)
+
+
+def test_without_a_compiler_compile_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    made = context()
+    with pytest.raises(UserError, match="--compile needs the C\\+\\+ compiler no-such-compiler"):
+        Trainer(made, {}, sgd(made.model), compile=True)
 
 
 # ── input ────────────────────────────────────────────────────────────────────────────────────────

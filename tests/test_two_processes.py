@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from methods import Context
@@ -46,7 +48,9 @@ def network() -> IncrementalSegmentationModule:
     return model
 
 
-def step(model: IncrementalSegmentationModule, forward: nn.Module, images: Tensor, targets: Tensor) -> float:
+def step(
+    model: IncrementalSegmentationModule, forward: nn.Module, samples: list[tuple[Tensor, Tensor]]
+) -> float:
     method = Classification("ce")
     context = Context(task=get_task("voc", "19-1"), step=0, model=model)
     method.begin_step(context)
@@ -54,27 +58,38 @@ def step(model: IncrementalSegmentationModule, forward: nn.Module, images: Tenso
     optimizer = torch.optim.SGD(learnt, lr=0.01, momentum=0.9, nesterov=True)
     trainer = Trainer(context, {"Classification": method}, optimizer, forward=forward)
     forward.train()
-    return trainer.train_step(images, targets)["total"].item()
+    return trainer.train_group(samples)["total"].item()
 
 
-def process(rank: int, folder: str) -> None:
+def process(rank: int, folder: str, accumulate: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     images, targets = batch()
     model = network()
     forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    loss = step(model, forward, images[rank::2], targets[rank::2])
+    exchanged: list[int] = []
+
+    def count(state, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations that are strings
+        exchanged.append(bucket.index())
+        return default_hooks.allreduce_hook(dist.group.WORLD, bucket)
+
+    forward.register_comm_hook(None, count)
+    parts = zip(images[rank::2].chunk(accumulate), targets[rank::2].chunk(accumulate), strict=True)
+    loss = step(model, forward, list(parts))
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    torch.save({"loss": loss, "gradients": gradients}, f"{folder}/{rank}.pth")
+    torch.save({"loss": loss, "gradients": gradients, "exchanged": exchanged}, f"{folder}/{rank}.pth")
     dist.destroy_process_group()
 
 
-def test_gradients_equal_those_of_the_joined_batch(tmp_path: Path) -> None:
-    mp.spawn(process, args=(str(tmp_path),), nprocs=2)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradients_equal_those_of_the_joined_batch(tmp_path: Path, accumulate: int) -> None:
+    mp.spawn(process, args=(str(tmp_path), accumulate), nprocs=2)
     halves = [torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in range(2)]
     model = network()
-    loss = step(model, model, *batch())
+    loss = step(model, model, [batch()])
     assert abs(loss - (halves[0]["loss"] + halves[1]["loss"]) / 2) < 1e-5 * loss
+    for half in halves:
+        assert len(half["exchanged"]) == len(set(half["exchanged"])), "they travel once per step"
     joined = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert joined.keys() == halves[0]["gradients"].keys()
     scale = max(float(gradient.abs().max()) for gradient in joined.values())

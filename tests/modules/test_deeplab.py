@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from modules import build_network
-from modules.deeplab import DeepLabHead
+from modules.deeplab import AtrousConv2d, DeepLabHead
 from modules.norm import NormAct
 from utils.errors import UserError
 
@@ -134,3 +134,38 @@ def test_autocast_and_channels_last(backbone):
 def test_bad_choices_are_named(options, word):
     with pytest.raises(UserError, match=word):
         build_network(**({"model": "deeplab", "norm_act": "std"} | options))
+
+
+@pytest.mark.parametrize("dilation", [1, 6, 12])
+@pytest.mark.parametrize("size", [(1, 1), (4, 4), (6, 6), (7, 5), (5, 13), (12, 12), (13, 14)])
+def test_atrous_convolution_is_the_plain_one(size, dilation):
+    torch.manual_seed(0)
+    plain = torch.nn.Conv2d(5, 4, 3, padding=dilation, dilation=dilation, bias=False)
+    short = AtrousConv2d(5, 4, 3, padding=dilation, dilation=dilation, bias=False)
+    short.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 5, *size)
+    weights = torch.randn(2, 4, *size)
+    found = []
+    for layer in (plain, short):
+        given = x.clone().requires_grad_()
+        out = layer(given)
+        (out * weights).sum().backward()
+        found.append((out, given.grad, layer.weight.grad))
+    for expected, value in zip(*found, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_atrous_convolution_leaves_out_what_meets_padding_alone():
+    calls = []
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func._schema.name == "aten::convolution":
+                calls.append(tuple(args[1].shape[2:]))
+            return func(*args, **(kwargs or {}))
+
+    layer = AtrousConv2d(5, 4, 3, padding=6, dilation=6, bias=False)
+    with Sizes():
+        for size in ((6, 6), (6, 7), (7, 6), (7, 7)):
+            layer(torch.randn(1, 5, *size))
+    assert calls == [(1, 1), (1, 3), (3, 1), (3, 3)]

@@ -1,0 +1,115 @@
+"""What the benchmarks share: clocks, interleaved repeats, the machine's name, reports."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from utils.files import atomic_write
+
+Row = dict[str, Any]
+
+
+def seconds(function: Callable[[], object], device: torch.device) -> float:
+    """Wall time of one call, the device's work included."""
+    synchronise(device)
+    start = time.perf_counter()
+    result = function()
+    synchronise(device)
+    elapsed = time.perf_counter() - start
+    del result
+    return elapsed
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleaved(
+    contenders: Mapping[str, Callable[[], object]], device: torch.device, repeats: int, *, warm_up: int = 1
+) -> dict[str, float]:
+    """Median seconds of each contender; each repeat runs all of them, so that noise disturbs all alike."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for repeat in range(warm_up + repeats):
+        for name, function in contenders.items():
+            elapsed = seconds(function, device)
+            if repeat >= warm_up:
+                times[name].append(elapsed)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
+    """Most bytes that tensors held at one time during a call, above what they held before it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    held = peak = 0
+    changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def device_name(device: torch.device) -> str:
+    """Model of the GPU or of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a figure depends on beside the code."""
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def heading(device: torch.device) -> str:
+    """``machine`` as a line above a table."""
+    return "{device}, {threads} threads, torch {torch}".format(**machine(device))
+
+
+def markdown(columns: Sequence[tuple[str, str, str]], rows: Sequence[Row]) -> str:
+    """A table for the screen and the documentation.
+
+    Args:
+        columns: heading, key and format of each column; a row without the key has an empty cell.
+        rows: the figures by key.
+    """
+    lines = [
+        "| " + " | ".join(title for title, _, _ in columns) + " |",
+        "|" + "---|" * len(columns),
+    ]
+    for row in rows:
+        cells = ["" if row.get(key) is None else format(row[key], form) for _, key, form in columns]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_report(path: Path | None, device: torch.device, **content: Any) -> None:
+    """The figures and the machine as JSON, where asked for."""
+    if path is not None:
+        with atomic_write(path) as file:
+            file.write((json.dumps({**machine(device), **content}, indent=2) + "\n").encode())

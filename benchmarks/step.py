@@ -1,0 +1,142 @@
+"""Cost of a whole training step of each method beside the network's own.
+
+    python -m benchmarks.step [--models M ...] [--methods N ...|all] [--batch N] [--crop N] [--peak] [--out F]
+
+In every repeat three steps run in turn on the same network and images: the network with plain cross entropy,
+the same after a plain forward of the teacher, and the method through the real ``Trainer``. The method's
+overhead is its median time over that of the network (with the teacher's forward where the method looks at the
+teacher), less one; the target is 10 %. Peak memory is that of the tensors of one step, weights and optimiser
+state left out. ``--peak`` (meant for CUDA) measures MIB's share of the bf16 matrix peak, and the same step in
+fp32 without channels-last.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.measure import Row, heading, interleaved, markdown, peak_bytes, write_report
+from benchmarks.workbench import (
+    ALL_METHODS,
+    MODELS,
+    Bench,
+    add_options,
+    bench,
+    options,
+    prepare,
+    set_forward_contiguous,
+)
+
+METHODS = ("FT", "MIB", "SDR", "PLOP", "SATS")
+TARGET = 0.10
+COLUMNS = [
+    ("network", "model", ""),
+    ("method", "method", ""),
+    ("images/s", "images_per_second", ".2f"),
+    ("network, ms", "network_ms", ".1f"),
+    ("+ teacher, ms", "network_teacher_ms", ".1f"),
+    ("method, ms", "method_ms", ".1f"),
+    ("overhead", "overhead", ".1%"),
+    ("memory, MB", "memory_mb", ".0f"),
+    ("network's, MB", "network_memory_mb", ".0f"),
+]
+PEAK_COLUMNS = [
+    ("step", "step", ""),
+    ("images/s", "images_per_second", ".2f"),
+    ("TFLOP/s", "tflops", ".2f"),
+    ("share of bf16 peak", "share", ".1%"),
+]
+
+
+def measure(made: Bench, repeats: int) -> Row:
+    """Times in ms, images/s, overhead and peak memory of one method on one network."""
+    device = made.context.device
+    contenders = {"network": made.bare(teacher=False), "method": made.run}
+    if made.context.model_old is not None:
+        contenders["network_teacher"] = made.bare(teacher=True)
+    times = interleaved(contenders, device, repeats)
+    reference = times["network" if made.trainer.teacher is None else "network_teacher"]
+    memory = {}
+    for name in ("network", "method"):
+        made.trainer.optimizer.zero_grad(set_to_none=True)
+        memory[name] = peak_bytes(contenders[name], device) / 1e6
+    return {
+        **{f"{name}_ms": 1000 * value for name, value in times.items()},
+        "images_per_second": made.opts.batch_size / times["method"],
+        "overhead": times["method"] / reference - 1,
+        "memory_mb": memory["method"],
+        "network_memory_mb": memory["network"],
+    }
+
+
+def matrix_peak(device: torch.device, size: int, repeats: int) -> float:
+    """FLOP/s of the product of two bf16 matrices size×size: the median of several."""
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / interleaved({"matmul": lambda: a @ b}, device, repeats, warm_up=2)["matmul"]
+
+
+def measure_peak(args: argparse.Namespace, device: torch.device) -> list[Row]:
+    """MIB's step as it is and in fp32 without channels-last, against the matrix peak."""
+    size = 8192 if device.type == "cuda" else 2048
+    peak = matrix_peak(device, size, args.repeats)
+    rows: list[Row] = [{"step": f"bf16 matrix product {size}³", "tflops": peak / 1e12, "share": 1.0}]
+    for name, level in (("as it is, --opt_level O1", "O1"), ("fp32, not channels-last", "O0")):
+        opts = options("MIB", args.models[0], batch=args.batch, crop=args.crop, opt_level=level)
+        made = bench(opts, device)
+        if level == "O0":
+            set_forward_contiguous(made.context.model, made.context.model_old)
+        made.run()
+        with FlopCounterMode(display=False) as counter:
+            made.run()
+        time = interleaved({"step": made.run}, device, args.repeats)["step"]
+        flops = counter.get_total_flops() / time
+        rows.append(
+            {
+                "step": f"MIB {args.models[0]}, B = {args.batch}, {args.crop}², {name}",
+                "images_per_second": args.batch / time,
+                "tflops": flops / 1e12,
+                "share": flops / peak,
+            }
+        )
+        del made
+    return rows
+
+
+def main(argv: list[str] | None = None) -> list[Row]:
+    """Parse the options, measure, print, and write JSON where asked; returns the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["deeplab-resnet101", "segformer_b2"])
+    parser.add_argument("--methods", nargs="+", choices=(*ALL_METHODS, "all"), default=METHODS)
+    parser.add_argument("--peak", action="store_true", help="share of the matrix peak instead; B = 24")
+    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    add_options(parser)
+    args = parser.parse_args(argv)
+    if args.peak and args.batch is None:
+        args.batch = 24
+    device = prepare(args)
+    print(heading(device))
+    rows: list[Row] = []
+    if args.peak:
+        rows, columns = measure_peak(args, device), PEAK_COLUMNS
+    else:
+        columns = COLUMNS
+        for model in args.models:
+            for method in ALL_METHODS if "all" in args.methods else args.methods:
+                opts = options(method, model, batch=args.batch, crop=args.crop, opt_level=args.opt_level)
+                made = bench(opts, device)
+                rows.append({"model": model, "method": method, **measure(made, args.repeats)})
+                print(markdown(columns, rows[-1:]).splitlines()[-1], flush=True)
+                del made
+        print(f"B = {args.batch}, {args.crop}², {args.opt_level}; target: overhead at most {TARGET:.0%}")
+    print(markdown(columns, rows))
+    write_report(
+        args.out, device, batch=args.batch, crop=args.crop, opt_level=args.opt_level, target=TARGET, rows=rows
+    )
+    return rows
+
+
+if __name__ == "__main__":
+    main()

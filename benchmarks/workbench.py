@@ -1,0 +1,213 @@
+"""A training step of any method and network on generated images, put together as a session does it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from argparser import Options, parse_options
+from methods import Context, Method, build_methods
+from segmentation_module import IncrementalSegmentationModule, freeze, make_model
+from session.networks import make_optimizer
+from train import Precision, Trainer, to_device
+from utils.memory import keep_freed_memory
+
+VOID = 255
+Sample = tuple[Tensor, Tensor, dict[str, Tensor]]
+
+MODELS = {
+    "deeplab-resnet101": ["--model", "deeplab", "--backbone", "resnet101"],
+    "deeplab-resnet50": ["--model", "deeplab", "--backbone", "resnet50"],
+    "deeplab-mobilenet_v2": ["--model", "deeplab", "--backbone", "mobilenet_v2"],
+    "segformer_b0": ["--model", "segformer_b0"],
+    "segformer_b2": ["--model", "segformer_b2"],
+}
+ALL_METHODS = ("FT", "LWF", "LWF-MC", "ILT", "EWC", "RW", "PI", "MIB", "CIL", "SDR", "PLOP", "SSUL", "SATS")
+
+
+@dataclass
+class Bench:
+    """One step of training, ready to run.
+
+    Attributes:
+        opts: checked options.
+        trainer: the real training loop, with the method.
+        sample: a batch as the loader yields it.
+    """
+
+    opts: Options
+    trainer: Trainer
+    sample: Sample
+
+    @property
+    def context(self) -> Context:
+        """Networks, classes and device."""
+        return self.trainer.context
+
+    @property
+    def student(self) -> IncrementalSegmentationModule:
+        """The network that learns, not wrapped."""
+        model = self.context.model
+        assert isinstance(model, IncrementalSegmentationModule)
+        return model
+
+    def run(self) -> dict[str, Tensor]:
+        """One step of the method."""
+        return self.trainer.train_step(*self.sample)
+
+    def bare(self, *, teacher: bool) -> Callable[[], object]:
+        """One step of the same network with cross entropy alone, after a plain forward of the teacher or not.
+
+        Both networks hand out logits only, as in any segmentation loop.
+        """
+        context, trainer = self.context, self.trainer
+        networks = [context.model, context.model_old] if teacher else [context.model]
+
+        def step() -> None:
+            needs = [(model, model.intermediates) for model in networks if model is not None]
+            for model, _ in needs:
+                model.intermediates = frozenset()  # type: ignore[assignment]
+            trainer.optimizer.zero_grad(set_to_none=True)
+            images = to_device(self.sample[0], context.device)
+            targets = self.sample[1].to(context.device, non_blocking=True).long()
+            with trainer.precision.network():
+                if teacher:
+                    assert context.model_old is not None
+                    with torch.no_grad():
+                        context.model_old(images)
+                logits, _ = trainer.model(images)
+            F.cross_entropy(logits.float(), targets, ignore_index=VOID).backward()
+            trainer.optimizer.step()
+            for model, names in needs:
+                model.intermediates = names
+
+        return step
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that the benchmarks of whole steps share."""
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--batch", type=int, help="images per step; default 4, on CUDA 8")
+    parser.add_argument("--crop", type=int, help="pixels; default 128, on CUDA 512")
+    parser.add_argument("--opt_level", help="as of run.py; default O0, on CUDA O1")
+    parser.add_argument("--repeats", type=int, default=5, help="timed repeats of each case")
+
+
+def prepare(args: argparse.Namespace) -> torch.device:
+    """Fill in the defaults of ``add_options`` that depend on the device, and set it up as a run does."""
+    device = torch.device(args.device)
+    cuda = device.type == "cuda"
+    args.batch = args.batch or (8 if cuda else 4)
+    args.crop = args.crop or (512 if cuda else 128)
+    args.opt_level = args.opt_level or ("O1" if cuda else "O0")
+    torch.set_num_threads(args.threads)
+    if not cuda:
+        keep_freed_memory()
+    return device
+
+
+def options(
+    method: str, model: str, *, batch: int, crop: int, opt_level: str = "O0", words: tuple[str, ...] = ()
+) -> Options:
+    """Options of a step on the VOC task 15-5; ``words`` come last and may change the task.
+
+    SATS transfers attention, which DeepLab has none of: there it transfers class means of features.
+    """
+    named = ["--method", method, "--task", "15-5", *MODELS[model]]
+    if method == "SATS" and model.startswith("deeplab"):
+        named += ["--distill_object", "sats-feature-CNN"]
+    sizes = ["--batch_size", str(batch), "--crop_size", str(crop), "--opt_level", opt_level]
+    return parse_options([*named, *sizes, "--no_pretrained", *words])
+
+
+def bench(opts: Options, device: torch.device, *, step: int = 1) -> Bench:
+    """Networks with random weights, methods and optimiser of a step."""
+    torch.manual_seed(0)
+    precision = Precision(opts.opt_level, device)
+    student = _placed(make_model(opts, opts.task_.classes_per_step(step)), precision)
+    context = Context(
+        task=opts.task_,
+        step=step,
+        model=student,
+        device=device,
+        protocol=opts.protocol,
+        fidelity=opts.fidelity,
+        autocast=precision.network,
+    )
+    sample = make_sample(opts, context)
+    context.batches = lambda: [(to_device(sample[0], device), sample[1].to(device).long())]
+    state: dict[str, Any] = {}
+    if step:
+        teacher = _placed(make_model(opts, opts.task_.classes_per_step(step - 1)), precision)
+        state = _state_before(opts, replace(context, step=step - 1, model=teacher))
+        context.model_old = freeze(teacher).eval()
+    methods = _begun(opts, context, state)
+    optimizer = make_optimizer(opts, student, methods, 1e-4)
+    trainer = Trainer(
+        context,
+        methods,
+        optimizer,
+        precision=precision,
+        accumulate=opts.accumulate,
+        compile=opts.compile,
+    )
+    trainer.model.train()
+    return Bench(opts, trainer, sample)
+
+
+def _placed(model: IncrementalSegmentationModule, precision: Precision) -> IncrementalSegmentationModule:
+    return precision.cast(model.to(precision.device).to(memory_format=torch.channels_last))
+
+
+def _state_before(opts: Options, context: Context) -> dict[str, Any]:
+    """What the methods hand on from the step before, there untrained: importances make penalties."""
+    methods = {name: m for name, m in build_methods(opts, context.step).items() if not m.needs_teacher}
+    for method in methods.values():
+        method.begin_step(context)
+    return {name: method.state_dict() for name, method in methods.items()}
+
+
+def _begun(opts: Options, context: Context, state: dict[str, Any]) -> dict[str, Method]:
+    """The step's methods, with the networks' intermediates that they need."""
+    methods = build_methods(opts, context.step)
+    teachers: set[str] = set()
+    for name, method in methods.items():
+        method.load_state_dict(state.get(name, {}))
+        teachers |= method.needs if method.needs_teacher else set()
+    context.model.intermediates = frozenset().union(*(m.needs for m in methods.values()))  # type: ignore[assignment]
+    if context.model_old is not None:
+        context.model_old.intermediates = frozenset(teachers)  # type: ignore[assignment]
+    for method in methods.values():
+        method.begin_step(context)
+    return methods
+
+
+def make_sample(opts: Options, context: Context) -> Sample:
+    """Random pixels; labels in squares: background, the step's classes and some void."""
+    generator = torch.Generator().manual_seed(1)
+    batch, crop, cells = opts.batch_size, opts.crop_size, max(opts.crop_size // 32, 1)
+    images = torch.randint(0, 256, (batch, 3, crop, crop), generator=generator, dtype=torch.uint8)
+    new = range(context.classes_old, context.classes_old + context.classes_new)
+    ids = torch.tensor([0, 0, 0, *new, VOID], dtype=torch.uint8)
+    coarse = ids[torch.randint(len(ids), (batch, 1, cells, cells), generator=generator)]
+    targets = F.interpolate(coarse.float(), size=(crop, crop)).to(torch.uint8)[:, 0].contiguous()
+    extras = {"saliency": (targets % 2).contiguous()} if opts.unknown else {}
+    if context.device.type == "cuda":  # as the loader hands them over
+        images, targets = images.pin_memory(), targets.pin_memory()
+        extras = {name: extra.pin_memory() for name, extra in extras.items()}
+    return images, targets, extras
+
+
+def set_forward_contiguous(*models: nn.Module | None) -> None:
+    """Let networks see images, and hold weights, in plain instead of channels-last memory."""
+    for model in models:
+        if model is not None:
+            model.to(memory_format=torch.contiguous_format)
+            model.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
