@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from methods import METHODS, REGISTRY, preset
+from methods import METHODS, REGISTRY, load_method_file, preset
 from methods.presets import FAMILY_PLOP, preset_note
 from tasks import Task, get_task, read_class_order
 from utils.errors import UserError
@@ -67,6 +67,26 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see python run.py --help)")
 
 
+class _HelpFormatter(argparse.HelpFormatter):
+    """Help as a user reads it: short names for values, and every default that says something."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        if action.type in (int, _positive):
+            return "N"
+        return {float: "X", Path: "PATH"}.get(action.type, "NAME")  # type: ignore[call-overload]
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        if action.nargs == 0 or default in (None, "", argparse.SUPPRESS) or "default" in text:
+            return text
+        values = default if isinstance(default, list) else [default]
+        shown = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+        return f"{text} (default: {shown})"
+
+
 def _nearest(word: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(near)}?" if near else ""
@@ -92,7 +112,11 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser with all groups: the general ones, then each method's own options."""
     parser = _Parser(
         prog="run.py",
+        usage="python run.py [options], or torchrun --nproc_per_node=N run.py [options]",
         description="Continual semantic segmentation: learn classes step by step.",
+        epilog="What is typed wins over the preset of --method. README.md has whole commands, "
+        "docs/methods.md the equations behind the options.",
+        formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
     _add_launch(parser.add_argument_group("launch"))
@@ -104,6 +128,13 @@ def build_parser() -> argparse.ArgumentParser:
     general = parser.add_argument_group("method")
     general.add_argument(
         "--method", type=_method, default=None, metavar="NAME", help=f"preset: {', '.join(METHODS)}"
+    )
+    general.add_argument(
+        "--method_file",
+        type=Path,
+        default=None,
+        metavar="FILE.py",
+        help="a method of one's own: Python code that is run (docs/methods.md)",
     )
     general.add_argument(
         "--fidelity",
@@ -145,7 +176,12 @@ def _add_launch(group: argparse._ActionsContainer) -> None:
 
 def _add_task(group: argparse._ActionsContainer) -> None:
     group.add_argument("--data_root", type=Path, default=Path("data"), help="folder of the data set")
-    group.add_argument("--dataset", default="voc", choices=("voc", "ade", "folder", "shapes"))
+    group.add_argument(
+        "--dataset",
+        default="voc",
+        choices=("voc", "ade", "folder", "shapes"),
+        help="Pascal VOC 2012, ADE20K, own images, or generated ones",
+    )
     group.add_argument("--task", default="19-1", help="class order, e.g. 19-1, 15-5, 15-1, 100-50")
     group.add_argument("--task_file", type=Path, default=None, help="YAML or JSON file with own tasks")
     group.add_argument(
@@ -163,21 +199,28 @@ def _add_task(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--overlap", "--overlapped", action="store_true", help="overlapped protocol (default: disjoint)"
     )
-    group.add_argument("--data_masking", choices=("current", "current+old", "all", "new"), default="current")
+    group.add_argument(
+        "--data_masking",
+        choices=("current", "current+old", "all", "new"),
+        default="current",
+        help="classes that training labels show; the others become background",
+    )
     group.add_argument(
         "--void_label",
         choices=("ignore", "background"),
         default="background",
         help="what void is in training: ignored (PLOP, SATS, SSUL) or background (MiB, SDR)",
     )
-    group.add_argument("--crop_size", type=_positive, default=512)
+    group.add_argument("--crop_size", type=_positive, default=512, help="side of the crops, in pixels")
     group.add_argument("--crop_val", action="store_false", help="evaluate on whole images, one by one")
     group.add_argument("--cross_val", action="store_true", help="validate on 20 %% of the training images")
     group.add_argument(
         "--val_on_trainset", action="store_true", help="final evaluation on the training images"
     )
     group.add_argument(
-        "--test_on_val", action="store_true", help="train on the images of the validation list (PLOP)"
+        "--test_on_val",
+        action="store_true",
+        help="evaluate on a fifth of the training images, kept back in every step (PLOP)",
     )
     group.add_argument(
         "--memory",
@@ -207,8 +250,15 @@ def _add_model(group: argparse._ActionsContainer) -> None:
         metavar="NAME",
         help="deeplab or segformer_b0 .. segformer_b5",
     )
-    group.add_argument("--backbone", default="resnet101", choices=("resnet50", "resnet101", "mobilenet_v2"))
-    group.add_argument("--output_stride", type=int, default=16, choices=(8, 16))
+    group.add_argument(
+        "--backbone",
+        default="resnet101",
+        choices=("resnet50", "resnet101", "mobilenet_v2"),
+        help="body of deeplab",
+    )
+    group.add_argument(
+        "--output_stride", type=int, default=16, choices=(8, 16), help="pixels per position of deeplab's body"
+    )
     group.add_argument(
         "--norm_act",
         default="std",
@@ -243,7 +293,7 @@ def _add_model(group: argparse._ActionsContainer) -> None:
 
 
 def _add_training(group: argparse._ActionsContainer) -> None:
-    group.add_argument("--epochs", type=_positive, default=30)
+    group.add_argument("--epochs", type=_positive, default=30, help="epochs of every step")
     group.add_argument("--batch_size", type=_positive, default=4, help="images per process")
     group.add_argument(
         "--lr",
@@ -256,18 +306,33 @@ def _add_training(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--lr_old", type=float, default=None, help="factor on the learning rate of the old classifiers"
     )
-    group.add_argument("--momentum", type=float, default=0.9)
-    group.add_argument("--weight_decay", type=float, default=1e-4)
-    group.add_argument("--lr_policy", choices=("poly", "step"), default="poly")
+    group.add_argument("--momentum", type=float, default=0.9, help="of SGD; above 0: Nesterov's")
+    group.add_argument("--weight_decay", type=float, default=1e-4, help="of SGD, on all weights")
+    group.add_argument("--lr_policy", choices=("poly", "step"), default="poly", help="how the rate falls")
     group.add_argument("--lr_power", type=float, default=0.9, help="exponent of the poly policy")
     group.add_argument("--lr_decay_step", type=_positive, default=5000, help="iterations (step policy)")
-    group.add_argument("--lr_decay_factor", type=float, default=0.1)
+    group.add_argument("--lr_decay_factor", type=float, default=0.1, help="factor (step policy)")
     group.add_argument("--warmup", type=float, default=0.0, help="share of the iterations that warm up")
     group.add_argument(
         "--opt_level",
         choices=("O0", "O1", "O2", "O3"),
         default="O0",
         help="O0: fp32; O1: autocast of the network; O2: of the losses too; O3: weights in half precision",
+    )
+    group.add_argument(
+        "--accumulate",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="batches per optimiser step; its gradient is the mean of theirs",
+    )
+    group.add_argument(
+        "--grad_checkpointing",
+        action="store_true",
+        help="less memory, more time: activations inside the body's stages are computed twice",
+    )
+    group.add_argument(
+        "--compile", action="store_true", help="run the networks through torch.compile in training"
     )
     group.add_argument("--debug", action="store_true", help="log more")
 
@@ -294,10 +359,23 @@ def _add_evaluation(group: argparse._ActionsContainer) -> None:
         default="mean",
         help="how the predictions of several scales and flips are fused",
     )
+    group.add_argument(
+        "--predict",
+        type=Path,
+        default=None,
+        metavar="PATH",
+        help="predict a picture or a folder of pictures with --ckpt, then end; writes to --out",
+    )
+    group.add_argument("--out", type=Path, default=None, metavar="DIR", help="folder for --predict's results")
+    group.add_argument(
+        "--raw",
+        action="store_true",
+        help="--predict writes class ids as grey levels instead of palette pictures",
+    )
 
 
 def _add_logging(group: argparse._ActionsContainer) -> None:
-    group.add_argument("--logdir", type=Path, default=Path("logs"))
+    group.add_argument("--logdir", type=Path, default=Path("logs"), help="folder of all runs")
     group.add_argument("--name", default="Experiment", help="name of the run")
     group.add_argument("--date", default="", help="prefix of the CSV file of results")
     group.add_argument(
@@ -334,7 +412,7 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         UserError: an unknown or wrong option; the message names the nearest ones.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = build_parser()
+    parser = _parser_for(argv)
     opts, unknown = parser.parse_known_args(argv, namespace=Options())
     if unknown:
         word = unknown[0].split("=")[0]
@@ -350,13 +428,27 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     return opts
 
 
+def _parser_for(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser with the options of ``--method_file``, where the command line names one."""
+    first = _Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--method_file", type=Path, default=None)
+    path = first.parse_known_args(argv)[0].method_file
+    if path is None:
+        return build_parser()
+    load_method_file(path)
+    try:
+        return build_parser()
+    except argparse.ArgumentError as error:
+        raise UserError(f"--method_file {path}: {error}; rename the option") from error
+
+
 def _task(opts: Options) -> Task:
     """The class order; without ``--task``, the task file's only one, or all classes for ``--check_data``."""
     name = opts.task
     if "task" not in opts.typed:
         if opts.task_file is not None:
             name = None
-        elif opts.check_data:
+        elif opts.check_data or opts.predict is not None:
             name = "offline"
     class_names = _own_classes(opts)
     class_order = None
@@ -402,6 +494,8 @@ def _apply_preset(opts: Options) -> None:
         if note := preset_note(opts.method, opts.fidelity):
             opts.notes.append(note)
     for name, value in chosen.items():
+        if not hasattr(opts, name):
+            raise UserError(f"--method {opts.method} sets --{name}, which is no option; mend its preset")
         if name in opts.typed:
             if getattr(opts, name) != value:
                 typed = getattr(opts, name)
@@ -450,12 +544,18 @@ def _check(opts: Options) -> None:
         raise UserError("--ckpt names one checkpoint; give a single --step with it")
     if opts.pretrained_path is not None and opts.no_pretrained:
         raise UserError("--pretrained_path and --no_pretrained exclude each other; give one")
-    trains = not (opts.test or opts.check_data)
+    _check_prediction(opts)
+    trains = not (opts.test or opts.check_data or opts.predict is not None)
     own_statistics = opts.model == "deeplab" and opts.norm_act in ("std", "abn", "iabn") and not opts.fix_bn
     if opts.batch_size == 1 and trains and own_statistics:
         raise UserError(
             "--batch_size 1: the head normalises one pooled value per image over the batch, which needs "
             "--batch_size 2 or more, or --fix_bn"
+        )
+    if opts.compile and opts.grad_checkpointing:
+        raise UserError(
+            "--compile and --grad_checkpointing exclude each other (torch.compile takes no checkpoint that "
+            "leaves running statistics alone); give one"
         )
     if opts.crop_size < 32:
         raise UserError(f"--crop_size {opts.crop_size} is below the networks' stride of 32")
@@ -471,7 +571,7 @@ def _check(opts: Options) -> None:
         "ckpt_minutes",
     ):
         if getattr(opts, name) < 0:
-            raise UserError(f"--{name} {getattr(opts, name)} is negative")
+            raise UserError(f"--{name} {getattr(opts, name)} is negative; give 0 or more")
     if opts.timeout <= 0:
         raise UserError(f"--timeout {opts.timeout:g} must be above 0 seconds")
     if min(opts.lrs) <= 0:
@@ -480,3 +580,20 @@ def _check(opts: Options) -> None:
         raise UserError(f"--warmup {opts.warmup} must lie in [0, 1)")
     if any(mark in opts.name for mark in "/\\"):
         raise UserError(f"--name {opts.name} is part of file names; leave out / and \\")
+
+
+def _check_prediction(opts: Options) -> None:
+    """Options of ``--predict``, and the scales that it shares with ``--test``."""
+    if min(opts.test_scales) <= 0:
+        raise UserError(f"--test_scales {min(opts.test_scales):g} must be above 0")
+    if opts.predict is None:
+        if opts.out is not None or opts.raw:
+            raise UserError(f"{'--raw' if opts.raw else '--out'} goes with --predict; give it, or drop this")
+        return
+    for name in ("test", "check_data"):
+        if getattr(opts, name):
+            raise UserError(f"--predict and --{name} exclude each other; give one")
+    for name in ("ckpt", "out"):
+        if getattr(opts, name) is None:
+            what = {"ckpt": "FILE, the checkpoint", "out": "DIR, the folder for the results"}[name]
+            raise UserError(f"--predict needs --{name} {what}")

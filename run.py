@@ -5,6 +5,7 @@ Several processes:  torchrun --nproc_per_node=2 run.py ...           (NCCL on CU
                     python -m torch.distributed.launch --nproc_per_node=2 run.py ...
 All steps:          --step all
 A checkpoint:       --test [--ckpt FILE]
+Own pictures:       --predict PATH --out DIR --ckpt FILE
 The data set:       --check_data
 
 ``--batch_size`` is per process. Exit code 0: done; 1: a fault of the program or the machine; 2: bad input,
@@ -50,15 +51,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(opts: Options) -> int:
-    """Check the data, or train or test every step that the options name."""
+    """Check the data, predict pictures, or train or test every step that the options name."""
     # Imported here so that --help and a wrong option answer at once.
     if opts.check_data:
         from dataset.check import check_data
 
         return check_data(opts)
+    world = distributed.start(opts.where_to_sim, opts.local_rank, opts.timeout)
+    if opts.predict is not None:
+        from utils.predict import predict
+
+        return predict(opts, world)
     from session import Session
 
-    world = distributed.start(opts.where_to_sim, opts.local_rank, opts.timeout)
     session = Session(opts, world)
     for step, lr in zip(opts.steps, opts.lrs, strict=True):
         if opts.test:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from methods.attention_transfer import AttentionTransfer
@@ -10,15 +11,17 @@ from methods.cil import CIL
 from methods.classification import Classification
 from methods.distillation import EncoderDistillation, OutputDistillation
 from methods.icarl import ICaRL
+from methods.own import read_method_file
 from methods.pod import PooledOutputDistillation
-from methods.presets import METHODS, preset
+from methods.presets import METHODS, add_preset, preset
 from methods.prototypes import FeatureSparsity, PrototypeLearning, SoftNearestNeighbours
 from methods.pseudo_labels import PseudoLabels
 from methods.regularization import Regularization
 from methods.unknown import UnknownClass
 
-# A new method is one file, one line here and, if it has a name of its own, one preset.
-REGISTRY: tuple[type[Method], ...] = (
+# A method of the package is one file and one line here, and a preset if it has a name of its own. A method of
+# one's own is one file anywhere: --method_file adds it to the list.
+REGISTRY: list[type[Method]] = [
     Classification,
     OutputDistillation,
     EncoderDistillation,
@@ -32,9 +35,20 @@ REGISTRY: tuple[type[Method], ...] = (
     UnknownClass,
     AttentionTransfer,
     Regularization,
-)
+]
 
-__all__ = ["METHODS", "REGISTRY", "Batch", "Context", "Method", "build_methods", "preset"]
+__all__ = [
+    "METHODS",
+    "REGISTRY",
+    "Batch",
+    "Context",
+    "Method",
+    "build_methods",
+    "load_method_file",
+    "preset",
+]
+
+_LOADED: set[Path] = set()
 
 
 def build_methods(opts: Any, step: int) -> dict[str, Method]:
@@ -45,3 +59,19 @@ def build_methods(opts: Any, step: int) -> dict[str, Method]:
         for name, method in built
         if method is not None and not (method.needs_teacher and step == 0)
     }
+
+
+def load_method_file(path: Path) -> None:
+    """Add the methods and presets of a Python file of one's own (``--method_file``); twice is once.
+
+    Raises:
+        UserError: the file cannot be run or its methods do not fit beside the others.
+    """
+    resolved = path.expanduser().resolve()
+    if resolved in _LOADED:
+        return
+    kinds, presets = read_method_file(resolved, taken={kind.__name__ for kind in REGISTRY})
+    for name, options in presets.items():
+        add_preset(name, options, source=resolved)
+    REGISTRY.extend(kinds)
+    _LOADED.add(resolved)

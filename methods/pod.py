@@ -39,7 +39,12 @@ class PooledOutputDistillation(Method):
     @classmethod
     def add_options(cls, parser: argparse._ActionsContainer) -> None:
         """``--pod`` and what belongs to it."""
-        parser.add_argument("--pod", choices=("spatial", "local", "global"), default=None)
+        parser.add_argument(
+            "--pod",
+            choices=("spatial", "local", "global"),
+            default=None,
+            help="how maps are pooled (PLOP: local)",
+        )
         parser.add_argument("--pod_factor", type=float, default=5.0, metavar="W", help="weight")
         parser.add_argument(
             "--pod_options",

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from utils.errors import UserError
 
 _PLOP_LOGITS = '{"switch": {"after": {"extra_channels": "sum", "factor": %s, "type": "local"}}}'
 FAMILY_PLOP = {"void_label": "ignore", "unseen_label": "background"}
@@ -58,7 +62,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
 }
 _PRESETS["SATS-M"] = {**_PRESETS["SATS"], "memory": 100}
 
-METHODS = tuple(_PRESETS)
+METHODS = list(_PRESETS)
 
 _NO_EFFECT_WHEN_RELEASED = {"CIL": "loss_CIL is compared with 1 instead of being set to it"}
 
@@ -71,6 +75,23 @@ def preset_note(method: str, fidelity: str) -> str | None:
         f"--method {method} --fidelity released sets nothing, as in the released code "
         f"({_NO_EFFECT_WHEN_RELEASED[method]}): this run is FT"
     )
+
+
+def add_preset(name: str, options: Mapping[str, Any], *, source: Path) -> None:
+    """Make a name known to ``--method``.
+
+    Args:
+        name: the name, in any case.
+        options: what it stands for, by the options' names without dashes.
+        source: file that it comes from, for the message.
+
+    Raises:
+        UserError: there is such a name already.
+    """
+    if name.lower() in {known.lower() for known in METHODS}:
+        raise UserError(f"{source}: there is a --method {name} already; choose another name in PRESETS")
+    _PRESETS[name] = dict(options)
+    METHODS.append(name)
 
 
 def preset(method: str, *, dataset: str, task: str, fidelity: str = "paper") -> dict[str, Any]:

@@ -176,12 +176,19 @@ class FeatureSparsity(Method):
             "--lfs_normalization",
             default="max_foreachfeature",
             choices=("L1", "L2", "max_foreachfeature", "max_maskedforclass", "max_overall", "softmax"),
+            help="sparsity: what features are divided by first",
         )
         parser.add_argument(
-            "--lfs_shrinkingfn", default="squared", choices=("squared", "power3", "exponential")
+            "--lfs_shrinkingfn",
+            default="squared",
+            choices=("squared", "power3", "exponential"),
+            help="sparsity: what is summed above the fraction bar",
         )
         parser.add_argument(
-            "--lfs_loss_fn_touse", default="ratio", choices=("ratio", "max_minus_ratio", "lasso", "entropy")
+            "--lfs_loss_fn_touse",
+            default="ratio",
+            choices=("ratio", "max_minus_ratio", "lasso", "entropy"),
+            help="sparsity: the measure; max_minus_ratio is 0, as released",
         )
 
     @classmethod

@@ -24,12 +24,17 @@ class Regularization(Method):
     @classmethod
     def add_options(cls, parser: argparse._ActionsContainer) -> None:
         """``--regularizer`` and what belongs to it."""
-        parser.add_argument("--regularizer", choices=("ewc", "rw", "pi"), default=None)
+        parser.add_argument(
+            "--regularizer", choices=("ewc", "rw", "pi"), default=None, help="how importance is estimated"
+        )
         parser.add_argument(
             "--reg_importance", type=float, default=1.0, metavar="W", help="weight of the penalty"
         )
         parser.add_argument(
-            "--reg_alpha", type=float, default=0.9, help="share of the past in the running Fisher estimate"
+            "--reg_alpha",
+            type=float,
+            default=0.9,
+            help="weight of the newest gradient in the running Fisher estimate",
         )
         parser.add_argument(
             "--reg_no_normalize", action="store_true", help="do not scale the importances to [0, 1]"

@@ -1,186 +1,276 @@
-"""Methods × seeds from one file: ``python -m scripts.experiment FILE.yaml``.
+"""Methods × tasks × seeds from one file: ``python -m scripts.experiment FILE.yaml``.
 
-Runs what has no results yet, several at a time, and ends with the table of all: mean ± standard deviation
-over seeds. The file::
+Runs what has no results yet, goes on with what broke (give the command again), and ends with a table of
+mean ± standard deviation over seeds and the report (``utils.report``). The file::
 
-    logdir: logs/shapes
-    processes: 2                # runs at a time, each on one core
+    logdir: logs/voc
+    tasks: [15-5, 15-1]
     seeds: [1, 2, 3]
-    common: {dataset: shapes, data_root: data/shapes, task: 10-5-5, overlap: true, epochs: 10, lr: 0.01}
-    step_0: {epochs: 20, lr: 0.05}          # what step 0 does otherwise
+    processes: 2                # runs at a time
+    gpus: [0, 1, 2, 3]          # shared evenly by the runs at a time; left out: one process each, any device
+    common: {dataset: voc, data_root: data, overlap: true, epochs: 30, lr: 0.001, batch_size: 12}
+    step_0: {lr: 0.01}          # what step 0 does otherwise
     runs:
       FT: {method: FT}
       MIB: {method: MIB, from: FT}          # begins with step 1, from FT's step 0
-      joint: {task: offline}
+      SDR: {method: SDR, step_0: {unce: true, loss_de_prototypes: 1}}
+      joint: {task: offline}                # a task of its own, compared in every table
+    slurm: {partition: gpu, time: 4:00:00, ntasks-per-node: 2, gpus-per-node: 2}
 
-Options are those of ``run.py`` without their dashes; ``true`` is a flag.
+Options are those of ``run.py`` without their dashes; ``true`` is a flag. With ``slurm`` (options of
+sbatch) or ``--slurm`` every run is a job of its own.
+
+Exit code 0: all done; 1: a run failed; 2: a wrong file, with one line that says what to change; 75: a signal
+came, the runs are saved.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import shlex
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from tasks import get_task
-from utils.checkpoint import checkpoint_path
+from scripts.experiment_plan import Experiment, Run, plan, read_experiment
+from scripts.experiment_slurm import job_script, submit
+from tasks import Task
 from utils.errors import UserError
 from utils.logger import format_table
+from utils.signals import EXIT_STOPPED, StopRequest
 
 ROOT = Path(__file__).resolve().parent.parent
-NUMBERS = ("miou_old", "miou_new", "miou_all")
+POLL_SECONDS = 0.2
 
 
-@dataclass
-class Run:
-    """One run of the command: a method with a seed.
+# ── running ──────────────────────────────────────────────────────────────────────────────────────────
 
-    Attributes:
-        method: name of the run in the file.
-        seed: its seed.
-        commands: arguments of ``run.py``, one list per call, in order.
-        results: file that stands when the run is done.
-        needs: files of other runs that must stand before it starts.
+
+class Runner:
+    """Runs on this machine, several at a time.
+
+    Args:
+        processes: runs at a time.
+        gpus: numbers of the GPUs that they share evenly; empty: the environment stays as it is.
     """
 
-    method: str
-    seed: int
-    commands: list[list[str]]
-    results: Path
-    needs: list[Path] = field(default_factory=list)
+    def __init__(self, processes: int = 1, gpus: Sequence[int] = ()) -> None:
+        share = len(gpus) // processes
+        self.places = [list(gpus[i * share : (i + 1) * share]) for i in range(processes)]
+        self.active: dict[subprocess.Popen[bytes], tuple[Run, list[list[str]], list[int]]] = {}
+        self.failed: list[Run] = []
+        self.stop = StopRequest()
+
+    def execute(self, runs: Iterable[Run]) -> list[Run]:
+        """Run what has no results yet; returns the runs that have none in the end.
+
+        After SIGTERM, SIGUSR1 or an interrupt the runs under way save and end.
+        """
+        waiting = [run for run in runs if not run.is_done]
+        self.stop.listen()
+        try:
+            while (waiting or self.active) and not self.stop:
+                ready = [run for run in waiting if run.can_start and not run.is_done]
+                for run in ready[: len(self.places)]:
+                    waiting.remove(run)
+                    self._start(run, run.commands, self.places.pop())
+                if not self.active:
+                    for run in waiting:
+                        print(f"{run.title}: waits for a step 0 that is not there", file=sys.stderr)
+                    break
+                time.sleep(POLL_SECONDS)
+                self._collect()
+        finally:
+            unfinished = self._end_all()
+        return self.failed + unfinished + waiting
+
+    def _start(self, run: Run, commands: list[list[str]], place: list[int]) -> None:
+        log = run.folder / "output.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        if place:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, place))
+        if len(commands) == len(run.commands):
+            print(f"{run.title}: started, {log}", flush=True)
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                _command(commands[0], len(place)),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                # Ctrl-C goes to this process only, which tells the runs to save.
+                start_new_session=True,
+            )
+        self.active[process] = (run, commands[1:], place)
+
+    def _collect(self) -> None:
+        """Take note of the processes that ended, and start what follows them."""
+        for process in [process for process in self.active if process.poll() is not None]:
+            run, rest, place = self.active.pop(process)
+            if process.returncode == 0 and rest:
+                self._start(run, rest, place)
+                continue
+            self.places.append(place)
+            if process.returncode == 0:
+                print(f"{run.title}: done", flush=True)
+                continue
+            self.failed.append(run)
+            print(f"{run.title}: failed with {process.returncode}: {_last_line(run)}", file=sys.stderr)
+
+    def _end_all(self) -> list[Run]:
+        """Tell the runs under way to save and end; returns them."""
+        for process in self.active:
+            process.send_signal(signal.SIGTERM)
+        for process in self.active:
+            process.wait()
+        return [run for run, _, _ in self.active.values()]
 
 
-def arguments(options: Mapping[str, Any]) -> list[str]:
-    """Options of the file as words of a command line."""
-    words: list[str] = []
-    for name, value in options.items():
-        if value is False or value is None:
-            continue
-        words.append(f"--{name}")
-        if value is not True:
-            values = value if isinstance(value, list) else [value]
-            words += [json.dumps(item) if isinstance(item, dict) else str(item) for item in values]
-    return words
+def _command(words: Sequence[str], gpus: int) -> list[str]:
+    """The command line: started by torchrun where a run has several GPUs."""
+    launcher = [sys.executable]
+    if gpus > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
+    return [*launcher, str(ROOT / "run.py"), *words]
 
 
-def plan(content: Mapping[str, Any]) -> list[Run]:
-    """All runs of an experiment.
+def _last_line(run: Run) -> str:
+    """What the run said last, and where the rest is."""
+    log = run.folder / "output.log"
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    said = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
+    return f"{said} ({log})"
 
-    Raises:
-        UserError: a run begins from one that the file does not have.
+
+# ── the table ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def scores(run: Run, task: Task) -> list[float | None]:
+    """mIoU of a finished run over old, new and all classes at the task's last step, as fractions.
+
+    Joint training and other runs of another class order are judged by the task's classes. As in
+    ``metrics.continual`` the background counts as an old class, and a class without an IoU is left out.
     """
-    logdir, runs = Path(content["logdir"]), content["runs"]
-    planned = []
-    for seed in content.get("seeds", [42]):
-        for method, own in runs.items():
-            options = {**content["common"], **own, "random_seed": seed, "logdir": logdir}
-            begin = options.pop("from", None)
-            if begin is not None and begin not in runs:
-                raise UserError(f"run {method} begins from '{begin}', which is no run of the file")
-            task = get_task(options["dataset"], options["task"])
-            run_name = f"{method}_{seed}"
-
-            def checkpoint(name: str, step: int, options: dict[str, Any] = options) -> Path:
-                return checkpoint_path(logdir, options["task"], options["dataset"], name, step)
-
-            commands, needs = [], []
-            if begin is None:
-                commands.append(
-                    arguments({**options, **content.get("step_0", {}), "name": run_name, "step": 0})
-                )
-            later = list(range(1, task.num_steps))
-            if later:
-                more: dict[str, Any] = {"name": run_name, "step": later}
-                if begin is not None:
-                    needs.append(checkpoint(f"{begin}_{seed}", 0))
-                    more["step_ckpt"] = needs[0]
-                commands.append(arguments({**options, **more}))
-            folder = checkpoint(run_name, 0).parent
-            planned.append(Run(method, seed, commands, folder / f"results_{task.num_steps - 1}.json", needs))
-    return planned
+    results = json.loads(run.results.read_text(encoding="utf-8"))
+    if run.task.steps == task.steps:
+        return [results[f"miou_{name}"] for name in ("old", "new", "all")]
+    last = task.num_steps - 1
+    iou = {run.task.order[results["indices"][name]]: value for name, value in results["class_iou"].items()}
+    means: list[float | None] = []
+    for classes in (task.old_classes(last), task.new_classes(last), task.order):
+        values = [iou[c] for c in classes if iou.get(c) is not None]
+        means.append(math.fsum(values) / len(values) if values else None)
+    return means
 
 
-def execute(runs: list[Run], processes: int) -> list[Run]:
-    """Run what has no results yet, ``processes`` at a time; returns the runs that failed."""
-    waiting = [run for run in runs if not run.results.is_file()]
-    active: dict[subprocess.Popen[bytes], tuple[Run, list[list[str]]]] = {}
-    failed: list[Run] = []
-    while waiting or active:
-        for run in [run for run in waiting if all(path.is_file() for path in run.needs)]:
-            if len(active) < processes:
-                waiting.remove(run)
-                active[_start(run, run.commands[0])] = (run, run.commands[1:])
-        if not active:
-            print(f"{len(waiting)} runs wait for a step 0 that is not there", file=sys.stderr)
-            return failed + waiting
-        time.sleep(0.5)
-        for process in [process for process in active if process.poll() is not None]:
-            run, rest = active.pop(process)
-            if process.returncode != 0:
-                print(f"{run.method} seed {run.seed} failed; see {_log(run)}", file=sys.stderr)
-                failed.append(run)
-            elif rest:
-                active[_start(run, rest[0])] = (run, rest[1:])
-            else:
-                print(f"{run.method} seed {run.seed} done", flush=True)
-    return failed
+def table(runs: Sequence[Run]) -> str:
+    """For each task the mean ± standard deviation over seeds of the last step's mIoU, in per cent."""
+    tasks = list(dict.fromkeys(task for run in runs for task in run.compared_in))
+    return "\n\n".join(
+        f"{task.dataset} {task.name}, mIoU in per cent after the last step\n{_task_table(runs, task)}"
+        for task in tasks
+    )
 
 
-def _log(run: Run) -> Path:
-    return run.results.parent / "output.log"
-
-
-def _start(run: Run, command: list[str]) -> subprocess.Popen[bytes]:
-    _log(run).parent.mkdir(parents=True, exist_ok=True)
-    with _log(run).open("ab") as output:
-        return subprocess.Popen(
-            [sys.executable, str(ROOT / "run.py"), *command],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={"OMP_NUM_THREADS": "1", **os.environ},
-        )
-
-
-def table(runs: list[Run]) -> str:
-    """Mean ± standard deviation over seeds of the last step's mIoU, in per cent."""
+def _task_table(runs: Sequence[Run], task: Task) -> str:
+    compared = [run for run in runs if task in run.compared_in]
     rows = []
-    for method in dict.fromkeys(run.method for run in runs):
-        done = [run for run in runs if run.method == method and run.results.is_file()]
-        results = [json.loads(run.results.read_text(encoding="utf-8")) for run in done]
+    for method in dict.fromkeys(run.method for run in compared):
+        done = [scores(run, task) for run in compared if run.method == method and run.is_done]
         cells = []
-        for number in NUMBERS:
-            values = [100 * r[number] for r in results if r[number] is not None]
+        for column in range(3):
+            values = [100 * value for row in done if (value := row[column]) is not None]
             spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.1f}{spread}" if values else "–")
         rows.append([method, *cells, len(done)])
     return format_table(["method", "old", "new", "all", "seeds"], rows)
 
 
+def _report(runs: Sequence[Run], logdir: Path) -> int:
+    """The page of what is there, by ``utils.report``."""
+    # Its libraries take a second that --dry-run and a wrong file need not wait for.
+    from utils import report
+
+    folders = [str(run.folder) for run in runs if run.is_done]
+    return report.main([*folders, "--out", str(logdir / "report")]) if folders else 0
+
+
+# ── the command ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def _options(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.experiment",
+        description="Methods × tasks × seeds from one file: run what is missing, then table and report.",
+    )
+    parser.add_argument("file", type=Path, help="the experiment (scripts/shapes.yaml is one)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--table", action="store_true", help="only print the table of what is there")
+    what.add_argument("--dry-run", action="store_true", help="only print what would run")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--slurm", action="store_true", help="submit the runs as Slurm jobs")
+    where.add_argument("--local", action="store_true", help="run here, whatever the file says")
+    return parser.parse_args(argv)
+
+
+def _print_plan(experiment: Experiment, runs: Sequence[Run], sbatch: dict[str, str] | None) -> None:
+    for run in runs:
+        if run.is_done:
+            print(f"# {run.title}: done")
+            continue
+        after = "" if run.begins_from is None else f", after {run.begins_from.title}"
+        print(f"# {run.title}{after}")
+        if sbatch is not None:
+            print(job_script(run, sbatch, experiment.logdir / "slurm"))
+            continue
+        gpus = len(experiment.gpus) // experiment.processes
+        print("\n".join(shlex.join(_command(command, gpus)) for command in run.commands))
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run the experiment of a file and print its table; exit code 1 if a run failed, 2 for a bad file."""
-    parser = argparse.ArgumentParser(description="Methods × seeds from one file.")
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--table", action="store_true", help="only print the table of what is there")
-    options = parser.parse_args(argv)
+    """Run the experiment of a file, or what the options say; returns the exit code."""
+    options = _options(argv)
     try:
-        content = yaml.safe_load(options.file.read_text(encoding="utf-8"))
-        runs = plan(content)
-    except (OSError, yaml.YAMLError, KeyError, TypeError, UserError) as error:
-        print(f"scripts.experiment: error: {options.file}: {error}", file=sys.stderr)
+        experiment = read_experiment(options.file)
+        try:
+            runs = plan(experiment)
+        except UserError as error:
+            raise UserError(f"{options.file}: {error}") from error
+        sbatch = {} if options.slurm and experiment.slurm is None else experiment.slurm
+        if options.local:
+            sbatch = None
+        if options.dry_run:
+            _print_plan(experiment, runs, sbatch)
+            return 0
+        if options.table:
+            print(table(runs))
+            return 0
+        if sbatch is not None:
+            print("\n".join(submit(runs, sbatch, experiment.logdir / "slurm")))
+            print(table(runs))
+            return 0
+        return _run_here(experiment, runs)
+    except UserError as error:
+        print(f"scripts.experiment: error: {error}", file=sys.stderr)
         return 2
-    failed = [] if options.table else execute(runs, content.get("processes", 1))
+
+
+def _run_here(experiment: Experiment, runs: Sequence[Run]) -> int:
+    runner = Runner(experiment.processes, experiment.gpus)
+    missing = runner.execute(runs)
     print(table(runs))
-    return 1 if failed else 0
+    if runner.stop:
+        print(f"{runner.stop.signal}: the runs are saved; the same command goes on", file=sys.stderr)
+        return EXIT_STOPPED
+    reported = _report(runs, experiment.logdir)
+    return 1 if missing else reported
 
 
 if __name__ == "__main__":

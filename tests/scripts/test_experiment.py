@@ -1,19 +1,29 @@
-"""The plan of an experiment, and the table of what was run."""
+"""Experiments from one file: plan, runs, Slurm jobs, table."""
 
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from argparser import parse_options
 from scripts import experiment
+from scripts.experiment_plan import Run, check_content, plan, read_experiment
 from utils.errors import UserError
-from utils.report import comparison, find_runs
 
-CONTENT = {
+ROOT = Path(__file__).resolve().parents[2]
+CONTENT: dict[str, Any] = {
+    "logdir": "logs",
     "seeds": [1, 2],
     "common": {"dataset": "shapes", "task": "10-5-5", "overlap": True, "epochs": 3, "lr": 0.01},
     "step_0": {"epochs": 5},
@@ -21,64 +31,448 @@ CONTENT = {
 }
 
 
+def planned(tmp_path: Path, **changes: Any) -> list[Run]:
+    return plan(check_content({**CONTENT, "logdir": str(tmp_path), **changes}))
+
+
+def write(tmp_path: Path, **changes: Any) -> Path:
+    """An experiment's file whose runs go to ``logs`` beside it."""
+    file = tmp_path / "experiment.yaml"
+    content = {**CONTENT, "logdir": str(tmp_path / "logs"), **changes}
+    file.write_text(yaml.safe_dump({name: entry for name, entry in content.items() if entry is not None}))
+    return file
+
+
+# ── the plan ─────────────────────────────────────────────────────────────────────────────────────────
+
+
 def test_a_run_begins_from_the_step_0_of_another(tmp_path: Path) -> None:
-    runs = experiment.plan({**CONTENT, "logdir": str(tmp_path)})
+    runs = planned(tmp_path)
     assert [(run.method, run.seed) for run in runs] == [
         (m, s) for s in (1, 2) for m in ("FT", "MIB", "joint")
     ]
     ft, mib, joint = runs[:3]
     assert [len(run.commands) for run in (ft, mib, joint)] == [2, 1, 1]
-    assert mib.needs == [tmp_path / "10-5-5-shapes_FT_1" / "10-5-5-shapes_FT_1_0.pth"]
+    assert mib.begins_from is ft and ft.begins_from is None
     first, later, borrowed = (parse_options(c) for c in (*ft.commands, *mib.commands))
     assert (first.steps, first.epochs) == ([0], 5)
     assert (later.steps, later.epochs, later.overlap) == ([1, 2], 3, True)
-    assert (borrowed.method, borrowed.step_ckpt, borrowed.random_seed) == ("MIB", mib.needs[0], 1)
+    step_0 = tmp_path / "10-5-5-shapes_FT_1" / "10-5-5-shapes_FT_1_0.pth"
+    assert (borrowed.method, borrowed.step_ckpt, borrowed.random_seed) == ("MIB", step_0, 1)
 
 
-def test_an_unknown_beginning_is_refused(tmp_path: Path) -> None:
-    content = {**CONTENT, "logdir": str(tmp_path), "runs": {"MIB": {"from": "nothing"}}}
-    with pytest.raises(UserError, match="nothing"):
-        experiment.plan(content)
+def test_a_run_waits_until_the_step_0_is_evaluated(tmp_path: Path) -> None:
+    ft, mib = planned(tmp_path)[:2]
+    ft.folder.mkdir()
+    # A checkpoint of a step that is still training lies there under the same name.
+    (ft.folder / "10-5-5-shapes_FT_1_0.pth").touch()
+    assert not mib.can_start
+    (ft.folder / "results_0.json").touch()
+    assert mib.can_start
 
 
-def test_execute_runs_in_order_and_names_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in = tmp_path / "run.py"
-    stand_in.write_text(
-        "import pathlib, sys\npathlib.Path(sys.argv[1]).touch() if sys.argv[1:] else sys.exit(3)\n"
-    )
-    monkeypatch.setattr(experiment, "ROOT", tmp_path)
-    made = tmp_path / "a" / "made"
-    good = experiment.Run("good", 1, [[str(made)]], tmp_path / "a" / "results_0.json")
-    after = experiment.Run(
-        "after", 1, [[str(tmp_path / "b")]], tmp_path / "c" / "results_0.json", needs=[made]
-    )
-    bad = experiment.Run("bad", 1, [[]], tmp_path / "d" / "results_0.json")
-    never = experiment.Run("never", 1, [[]], tmp_path / "e" / "results_0.json", needs=[tmp_path / "missing"])
-    assert experiment.execute([after, good, bad, never], processes=2) == [bad, never]
-    assert made.is_file() and (tmp_path / "b").is_file()
+def test_every_task_is_run_and_joint_training_only_once(tmp_path: Path) -> None:
+    common = {name: value for name, value in CONTENT["common"].items() if name != "task"}
+    runs = planned(tmp_path, tasks=["10-5-5", "10-10", "15-1"], common=common, seeds=[7])
+    assert [(run.task.name, run.method) for run in runs] == [
+        *(("10-5-5", "FT"), ("10-5-5", "MIB"), ("offline", "joint")),
+        *(("10-10", "FT"), ("10-10", "MIB"), ("15-5s", "FT"), ("15-5s", "MIB")),
+    ]
+    assert [task.name for task in runs[2].compared_in] == ["10-5-5", "10-10", "15-5s"]
+    assert parse_options(runs[-1].commands[0]).steps == [1, 2, 3, 4, 5]
+    assert runs[-1].folder == tmp_path / "15-5s-shapes_MIB_7"
 
 
-def test_tables_show_means_and_spread(tmp_path: Path) -> None:
-    runs = experiment.plan({**CONTENT, "logdir": str(tmp_path)})
-    for run, miou in zip([run for run in runs if run.method == "FT"], (0.5, 0.6), strict=True):
-        run.results.parent.mkdir(parents=True)
-        numbers = {"miou_old": miou, "miou_new": None, "miou_all": miou, "harmonic_mean": None}
-        run.results.write_text(json.dumps({"step": 2, **numbers}))
-    table = experiment.table(runs)
-    row = next(line for line in table.splitlines() if line.startswith("FT"))
-    assert "55.0 ± 7.1" in row and "–" in row
-    shown = comparison(find_runs([tmp_path]))
-    assert "10-5-5-shapes_FT_1" in shown and "50.00" in shown
+def test_step_0_of_a_single_run(tmp_path: Path) -> None:
+    sdr = {"method": "SDR", "step_0": {"unce": True, "loss_de_prototypes": 1}}
+    (run,) = planned(tmp_path, runs={"SDR": sdr}, seeds=[1])
+    first, later = (parse_options(command) for command in run.commands)
+    assert (first.loss_de_prototypes, first.epochs, later.loss_de_prototypes) == (1.0, 5, 1e-2)
 
 
-def test_reports_of_nothing_say_so(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no results"):
-        find_runs([tmp_path])
+def test_the_experiment_of_shapes_is_in_order() -> None:
+    runs = plan(read_experiment(ROOT / "scripts" / "shapes.yaml"))
+    assert len(runs) == 3 * 16
+    assert {run.method for run in runs if run.begins_from} >= {"LWF", "MIB", "PLOP", "SATS"}
 
 
-def test_a_bad_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "bad.yaml"
-    file.write_text("runs: {")
+# ── wrong files ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seed": [1]}, "unknown entry 'seed'; did you mean seeds?"),
+        ({"logdir": None}, "logdir: give the folder"),
+        ({"runs": {}}, "runs: give at least one"),
+        ({"runs": ["FT"]}, "runs: expected 'name: value' entries"),
+        ({"runs": {"FT": "FT"}}, "runs: FT: expected options"),
+        ({"runs": {"MIB": {"from": "nothing"}}}, "MIB begins from 'nothing', which is no run of the file"),
+        (
+            {"runs": {"FT": {}, "A": {"from": "FT"}, "B": {"from": "A"}}},
+            "B begins from 'A', which has no step 0 of its own",
+        ),
+        (
+            {"runs": {"joint": {"task": "offline"}, "A": {"from": "joint"}}},
+            "A begins from 'joint', which has no task 10-5-5 to go on with",
+        ),
+        ({"runs": {"FT": {"metod": "FT"}}}, "runs: FT: unknown option --metod; did you mean --method"),
+        ({"runs": {"FT": {"method": "FTT"}}}, "runs: FT: argument --method: unknown method 'FTT'"),
+        ({"runs": {"a/b": {}}}, "runs: a/b: --name a/b_1"),
+        ({"runs": {"FT": {"name": "x"}}}, "runs: FT: name is given by the experiment itself"),
+        ({"step_0": {"epochs": 0}}, "runs: FT: argument --epochs: must be at least 1"),
+        ({"common": {"dataset": "shapes", "task": "30-1"}}, "common: --task '30-1'"),
+        ({"common": {"from": "FT"}}, "common: 'from' belongs to one of the runs"),
+        ({"common": ["lr"]}, "common: expected options"),
+        ({"tasks": ["10-10"]}, "tasks and the task of common exclude each other"),
+        ({"tasks": "10-10"}, "tasks: expected names"),
+        ({"seeds": 3.5}, "seeds: expected different numbers"),
+        ({"seeds": [1, 1]}, "seeds: expected different numbers"),
+        ({"seeds": []}, "seeds: expected different numbers"),
+        ({"processes": 0}, "processes: expected a number, at least 1"),
+        ({"processes": 2, "gpus": [0, 1, 2]}, "gpus: 3 cannot be shared by 2 processes"),
+        ({"slurm": "gpu"}, "slurm: expected options of sbatch"),
+        ({"slurm": {"dependency": "x"}}, "slurm: dependency is given by the experiment itself"),
+    ],
+)
+def test_a_wrong_entry_is_told_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], said: str
+) -> None:
+    file = write(tmp_path, **changes)
     assert experiment.main([str(file)]) == 2
-    assert "bad.yaml" in capsys.readouterr().err
-    assert sys.exc_info() == (None, None, None)
+    error = capsys.readouterr().err
+    assert error.startswith(f"scripts.experiment: error: {file}: ")
+    assert said in error and error.count("\n") == 1
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize("text", [b"runs: {", b"- a list", b"\xff\xfe"])
+def test_what_is_no_experiment_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: bytes
+) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_bytes(text)
+    assert experiment.main([str(file)]) == experiment.main([str(tmp_path / "no.yaml")]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "bad.yaml: " in first and "no.yaml: cannot be read" in second
+
+
+# ── running ──────────────────────────────────────────────────────────────────────────────────────────
+
+# Writes results as run.py does, or ends with the code that the file "fails" beside it names for the run.
+STAND_IN = """
+import json, os, pathlib, signal, sys, time
+sys.path.insert(0, {root!r})
+from argparser import parse_options
+opts = parse_options(sys.argv[1:])
+folder = opts.logdir / f"{{opts.task}}-{{opts.dataset}}_{{opts.name}}"
+here = pathlib.Path(__file__).parent
+with (here / "calls").open("a") as file:
+    file.write(f"{{opts.name}} {{opts.steps}} {{os.environ.get('CUDA_VISIBLE_DEVICES')}}\\n")
+fails = json.loads((here / "fails").read_text())
+if fails.get(opts.name) == "wait":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    (here / "waiting").touch()
+    time.sleep(60)
+if opts.name in fails:
+    sys.exit("a word about it" if fails[opts.name] == 1 else fails[opts.name])
+for step in opts.steps:
+    numbers = {{"miou_old": 0.5, "miou_new": 0.25, "miou_all": 0.4}}
+    ids = opts.task_.seen_classes(step)
+    iou = {{f"c{{i}}": i / 100 for i in ids}}
+    indices = {{f"c{{i}}": k for k, i in enumerate(ids)}}
+    content = {{"step": step, **numbers, "class_iou": iou, "indices": indices}}
+    (folder / f"results_{{step}}.json").write_text(json.dumps(content))
+"""
+
+
+@pytest.fixture
+def fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, object]], None]:
+    """Put a stand-in in run.py's place; call with the runs that fail."""
+    (tmp_path / "run.py").write_text(STAND_IN.format(root=str(ROOT)))
+    monkeypatch.setattr(experiment, "ROOT", tmp_path)
+    monkeypatch.setattr(experiment, "_report", lambda runs, logdir: 0)
+
+    def set_fails(names: dict[str, object]) -> None:
+        (tmp_path / "fails").write_text(json.dumps(names))
+
+    set_fails({})
+    return set_fails
+
+
+def calls(tmp_path: Path) -> list[str]:
+    file = tmp_path / "calls"
+    lines = file.read_text().splitlines() if file.exists() else []
+    file.unlink(missing_ok=True)
+    return lines
+
+
+def test_what_is_missing_runs_and_what_failed_runs_again(
+    tmp_path: Path, fails: Callable[[dict[str, object]], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path, seeds=[1], processes=2)
+    fails({"FT_1": 1})
+    assert experiment.main([str(file)]) == 1
+    assert sorted(calls(tmp_path)) == ["FT_1 [0] None", "joint_1 [0] None"]
+    said = capsys.readouterr()
+    assert "FT, 10-5-5, seed 1: failed with 1: a word about it" in said.err
+    assert "MIB, 10-5-5, seed 1: waits for a step 0 that is not there" in said.err
+    assert "joint, offline, seed 1: done" in said.out
+    fails({"MIB_1": 75})
+    assert experiment.main([str(file)]) == 1
+    assert sorted(calls(tmp_path)) == ["FT_1 [0] None", "FT_1 [1, 2] None", "MIB_1 [1, 2] None"]
+    fails({})
+    assert experiment.main([str(file)]) == 0
+    assert calls(tmp_path) == ["MIB_1 [1, 2] None"]
+    assert experiment.main([str(file)]) == 0
+    assert calls(tmp_path) == []
+
+
+def test_runs_at_a_time_have_gpus_of_their_own(
+    tmp_path: Path, fails: Callable[[dict[str, object]], None]
+) -> None:
+    runs = {"A": {}, "B": {}}
+    common = {"dataset": "shapes", "task": "offline"}
+    file = write(tmp_path, seeds=[1], runs=runs, common=common, processes=2, gpus=[2, 5])
+    assert experiment.main([str(file)]) == 0
+    assert {line.split()[-1] for line in calls(tmp_path)} == {"2", "5"}
+
+
+def test_several_gpus_per_run_are_started_by_torchrun(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path, seeds=[1], processes=2, gpus=[0, 1, 2, 3])
+    assert experiment.main([str(file), "--dry-run"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert [line for line in shown if line.startswith("#")] == [
+        "# FT, 10-5-5, seed 1",
+        "# MIB, 10-5-5, seed 1, after FT, 10-5-5, seed 1",
+        "# joint, offline, seed 1",
+    ]
+    commands = [shlex.split(line) for line in shown if not line.startswith("#")]
+    assert len(commands) == 4
+    for words in commands:
+        assert words[1:6] == [
+            *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+            str(ROOT / "run.py"),
+        ]
+        parse_options(words[6:])
+    assert not (tmp_path / "logs").exists()
+
+
+def test_a_signal_is_handed_on_and_the_runs_save(
+    tmp_path: Path, fails: Callable[[dict[str, object]], None]
+) -> None:
+    file = write(tmp_path, seeds=[1], runs={"FT": {}})
+    fails({"FT_1": "wait"})
+    code = "import pathlib, sys; from scripts import experiment; experiment.ROOT = pathlib.Path(sys.argv[1])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"{code}; sys.exit(experiment.main(sys.argv[2:]))", str(tmp_path), str(file)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "waiting").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 75, error
+    assert "SIGTERM: the runs are saved; the same command goes on" in error
+
+
+# ── Slurm ────────────────────────────────────────────────────────────────────────────────────────────
+
+# Gives numbers from 101 on and writes down its words; jobs stay in the queue until "gone" names them.
+SBATCH = """#!/usr/bin/env bash
+folder=$(dirname "$0")
+[ ! -e "$folder/refused" ] || { echo "sbatch: error: invalid partition" >&2; exit 1; }
+echo "$*" >> "$folder/submitted"
+echo "$((100 + $(wc -l < "$folder/submitted")))"
+"""
+SQUEUE = """#!/usr/bin/env bash
+folder=$(dirname "$0")
+last=$((100 + $(wc -l < "$folder/submitted")))
+seq 101 "$last" | grep -vxFf "$folder/gone"
+exit 0
+"""
+SRUN = """#!/usr/bin/env bash
+printf '%s\\n' "$PWD" "$@" > "$(dirname "$0")/ran.$(ls "$(dirname "$0")" | grep -c ran)"
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder on PATH with stand-ins for what is used of Slurm."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    stand_ins = {"sbatch": SBATCH, "squeue": SQUEUE, "srun": SRUN, "scontrol": "#!/bin/sh\necho node1\n"}
+    for name, text in stand_ins.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    (folder / "gone").write_text("")
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder
+
+
+def submitted(slurm: Path) -> list[str]:
+    file = slurm / "submitted"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def test_runs_are_submitted_once_and_wait_for_each_other(
+    tmp_path: Path, slurm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path, seeds=[1], runs={"MIB": {"from": "FT"}, "FT": {}, "joint": {"task": "offline"}})
+    folder = tmp_path / "logs" / "slurm"
+    assert experiment.main([str(file), "--slurm"]) == 0
+    assert submitted(slurm) == [
+        f"--parsable {folder}/10-5-5-shapes_FT_1.slurm",
+        f"--parsable {folder}/offline-shapes_joint_1.slurm",
+        f"--parsable --dependency=afterok:101 --kill-on-invalid-dep=yes {folder}/10-5-5-shapes_MIB_1.slurm",
+    ]
+    assert "MIB, 10-5-5, seed 1: submitted as job 103" in capsys.readouterr().out
+    assert experiment.main([str(file), "--slurm"]) == 0
+    assert len(submitted(slurm)) == 3
+    assert "FT, 10-5-5, seed 1: job 101 is in the queue" in capsys.readouterr().out
+    # FT ended after its step 0, joint training is done: FT and MIB are submitted again, MIB at once.
+    for name, step in (("10-5-5-shapes_FT_1", 0), ("offline-shapes_joint_1", 0)):
+        (tmp_path / "logs" / name).mkdir()
+        (tmp_path / "logs" / name / f"results_{step}.json").write_text(
+            json.dumps({"class_iou": {}, "indices": {}, "miou_old": 0, "miou_new": 0, "miou_all": 0})
+        )
+    (slurm / "gone").write_text("101\n102\n103\n")
+    assert experiment.main([str(file), "--slurm"]) == 0
+    assert submitted(slurm)[3:] == [
+        f"--parsable {folder}/10-5-5-shapes_FT_1.slurm",
+        f"--parsable {folder}/10-5-5-shapes_MIB_1.slurm",
+    ]
+
+
+def test_a_job_script_runs_the_commands_of_its_run(tmp_path: Path, slurm: Path) -> None:
+    file = write(tmp_path, seeds=[1], runs={"FT": {}})
+    with file.open("a") as text:
+        text.write("slurm: {partition: gpu, time: 4:00:00, requeue: false, exclusive: true}\n")
+    assert experiment.main([str(file)]) == 0
+    script = tmp_path / "logs" / "slurm" / "10-5-5-shapes_FT_1.slurm"
+    header = [line for line in script.read_text().splitlines() if line.startswith("#SBATCH")]
+    assert "#SBATCH --time=4:00:00" in header and "#SBATCH --exclusive" in header
+    assert "#SBATCH --signal=USR1@180" in header and "#SBATCH --requeue" not in header
+    job = {"SLURM_JOB_ID": "101", "SLURM_NTASKS": "2"}
+    subprocess.run(["bash", str(script)], cwd=tmp_path, env={**os.environ, **job}, check=True, timeout=60)
+    (run,) = plan(read_experiment(file))
+    ran = [(slurm / f"ran.{i}").read_text().splitlines() for i in range(2)]
+    for words, command in zip(ran, run.commands, strict=True):
+        assert words[0] == str(Path.cwd())
+        assert words[-len(command) :] == command
+
+
+def test_local_wins_over_the_file(tmp_path: Path, slurm: Path, fails: object) -> None:
+    file = write(tmp_path, seeds=[1], runs={"FT": {}}, slurm={"partition": "gpu"})
+    assert experiment.main([str(file), "--local"]) == 0
+    assert submitted(slurm) == []
+
+
+def test_a_refused_job_and_a_missing_slurm_are_one_line(
+    tmp_path: Path, slurm: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path, seeds=[1])
+    (slurm / "refused").touch()
+    assert experiment.main([str(file), "--slurm"]) == 2
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert experiment.main([str(file), "--slurm"]) == 2
+    refused, missing = capsys.readouterr().err.splitlines()
+    assert "sbatch: error: invalid partition" in refused
+    assert "sbatch: not found; submit from a machine with Slurm, or give --local" in missing
+    (tmp_path / "logs" / "slurm" / "jobs.json").write_text("[]")
+    assert experiment.main([str(file), "--slurm"]) == 2
+    assert "jobs.json: is no record of jobs" in capsys.readouterr().err
+
+
+# ── the table ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def results(run: Run, iou: dict[int, float | None], **numbers: float | None) -> None:
+    """Write the results of a run's last step: IoU by dataset class id."""
+    run.folder.mkdir(parents=True)
+    content = {
+        "class_iou": {f"class {c}": value for c, value in iou.items()},
+        "indices": {f"class {c}": run.task.order.index(c) for c in iou},
+        **{f"miou_{name}": value for name, value in numbers.items()},
+    }
+    run.results.write_text(json.dumps(content))
+
+
+def test_the_table_shows_means_and_spread(tmp_path: Path) -> None:
+    runs = planned(tmp_path)
+    for run, miou in zip([run for run in runs if run.method == "FT"], (0.5, 0.6), strict=True):
+        results(run, {}, old=miou, new=None, all=miou)
+    text = experiment.table(runs)
+    assert "shapes 10-5-5" in text
+    row = next(line for line in text.splitlines() if line.startswith("FT"))
+    assert row.split("  ")[-1].strip() == "2"
+    assert row.count("55.0 ± 7.1") == 2 and "–" in row
+    assert next(line for line in text.splitlines() if line.startswith("MIB")).endswith("0")
+
+
+def test_joint_training_is_judged_by_each_tasks_classes(tmp_path: Path) -> None:
+    common = {name: value for name, value in CONTENT["common"].items() if name != "task"}
+    runs = planned(
+        tmp_path, tasks=["10-10", "15-5"], common=common, seeds=[1], runs={"joint": {"task": "offline"}}
+    )
+    (joint,) = runs
+    # Background 1, classes 1 to 10 0.5, 11 to 15 0.25 (class 11 has no IoU), 16 to 20 0.
+    iou = {c: 1.0 if c == 0 else 0.5 if c <= 10 else 0.25 if c <= 15 else 0.0 for c in range(21)}
+    results(joint, {**iou, 11: None}, old=None, new=0.35, all=0.35)
+    old, new, everything = experiment.scores(joint, joint.compared_in[0])
+    assert (old, new) == (pytest.approx(6 / 11), pytest.approx(1 / 9))
+    assert everything == pytest.approx(7 / 20)
+    assert experiment.scores(joint, joint.compared_in[1])[:2] == [pytest.approx(7 / 15), 0.0]
+    assert experiment.table(runs).count("joint") == 2
+
+
+def test_ades_other_is_in_no_mean(tmp_path: Path) -> None:
+    common = {"dataset": "ade", "task": "100-50"}
+    (joint,) = planned(tmp_path, common=common, seeds=[1], runs={"joint": {"task": "offline"}})
+    results(joint, {c: 0.2 if c <= 100 else 0.1 for c in range(1, 151)})
+    assert experiment.scores(joint, joint.compared_in[0]) == [
+        *(pytest.approx(0.2), pytest.approx(0.1)),
+        pytest.approx(25 / 150),
+    ]
+
+
+# ── all of it ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_real_runs_end_with_table_and_report(shapes_root: Path, tmp_path: Path) -> None:
+    common = {
+        **{"dataset": "shapes", "data_root": str(shapes_root), "task": "10-10", "overlap": True, "lr": 0.01},
+        **{"backbone": "mobilenet_v2", "no_pretrained": True, "crop_size": 64, "pooling": 0, "epochs": 1},
+        **{"batch_size": 4, "num_workers": 0, "where_to_sim": "CPU", "visualize": True},
+    }
+    file = write(tmp_path, common=common, seeds=[1], step_0=None, processes=2)
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.experiment", str(file)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for method in ("FT", "MIB", "joint"):
+        row = next(line for line in done.stdout.splitlines() if line.startswith(f"{method} "))
+        assert row.endswith("1") and "–" not in row
+    log = (tmp_path / "logs" / "10-10-shapes_MIB_1" / "train.log").read_text(encoding="utf-8")
+    assert "step 0" not in log or "step 0 epoch" not in log
+    (page,) = (tmp_path / "logs" / "report").glob("*.html")
+    assert "MIB" in page.read_text(encoding="utf-8")
+
+
+def test_a_wrong_experiment_raises_from_the_plan(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no step 0 of its own"):
+        planned(tmp_path, runs={"A": {"from": "B"}, "B": {"from": "A"}})

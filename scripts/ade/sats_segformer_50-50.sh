@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# SATS, SegFormer-B2, ADE20K 50-50 overlapped: 50 classes, then twice 50 (Qiu et al. 2023).
+# Variables: DATA, GPUS, NAME, PROTOCOL, BATCH, LOGDIR (scripts/run_task.sh).
+set -euo pipefail
+NAME=${NAME:-SATS}
+PROTOCOL=${PROTOCOL:-overlapped}
+BATCH=${BATCH:-24}
+. "$(dirname "$0")/../run_task.sh"
+
+train --dataset ade --task 50-50 --method SATS --model segformer_b2 --step all \
+    --lr 0.01 0.001 0.001 --epochs 60 --opt_level O1 "$@"

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# SSUL, SegFormer-B2, ADE20K 100-5 overlapped: 100 classes, then 50 five by five (Cha et al. 2021).
+# Variables: DATA, GPUS, NAME, PROTOCOL, BATCH, LOGDIR (scripts/run_task.sh).
+set -euo pipefail
+NAME=${NAME:-SSUL}
+PROTOCOL=${PROTOCOL:-overlapped}
+BATCH=${BATCH:-32}
+. "$(dirname "$0")/../run_task.sh"
+
+ssul=(--dataset ade --task 100-5 --method SSUL --model segformer_b2 --crop_size 513 --epochs 100)
+train "${ssul[@]}" --step 0 --lr 0.01 "$@"
+train "${ssul[@]}" --step 1 2 3 4 5 6 7 8 9 10 --lr 0.05 --warmup 0.1 "$@"

@@ -1,0 +1,305 @@
+"""An experiment's file: read, checked by the parser of ``run.py``, and laid out as runs."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from argparser import Options, parse_options
+from tasks import Task
+from utils.checkpoint import checkpoint_path
+from utils.errors import UserError
+
+_KEYS = ("logdir", "processes", "gpus", "seeds", "tasks", "common", "step_0", "runs", "slurm")
+# What the runner gives to every command itself.
+_RESERVED = ("name", "step", "logdir", "random_seed", "step_ckpt", "ckpt", "test", "check_data", "checkpoint")
+_TASK_OPTIONS = ("dataset", "data_root", "task", "task_file", "class_order", "class_order_seed")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What the file says.
+
+    Attributes:
+        logdir: folder of the runs.
+        processes: runs at a time.
+        gpus: numbers of the GPUs that they share evenly; empty: one process for each run, any device.
+        seeds, tasks: every run is made with each; without ``tasks`` the task is an option of ``common``.
+        common: options of every command.
+        step_0: options of step 0 that differ.
+        runs: options of each run by its name.
+        slurm: options of ``sbatch``; None: run here.
+    """
+
+    logdir: Path
+    common: dict[str, Any]
+    runs: dict[str, dict[str, Any]]
+    processes: int = 1
+    gpus: tuple[int, ...] = ()
+    seeds: tuple[int, ...] = (42,)
+    tasks: tuple[str | None, ...] = (None,)
+    step_0: dict[str, Any] = field(default_factory=dict)
+    slurm: dict[str, str] | None = None
+
+
+@dataclass(eq=False)
+class Run:
+    """One run of the command: a method with a task and a seed.
+
+    Attributes:
+        method: name of the run in the file.
+        seed: its seed.
+        task: its class order.
+        compared_in: tasks of the experiment in whose tables it stands; joint training, a task of its own,
+            stands in all.
+        commands: arguments of ``run.py``, one list per call, in order.
+        folder: where its results are.
+        begins_from: the run whose step 0 it takes, or None.
+    """
+
+    method: str
+    seed: int
+    task: Task
+    compared_in: list[Task]
+    commands: list[list[str]]
+    folder: Path
+    begins_from: Run | None = None
+
+    @property
+    def title(self) -> str:
+        """For messages."""
+        return f"{self.method}, {self.task.name}, seed {self.seed}"
+
+    @property
+    def results(self) -> Path:
+        """File that stands when the run is done."""
+        return self.folder / f"results_{self.task.num_steps - 1}.json"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all its steps are trained and evaluated."""
+        return self.results.is_file()
+
+    @property
+    def can_start(self) -> bool:
+        """Whether the step 0 that it begins with is complete: its results are written last."""
+        return self.begins_from is None or (self.begins_from.folder / "results_0.json").is_file()
+
+
+# ── the file ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_experiment(path: Path) -> Experiment:
+    """Read and check an experiment's file.
+
+    Raises:
+        UserError: it cannot be read, is no YAML, or has unknown, missing or wrong entries.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+        # Strings as they stand: YAML takes time: 4:00:00 for the number 14400.
+        as_written = yaml.load(text, Loader=yaml.BaseLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"{path}: cannot be read ({reason})") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    try:
+        if isinstance(content, dict) and content.get("slurm") is not None:
+            content["slurm"] = as_written["slurm"]
+        return check_content(content)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def check_content(content: object) -> Experiment:
+    """The experiment that a file's content describes.
+
+    Raises:
+        UserError: an entry is unknown, missing or of the wrong kind.
+    """
+    if not isinstance(content, dict):
+        raise UserError("expected 'logdir:', 'common:' and 'runs:' with their entries")
+    for key in content:
+        if key not in _KEYS:
+            near = difflib.get_close_matches(str(key), _KEYS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it may have {', '.join(_KEYS)}"
+            raise UserError(f"unknown entry '{key}'; {hint}")
+    if not isinstance(content.get("logdir"), str):
+        raise UserError("logdir: give the folder of the runs")
+    runs = {str(name): _options(own, f"runs: {name}") for name, own in _mapping(content, "runs").items()}
+    if not runs:
+        raise UserError("runs: give at least one, e.g. FT: {method: FT}")
+    experiment = Experiment(
+        logdir=Path(content["logdir"]),
+        processes=_numbers(content.get("processes", 1), "processes", single=True, least=1)[0],
+        gpus=_numbers(content.get("gpus", []), "gpus"),
+        seeds=_numbers(content.get("seeds", [42]), "seeds", required=True),
+        tasks=_tasks(content),
+        common=_options(content.get("common"), "common"),
+        step_0=_options(content.get("step_0"), "step_0"),
+        runs=runs,
+        slurm=_slurm(content.get("slurm")),
+    )
+    if len(experiment.gpus) % experiment.processes:
+        raise UserError(f"gpus: {len(experiment.gpus)} cannot be shared by {experiment.processes} processes")
+    if experiment.tasks != (None,) and "task" in experiment.common:
+        raise UserError("tasks and the task of common exclude each other; give one")
+    return experiment
+
+
+def _mapping(content: Mapping[str, Any], key: str) -> dict[Any, Any]:
+    value = content.get(key) or {}
+    if not isinstance(value, dict):
+        raise UserError(f"{key}: expected 'name: value' entries, got {value!r}")
+    return value
+
+
+def _options(value: object, where: str) -> dict[str, Any]:
+    """Options of the command; ``from`` and ``step_0`` are the runner's own."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected options of run.py, e.g. {{lr: 0.01}}, got {value!r}")
+    options = {str(name).removeprefix("--"): entry for name, entry in value.items()}
+    for name in _RESERVED:
+        if name in options:
+            raise UserError(f"{where}: {name} is given by the experiment itself; leave it out")
+    own = ("from", "step_0") if where.startswith("runs") else ()
+    for name in ("from", "step_0"):
+        if name in options and name not in own:
+            raise UserError(f"{where}: '{name}' belongs to one of the runs")
+    return options
+
+
+def _numbers(
+    value: object, key: str, *, single: bool = False, required: bool = False, least: int = 0
+) -> tuple[int, ...]:
+    numbers = value if isinstance(value, list) and not single else [value]
+    wrong = [n for n in numbers if type(n) is not int or n < least]
+    if wrong or len(set(numbers)) < len(numbers) or (required and not numbers):
+        kind = "a number" if single else "different numbers, e.g. [1, 2, 3]"
+        raise UserError(f"{key}: expected {kind}, at least {least}; got {value!r}")
+    return tuple(numbers)
+
+
+def _tasks(content: Mapping[str, Any]) -> tuple[str | None, ...]:
+    tasks = content.get("tasks")
+    if tasks is None:
+        return (None,)
+    if not isinstance(tasks, list) or not tasks or not all(isinstance(task, (str, int)) for task in tasks):
+        raise UserError(f"tasks: expected names, e.g. [15-5, 15-1]; got {tasks!r}")
+    return tuple(str(task) for task in tasks)
+
+
+def _slurm(value: object) -> dict[str, str] | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not all(isinstance(entry, str) for entry in value.values()):
+        raise UserError(f"slurm: expected options of sbatch, e.g. {{partition: gpu}}; got {value!r}")
+    for name in value:
+        if name in ("job-name", "dependency"):
+            raise UserError(f"slurm: {name} is given by the experiment itself; leave it out")
+    return {str(name): entry for name, entry in value.items()}
+
+
+# ── the runs ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def arguments(options: Mapping[str, Any]) -> list[str]:
+    """Options of the file as words of a command line; ``true`` is a flag, ``false`` and null are left out."""
+    words: list[str] = []
+    for name, value in options.items():
+        if value is False or value is None:
+            continue
+        words.append(f"--{name}")
+        if value is not True:
+            values = value if isinstance(value, list) else [value]
+            words += [json.dumps(item) if isinstance(item, dict) else str(item) for item in values]
+    return words
+
+
+def plan(experiment: Experiment) -> list[Run]:
+    """All runs in the file's order; every command is checked by the real parser.
+
+    Raises:
+        UserError: an option is wrong, or a run begins from one that has no such step 0.
+    """
+    planned: dict[tuple[str, str, int], Run] = {}
+    for name in experiment.tasks:
+        common = {**experiment.common, **({} if name is None else {"task": name})}
+        task = _task(common, "common")
+        for seed in experiment.seeds:
+            for method in experiment.runs:
+                options = {**common, **experiment.runs[method]}
+                own_task = _task(options, f"runs: {method}")
+                key = (method, own_task.name, seed)
+                if key not in planned:
+                    planned[key] = _run(experiment, method, seed, options, own_task)
+                planned[key].compared_in.append(task)
+    for (method, task_name, seed), run in planned.items():
+        begin = experiment.runs[method].get("from")
+        if begin is not None:
+            run.begins_from = _base(experiment, planned, method, (begin, task_name, seed))
+    return list(planned.values())
+
+
+def _base(
+    experiment: Experiment,
+    planned: Mapping[tuple[str, str, int], Run],
+    method: str,
+    wanted: tuple[str, str, int],
+) -> Run:
+    """The run whose step 0 another takes."""
+    begin, task, _ = wanted
+    reason = None
+    if begin not in experiment.runs:
+        reason = "is no run of the file"
+    elif experiment.runs[begin].get("from") is not None:
+        reason = "has no step 0 of its own"
+    elif wanted not in planned or planned[wanted].task.num_steps == 1:
+        reason = f"has no task {task} to go on with"
+    if reason is not None:
+        raise UserError(f"runs: {method} begins from '{begin}', which {reason}")
+    return planned[wanted]
+
+
+def _parsed(words: Sequence[str], where: str) -> Options:
+    try:
+        return parse_options(words)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _task(options: Mapping[str, Any], where: str) -> Task:
+    words = arguments({name: options[name] for name in _TASK_OPTIONS if name in options})
+    return _parsed(words, where).task_
+
+
+def _run(experiment: Experiment, method: str, seed: int, options: dict[str, Any], task: Task) -> Run:
+    name = f"{method}_{seed}"
+    begin, own_step_0 = options.pop("from", None), options.pop("step_0", None)
+    step_0 = {**experiment.step_0, **_options(own_step_0, f"step_0 of {method}")}
+    options = {**options, "random_seed": seed, "logdir": experiment.logdir, "name": name}
+
+    def checkpoint(run: str) -> Path:
+        return checkpoint_path(experiment.logdir, task.name, task.dataset, run, 0)
+
+    commands = []
+    if begin is None:
+        commands.append(arguments({**options, **step_0, "step": 0}))
+    if task.num_steps > 1:
+        later: dict[str, Any] = {"step": list(range(1, task.num_steps))}
+        if begin is not None:
+            later["step_ckpt"] = checkpoint(f"{begin}_{seed}")
+        commands.append(arguments({**options, **later}))
+    for command in commands:
+        _parsed(command, f"runs: {method}")
+    return Run(method, seed, task, [], commands, checkpoint(name).parent)

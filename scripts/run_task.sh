@@ -1,0 +1,33 @@
+# shellcheck shell=bash
+# Sourced by the experiments in scripts/voc and scripts/ade: one command on all GPUs of this machine.
+# Variables of the environment, all optional; the experiment itself sets the published NAME, PROTOCOL and BATCH.
+#   DATA      folder of the data sets                            data beside the program
+#   GPUS      processes, one for each GPU                        2
+#   NAME      name of the run
+#   PROTOCOL  disjoint, overlapped or sequential
+#   BATCH     images per step of the optimiser, all GPUs together
+#   LOGDIR    folder of the runs                                 logs/<protocol>
+# Words after the script's name go to run.py and win, e.g. --fidelity released, or --test.
+PROGRAM="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+DATA=${DATA:-$PROGRAM/data}
+GPUS=${GPUS:-2}
+LOGDIR=${LOGDIR:-logs/$PROTOCOL}
+
+fail() {
+    echo "$0: error: $1" >&2
+    exit 2
+}
+
+case $PROTOCOL in
+    disjoint) protocol=() ;;
+    overlapped) protocol=(--overlap) ;;
+    sequential) protocol=(--no_mask) ;;
+    *) fail "PROTOCOL=$PROTOCOL; give disjoint, overlapped or sequential" ;;
+esac
+[[ $GPUS =~ ^[1-9][0-9]*$ && $BATCH =~ ^[1-9][0-9]*$ ]] || fail "GPUS=$GPUS BATCH=$BATCH; give whole numbers"
+((BATCH % GPUS == 0)) || fail "$GPUS GPUs cannot share a batch of $BATCH evenly; give another GPUS or BATCH"
+
+train() {
+    torchrun --standalone --nproc_per_node="$GPUS" "$PROGRAM/run.py" --data_root "$DATA" --logdir "$LOGDIR" \
+        --name "$NAME" ${protocol[@]+"${protocol[@]}"} --batch_size "$((BATCH / GPUS))" "$@"
+}

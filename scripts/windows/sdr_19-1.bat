@@ -1,0 +1,16 @@
+@echo off
+rem SDR, DeepLabV3 with ResNet-101, VOC 19-1 disjoint: 19 classes, then 1 (Michieli and Zanuttigh 2021).
+rem One process on one GPU. Variables: DATA, LOGDIR, NAME, e.g.  set DATA=D:\data
+rem Words after the script's name go to run.py and win:  scripts\windows\sdr_19-1.bat --batch_size 4
+setlocal
+if not defined DATA set "DATA=data"
+if not defined LOGDIR set "LOGDIR=logs/disjoint"
+if not defined NAME set "NAME=SDR"
+
+python run.py --where_to_sim GPU_windows --data_root "%DATA%" --logdir "%LOGDIR%" --name "%NAME%" ^
+    --dataset voc --task 19-1 --step 0 --lr 0.001 --epochs 30 --batch_size 8 --debug --sample_num 10 ^
+    --unce --loss_de_prototypes 1 %* || exit /b 1
+
+python run.py --where_to_sim GPU_windows --data_root "%DATA%" --logdir "%LOGDIR%" --name "%NAME%" ^
+    --dataset voc --task 19-1 --step 1 --lr 0.0001 --epochs 30 --batch_size 8 --debug --sample_num 10 ^
+    --method SDR %* || exit /b 1

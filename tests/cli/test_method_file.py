@@ -1,0 +1,94 @@
+"""A method of one's own in one file: the example of docs/methods.md by the real command, and bad files."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from command import ROOT, SMALL, Launch
+
+from methods import METHODS, REGISTRY, load_method_file
+from utils.errors import UserError
+
+EXAMPLE = ROOT / "docs" / "examples" / "cosine_distillation.py"
+
+
+def test_the_example_trains_tests_and_is_logged(cli: Launch, tmp_path: Path) -> None:
+    run = (
+        *(*SMALL, "--method_file", EXAMPLE, "--task", "10-10", "--overlap", "--step", "all", "--lr", "0.01"),
+        *("--logdir", tmp_path, "--name", "own", "--method", "cosine", "--debug"),
+    )
+    outcome = cli(*run, launcher="torchrun", processes=2)
+    assert outcome.code == 0, outcome.err[-3000:]
+    folder = tmp_path / "10-10-shapes_own"
+    log = (folder / "train.log").read_text(encoding="utf-8")
+    assert "loss_cosine=10.0 (preset)" in log
+    assert "methods: Classification\n" in log  # step 0 has no teacher
+    assert "methods: Classification, CosineDistillation\n" in log
+    terms = [line for line in log.splitlines() if "step 1 epoch 1/1:" in line and "cosine" in line]
+    assert terms, log[-3000:]
+    content = torch.load(folder / "10-10-shapes_own_1.pth", weights_only=True)
+    assert all(torch.isfinite(value).all() for value in content["model_state"].values())
+    trained = json.loads((folder / "results_1.json").read_text(encoding="utf-8"))
+    assert cli(*run[:-1], "--test").code == 0
+    assert json.loads((folder / "results_1.json").read_text(encoding="utf-8")) == trained
+
+
+METHOD = """
+from methods import Method
+
+class Mine(Method):
+    @classmethod
+    def from_options(cls, opts):
+        return None
+"""
+OWN_OPTION = """
+    @classmethod
+    def add_options(cls, parser):
+        parser.add_argument("--unce")
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("x = 1\n", "defines no subclass of methods.Method"),
+        ("x = 1\ndef f(:\n", "line 2: SyntaxError"),
+        ("x = 1\nimport no_such_module\n", "line 2: ModuleNotFoundError"),
+        (METHOD.replace("Mine", "CIL"), "there is a method CIL already"),
+        (METHOD + "PRESETS = ['MINE']\n", "PRESETS must be options by name"),
+        (METHOD + "PRESETS = {'sdr': {}}\n", "there is a --method sdr already"),
+    ],
+)
+def test_a_bad_file_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    before = list(REGISTRY), list(METHODS)
+    with pytest.raises(UserError, match=re.escape(said)) as caught:
+        load_method_file(file)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert before == (REGISTRY, METHODS)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (METHOD + "PRESETS = {'FT2': {'loss_none': 1}}\n", "sets --loss_none, which is no option"),
+        (METHOD + OWN_OPTION, "conflicting option string: --unce; rename the option"),
+        (None, "mine.py: is no Python file"),
+    ],
+)
+def test_a_bad_file_ends_the_command_with_one_line(
+    cli: Launch, tmp_path: Path, text: str | None, said: str
+) -> None:
+    file = tmp_path / "mine.py"
+    if text is not None:
+        file.write_text(text)
+    outcome = cli("--method_file", file, *(["--method", "FT2"] if text and "FT2" in text else []))
+    assert outcome.code == 2, outcome.err
+    assert said in outcome.last_error
+    assert "Traceback" not in outcome.err

@@ -1,0 +1,239 @@
+"""Every script of a published experiment, run by the real bash up to its launcher, says what SPEC says."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from argparser import Options, parse_options
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ROOT / "scripts"
+
+# SPEC section 7, recipes: total batch, lr of step 0, lr of later steps, epochs VOC, epochs ADE20K, AMP level.
+MIB_FAMILY = (24, 1e-2, {"voc": 1e-3, "ade": 1e-3}, {"voc": 30, "ade": 60}, "O1")
+RECIPES = {
+    "sats": MIB_FAMILY,
+    "mib": MIB_FAMILY,
+    "plop": MIB_FAMILY,
+    "ilt": MIB_FAMILY,
+    "ssul": (32, 1e-2, {"voc": 1e-2, "ade": 5e-2}, {"voc": 50, "ade": 100}, "O0"),
+    "sdr": (8, 1e-3, {"voc": 1e-4}, {"voc": 30}, "O0"),
+}
+# Classes of each step without the background, from the tasks' names.
+CLASSES = {
+    "voc": {
+        "19-1": [19, 1],
+        "15-5": [15, 5],
+        "15-1": [15, 1, 1, 1, 1, 1],
+        "5-3": [5, 3, 3, 3, 3, 3],
+        "10-1": [10] + 10 * [1],
+    },
+    "ade": {
+        "100-50": [100, 50],
+        "100-10": [100] + 5 * [10],
+        "100-5": [100] + 10 * [5],
+        "25-25": 6 * [25],
+        "50-50": 3 * [50],
+    },
+}
+SEGFORMER = [
+    (dataset, method, "segformer", task)
+    for dataset, tasks in (
+        ("voc", ("15-1", "15-5", "5-3", "10-1")),
+        ("ade", ("100-50", "100-10", "100-5", "25-25", "50-50")),
+    )
+    for method in ("sats", "mib", "plop", "ilt", "ssul")
+    for task in tasks
+]
+DEEPLAB = [
+    *(("voc", "plop", "deeplab", task) for task in ("19-1", "15-5", "15-1", "10-1")),
+    *(("ade", "plop", "deeplab", task) for task in ("100-50", "100-10", "100-5", "50-50")),
+    *(("voc", "sdr", "deeplab", task) for task in ("19-1", "15-5", "15-1")),
+]
+EXPERIMENTS = {f"{d}/{m}_{n}_{t}.sh": (d, m, n, t) for d, m, n, t in (*SEGFORMER, *DEEPLAB)}
+
+RECORDER = """#!/usr/bin/env bash
+printf '%s\\0' "$@" >> "$RECORD"
+printf '\\n\\0' >> "$RECORD"
+"""
+
+
+@dataclass
+class Call:
+    """One command that a script gave: words before run.py, and options after it."""
+
+    launcher: list[str]
+    words: list[str]
+
+    @property
+    def options(self) -> Options:
+        return parse_options(self.words)
+
+
+@pytest.fixture
+def stand_ins(tmp_path: Path) -> Path:
+    """A folder for PATH whose torchrun, srun and python write down their words."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("torchrun", "srun", "python"):
+        (folder / name).write_text(RECORDER)
+        (folder / name).chmod(0o755)
+    (folder / "scontrol").write_text("#!/usr/bin/env bash\necho node1\n")
+    (folder / "scontrol").chmod(0o755)
+    return folder
+
+
+def calls(script: Path, stand_ins: Path, *words: str, code: int = 0, **variables: str) -> list[Call]:
+    """What a script starts."""
+    record = stand_ins.parent / "record"
+    record.write_bytes(b"")
+    known = {"DATA", "GPUS", "NAME", "PROTOCOL", "LOGDIR", "BATCH"}
+    environment = {name: value for name, value in os.environ.items() if name not in known}
+    done = subprocess.run(
+        ["bash", str(script), *words],
+        cwd=ROOT,
+        env={
+            **environment,
+            **{"PATH": f"{stand_ins}:{os.environ['PATH']}", "RECORD": str(record)},
+            **variables,
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    lines = [text.split("\0")[:-1] for text in record.read_text().split("\n\0")[:-1]]
+    # srun hands run.py to the shell of each task; what follows its own name are the options.
+    ends = [max(i for i, word in enumerate(line) if Path(word).name == "run.py") for line in lines]
+    return [Call(line[:end], line[end + 1 :]) for line, end in zip(lines, ends, strict=True)]
+
+
+def bat_calls(script: Path) -> list[Call]:
+    """The python commands of a batch file with the values of its ``if not defined`` lines."""
+    text = script.read_text(encoding="utf-8").replace("^\n", " ")
+    values = dict(re.findall(r'^if not defined \w+ set "(\w+)=(.*)"$', text, re.M))
+    for name, value in values.items():
+        text = text.replace(f"%{name}%", value)
+    commands = re.findall(r"^python run\.py (.*?) %\* \|\| exit /b 1$", text, re.M)
+    assert not re.search("%[A-Z]+%", text)
+    return [Call(["python"], shlex.split(command)) for command in commands]
+
+
+def check(found: list[Call], dataset: str, method: str, task: str, processes: int) -> list[Options]:
+    """Assert that the commands of a script follow its method's recipe through all steps of the task."""
+    batch, first_lr, later_lr, epochs, level = RECIPES[method]
+    all_options = [call.options for call in found]
+    lrs = {step: lr for opts in all_options for step, lr in zip(opts.steps, opts.lrs, strict=True)}
+    steps = CLASSES[dataset][task]
+    assert lrs == {step: later_lr[dataset] if step else first_lr for step in range(len(steps))}
+    for opts in all_options:
+        assert opts.dataset == dataset
+        last = opts.task_.num_steps - 1
+        assert opts.task_.classes_per_step(last) == [steps[0] + 1, *steps[1:]]
+        assert (processes * opts.batch_size, opts.epochs, opts.opt_level) == (
+            batch,
+            epochs[dataset],
+            level,
+        )
+        assert (opts.momentum, opts.weight_decay, opts.lr_policy, opts.lr_power) == (0.9, 1e-4, "poly", 0.9)
+        assert opts.crop_size == (513 if method == "ssul" else 512)
+        assert opts.warmup == (0.1 if (method, dataset) == ("ssul", "ade") and opts.steps[0] else 0)
+    assert len({(opts.name, opts.logdir, opts.data_root, opts.task) for opts in all_options}) == 1
+    return all_options
+
+
+def check_sdr(found: list[Options]) -> None:
+    """SPEC section 9: step 0 with prototypes, then SDR."""
+    first, later = found
+    assert (first.method, first.unce, first.loss_de_prototypes, first.sample_num) == (None, True, 1.0, 10)
+    assert (later.method, later.loss_kd, later.loss_de_prototypes, later.sample_num) == ("SDR", 100, 1e-2, 10)
+    assert (later.loss_fc, later.lfc_sep_clust, later.loss_featspars) == (1e-3, 1e-3, 1e-3)
+    assert later.loss_de_prototypes_sumafter
+    assert (later.lfs_normalization, later.lfs_shrinkingfn) == ("max_maskedforclass", "exponential")
+    assert first.protocol == later.protocol == "disjoint"
+    assert first.model == "deeplab" and first.backbone == "resnet101"
+
+
+def test_there_is_a_script_for_every_published_experiment_and_no_other() -> None:
+    found = {str(path.relative_to(SCRIPTS)) for path in SCRIPTS.glob("[av]*/*")}
+    assert found == set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("script", EXPERIMENTS)
+def test_script_follows_the_recipe(script: str, stand_ins: Path) -> None:
+    dataset, method, network, task = EXPERIMENTS[script]
+    found = calls(SCRIPTS / script, stand_ins)
+    processes = 1 if method == "sdr" else 2
+    for call in found:
+        assert call.launcher[:2] == ["--standalone", f"--nproc_per_node={processes}"]
+    options = check(found, dataset, method, task, processes)
+    if method == "sdr":
+        check_sdr(options)
+        return
+    model = ("segformer_b2", "sats") if network == "segformer" else ("deeplab", "sats")
+    for opts in options:
+        assert (opts.method, opts.protocol) == (method.upper(), "overlapped")
+        assert (opts.model, opts.decoder) == model
+        assert opts.backbone == "resnet101"
+        assert opts.data_root == ROOT / "data"
+
+
+def test_variables_and_further_words_are_passed_on(stand_ins: Path) -> None:
+    variables = {"DATA": "/my data", "GPUS": "3", "NAME": "mine", "LOGDIR": "my logs", "PROTOCOL": "disjoint"}
+    script = SCRIPTS / "voc" / "mib_segformer_15-1.sh"
+    (call,) = calls(script, stand_ins, "--epochs", "5", "--test", **variables)
+    assert call.launcher[1] == "--nproc_per_node=3"
+    opts = call.options
+    assert (opts.data_root, opts.name, opts.logdir) == (Path("/my data"), "mine", Path("my logs"))
+    assert (opts.protocol, opts.batch_size, opts.epochs, opts.test) == ("disjoint", 8, 5, True)
+    (call,) = calls(script, stand_ins, PROTOCOL="sequential", BATCH="6")
+    assert (call.options.protocol, call.options.batch_size) == ("sequential", 3)
+    assert call.options.logdir == Path("logs/sequential")
+
+
+@pytest.mark.parametrize(
+    "variables", [{"GPUS": "5"}, {"GPUS": "two"}, {"PROTOCOL": "overlap"}, {"GPUS": "0"}]
+)
+def test_a_wrong_variable_starts_nothing(stand_ins: Path, variables: dict[str, str]) -> None:
+    assert calls(SCRIPTS / "voc" / "sats_segformer_15-5.sh", stand_ins, code=2, **variables) == []
+
+
+def test_a_failed_step_ends_the_script(stand_ins: Path) -> None:
+    (stand_ins / "torchrun").write_text(RECORDER + "exit 1\n")
+    assert len(calls(SCRIPTS / "voc" / "sdr_deeplab_19-1.sh", stand_ins, code=1)) == 1
+
+
+def test_slurm_script_of_sdr(stand_ins: Path) -> None:
+    script = SCRIPTS / "slurm" / "sdr_19-1.slurm"
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_SUBMIT_DIR": str(ROOT)}
+    found = calls(script, stand_ins, "--fidelity", "released", DATA="/d", **slurm)
+    options = check(found, "voc", "sdr", "19-1", 4)
+    check_sdr(options)
+    assert {(opts.data_root, opts.fidelity) for opts in options} == {(Path("/d"), "released")}
+
+
+def test_batch_file_of_sdr() -> None:
+    found = bat_calls(SCRIPTS / "windows" / "sdr_19-1.bat")
+    options = check(found, "voc", "sdr", "19-1", 1)
+    check_sdr(options)
+    assert {opts.where_to_sim for opts in options} == {"GPU_windows"}
+
+
+def test_shellcheck_finds_nothing() -> None:
+    program = shutil.which("shellcheck")
+    if program is None:
+        pytest.skip("needs shellcheck")
+    scripts = [*SCRIPTS.glob("[av]*/*.sh"), *SCRIPTS.glob("slurm/*"), SCRIPTS / "run_task.sh"]
+    done = subprocess.run(
+        [program, *map(str, scripts)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
