@@ -374,7 +374,7 @@ def _read_task_file(path: Path, name: str | None, dataset: str, num_classes: int
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except OSError as error:
-        raise UserError(f"task file {path}: cannot be read ({error.strerror})") from error
+        raise UserError(f"task file {path}: cannot be read ({error.strerror}); check the path") from error
     except (ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"task file {path}: not valid YAML or JSON ({reason})") from error
@@ -409,7 +409,7 @@ def read_class_order(path: Path, class_names: Sequence[str]) -> list[int]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"--class_order {path}: cannot be read ({reason})") from error
+        raise UserError(f"--class_order {path}: cannot be read ({reason}); check the path") from error
     ids = {str(c): c for c in range(len(class_names))} | {name: c for c, name in enumerate(class_names)}
     order = []
     for number, line in enumerate(lines, start=1):

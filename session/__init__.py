@@ -11,17 +11,17 @@ import logging
 from argparser import Options
 from dataset.loaders import Tolerance
 from dataset.step_data import evaluation_data
-from segmentation_module import load_state, make_model
 from session.evaluation import Evaluation
 from session.folder import RunFolder
 from session.training import StepTraining
 from train import Precision
 from utils import distributed
-from utils.checkpoint import model_state
 from utils.distributed import World
 from utils.files import FolderLock
+from utils.history import write_run_facts
 from utils.logger import setup_logging
 from utils.randomness import make_deterministic
+from utils.restore import load_model
 from utils.signals import StopRequest
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,8 @@ class Session:
         with distributed.shared_errors():
             self._lock = FolderLock(self.folder.path, "choose another --logdir") if world.is_main else None
             setup_logging(world, self.folder.path, debug=opts.debug)
+            if world.is_main and not opts.test:
+                write_run_facts(self.folder.path, self.folder.options, opts.task_.steps)
         log.info("%s", opts.summary())
         for note in opts.notes:
             log.info(note)
@@ -62,8 +64,7 @@ class Session:
         """
         path = self.opts.ckpt or self.folder.checkpoint(step)
         content = self.folder.load(path, step)
-        model = make_model(self.opts, self.opts.task_.classes_per_step(step))
-        load_state(model, model_state(content))
+        model = load_model(self.opts, content, path, self.opts.task_.classes_per_step(step))
         precision = Precision(self.opts.opt_level, self.world.device)
         model = precision.cast(model.to(self.world.device))
         data = evaluation_data(self.opts, step)
@@ -101,7 +102,7 @@ class Session:
             training.run()
             self._finish(training)
         finally:
-            training.board.close()
+            training.close()
         if self.tolerance.reasons:
             listed = "; ".join(sorted(self.tolerance.reasons))
             log.warning("%d unreadable images were passed over: %s", len(self.tolerance.reasons), listed)
@@ -111,7 +112,9 @@ class Session:
         step, data = training.step, training.data
         model, precision = training.model, training.precision
         metrics = self.evaluation.run(model, data.test, len(data.class_names), precision)
-        self.evaluation.pictures(step, data, model, precision, training.board)
         with distributed.shared_errors():
+            if self.opts.sample_num and self.world.is_main:
+                old_model = training.old_model()
+                self.evaluation.pictures(step, data, model, old_model, precision, training.board)
             results = self.evaluation.report(step, data, metrics)
-        training.board.scalar("miou/all", results.miou_all, self.opts.epochs)
+        training.board.results(results, self.opts.epochs, metrics.confusion_matrix)

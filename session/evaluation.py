@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +15,13 @@ from dataset.step_data import EvaluationData
 from metrics.continual import Results, summarise, write_results
 from metrics.stream_metrics import StreamSegMetrics
 from session.folder import RunFolder
-from train import Precision, class_scores, evaluate, to_device
+from train import Precision, evaluate
 from utils import distributed
 from utils.distributed import World
-from utils.inference import FusedPrediction
+from utils.inference import predict_classes, predictor
 from utils.logger import RunLogger, progress
 from utils.signals import StopRequest
-from utils.visualize import prediction_grid
+from utils.visualize import VOID, prediction_grid, write_samples
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +45,7 @@ class Evaluation:
         self.folder = folder
         self.stop = stop
         self.tolerance = tolerance
-        fused = len(opts.test_scales) > 1 or opts.test_scales != [1.0] or opts.test_flip
-        self.predict = (
-            FusedPrediction(opts.test_scales, opts.test_flip, opts.fusion_mode) if fused else class_scores
-        )
+        self.predict = predictor(opts.test_scales, opts.test_flip, opts.fusion_mode)
 
     def run(
         self, model: nn.Module, images: IncrementalDataset, classes: int, precision: Precision
@@ -112,32 +110,61 @@ class Evaluation:
                 step=step,
                 num_classes=len(opts.task_.order),
                 csv_name=f"{prefix}{opts.dataset}_{opts.task}_{opts.name}.csv",
+                confusion=metrics.confusion_matrix,
+                class_names=data.class_names,
             )
             log.info("results: %s", ", ".join(str(path) for path in written))
+            self._task_board(step, results, metrics)
         return results
 
+    def _task_board(self, step: int, results: Results, metrics: StreamSegMetrics) -> None:
+        """The whole task in TensorBoard: a point per step."""
+        board = RunLogger(self.world, self.folder.path / "task", enabled=self.opts.visualize)
+        board.options(self.folder.options)
+        board.results(results, step, metrics.confusion_matrix)
+        board.close()
+
     def pictures(
-        self, step: int, data: EvaluationData, model: nn.Module, precision: Precision, board: RunLogger
+        self,
+        step: int,
+        data: EvaluationData,
+        model: nn.Module,
+        old_model: nn.Module | None,
+        precision: Precision,
+        board: RunLogger,
     ) -> None:
-        """``--sample_num`` images of the evaluation, the same in every step, beside truth and prediction."""
-        count = min(self.opts.sample_num, len(data.test))
-        if not count or not self.world.is_main:
+        """``--sample_num`` images of the evaluation, the same in every step, beside truth and predictions."""
+        images, targets = self._samples(data)
+        if not images:
             return
-        model.eval()
-        images, targets, predictions = [], [], []
+
+        def predicted(network: nn.Module) -> list[Tensor]:
+            network.eval()
+            options: Any = {"device": self.world.device, "precision": precision, "predict": self.predict}
+            return [predict_classes(network, image, **options) for image in images]
+
+        predictions = predicted(model)
+        old = None if old_model is None else predicted(old_model)
+        path = self.folder.path / f"predictions_{step}.png"
+        picture = prediction_grid(
+            images, targets, predictions, data.class_names, old_predictions=old, path=path
+        )
+        board.image("predictions", picture, self.opts.epochs)
+        # By the data set's ids, so that a class has one colour in every order of the classes.
+        ids = torch.full((256,), VOID)
+        ids[: len(data.class_names)] = torch.tensor(self.opts.task_.seen_classes(step))
+        truth, found = ([ids[mask.long()] for mask in masks] for masks in (targets, predictions))
+        write_samples(self.folder.path / "samples", images, truth, found, step)
+        log.info("pictures: %s", path)
+
+    def _samples(self, data: EvaluationData) -> tuple[list[Tensor], list[Tensor]]:
+        """On the first process, the pictures to show with their labels."""
+        images: list[Tensor] = []
+        targets: list[Tensor] = []
+        count = min(self.opts.sample_num, len(data.test)) if self.world.is_main else 0
         for index in choose_samples(len(data.test), count, self.opts.random_seed):
             sample = data.test[index]
             image, target, *_ = sample.sample if isinstance(sample, Substitute) else sample
             images.append(image)
             targets.append(target)
-            predictions.append(self._prediction(model, image, precision))
-        path = self.folder.path / f"predictions_{step}.png"
-        picture = prediction_grid(images, targets, predictions, data.class_names, path=path)
-        board.image("predictions", picture, self.opts.epochs)
-        log.info("pictures: %s", path)
-
-    @torch.no_grad()
-    def _prediction(self, model: nn.Module, image: Tensor, precision: Precision) -> Tensor:
-        with precision.network():
-            scores = self.predict(model, to_device(image[None], self.world.device))
-        return scores.argmax(1)[0].cpu()
+        return images, targets

@@ -76,7 +76,7 @@ class RunFolder:
         """The checkpoint of the step before.
 
         Raises:
-            UserError: there is none, or it does not fit.
+            UserError: there is none, it is not trained to its end, or it does not fit.
         """
         path = self.previous(step)
         if not path.is_file():
@@ -84,7 +84,14 @@ class RunFolder:
                 f"{path}: no checkpoint of step {step - 1}; train --step {step - 1} first, "
                 "or name another with --step_ckpt"
             )
-        return self.load(path, step - 1)
+        content = self.load(path, step - 1)
+        epochs = saved_options(content).get("epochs")
+        if epochs is not None and not is_trained(content, epochs):
+            raise UserError(
+                f"{path}: step {step - 1} is not trained to its end, it stands in epoch "
+                f"{content['epoch'] + 1} of {epochs}; go on with --step {step - 1} first"
+            )
+        return content
 
     def facts(self, step: int, lr: float) -> dict[str, Any]:
         """What beside the options must be the same for a step to go on, by the words for a message."""

@@ -23,6 +23,7 @@ from utils import distributed
 from utils.checkpoint import load_checkpoint, model_state, save_checkpoint
 from utils.distributed import World
 from utils.errors import UserError
+from utils.restore import load_model
 from utils.scheduler import make_scheduler
 
 log = logging.getLogger(__name__)
@@ -60,8 +61,8 @@ class StepNetworks:
         self.context = Context(
             task=opts.task_,
             step=step,
-            model=self._place(model),
-            model_old=self._place(self._teacher()) if step else None,
+            model=self.place(model),
+            model_old=self.place(self.teacher()) if step else None,
             device=world.device,
             protocol=opts.protocol,
             fidelity=opts.fidelity,
@@ -111,13 +112,17 @@ class StepNetworks:
             distributed.barrier()
         return report
 
-    def _teacher(self) -> IncrementalSegmentationModule:
-        teacher = make_model(self.opts, self.opts.task_.classes_per_step(self.step - 1))
-        load_state(teacher, model_state(self.previous))
-        freeze(teacher).eval()
-        return teacher
+    def teacher(self) -> IncrementalSegmentationModule:
+        """The network of the step before, frozen, on the CPU.
 
-    def _place(self, model: IncrementalSegmentationModule) -> IncrementalSegmentationModule:
+        Raises:
+            UserError: its checkpoint does not fit.
+        """
+        path, classes = self.folder.previous(self.step), self.opts.task_.classes_per_step(self.step - 1)
+        return freeze(load_model(self.opts, self.previous, path, classes)).eval()
+
+    def place(self, model: IncrementalSegmentationModule) -> IncrementalSegmentationModule:
+        """A network on this process's device, in the precision and memory layout that it computes in."""
         return self.precision.cast(model.to(self.world.device).to(memory_format=torch.channels_last))
 
     # ── methods ──────────────────────────────────────────────────────────────────────────────────
@@ -235,6 +240,8 @@ def make_optimizer(
         momentum=opts.momentum,
         weight_decay=opts.weight_decay,
         nesterov=opts.momentum > 0,
+        # On the CPU the fused form changes the last bit and saves nothing.
+        fused=True if next(model.parameters()).is_cuda else None,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +24,7 @@ from utils import distributed
 from utils.checkpoint import make_manifest, save_checkpoint
 from utils.distributed import World
 from utils.errors import UserError
+from utils.history import History
 from utils.logger import RunLogger, progress
 from utils.randomness import rng_state, set_rng_state
 from utils.resume import Progress, job_id, rng_of_rank
@@ -82,14 +84,15 @@ class StepTraining:
         self.loader = self._train_loader()
         assert isinstance(self.loader.sampler, EpochSampler)
         self.sampler = self.loader.sampler
-        networks = StepNetworks(opts, world, folder, step, self.precision)
+        networks = self.networks = StepNetworks(opts, world, folder, step, self.precision)
         self.context: Context = networks.context
         self.context.batches = self._training_pass
         networks.begin()
         if resumed is not None:
             networks.restore(resumed)
         forward, optimizer = networks.wrapped(), networks.optimizer(lr)
-        self.scheduler = schedule(opts, optimizer, opts.epochs * self.sampler.batches_per_epoch)
+        updates = math.ceil(self.sampler.batches_per_epoch / opts.accumulate)
+        self.scheduler = schedule(opts, optimizer, opts.epochs * updates)
         self.trainer = Trainer(
             self.context,
             networks.methods,
@@ -97,6 +100,8 @@ class StepTraining:
             self.scheduler,
             forward=forward,
             precision=self.precision,
+            accumulate=opts.accumulate,
+            compile=opts.compile,
         )
         self.progress = Progress()
         self._rng: dict[str, Tensor] | None = None
@@ -104,12 +109,32 @@ class StepTraining:
         if resumed is not None:
             self._go_on(resumed)
         self.board = RunLogger(world, folder.path / f"step_{step}", enabled=opts.visualize)
+        self.board.options(folder.options)
+        self.history = History(
+            folder.path,
+            step,
+            enabled=world.is_main,
+            iteration=self._iteration(self.progress.batch),
+            images=opts.batch_size * world.size,
+            device=world.device,
+        )
         self._last_save = time.monotonic()
 
     @property
     def model(self) -> nn.Module:
         """The student, not wrapped."""
         return self.context.model
+
+    def old_model(self) -> nn.Module | None:
+        """The network of the step before, for pictures; fine-tuning has it only now."""
+        if self.step == 0 or self.context.model_old is not None:
+            return self.context.model_old
+        return self.networks.place(self.networks.teacher())
+
+    def close(self) -> None:
+        """Close the files of the course."""
+        self.board.close()
+        self.history.close()
 
     # ── start ────────────────────────────────────────────────────────────────────────────────────
 
@@ -212,6 +237,7 @@ class StepTraining:
         opts, sampler, progress_ = self.opts, self.sampler, self.progress
         epoch, first = progress_.epoch, progress_.batch
         began = time.perf_counter()
+        self.history.lap()
         sampler.set_epoch(epoch, first)
         title = f"step {self.step} epoch {epoch + 1}/{opts.epochs}"
         batches = progress(
@@ -231,15 +257,19 @@ class StepTraining:
         )
         seconds = time.perf_counter() - began
         speed = (sampler.batches_per_epoch - first) * opts.batch_size * self.world.size / seconds
-        self.board.scalar("images_per_second", speed, epoch + 1)
+        if sampler.batches_per_epoch < opts.print_interval:
+            self._report(sampler.batches_per_epoch, means)
         log.info("%s: %s (%.1f images/s)", title, _listed(means), speed)
 
+    def _iteration(self, position: int) -> int:
+        """Batches of the step that are done after ``position`` of the epoch under way."""
+        return self.progress.epoch * self.sampler.batches_per_epoch + position
+
     def _report(self, position: int, terms: dict[str, float]) -> None:
-        epoch = self.progress.epoch
-        iteration = epoch * self.sampler.batches_per_epoch + position
-        self.board.scalars({f"loss/{name}": value for name, value in terms.items()}, iteration)
-        self.board.scalar("lr", self.trainer.optimizer.param_groups[0]["lr"], iteration)
-        log.debug("step %d epoch %d batch %d: %s", self.step, epoch + 1, position, _listed(terms))
+        """A point of the curves."""
+        epoch, lr = self.progress.epoch + 1, self.trainer.optimizer.param_groups[0]["lr"]
+        self.board.progress(self.history.progress(self._iteration(position), epoch, terms, lr))
+        log.debug("step %d epoch %d batch %d: %s", self.step, epoch, position, _listed(terms))
 
     def _seeded(self, epoch: int) -> Iterator[Any]:
         """The loader's batches; dropout and drop path draw what they draw in an unbroken run."""
@@ -255,10 +285,11 @@ class StepTraining:
     def _validate(self) -> float:
         data, epoch = self.data, self.progress.epoch
         metrics = self.evaluation.run(self.model, data.val, len(data.class_names), self.precision)
-        miou = self.evaluation.summarise(self.step, data, metrics).miou_all
-        self.board.scalar("miou/all", miou, epoch + 1)
-        log.info("step %d epoch %d: validation mIoU %.2f %%", self.step, epoch + 1, 100 * miou)
-        return miou
+        results = self.evaluation.summarise(self.step, data, metrics)
+        self.history.validation(epoch + 1, results.miou_all)
+        self.board.results(results, epoch + 1)
+        log.info("step %d epoch %d: validation mIoU %.2f %%", self.step, epoch + 1, 100 * results.miou_all)
+        return results.miou_all
 
     # ── saving ───────────────────────────────────────────────────────────────────────────────────
 

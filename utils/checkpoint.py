@@ -242,7 +242,7 @@ def saved_options(content: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def model_state(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Weights by name, without the ``module.`` of wrapped models.
+    """Weights by this program's names, without the ``module.`` of wrapped models.
 
     Args:
         content: of a checkpoint; its ``model_state``, or the content itself if it is a plain state dict.
@@ -257,7 +257,8 @@ def model_state(content: Mapping[str, Any]) -> dict[str, Tensor]:
     for prefix in _WRAPPERS * 2:  # DistributedDataParallel around torch.compile or the other way round
         if all(name.startswith(prefix) for name in weights):
             weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
-    return weights
+    # The released programs keep body and head beside the classifiers, here they are the network's.
+    return {f"network.{n}" if n.startswith(("body.", "head.")) else n: t for n, t in weights.items()}
 
 
 def _sha256(file: BinaryIO) -> str:

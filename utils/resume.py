@@ -15,11 +15,12 @@ from utils.checkpoint import saved_options
 # make a batch, the learning rate of the step and the list of images are compared as such (``facts``).
 _INCIDENTAL = {
     *("where_to_sim", "local_rank", "num_workers", "timeout", "debug", "skip_corrupt", "check_data"),
-    *("step", "steps", "lr", "lrs", "batch_size", "method", "feat_dim", "net_pytorch"),
+    *("step", "steps", "lr", "lrs", "batch_size", "method", "method_file", "feat_dim", "net_pytorch"),
     *("data_root", "splits_dir", "task", "task_file", "class_order", "class_order_seed"),
     *("crop_val", "val_on_trainset", "unseen_label", "test", "test_scales", "test_flip", "fusion_mode"),
     *("logdir", "name", "date", "checkpoint", "ckpt", "step_ckpt", "resume", "sample_num", "visualize"),
-    *("print_interval", "val_interval", "ckpt_interval", "ckpt_minutes"),
+    *("print_interval", "val_interval", "ckpt_interval", "ckpt_minutes", "compile", "grad_checkpointing"),
+    *("predict", "out", "raw"),
 }
 
 
