@@ -18,13 +18,19 @@ from utils.files import atomic_write
 Row = dict[str, Any]
 
 
+def processor_time(device: torch.device) -> bool:
+    """Whether ``seconds`` counts processor time: for one thread, where other jobs disturb it less."""
+    return device.type == "cpu" and torch.get_num_threads() == 1
+
+
 def seconds(function: Callable[[], object], device: torch.device) -> float:
-    """Wall time of one call, the device's work included."""
+    """Time of one call, the device's work included: wall time, or see ``processor_time``."""
+    clock = time.process_time if processor_time(device) else time.perf_counter
     synchronise(device)
-    start = time.perf_counter()
+    start = clock()
     result = function()
     synchronise(device)
-    elapsed = time.perf_counter() - start
+    elapsed = clock() - start
     del result
     return elapsed
 
@@ -82,13 +88,14 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
+        "clock": "processor time" if processor_time(device) else "wall time",
         "torch": torch.__version__,
     }
 
 
 def heading(device: torch.device) -> str:
     """``machine`` as a line above a table."""
-    return "{device}, {threads} threads, torch {torch}".format(**machine(device))
+    return "{device}, threads: {threads}, {clock}, torch {torch}".format(**machine(device))
 
 
 def markdown(columns: Sequence[tuple[str, str, str]], rows: Sequence[Row]) -> str:

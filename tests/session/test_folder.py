@@ -1,0 +1,45 @@
+"""Which checkpoint a step goes on from."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from small_checkpoint import DEEPLAB, save_untrained
+
+from argparser import parse_options
+from session.folder import RunFolder
+from utils.distributed import World
+from utils.errors import UserError
+from utils.restore import load_model
+
+STEP_0 = DEEPLAB.replace("--step 1", "--step 0")
+STEP_1 = DEEPLAB
+
+
+def folder_of(command: str, tmp_path: Path, checkpoint: Path) -> RunFolder:
+    opts = parse_options([*shlex.split(command), "--logdir", str(tmp_path), "--step_ckpt", str(checkpoint)])
+    return RunFolder(opts, World(0, 0, 1, torch.device("cpu"), None))
+
+
+def test_a_step_does_not_begin_from_one_that_is_half_trained(tmp_path: Path) -> None:
+    path = tmp_path / "other.pth"
+    save_untrained(path, f"{STEP_0} --epochs 5")  # written in epoch 1
+    with pytest.raises(UserError, match=r"other\.pth: step 0 .* epoch 1 of 5; go on with --step 0 first"):
+        folder_of(STEP_1, tmp_path, path).load_previous(1)
+    save_untrained(path, f"{STEP_0} --epochs 1")
+    assert folder_of(STEP_1, tmp_path, path).load_previous(1)["epoch"] == 0
+
+
+def test_released_checkpoints_name_body_and_head_without_the_network(tmp_path: Path) -> None:
+    path = tmp_path / "released.pth"
+    model, _ = save_untrained(path, STEP_0, manifest=False)
+    state = {f"module.{name.removeprefix('network.')}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"epoch": 0, "model_state": state}, path)
+    folder = folder_of(STEP_1, tmp_path, path)
+    assert folder.load_previous(1).keys() == {"epoch", "model_state"}
+    loaded = load_model(folder.opts, folder.load_previous(1), path, folder.opts.task_.classes_per_step(0))
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
