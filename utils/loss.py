@@ -1188,14 +1188,16 @@ def _pod_distance(old: Tensor, new: Tensor, options: dict[str, Any]) -> Tensor:
     prepro = _POD_PREPRO_FUNCTIONS[options["prepro"]]
     order = 2 if options["difference"] == "frobenius" else 1
     if options["norm"]:
-        pooled_old = F.normalize(torch.cat(_pool(prepro(old), options), dim=1), dim=1)
-        pooled_new = F.normalize(torch.cat(_pool(prepro(new), options), dim=1), dim=1)
+        pooled_old, pooled_new = (
+            F.normalize(torch.cat([p.flatten(1) for p in _pool(prepro(maps), options)], dim=1), dim=1)
+            for maps in (old, new)
+        )
         return torch.linalg.vector_norm(pooled_new - pooled_old, ord=order, dim=1)
 
     def channel_norm(old_channels: Tensor, new_channels: Tensor) -> Tensor:
         # Pooling is linear, so the difference is pooled, once.
         parts = _pool(prepro(new_channels) - prepro(old_channels), options)
-        norms = [torch.linalg.vector_norm(part, ord=order, dim=1) for part in parts]
+        norms = [torch.linalg.vector_norm(part, ord=order, dim=(2, 3)) for part in parts]
         return torch.linalg.vector_norm(torch.stack(norms), ord=order, dim=0)
 
     per_channel = _ChannelByChannel.apply(old, new, channel_norm)
@@ -1205,7 +1207,7 @@ def _pod_distance(old: Tensor, new: Tensor, options: dict[str, Any]) -> Tensor:
 class _ChannelByChannel(torch.autograd.Function):
     """A function of each channel of two maps by itself, a block of channels at a time.
 
-    The function takes n×1×h×w twice and returns n. It runs again in the backward pass, so nothing of the
+    The function takes b×n×h×w twice and returns b×n. It runs again in the backward pass, so nothing of the
     size of the maps is kept or allocated but the gradient.
     """
 
@@ -1213,32 +1215,34 @@ class _ChannelByChannel(torch.autograd.Function):
     def forward(ctx: Any, old: Tensor, new: Tensor, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         ctx.save_for_backward(new)
         ctx.old, ctx.function = old, function  # see _DistillationMap: the teacher's map may not be savable
-        rows = [function(a, b) for a, b in zip(_channels(old), _channels(new), strict=True)]
-        return torch.cat(rows).view(new.shape[:2])
+        found = new.new_empty(new.shape[:2])
+        for place in _channel_blocks(new):
+            found[place] = function(old[place], new[place])
+        return found
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (new,) = ctx.saved_tensors
-        old = ctx.old
-        grad_new = torch.empty_like(new, memory_format=torch.contiguous_format)
-        first = 0
-        for a, b, out in zip(_channels(old), _channels(new), _channels(grad_new), strict=True):
+        grad_new = torch.empty_like(new)
+        for place in _channel_blocks(new):
             with torch.enable_grad():
-                leaf = b.detach().requires_grad_()
-                value = ctx.function(a, leaf)
-            weight = grad.reshape(-1)[first : first + leaf.shape[0]]
-            out.copy_(torch.autograd.grad(value, leaf, weight)[0])
-            first += leaf.shape[0]
+                leaf = new[place].detach().requires_grad_()
+                value = ctx.function(ctx.old[place], leaf)
+            grad_new[place] = torch.autograd.grad(value, leaf, grad[place])[0]
         return None, grad_new, None
 
 
-def _channels(maps: Tensor) -> tuple[Tensor, ...]:
-    """B×D×h×w → blocks n×1×h×w of the B·D channels; one block unless on the CPU."""
-    channels = maps.reshape(-1, 1, *maps.shape[2:])
+def _channel_blocks(maps: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Images and channels of B×D×h×w maps in blocks, whatever their layout; one block unless on the CPU."""
+    images, channels, pixels = maps.shape[0], maps.shape[1], maps.shape[2:].numel()
     if maps.device.type != "cpu":
-        return (channels,)
-    return channels.split(max(_BLOCK // max(channels.shape[1:].numel(), 1), 1))
+        yield slice(None), slice(None)
+        return
+    step = max(_BLOCK // max(pixels, 1), 1)
+    for image in range(images):
+        for first in range(0, channels, step):
+            yield slice(image, image + 1), slice(first, first + step)
 
 
 _POD_PREPRO_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -1250,12 +1254,12 @@ _POD_PREPRO_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _pool(maps: Tensor, options: dict[str, Any]) -> list[Tensor]:
-    """Pooled numbers of B×D×h×w maps, a list of B×n parts."""
+    """Pooled numbers of B×D×h×w maps, a list of B×D×·×· parts."""
     if options["type"] == "spatial":
-        return [maps.sum(dim=3).flatten(1), maps.sum(dim=2).flatten(1)]
+        return [maps.sum(dim=3, keepdim=True), maps.sum(dim=2, keepdim=True)]
     if options["type"] == "global":
         pools = [F.avg_pool2d(maps, kernel_size=maps.shape[-1] // s) for s in options["spp_scales"]]
-        return [pool.sum(dim=axis).flatten(1) for pool in pools for axis in (2, 3)]
+        return [pool.sum(dim=axis, keepdim=True) for pool in pools for axis in (2, 3)]
     return _pool_local(maps, list(options["spp_scales"]), options["normalize_per_scale"])
 
 
@@ -1266,24 +1270,27 @@ def _pool_local(maps: Tensor, scales: list[int], normalize_per_scale: bool | str
     nested = height == width and width % finest == 0 and all(finest % scale == 0 for scale in scales)
     if nested:
         # The rows of a coarse cell are means of the rows of the fine cells: the map itself is read once.
-        fine_rows = maps.unflatten(3, (finest, -1)).mean(dim=4)
-        fine_columns = maps.unflatten(2, (finest, -1)).mean(dim=3)
+        fine_rows, fine_columns = _means(maps, 3, finest), _means(maps, 2, finest)
     parts = []
     for level, scale in enumerate(scales):
         if nested:
-            rows = fine_rows.unflatten(3, (scale, -1)).mean(dim=4)
-            columns = fine_columns.unflatten(2, (scale, -1)).mean(dim=3)
+            rows, columns = _means(fine_rows, 3, scale), _means(fine_columns, 2, scale)
         else:
             # The published code sizes square cells by the width and leaves the remainder out.
             side = width // scale
             cells = maps[..., : side * scale, : side * scale]
-            rows = cells.unflatten(3, (scale, -1)).mean(dim=4)
-            columns = cells.unflatten(2, (-1, side)).mean(dim=3)
+            rows, columns = _means(cells, 3, scale), _means(cells, 2, cells.shape[2] // side)
         divisor = _scale_divisor(level, scale, len(scales), normalize_per_scale)
-        parts += [
-            part.flatten(1) if divisor == 1.0 else part.flatten(1) / divisor for part in (rows, columns)
-        ]
+        parts += [part if divisor == 1.0 else part / divisor for part in (rows, columns)]
     return parts
+
+
+def _means(maps: Tensor, axis: int, parts: int) -> Tensor:
+    """Means over equal parts of the rows (axis 2) or columns (axis 3) of B×D×h×w maps."""
+    length = maps.shape[axis] // parts
+    if maps.stride(1) == 1:  # channels-last: there ``mean`` is tens of times slower
+        return F.avg_pool2d(maps, (length, 1) if axis == 2 else (1, length))
+    return maps.unflatten(axis, (parts, -1)).mean(dim=axis + 1)
 
 
 def _scale_divisor(level: int, scale: int, levels: int, normalize_per_scale: bool | str) -> float:

@@ -280,6 +280,21 @@ def test_sigmoid_pseudo_labels_by_hand():
     assert L.sigmoid_pseudo_labels(outputs_old, labels, reserved=1, end=2).flatten().tolist() == [0, 1, 1, 4]
 
 
+@pytest.mark.parametrize("pod", ["local", "spatial", "global"])
+@pytest.mark.parametrize("size", [(16, 16), (9, 9)])
+def test_pod_is_the_same_in_any_memory_layout(pod, size):
+    criterion = L.LocalPODLoss(pod=pod, spp_scales=(1, 2, 4))
+    found = []
+    maps = [torch.randn(2, 5, *size, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    for layout in (torch.contiguous_format, torch.channels_last):
+        old, new = (m.clone(memory_format=layout) for m in maps)
+        new.requires_grad_()
+        loss = criterion([old], [new], nb_current_classes=4, nb_new_classes=2, index_new_class=2)
+        found.append((loss.detach(), *torch.autograd.grad(loss, new)))
+    for plain, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, plain, rtol=1e-5, atol=1e-6)
+
+
 # --- slow formulations ---------------------------------------------------------------------------------
 
 
