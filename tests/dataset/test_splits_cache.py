@@ -148,7 +148,7 @@ def test_read_only_place_is_a_warning(tmp_path, caplog):
 def test_processes_that_start_together_read_once(tmp_path):
     make_masks(tmp_path / "masks", 6)
     processes = [start_scanner(tmp_path, 0.4) for _ in range(2)]
-    last_lines = [process.communicate(timeout=60)[0].splitlines()[-1] for process in processes]
+    last_lines = [process.communicate(timeout=300)[0].splitlines()[-1] for process in processes]
     read = sorted(int(line.split()[1]) for line in last_lines)
     assert read == [0, 6]
     assert len({line.split("presence")[1] for line in last_lines}) == 1
@@ -165,7 +165,7 @@ def test_kill_in_the_middle_leaves_no_half_file(tmp_path):
     assert not list((tmp_path / "cache").glob("*.npz"))
 
     again = start_scanner(tmp_path, 0.0)  # the dead process's lock does not hold it up
-    last = again.communicate(timeout=60)[0].splitlines()[-1]
+    last = again.communicate(timeout=300)[0].splitlines()[-1]
     assert last.startswith("read 200 ")
 
 

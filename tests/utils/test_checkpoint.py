@@ -360,11 +360,12 @@ def test_score_pickled_by_numpy_1(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
-def test_wrappers_are_taken_off(prefix):
-    weights = {"body.module.weight": torch.ones(1), "cls.0.bias": torch.zeros(1)}
+@pytest.mark.parametrize("body", ["network.body", "body"])  # this program's name, the released ones'
+def test_wrappers_are_taken_off(prefix, body):
+    weights = {f"{body}.module.weight": torch.ones(1), "cls.0.bias": torch.zeros(1)}
     wrapped = {prefix + name: tensor for name, tensor in weights.items()}
-    assert model_state({"model_state": wrapped}).keys() == weights.keys()
-    assert model_state(wrapped).keys() == weights.keys()
+    for content in (wrapped, {"model_state": wrapped}):
+        assert model_state(content).keys() == {"network.body.module.weight", "cls.0.bias"}
 
 
 @pytest.mark.parametrize(
