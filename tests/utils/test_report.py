@@ -176,6 +176,13 @@ def test_a_first_step_of_another_run_is_taken_over(tmp_path: Path) -> None:
     assert run.forgetting("class 3") == pytest.approx(learnt - now)
 
 
+def test_a_run_of_an_earlier_version_lacks_later_options(tmp_path: Path) -> None:
+    options: list[dict[str, object]] = [{}, {"accumulate": 1, "compile": True}, {"accumulate": 4}]
+    folders = [write_run(tmp_path, "FT", seed, pictures=0, **given) for seed, given in enumerate(options)]
+    (group,) = arrange([read_run(folder) for folder in folders])
+    assert [[run.name for run in method.runs] for method in group.methods] == [["FT_0", "FT_1"], ["FT_2"]]
+
+
 def test_methods_of_one_name_are_told_apart_by_their_options(tmp_path: Path) -> None:
     folders = [write_run(tmp_path, "MIB", 1, loss_kd=10.0)]
     other = write_run(tmp_path / "other", "MIB", 2, loss_kd=100.0)

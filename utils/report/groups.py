@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import functools
 import json
 import math
 import re
@@ -10,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from argparser import build_parser
 from utils.report.reading import Run
 
 JOINT = "offline"  # the task that learns all classes at once, to which every task is compared
@@ -19,7 +22,8 @@ _NOT_THE_METHODS = {
     *("random_seed", "name", "date", "logdir", "data_root", "splits_dir", "checkpoint", "ckpt", "step_ckpt"),
     *("step", "steps", "lrs", "resume", "test", "where_to_sim", "local_rank", "num_workers", "timeout"),
     *("debug", "check_data", "skip_corrupt", "visualize", "sample_num", "print_interval", "val_interval"),
-    *("ckpt_interval", "ckpt_minutes"),
+    *("ckpt_interval", "ckpt_minutes", "compile", "grad_checkpointing", "method_file"),
+    *("predict", "out", "raw"),
 }
 _SEED = re.compile(r"[_-](?:seed|s)?\d+$")
 
@@ -194,8 +198,17 @@ def _methods(runs: Sequence[Run]) -> list[Method]:
 def _key(run: Run) -> str:
     if not run.options:
         return f"name {_SEED.sub('', run.name)}"
-    kept = {name: value for name, value in run.options.items() if name not in _NOT_THE_METHODS}
+    # A run of an earlier version lacks the options that came later, and did what is now their default.
+    complete = {**_defaults(), **run.options}
+    kept = {name: value for name, value in complete.items() if name not in _NOT_THE_METHODS}
     return json.dumps(kept, sort_keys=True)
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    """Every option's default, in JSON types as runs keep them."""
+    defaults = vars(build_parser().parse_args([], namespace=argparse.Namespace()))
+    return dict(json.loads(json.dumps(defaults, default=str)))
 
 
 def _label(runs: Sequence[Run]) -> str:
