@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,19 +56,19 @@ class Run:
         method: name of the run in the file.
         seed: its seed.
         task: its class order.
+        folder: where its results are.
         compared_in: tasks of the experiment in whose tables it stands; joint training, a task of its own,
             stands in all.
         commands: arguments of ``run.py``, one list per call, in order.
-        folder: where its results are.
         begins_from: the run whose step 0 it takes, or None.
     """
 
     method: str
     seed: int
     task: Task
-    compared_in: list[Task]
-    commands: list[list[str]]
     folder: Path
+    compared_in: list[Task] = field(default_factory=list)
+    commands: list[list[str]] = field(default_factory=list)
     begins_from: Run | None = None
 
     @property
@@ -229,46 +229,65 @@ def arguments(options: Mapping[str, Any]) -> list[str]:
 def plan(experiment: Experiment) -> list[Run]:
     """All runs in the file's order; every command is checked by the real parser.
 
+    Tasks whose first steps are the same, as those of 15-5 and 15-1 are, share step 0: the first task's runs
+    train it, the others go on from there.
+
     Raises:
         UserError: an option is wrong, or a run begins from one that has no such step 0.
     """
     planned: dict[tuple[str, str, int], Run] = {}
+    options: dict[tuple[str, str, int], dict[str, Any]] = {}
     for name in experiment.tasks:
         common = {**experiment.common, **({} if name is None else {"task": name})}
         task = _task(common, "common")
         for seed in experiment.seeds:
             for method in experiment.runs:
-                options = {**common, **experiment.runs[method]}
-                own_task = _task(options, f"runs: {method}")
+                own = {**common, **experiment.runs[method]}
+                own_task = _task(own, f"runs: {method}")
                 key = (method, own_task.name, seed)
                 if key not in planned:
-                    planned[key] = _run(experiment, method, seed, options, own_task)
+                    path = checkpoint_path(
+                        experiment.logdir, own_task.name, own_task.dataset, f"{method}_{seed}", 0
+                    )
+                    planned[key] = Run(method, seed, own_task, path.parent)
+                    options[key] = own
                 planned[key].compared_in.append(task)
-    for (method, task_name, seed), run in planned.items():
-        begin = experiment.runs[method].get("from")
-        if begin is not None:
-            run.begins_from = _base(experiment, planned, method, (begin, task_name, seed))
+    for key, run in planned.items():
+        begin = experiment.runs[run.method].get("from")
+        base = run if begin is None else _base(experiment, planned, run, begin)
+        origin = _origin(planned.values(), base)
+        run.begins_from = None if origin is run else origin
+        run.commands = _commands(experiment, run, options[key])
     return list(planned.values())
 
 
-def _base(
-    experiment: Experiment,
-    planned: Mapping[tuple[str, str, int], Run],
-    method: str,
-    wanted: tuple[str, str, int],
-) -> Run:
-    """The run whose step 0 another takes."""
-    begin, task, _ = wanted
+def _base(experiment: Experiment, planned: Mapping[tuple[str, str, int], Run], run: Run, begin: str) -> Run:
+    """The run of the same task whose step 0 another takes."""
+    wanted = (begin, run.task.name, run.seed)
     reason = None
     if begin not in experiment.runs:
         reason = "is no run of the file"
     elif experiment.runs[begin].get("from") is not None:
         reason = "has no step 0 of its own"
-    elif wanted not in planned or planned[wanted].task.num_steps == 1:
-        reason = f"has no task {task} to go on with"
+    elif wanted not in planned or run.task.num_steps == 1:
+        reason = f"has no task {run.task.name} to go on with"
     if reason is not None:
-        raise UserError(f"runs: {method} begins from '{begin}', which {reason}")
+        raise UserError(f"runs: {run.method} begins from '{begin}', which {reason}")
     return planned[wanted]
+
+
+def _origin(planned: Iterable[Run], run: Run) -> Run:
+    """The first run of the same method and seed with the same step 0: itself, or another task's."""
+    if run.task.num_steps == 1:
+        return run
+    return next(
+        other
+        for other in planned
+        if (other.method, other.seed, other.task.dataset) == (run.method, run.seed, run.task.dataset)
+        and other.task.num_steps > 1
+        and other.task.steps[0] == run.task.steps[0]
+        and set(other.task.order) == set(run.task.order)
+    )
 
 
 def _parsed(words: Sequence[str], where: str) -> Options:
@@ -283,23 +302,19 @@ def _task(options: Mapping[str, Any], where: str) -> Task:
     return _parsed(words, where).task_
 
 
-def _run(experiment: Experiment, method: str, seed: int, options: dict[str, Any], task: Task) -> Run:
-    name = f"{method}_{seed}"
-    begin, own_step_0 = options.pop("from", None), options.pop("step_0", None)
-    step_0 = {**experiment.step_0, **_options(own_step_0, f"step_0 of {method}")}
-    options = {**options, "random_seed": seed, "logdir": experiment.logdir, "name": name}
-
-    def checkpoint(run: str) -> Path:
-        return checkpoint_path(experiment.logdir, task.name, task.dataset, run, 0)
-
+def _commands(experiment: Experiment, run: Run, options: Mapping[str, Any]) -> list[list[str]]:
+    """Arguments of ``run.py``: step 0, unless another run trains it, then the later steps."""
+    own = {name: value for name, value in options.items() if name not in ("from", "step_0")}
+    own |= {"random_seed": run.seed, "logdir": experiment.logdir, "name": f"{run.method}_{run.seed}"}
     commands = []
-    if begin is None:
-        commands.append(arguments({**options, **step_0, "step": 0}))
-    if task.num_steps > 1:
-        later: dict[str, Any] = {"step": list(range(1, task.num_steps))}
-        if begin is not None:
-            later["step_ckpt"] = checkpoint(f"{begin}_{seed}")
-        commands.append(arguments({**options, **later}))
+    later: dict[str, Any] = {"step": list(range(1, run.task.num_steps))}
+    if run.begins_from is None:
+        step_0 = {**experiment.step_0, **_options(options.get("step_0"), f"step_0 of {run.method}")}
+        commands.append(arguments({**own, **step_0, "step": 0}))
+    else:
+        later["step_ckpt"] = run.begins_from.folder / f"{run.begins_from.folder.name}_0.pth"
+    if run.task.num_steps > 1:
+        commands.append(arguments({**own, **later}))
     for command in commands:
-        _parsed(command, f"runs: {method}")
-    return Run(method, seed, task, [], commands, checkpoint(name).parent)
+        _parsed(command, f"runs: {run.method}")
+    return commands

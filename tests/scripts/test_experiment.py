@@ -46,6 +46,20 @@ def write(tmp_path: Path, **changes: Any) -> Path:
 # ── the plan ─────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_tasks_with_the_same_first_step_share_it(tmp_path: Path) -> None:
+    common = {"dataset": "shapes", "overlap": True}
+    runs = planned(tmp_path, seeds=[1], tasks=["15-5", "15-1", "10-5-5"], common=common)
+    by_name = {(run.method, run.task.name): run for run in runs}
+    owner = by_name["FT", "15-5"]
+    assert [len(owner.commands), len(by_name["FT", "10-5-5"].commands)] == [2, 2]
+    step_0 = tmp_path / "15-5-shapes_FT_1" / "15-5-shapes_FT_1_0.pth"
+    for key in (("FT", "15-5s"), ("MIB", "15-5"), ("MIB", "15-5s")):
+        assert by_name[key].begins_from is owner
+        (command,) = by_name[key].commands
+        assert parse_options(command).step_ckpt == step_0
+    assert by_name["MIB", "10-5-5"].begins_from is by_name["FT", "10-5-5"]
+
+
 def test_a_run_begins_from_the_step_0_of_another(tmp_path: Path) -> None:
     runs = planned(tmp_path)
     assert [(run.method, run.seed) for run in runs] == [
