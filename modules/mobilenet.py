@@ -8,7 +8,8 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models.mobilenetv2 import InvertedResidual, MobileNetV2
 from torchvision.ops.misc import Conv2dNormActivation
 
@@ -19,6 +20,28 @@ STAGE_ENDS = (3, 6, 13, 17)
 """Last block before the resolution halves (strides 4, 8, 16, 32 of the undilated network)."""
 STAGE_STARTS = (7, 14)
 """Blocks that take the stride from 8 to 16 and from 16 to 32."""
+
+
+class AtrousDepthwiseConv2d(nn.Conv2d):
+    """3×3 atrous depthwise convolution, padded by its dilation d, with stride 1.
+
+    In bfloat16 on the CPU the convolution library (oneDNN, torch 2.15) has no fast backward pass for a
+    dilated one. There the d×d grids of every d-th pixel, on which the taps are neighbours, are convolved as
+    images of their own: the same products, in a quarter of the time (docs/performance.md).
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        """B×C×h×w → B×C×h×w."""
+        if features.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+            return super().forward(features)
+        d = self.dilation[0]
+        height, width = features.shape[2:]
+        maps = F.pad(features, (0, -width % d, 0, -height % d)).permute(0, 2, 3, 1)
+        # B, rows of a grid, grid, columns of a grid, grid, C: the grids become images.
+        maps = maps.unflatten(2, (-1, d)).unflatten(1, (-1, d)).permute(0, 2, 4, 5, 1, 3)
+        grids = F.conv2d(maps.flatten(0, 2), self.weight, self.bias, padding=1, groups=self.groups)
+        maps = grids.unflatten(0, (-1, d, d)).permute(0, 4, 1, 5, 2, 3).flatten(3, 4).flatten(1, 2)
+        return maps.permute(0, 3, 1, 2)[:, :, :height, :width]
 
 
 class MobileNetV2Body(MobileNetV2):
@@ -56,14 +79,15 @@ class MobileNetV2Body(MobileNetV2):
         """
         stride, dilation = 8, 1
         for index in range(STAGE_STARTS[0], STAGE_ENDS[-1] + 1):
-            depthwise = self.features[index].conv[1][0]
-            depthwise.dilation = depthwise.padding = (dilation, dilation)
+            block, own = self.features[index].conv[1], dilation
             if index in STAGE_STARTS:
                 if stride == output_stride:
-                    depthwise.stride = (1, 1)
+                    block[0].stride = (1, 1)
                     dilation *= 2
                 else:
                     stride *= 2
+            if own > 1:
+                block[0] = _atrous(block[0], own)
 
     def forward(self, images: Tensor, keep_stages: bool = False) -> tuple[Tensor, list[Tensor]]:
         """Features of the last layer, and if asked for the stages' (linear bottlenecks: never activated).
@@ -85,3 +109,21 @@ class MobileNetV2Body(MobileNetV2):
             if keep_stages and end in STAGE_ENDS:
                 stages.append(x)
         return x, stages
+
+
+def _atrous(depthwise: nn.Conv2d, dilation: int) -> AtrousDepthwiseConv2d:
+    """A depthwise convolution of stride 1, dilated; it takes over the weights."""
+    channels = depthwise.in_channels
+    # Not initialised: nothing is drawn from the random generator for weights that are replaced.
+    atrous = nn.utils.skip_init(
+        AtrousDepthwiseConv2d,
+        channels,
+        channels,
+        3,
+        padding=dilation,
+        dilation=dilation,
+        groups=channels,
+        bias=False,
+    )
+    atrous.weight = depthwise.weight
+    return atrous

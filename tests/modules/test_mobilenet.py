@@ -2,7 +2,7 @@ import pytest
 import torch
 import torchvision
 
-from modules.mobilenet import MobileNetV2Body
+from modules.mobilenet import AtrousDepthwiseConv2d, MobileNetV2Body
 from modules.norm import NormAct
 
 
@@ -52,3 +52,29 @@ def test_leaky_kinds_replace_relu6():
     assert torch.nn.ReLU6 not in kinds
     assert torch.nn.LeakyReLU in kinds
     assert torch.nn.ReLU6 in {type(module) for module in MobileNetV2Body(NormAct("std"), 16).modules()}
+
+
+@pytest.mark.parametrize("dilation", [2, 4])
+@pytest.mark.parametrize("size", [(8, 8), (7, 10), (3, 1)])
+def test_atrous_depthwise_convolution_on_grids_is_the_plain_one(size, dilation):
+    """On small whole numbers, which bfloat16 holds exactly, values and gradients are equal."""
+    torch.manual_seed(0)
+    layer = AtrousDepthwiseConv2d(6, 6, 3, padding=dilation, dilation=dilation, groups=6, bias=False)
+    layer.weight.data = torch.randint(-1, 2, layer.weight.shape).float()
+    features, grad = (torch.randint(-1, 2, (2, 6, *size)).float() for _ in range(2))
+    x = features.contiguous(memory_format=torch.channels_last).requires_grad_()
+    found = []
+    for autocast in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = layer(x)
+        assert y.dtype == (torch.bfloat16 if autocast else torch.float32)
+        found.append((y.float(), *torch.autograd.grad(y, (x, layer.weight), grad.to(y.dtype))))
+    for on_grids, plain in zip(*found, strict=True):
+        assert torch.equal(on_grids, plain)
+
+
+def test_only_dilated_blocks_are_atrous():
+    for stride, blocks in ((16, [15, 16, 17]), (8, list(range(8, 18)))):
+        body = MobileNetV2Body(NormAct("std"), stride)
+        found = [name for name, module in body.named_modules() if isinstance(module, AtrousDepthwiseConv2d)]
+        assert found == [f"features.{block}.conv.1.0" for block in blocks]
