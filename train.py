@@ -235,7 +235,7 @@ class Trainer:
         for method in self.methods.values():
             penalties.update(method.penalty())
         for penalty in penalties.values():
-            if penalty.requires_grad:  # nothing to penalise yet: a constant zero
+            if penalty.requires_grad:  # else a constant, or the method added its gradient itself
                 penalty.backward()
         return {name: penalty.detach() for name, penalty in penalties.items()}
 

@@ -160,7 +160,10 @@ class Method:
         """Look at the gradients of the summed losses (importance estimates)."""
 
     def penalty(self) -> dict[str, Tensor]:
-        """Terms whose gradient must not enter the importance estimate: they get a backward of their own."""
+        """Terms whose gradient must not enter the importance estimate: they get a backward of their own.
+
+        A method that adds its term's gradient to the parameters' itself returns the term detached.
+        """
         return {}
 
     def state_dict(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ class Regularization(Method):
         self.importance = importance
         self.state: dict[str, Any] | None = None
         self.regularizer: Any = None
+        self._backward_done = False
 
     @classmethod
     def add_options(cls, parser: argparse._ActionsContainer) -> None:
@@ -63,14 +64,17 @@ class Regularization(Method):
         )
 
     def after_backward(self) -> None:
-        """Update the importances. Every process sees the averaged gradients, so all stay equal."""
-        self.regularizer.update()
+        """The gradients count; ``penalty``, which reads them anyway, takes them into the importances."""
+        self._backward_done = True
 
     def penalty(self) -> dict[str, Tensor]:
-        """Σ importance·(θ − θ_old)², weighted."""
-        if not self.regularizer.penalize:
-            return {}
-        return {"reg": self.importance * self.regularizer.penalty()}
+        """Update the importances, then add the gradient of Σ importance·(θ − θ_old)², weighted.
+
+        Every process sees the averaged gradients, so the importances stay equal.
+        """
+        update, self._backward_done = self._backward_done, False
+        term = self.regularizer.add_penalty(self.importance, update=update)
+        return {"reg": term} if self.regularizer.penalize else {}
 
     def state_dict(self) -> dict[str, Any]:
         """The regularizer's own state."""

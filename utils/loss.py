@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -1067,7 +1067,6 @@ class SNNL(nn.Module):
 # ----------------------------------------------------------------------------------------------------------
 
 _POD_TYPES = ("spatial", "local", "global")
-_POD_PREPROS = ("pow", "none", "abs", "relu")
 _POD_SWITCH = frozenset({"type", "factor", "norm", "prepro"})
 _POD_SWITCH_AFTER = _POD_SWITCH | {"extra_channels", "spp_scales", "use_pod_schedule"}
 
@@ -1139,7 +1138,7 @@ class LocalPODLoss(nn.Module):
         self.last = {**common, **before, "norm": False, **after, "difference": last_difference}
         for choice in (self.others, self.last):
             _check_choice("pod", choice["type"], _POD_TYPES)
-            _check_choice("pod_prepro", choice["prepro"], _POD_PREPROS)
+            _check_choice("pod_prepro", choice["prepro"], tuple(_POD_PREPROS))
             _check_choice("extra_channels", choice["extra_channels"], ("sum", "trim"))
             _check_choice("difference_function", choice["difference"], ("frobenius", "l1"))
 
@@ -1185,7 +1184,7 @@ def _fold_new_channels(logits: Tensor, first_new: int, how: str) -> Tensor:
 
 def _pod_distance(old: Tensor, new: Tensor, options: dict[str, Any]) -> Tensor:
     """Distance of two maps of one shape under the options of a POD term: B."""
-    prepro = _POD_PREPRO_FUNCTIONS[options["prepro"]]
+    prepro = _POD_PREPROS[options["prepro"]].function
     order = 2 if options["difference"] == "frobenius" else 1
     if options["norm"]:
         pooled_old, pooled_new = (
@@ -1193,6 +1192,8 @@ def _pod_distance(old: Tensor, new: Tensor, options: dict[str, Any]) -> Tensor:
             for maps in (old, new)
         )
         return torch.linalg.vector_norm(pooled_new - pooled_old, ord=order, dim=1)
+    if options["type"] == "local" and _nested(new, options["spp_scales"]):
+        return _NestedPODDistance.apply(old, new, options["prepro"], order, _local_levels(options))
 
     def channel_norm(old_channels: Tensor, new_channels: Tensor) -> Tensor:
         # Pooling is linear, so the difference is pooled, once.
@@ -1202,6 +1203,73 @@ def _pod_distance(old: Tensor, new: Tensor, options: dict[str, Any]) -> Tensor:
 
     per_channel = _ChannelByChannel.apply(old, new, channel_norm)
     return torch.linalg.vector_norm(per_channel, ord=order, dim=1)
+
+
+class _NestedPODDistance(torch.autograd.Function):
+    """Distance of local POD without ``norm`` where the grids are nested (see ``_nested``), by hand: B.
+
+    Pooling is linear, and a coarse cell's means are means of a fine one's: the forward pass pools the
+    difference of the preprocessed maps once, for the finest grid. All scales' gradient is taken from these
+    few numbers; spread over the map it has the form row's + column's number of the finest cell. So the
+    backward pass reads the student's map once and writes the gradient, a block at a time.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, old: Tensor, new: Tensor, prepro: str, order: int, levels: list[tuple[int, float]]
+    ) -> Tensor:
+        finest = max(scale for scale, _ in levels)
+        powers = new.new_empty(new.shape[:2])
+        shares = [torch.empty_like(new[:, :, :finest]) for _ in ("rows", "columns")]
+        for place in _channel_blocks(new):
+            pools = _cell_means(_POD_PREPROS[prepro].difference(new[place], old[place]), finest)
+            parts = [_level_powers(pool, levels, order) for pool in pools]
+            powers[place] = parts[0][0] + parts[1][0]
+            for share, (_, gradient) in zip(shares, parts, strict=True):
+                share[place] = gradient
+        distance = powers.sum(dim=1) if order == 1 else powers.sum(dim=1).sqrt()
+        ctx.save_for_backward(new, distance, *shares)
+        ctx.prepro, ctx.order = prepro, order
+        return distance
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        new, distance, rows, columns = ctx.saved_tensors
+        _, factor, multiply = _POD_PREPROS[ctx.prepro]
+        # At distance 0 the norm's subgradient is 0, as torch takes it.
+        slope = distance.pow(1 - ctx.order).masked_fill(distance == 0, 0.0)
+        scale = (factor * grad * slope).view(-1, 1, 1, 1)
+        cells = rows.shape[2]
+        grad_new = torch.empty_like(new)
+        for place in _channel_blocks(new):
+            out, by = grad_new[place], scale[place[0]]
+            out.unflatten(3, (cells, -1)).copy_((rows[place] * by).transpose(2, 3)[..., None])
+            out.unflatten(2, (cells, -1)).add_((columns[place] * by)[:, :, :, None])
+            multiply(out, new[place])
+        return None, grad_new, None, None, None
+
+
+def _level_powers(fine: Tensor, levels: list[tuple[int, float]], order: int) -> tuple[Tensor, Tensor]:
+    """Powers of the pooled numbers of all scales, and what every number of the map adds to them.
+
+    Args:
+        fine: b×n×s×h means of the finest grid, see ``_cell_means``.
+        levels: (scale, divisor) of every grid.
+        order: 1 or 2.
+
+    Returns:
+        Σ|number|^order of each channel, b×n; its derivative by the map's numbers under each of the means,
+        divided by ``order``, b×n×s×h.
+    """
+    power, gradient = fine.new_zeros(fine.shape[:2]), torch.zeros_like(fine)
+    for scale, divisor in levels:
+        pooled = _means(fine, 2, scale)
+        slope = pooled if order == 2 else pooled.sign()
+        weight, averaged = divisor**-order, fine.shape[3] // scale
+        power.add_((pooled * slope).sum(dim=(2, 3)), alpha=weight)
+        gradient.unflatten(2, (scale, -1)).add_(slope[:, :, :, None], alpha=weight / averaged)
+    return power, gradient
 
 
 class _ChannelByChannel(torch.autograd.Function):
@@ -1245,11 +1313,25 @@ def _channel_blocks(maps: Tensor) -> Iterator[tuple[slice, slice]]:
             yield slice(image, image + 1), slice(first, first + step)
 
 
-_POD_PREPRO_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "pow": torch.square,
-    "none": lambda maps: maps,
-    "abs": torch.abs,
-    "relu": torch.relu,
+class _Prepro(NamedTuple):
+    """A preprocessing of POD, its derivative as ``factor`` and a product in place: (gradient, maps)."""
+
+    function: Callable[[Tensor], Tensor]
+    factor: float
+    multiply: Callable[[Tensor, Tensor], Tensor]
+
+    def difference(self, new: Tensor, old: Tensor) -> Tensor:
+        """``function(new) − function(old)``."""
+        before, after = self.function(old), self.function(new)
+        return after - before if after is new else after.sub_(before)
+
+
+_POD_PREPROS = {
+    "pow": _Prepro(torch.square, 2.0, lambda grad, maps: grad.mul_(maps)),
+    "none": _Prepro(lambda maps: maps, 1.0, lambda grad, _: grad),
+    "abs": _Prepro(torch.abs, 1.0, lambda grad, maps: grad.mul_(maps.sign())),
+    # A product with 0 and 1: ``masked_fill_`` is several times slower on the CPU.
+    "relu": _Prepro(torch.relu, 1.0, lambda grad, maps: grad.mul_(maps.sign().clamp_(min=0.0))),
 }
 
 
@@ -1260,19 +1342,19 @@ def _pool(maps: Tensor, options: dict[str, Any]) -> list[Tensor]:
     if options["type"] == "global":
         pools = [F.avg_pool2d(maps, kernel_size=maps.shape[-1] // s) for s in options["spp_scales"]]
         return [pool.sum(dim=axis, keepdim=True) for pool in pools for axis in (2, 3)]
-    return _pool_local(maps, list(options["spp_scales"]), options["normalize_per_scale"])
+    return _pool_local(maps, _local_levels(options))
 
 
-def _pool_local(maps: Tensor, scales: list[int], normalize_per_scale: bool | str) -> list[Tensor]:
+def _pool_local(maps: Tensor, levels: list[tuple[int, float]]) -> list[Tensor]:
     """Means over the rows and over the columns of each cell of the s×s grids."""
-    height, width = maps.shape[-2:]
-    finest = max(scales)
-    nested = height == width and width % finest == 0 and all(finest % scale == 0 for scale in scales)
+    width = maps.shape[-1]
+    finest = max(scale for scale, _ in levels)
+    nested = _nested(maps, [scale for scale, _ in levels])
     if nested:
         # The rows of a coarse cell are means of the rows of the fine cells: the map itself is read once.
         fine_rows, fine_columns = _means(maps, 3, finest), _means(maps, 2, finest)
     parts = []
-    for level, scale in enumerate(scales):
+    for scale, divisor in levels:
         if nested:
             rows, columns = _means(fine_rows, 3, scale), _means(fine_columns, 2, scale)
         else:
@@ -1280,9 +1362,25 @@ def _pool_local(maps: Tensor, scales: list[int], normalize_per_scale: bool | str
             side = width // scale
             cells = maps[..., : side * scale, : side * scale]
             rows, columns = _means(cells, 3, scale), _means(cells, 2, cells.shape[2] // side)
-        divisor = _scale_divisor(level, scale, len(scales), normalize_per_scale)
         parts += [part if divisor == 1.0 else part / divisor for part in (rows, columns)]
     return parts
+
+
+def _nested(maps: Tensor, scales: Sequence[int]) -> bool:
+    """Whether the finest grid divides square maps evenly, and every other grid is one of its cells joined."""
+    height, width = maps.shape[-2:]
+    finest = max(scales)
+    return height == width and width % finest == 0 and all(finest % scale == 0 for scale in scales)
+
+
+def _cell_means(maps: Tensor, cells: int) -> tuple[Tensor, Tensor]:
+    """Means over the rows and over the columns of the cells of square maps: b×n×h×h → b×n×cells×h, twice.
+
+    Axis 2 counts cells, axis 3 the rows or columns of the map.
+    """
+    rows, columns = _means(maps, 3, cells), _means(maps, 2, cells)
+    # Copied, as short loops over the few cells would cost more than the copy.
+    return torch.empty_like(columns).copy_(rows.transpose(2, 3)), columns
 
 
 def _means(maps: Tensor, axis: int, parts: int) -> Tensor:
@@ -1293,10 +1391,12 @@ def _means(maps: Tensor, axis: int, parts: int) -> Tensor:
     return maps.unflatten(axis, (parts, -1)).mean(dim=axis + 1)
 
 
-def _scale_divisor(level: int, scale: int, levels: int, normalize_per_scale: bool | str) -> float:
-    if normalize_per_scale == "spm":
-        return 2.0 ** (levels - max(level, 1))
-    return float(scale**2) if normalize_per_scale else 1.0
+def _local_levels(options: dict[str, Any]) -> list[tuple[int, float]]:
+    """(scale, what its numbers are divided by) of every grid of local POD."""
+    scales, per_scale = options["spp_scales"], options["normalize_per_scale"]
+    if per_scale == "spm":
+        return [(scale, 2.0 ** (len(scales) - max(level, 1))) for level, scale in enumerate(scales)]
+    return [(scale, float(scale**2) if per_scale else 1.0) for scale in scales]
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -4,10 +4,13 @@ Each estimates, while a task is learnt, how much every parameter matters, and in
 Σ importance·(θ − θ_old)² to the loss. In a training step::
 
     loss.backward()
-    regularizer.update()                      # reads the gradients of the loss alone
-    if regularizer.penalize:
-        (weight * regularizer.penalty()).backward()
+    term = regularizer.add_penalty(weight, update=True)
     optimizer.step()
+
+``update=True`` first takes in the gradients, which are still those of the loss alone; then the penalty's
+gradient 2·weight·importance·(θ − θ_old) is added to them. Memory, not arithmetic, limits both. On the CPU
+they are therefore done block by block, each small enough for the cache of a core, so that every tensor goes
+through memory once; elsewhere in few kernels over all parameters. Nothing is read from the device.
 
 Under DistributedDataParallel the gradients are averaged when ``backward`` returns, so every process computes
 the same importance from them and nothing needs to be sent. Under a gradient scaler, unscale them first. The
@@ -16,8 +19,10 @@ parameters' names are those of the bare module, without ``module.``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +31,9 @@ from utils.errors import UserError
 
 _EPS = 1e-8
 _WRAPPERS = ("module.", "_orig_mod.")
+# Numbers of each quantity that are worked on at a time on the CPU: 256 KB in float32. Those that are needed
+# again at once stay in a second-level cache, and the calls cost little beside the arithmetic.
+_BLOCK = 1 << 16
 
 
 class RegularizerOptions(Protocol):
@@ -53,60 +61,204 @@ def _min_max(tensor: Tensor) -> Tensor:
     return (tensor - low) / (tensor.max() - low + _EPS)
 
 
+@cache
+def _memory_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Strides of the axes longer than 1; None where the tensor does not fill its memory without gaps."""
+    axes = [(stride, size) for size, stride in zip(shape, strides, strict=True) if size > 1]
+    expected = 1
+    for stride, size in sorted(axes):
+        if stride != expected:
+            return None
+        expected *= size
+    return tuple(stride for stride, _ in axes)
+
+
+def _pieces(row: Sequence[Tensor], size: int) -> Iterable[Sequence[Tensor]]:
+    """Tensors of one shape, cut alike into views of at most ``size`` numbers, in the order of memory.
+
+    Tensors that do not lie in memory alike stay whole.
+    """
+    count = row[0].numel()
+    if count <= size:
+        return [row]
+    orders = {_memory_order(tensor.shape, tensor.stride()) for tensor in row}
+    if len(orders) > 1 or None in orders:
+        return [row]
+    return zip(*(tensor.as_strided((count,), (1,)).split(size) for tensor in row), strict=True)
+
+
+def _blocks(rows: Iterable[Sequence[Tensor]], size: int) -> Iterator[list[list[Tensor]]]:
+    """Rows of tensors of one shape as lists for ``torch._foreach_*``, one list per column.
+
+    Large tensors are cut and small ones come together: a block has at most ``size`` numbers of each column
+    (more where a row cannot be cut). The blocks depend on shapes and strides alone.
+    """
+    block: list[Sequence[Tensor]] = []
+    filled = 0
+    for row in rows:
+        for piece in _pieces(row, size):
+            count = piece[0].numel()
+            if block and filled + count > size:
+                yield [list(column) for column in zip(*block, strict=True)]
+                block, filled = [], 0
+            block.append(piece)
+            filled += count
+    if block:
+        yield [list(column) for column in zip(*block, strict=True)]
+
+
+def _pull(
+    factor: float, parameters: list[Tensor], gradients: list[Tensor], old: list[Tensor], roots: list[Tensor]
+) -> tuple[Tensor, ...]:
+    """Add factor·root²·(θ − θ_old) to the gradients; returns the norms of root·(θ − θ_old)."""
+    moved = torch._foreach_sub(parameters, old)
+    torch._foreach_mul_(moved, roots)
+    torch._foreach_addcmul_(gradients, moved, roots, value=factor)
+    return torch._foreach_norm(moved)
+
+
 class Regularizer:
     """Common part: the model's parameters, the old ones, and the penalty.
 
+    Args:
+        model: the network of this step, possibly wrapped.
+        model_old: that of the last step, None at the first.
+        device: where the importance lives.
+        opts: see :func:`get_regularizer`.
+        state: the last step's ``state_dict()``; empty: no penalty.
+
     Attributes:
         name: what ``--regularizer`` calls it.
-        penalize: whether there is a penalty: there is an old model and its importance is known.
     """
 
     name = ""
 
-    def __init__(self, model: nn.Module, model_old: nn.Module | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        model_old: nn.Module | None,
+        device: torch.device,
+        opts: RegularizerOptions,
+        state: Mapping[str, Any],
+    ) -> None:
         self.device = device
+        self.block = _BLOCK if device.type == "cpu" else sys.maxsize
         self.parameters = _named_parameters(model)
         self.old_parameters: dict[str, Tensor] = {}
         if model_old is not None:
             self.old_parameters = {n: p.detach().to(device) for n, p in _named_parameters(model_old).items()}
-        self.penalize = False
-        self._anchors: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+        # Roots of the importance: the penalty is the squared norm of root·(θ − θ_old).
+        self._roots: dict[str, Tensor] = {}
+        self._normalize = not opts.reg_no_normalize
+        self._prepare(opts, state)
+
+    @property
+    def penalize(self) -> bool:
+        """Whether there is a penalty: there is an old model and its importance is known."""
+        return bool(self._roots)
+
+    def _prepare(self, opts: RegularizerOptions, state: Mapping[str, Any]) -> None:
+        """Read the options and the last step's importance."""
+        raise NotImplementedError
 
     def _set_importance(self, importance: Mapping[str, Tensor]) -> None:
         """Penalise the trainable parameters that the old model has, with this importance."""
-        names = [
-            name
+        self._roots = {
+            name: importance[name].sqrt()
             for name, parameter in self.parameters.items()
             if parameter.requires_grad and name in self.old_parameters and name in importance
-        ]
-        self._anchors = (
-            [self.parameters[name] for name in names],
-            [self.old_parameters[name] for name in names],
-            [importance[name].sqrt() for name in names],
-        )
-        self.penalize = bool(names)
+        }
+
+    def _scaled(self, tensor: Tensor) -> Tensor:
+        """Importance as it enters the penalty: on 0..1 unless ``reg_no_normalize`` is on."""
+        return _min_max(tensor) if self._normalize else tensor
 
     def _on_device(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Own copies of the tensors on the device."""
+        """Own copies of the tensors on the device, with their memory format."""
         return {name: tensor.detach().to(self.device, copy=True) for name, tensor in tensors.items()}
 
-    def _with_gradient(self) -> tuple[list[str], list[Tensor], list[Tensor]]:
-        """Names, values and gradients of the parameters that have a gradient now."""
-        found = [(name, p.detach(), p.grad) for name, p in self.parameters.items() if p.grad is not None]
-        return [name for name, _, _ in found], [p for _, p, _ in found], [g for _, _, g in found]
-
-    def penalty(self) -> Tensor:
-        """Σ importance·(θ − θ_old)²: a scalar; a plain 0 without gradient where there is no penalty."""
-        if not self.penalize:
-            return torch.zeros((), device=self.device)
-        parameters, old, roots = self._anchors
-        # Σ i·d² as a squared norm: three fused passes over all parameters.
-        norms = torch._foreach_norm(torch._foreach_mul(torch._foreach_sub(parameters, old), roots))
-        return torch.stack(norms).square().sum()
+    def _filled(self, value: float, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Own copies of the known tensors, and one full of ``value`` for every other trainable parameter."""
+        new = {
+            name: torch.full_like(parameter, value, device=self.device, requires_grad=False)
+            for name, parameter in self.parameters.items()
+            if parameter.requires_grad and name not in known
+        }
+        return {**self._on_device(known), **new}
 
     def update(self) -> None:
         """Take in the gradients of one backward pass."""
+        self._sweep(True, {})
+
+    def add_penalty(self, weight: float = 1.0, *, update: bool = False) -> Tensor:
+        """Add the gradient of weight·Σ importance·(θ − θ_old)² to the parameters' ``.grad``.
+
+        A penalised parameter without a gradient gets one.
+
+        Args:
+            weight: factor on the penalty.
+            update: before, take in the gradients as they are: ``update()`` in the same pass through memory.
+
+        Returns:
+            The weighted penalty, a scalar on the device, without gradient; 0 where there is no penalty.
+        """
+        norms = self._sweep(update, self._roots, 2 * weight)
+        if not norms:
+            return torch.zeros((), device=self.device)
+        return weight * torch.stack(norms).square().sum()
+
+    @torch.no_grad()
+    def _sweep(self, update: bool, pulled: Mapping[str, Tensor], factor: float = 0.0) -> list[Tensor]:
+        """Take in the gradients if asked to, then add the penalty's.
+
+        Args:
+            update: whether to take in the gradients.
+            pulled: roots of the importance of the parameters that are penalised, by name.
+            factor: of root²·(θ − θ_old) in the gradient.
+
+        Returns:
+            Norms of root·(θ − θ_old), one for each of the tensors' parts.
+        """
+        learnt = {name: None for name, p in self.parameters.items() if update and p.grad is not None}
+        for name in pulled:
+            parameter = self.parameters[name]
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        estimates = self._estimates() if update else []
+        norms: list[Tensor] = []
+        for names, learns, pulls in (
+            ([name for name in learnt if name in pulled], True, True),
+            ([name for name in learnt if name not in pulled], True, False),
+            ([name for name in pulled if name not in learnt], False, True),
+        ):
+            columns = [*(estimates if learns else []), *([self.old_parameters, pulled] if pulls else [])]
+            for parameters, gradients, *others in _blocks(self._rows(names, columns), self.block):
+                if learns:
+                    self._learn(parameters, gradients, others[: len(estimates)])
+                if pulls:
+                    norms += _pull(factor, parameters, gradients, *others[-2:])
+        if update:
+            self._end_update([name for name in self.parameters if name not in learnt])
+        return norms
+
+    def _rows(self, names: Iterable[str], columns: Sequence[Mapping[str, Tensor]]) -> Iterator[list[Tensor]]:
+        """Parameter, gradient and what belongs to it in each column, for every name."""
+        for name in names:
+            parameter = self.parameters[name]
+            yield [parameter, cast(Tensor, parameter.grad), *(column[name] for column in columns)]
+
+    def _estimates(self) -> list[Mapping[str, Tensor]]:
+        """What this update reads or changes, by parameter name, as ``_learn`` takes it."""
         raise NotImplementedError
+
+    def _learn(
+        self, parameters: list[Tensor], gradients: list[Tensor], estimates: list[list[Tensor]]
+    ) -> None:
+        """Take in a block of gradients, in place."""
+        raise NotImplementedError
+
+    def _end_update(self, without_gradient: list[str]) -> None:
+        """Called once all blocks of an update are done."""
 
     def state_dict(self) -> dict[str, Any]:
         """What the next task, and a run that resumes this one, need: tensors, numbers and dicts of them."""
@@ -133,50 +285,33 @@ def _check_name(name: str, state: Mapping[str, Any]) -> None:
         )
 
 
-def _update_fisher(fisher: Iterable[Tensor], gradients: list[Tensor], alpha: float) -> None:
+def _update_fisher(fisher: list[Tensor], gradients: list[Tensor], alpha: float) -> None:
     """F ← α·g² + (1 − α)·F, in place."""
-    running = list(fisher)
-    torch._foreach_mul_(running, 1.0 - alpha)
-    torch._foreach_addcmul_(running, gradients, gradients, value=alpha)
+    torch._foreach_mul_(fisher, 1.0 - alpha)
+    torch._foreach_addcmul_(fisher, gradients, gradients, value=alpha)
 
 
 class EWC(Regularizer):
     """Elastic weight consolidation (arXiv 1612.00796) with the online Fisher information of RW.
 
     F ← α·g² + (1 − α)·F at every step, from ones or the old task's F. Importance: the old task's F.
-
-    Args:
-        model: the network of this step, possibly wrapped.
-        model_old: that of the last step.
-        device: where the importance lives.
-        fisher: the last step's F by parameter name; none: no penalty.
-        alpha: weight of the newest gradient.
-        normalize: scale each parameter's importance to 0..1.
     """
 
     name = "ewc"
 
-    def __init__(
-        self,
-        model: nn.Module,
-        model_old: nn.Module | None,
-        device: torch.device,
-        fisher: Mapping[str, Tensor] | None = None,
-        alpha: float = 0.9,
-        normalize: bool = True,
-    ) -> None:
-        super().__init__(model, model_old, device)
-        self.alpha = alpha
-        self.fisher = self._on_device(fisher or {})
-        if fisher is not None:
-            self._set_importance({n: _min_max(f) if normalize else f.clone() for n, f in self.fisher.items()})
-        _start_at_one(self.fisher, self.parameters, device)
+    def _prepare(self, opts: RegularizerOptions, state: Mapping[str, Any]) -> None:
+        self.alpha = opts.reg_alpha
+        self.fisher = self._filled(1.0, state.get("fisher", {}))
+        if "fisher" in state:
+            self._set_importance({name: self._scaled(self.fisher[name]) for name in state["fisher"]})
 
-    @torch.no_grad()
-    def update(self) -> None:
-        """Take in the gradients of one backward pass."""
-        names, _, gradients = self._with_gradient()
-        _update_fisher([self.fisher[name] for name in names], gradients, self.alpha)
+    def _estimates(self) -> list[Mapping[str, Tensor]]:
+        return [self.fisher]
+
+    def _learn(
+        self, parameters: list[Tensor], gradients: list[Tensor], estimates: list[list[Tensor]]
+    ) -> None:
+        _update_fisher(estimates[0], gradients, self.alpha)
 
     def state_dict(self) -> dict[str, Any]:
         """``fisher`` by parameter name."""
@@ -187,55 +322,59 @@ class EWC(Regularizer):
         self.alpha = state["alpha"]
 
 
-def _start_at_one(
-    fisher: dict[str, Tensor], parameters: Mapping[str, nn.Parameter], device: torch.device
-) -> None:
-    """Parameters that are new in this step begin with a Fisher information of 1."""
-    for name, parameter in parameters.items():
-        if parameter.requires_grad and name not in fisher:
-            fisher[name] = torch.ones_like(parameter, device=device, requires_grad=False)
+class _OfPath(Regularizer):
+    """What PI and RW share: an old score, and where the parameters were when the path was last looked at."""
+
+    def _prepare(self, opts: RegularizerOptions, state: Mapping[str, Any]) -> None:
+        self.score_old = self._on_device(state.get("score", {}))
+        self.previous: dict[str, Tensor] = {}
+
+    def _looks_at_path(self) -> bool:
+        """Whether this update does."""
+        return True
+
+    def _end_update(self, without_gradient: list[str]) -> None:
+        if not self._looks_at_path():
+            return
+        if not self.previous:
+            self.previous = self._on_device(self.parameters)
+        elif without_gradient:  # ``_learn`` moved the others on
+            torch._foreach_copy_(
+                [self.previous[name] for name in without_gradient],
+                [self.parameters[name] for name in without_gradient],
+            )
+
+    def _resume(self, state: Mapping[str, Any]) -> None:
+        self.previous = self._on_device(state["previous"])
 
 
-class PI(Regularizer):
+class PI(_OfPath):
     """Path integral, or synaptic intelligence (arXiv 1703.04200).
 
     Accumulates gradient × step along the way; at the end the score is that sum over the squared way, where
     positive, plus the old score. Importance: the old score. Parameters new in this step have none.
-
-    Args:
-        model: the network of this step, possibly wrapped.
-        model_old: that of the last step.
-        device: where the importance lives.
-        score: the last step's score by parameter name; none: no penalty.
-        normalize: scale each parameter's importance to 0..1.
     """
 
     name = "pi"
 
-    def __init__(
-        self,
-        model: nn.Module,
-        model_old: nn.Module | None,
-        device: torch.device,
-        score: Mapping[str, Tensor] | None = None,
-        normalize: bool = True,
-    ) -> None:
-        super().__init__(model, model_old, device)
-        self.score_old = self._on_device(score or {})
-        if score is not None:
-            self._set_importance({n: _min_max(s) if normalize else s for n, s in self.score_old.items()})
-        self.start = {**self._on_device(self.parameters), **self.old_parameters}
+    def _prepare(self, opts: RegularizerOptions, state: Mapping[str, Any]) -> None:
+        super()._prepare(opts, state)
+        self._set_importance({name: self._scaled(score) for name, score in self.score_old.items()})
+        new = {name: p for name, p in self.parameters.items() if name not in self.old_parameters}
+        self.start = {**self.old_parameters, **self._on_device(new)}
         self.delta = {name: torch.zeros_like(value) for name, value in self.start.items()}
-        self.previous: dict[str, Tensor] = {}
 
-    @torch.no_grad()
-    def update(self) -> None:
-        """Take in the gradients of one backward pass."""
-        names, values, gradients = self._with_gradient()
-        if self.previous:
-            moved = torch._foreach_sub([self.previous[name] for name in names], values)
-            torch._foreach_addcmul_([self.delta[name] for name in names], gradients, moved)
-        self.previous = self._on_device(self.parameters)
+    def _estimates(self) -> list[Mapping[str, Tensor]]:
+        return [self.delta, self.previous] if self.previous else []
+
+    def _learn(
+        self, parameters: list[Tensor], gradients: list[Tensor], estimates: list[list[Tensor]]
+    ) -> None:
+        if estimates:
+            delta, previous = estimates
+            torch._foreach_sub_(previous, parameters)  # now the step since then, θ_previous − θ
+            torch._foreach_addcmul_(delta, gradients, previous)
+            torch._foreach_copy_(previous, parameters)
 
     @torch.no_grad()
     def score(self) -> dict[str, Tensor]:
@@ -259,79 +398,61 @@ class PI(Regularizer):
         }
 
     def _resume(self, state: Mapping[str, Any]) -> None:
+        super()._resume(state)
         self.delta = self._on_device(state["delta"])
         self.start = self._on_device(state["start"])
-        self.previous = self._on_device(state["previous"])
 
 
-class RW(Regularizer):
+class RW(_OfPath):
     """Riemannian walk (arXiv 1801.10112): EWC's online Fisher information plus a path score.
 
-    Every ``iterations`` steps the score gains gradient × step over the step's length in the metric of the
+    Every ``reg_iterations`` steps the score gains gradient × step over the step's length in the metric of the
     Fisher information. At the end: where positive, averaged with the old score. Importance: the old Fisher
     information plus the old score, each scaled to 0..1.
-
-    Args:
-        model: the network of this step, possibly wrapped.
-        model_old: that of the last step.
-        device: where the importance lives.
-        score: the last step's score by parameter name.
-        fisher: the last step's Fisher information; without either there is no penalty.
-        alpha: weight of the newest gradient in the Fisher information.
-        iterations: steps between two updates of the score.
-        normalize: scale each parameter's importances to 0..1.
     """
 
     name = "rw"
 
-    def __init__(
-        self,
-        model: nn.Module,
-        model_old: nn.Module | None,
-        device: torch.device,
-        score: Mapping[str, Tensor] | None = None,
-        fisher: Mapping[str, Tensor] | None = None,
-        alpha: float = 0.9,
-        iterations: int = 10,
-        normalize: bool = True,
-    ) -> None:
-        super().__init__(model, model_old, device)
-        self.alpha = alpha
-        self.iterations = iterations
-        known = score is not None and fisher is not None
-        self.fisher = self._on_device(fisher or {}) if known else {}
-        self.score_old = self._on_device(score or {}) if known else {}
-        if known:
-            scale = _min_max if normalize else torch.clone
-            importance = {name: scale(value) for name, value in self.fisher.items()}
-            for name, value in self.score_old.items():
-                importance[name] = importance[name] + scale(value)
-            self._set_importance(importance)
-        _start_at_one(self.fisher, self.parameters, device)
-        self.running = {
-            name: torch.zeros_like(parameter, device=device, requires_grad=False)
-            for name, parameter in self.parameters.items()
-            if parameter.requires_grad
-        }
-        self.previous: dict[str, Tensor] = {}
+    def _prepare(self, opts: RegularizerOptions, state: Mapping[str, Any]) -> None:
+        super()._prepare(opts, state)
+        self.alpha = opts.reg_alpha
+        self.iterations = opts.reg_iterations
+        self.fisher = self._filled(1.0, state.get("fisher", {}))
+        importance = {name: self._scaled(self.fisher[name]) for name in state.get("fisher", {})}
+        for name, score in self.score_old.items():
+            importance[name] = importance[name] + self._scaled(score)
+        self._set_importance(importance)
+        self.running = self._filled(0.0, {})
         self.count = 0
 
-    @torch.no_grad()
-    def update(self) -> None:
-        """Take in the gradients of one backward pass."""
-        names, values, gradients = self._with_gradient()
-        fisher = [self.fisher[name] for name in names]
-        if self.count % self.iterations == 0:
-            if self.previous:
-                moved = torch._foreach_sub([self.previous[name] for name in names], values)
-                length = torch._foreach_mul(torch._foreach_mul(moved, moved), fisher)
-                torch._foreach_mul_(length, 0.5)
-                torch._foreach_add_(length, _EPS)
-                gained = torch._foreach_div(torch._foreach_mul(gradients, moved), length)
-                torch._foreach_add_([self.running[name] for name in names], gained)
-            self.previous = self._on_device(self.parameters)
-        self.count += 1
+    def _looks_at_path(self) -> bool:
+        return self.count % self.iterations == 0
+
+    def _estimates(self) -> list[Mapping[str, Tensor]]:
+        if self.previous and self._looks_at_path():
+            return [self.fisher, self.running, self.previous]
+        return [self.fisher]
+
+    def _learn(
+        self, parameters: list[Tensor], gradients: list[Tensor], estimates: list[list[Tensor]]
+    ) -> None:
+        fisher, *path = estimates
+        if path:
+            running, previous = path
+            torch._foreach_sub_(previous, parameters)  # now the step since then, θ_previous − θ
+            length = torch._foreach_mul(previous, previous)
+            torch._foreach_mul_(length, fisher)
+            torch._foreach_mul_(length, 0.5)
+            torch._foreach_add_(length, _EPS)
+            gained = torch._foreach_mul(gradients, previous)
+            torch._foreach_div_(gained, length)
+            torch._foreach_add_(running, gained)
+            torch._foreach_copy_(previous, parameters)
         _update_fisher(fisher, gradients, self.alpha)
+
+    def _end_update(self, without_gradient: list[str]) -> None:
+        super()._end_update(without_gradient)
+        self.count += 1
 
     @torch.no_grad()
     def score(self) -> dict[str, Tensor]:
@@ -357,10 +478,13 @@ class RW(Regularizer):
         }
 
     def _resume(self, state: Mapping[str, Any]) -> None:
+        super()._resume(state)
         self.alpha, self.iterations, self.count = state["alpha"], state["iterations"], state["count"]
         self.fisher.update(self._on_device(state["fisher"]))
         self.running = self._on_device(state["running"])
-        self.previous = self._on_device(state["previous"])
+
+
+_REGULARIZERS: dict[str, type[Regularizer]] = {kind.name: kind for kind in (EWC, PI, RW)}
 
 
 def get_regularizer(
@@ -376,8 +500,9 @@ def get_regularizer(
         model: the network of this step, possibly wrapped.
         model_old: that of the last step, None at the first.
         device: where the importance lives.
-        opts: ``regularizer`` (``ewc``, ``pi``, ``rw`` or None), ``reg_alpha``, ``reg_no_normalize``,
-            ``reg_iterations``.
+        opts: ``regularizer`` (``ewc``, ``pi``, ``rw`` or None); ``reg_alpha``, the weight of the newest
+            gradient in the Fisher information (EWC, RW); ``reg_iterations``, the steps between two looks at
+            the path (RW); ``reg_no_normalize``: do not scale each parameter's importance to 0..1.
         state: the last step's ``state_dict()``; None: importance is estimated, but nothing penalised yet.
 
     Raises:
@@ -386,23 +511,8 @@ def get_regularizer(
     name = opts.regularizer
     if name is None:
         return None
-    if name not in ("ewc", "pi", "rw"):
+    if name not in _REGULARIZERS:
         raise UserError(f"--regularizer {name}: unknown; use ewc, pi or rw")
     if state is not None:
         _check_name(name, state)
-    known = state or {}
-    normalize = not opts.reg_no_normalize
-    if name == "ewc":
-        return EWC(model, model_old, device, known.get("fisher"), opts.reg_alpha, normalize)
-    if name == "pi":
-        return PI(model, model_old, device, known.get("score"), normalize)
-    return RW(
-        model,
-        model_old,
-        device,
-        known.get("score"),
-        known.get("fisher"),
-        opts.reg_alpha,
-        opts.reg_iterations,
-        normalize,
-    )
+    return _REGULARIZERS[name](model, model_old, device, opts, state or {})

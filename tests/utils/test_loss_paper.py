@@ -474,17 +474,39 @@ def test_snnl(chunk):
     assert_matches(lambda f: criterion(f, labels), slow, [randn(2, 7, 3, 4, scale=1.0)])
 
 
+def local_pod_numbers(image, divisors):
+    """Row and column means of the cells of a C×h×h map, over the grid's divisor; grids as {s: divisor}."""
+    parts = []
+    for s, divisor in divisors.items():
+        k = image.shape[-1] // s
+        for i in range(s):
+            for j in range(s):
+                cell = image[:, i * k : (i + 1) * k, j * k : (j + 1) * k]
+                parts += [cell.mean(2).flatten() / divisor, cell.mean(1).flatten() / divisor]
+    return torch.cat(parts)
+
+
+POD_DIVISORS = {False: {1: 1, 2: 1, 4: 1}, True: {1: 1, 2: 4, 4: 16}, "spm": {1: 4, 2: 4, 4: 2}}
+POD_PREPROS = {"pow": torch.square, "none": lambda v: v, "abs": torch.abs, "relu": torch.relu}
+
+
+def pod_options(per_scale, difference, **last):
+    return {
+        "switch": {"normalize_per_scale": per_scale, "after": last},
+        "difference_function": difference,
+    }
+
+
 @pytest.mark.parametrize("prepro", ["pow", "none", "abs", "relu"])
 @pytest.mark.parametrize("kind", ["local", "spatial", "global"])
 @pytest.mark.parametrize("side", [8, 6])
 def test_pod(kind, prepro, side):
     scales = (1, 2, 4) if kind == "local" else (1, 2)
     old = randn(2, 3, side, side, seed=4).detach()
-    before = {"pow": torch.square, "none": lambda v: v, "abs": torch.abs, "relu": torch.relu}[prepro]
 
     def pooled(image):
         numbers = []
-        for channel in before(image):
+        for channel in POD_PREPROS[prepro](image):
             if kind == "spatial":
                 numbers += [*channel.sum(0), *channel.sum(1)]
                 continue
@@ -505,6 +527,73 @@ def test_pod(kind, prepro, side):
 
     criterion = L.LocalPODLoss(spp_scales=scales, pod=kind, pod_prepro=prepro, use_pod_schedule=False)
     assert_matches(lambda f: criterion([old.float()], [f], 6, 2, 4), slow, [randn(2, 3, side, side)])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("per_scale", POD_DIVISORS)
+@pytest.mark.parametrize("difference", ["frobenius", "l1"])
+@pytest.mark.parametrize("prepro", POD_PREPROS)
+@pytest.mark.parametrize("block", [2**20, 3 * 64])
+def test_local_pod_gradient(monkeypatch, prepro, difference, per_scale, layout, block):
+    """The gradient by hand, in one block of channels and in several, the last of them smaller."""
+    monkeypatch.setattr(L, "_BLOCK", block)
+    old, new = (randn(2, 4, 8, 8, seed=s).detach().contiguous(memory_format=layout) for s in (5, 6))
+
+    def slow(new):
+        pooled = [
+            [local_pod_numbers(POD_PREPROS[prepro](image), POD_DIVISORS[per_scale]) for image in maps]
+            for maps in (new, old)
+        ]
+        return torch.stack(
+            [(n - o).norm(p=1 if difference == "l1" else 2) for n, o in zip(*pooled, strict=True)]
+        ).mean()
+
+    criterion = L.LocalPODLoss(
+        pod_options=pod_options(per_scale, difference), pod_prepro=prepro, use_pod_schedule=False
+    )
+    assert_matches(lambda f: criterion([old.float()], [f], 6, 2, 4), slow, [new.requires_grad_()])
+
+
+@pytest.mark.parametrize("difference", ["frobenius", "l1"])
+@pytest.mark.parametrize("prepro", POD_PREPROS)
+@pytest.mark.parametrize("scales", [(1, 2, 4), (2,), (4, 1, 1), (1, 3)])  # the last: grids that do not nest
+def test_local_pod_gradcheck(monkeypatch, prepro, difference, scales):
+    """Numerical derivatives in float64, of maps that lie in memory in three ways."""
+    monkeypatch.setattr(L, "_BLOCK", 16)
+    criterion = L.LocalPODLoss(
+        spp_scales=scales, pod_prepro=prepro, pod_options=pod_options("spm", difference)
+    )
+    old = randn(2, 2, 4, 4, seed=7).detach()
+    plain, wide = randn(2, 2, 4, 4, seed=8), randn(2, 3, 4, 4, seed=9)
+    channels_last = plain.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    def distance(new):
+        return L._pod_distance(old, new, criterion.last)
+
+    assert torch.autograd.gradcheck(distance, plain)
+    assert torch.autograd.gradcheck(distance, channels_last)
+    assert torch.autograd.gradcheck(lambda maps: distance(maps[:, 1:]), wide)
+
+
+@pytest.mark.parametrize("difference", ["frobenius", "l1"])
+@pytest.mark.parametrize("prepro", POD_PREPROS)
+def test_local_pod_of_equal_maps_is_zero(prepro, difference):
+    """An image on which the student is the teacher has distance 0 and gradient 0; the others keep theirs."""
+    old, new = (randn(2, 3, 8, 8, seed=s).detach().float() for s in (0, 1))
+    criterion = L.LocalPODLoss(
+        pod_options=pod_options(False, difference), pod_prepro=prepro, use_pod_schedule=False
+    )
+
+    def differentiate(old, new):
+        leaf = new.clone().requires_grad_()
+        value = criterion([old], [leaf], 6, 2, 4)
+        return value.detach(), torch.autograd.grad(value, leaf)[0]
+
+    value, gradient = differentiate(old, torch.stack([old[0], new[1]]))
+    alone, gradient_alone = differentiate(old[1:], new[1:])
+    assert not gradient[0].any()
+    torch.testing.assert_close(value, alone / 2)
+    torch.testing.assert_close(gradient[1:], gradient_alone / 2)
 
 
 def test_pod_options():
@@ -660,25 +749,14 @@ def test_labels_shrink_by_torch_s_rule(size, target):
 def test_pod_options_of_the_released_code(per_scale, difference, norm):
     """Weights per scale, L1 and unit vectors, as the released code reads ``pod_options``."""
     old, new = (randn(2, 3, 8, 8, seed=s).detach().float() for s in (0, 1))
-    divisors = {True: {1: 1, 2: 4, 4: 16}, "spm": {1: 4, 2: 4, 4: 2}}[per_scale]
 
     def pooled(image):
-        parts = []
-        for s, divisor in divisors.items():
-            k = 8 // s
-            for i in range(s):
-                for j in range(s):
-                    cell = image.square()[:, i * k : (i + 1) * k, j * k : (j + 1) * k]
-                    parts += [cell.mean(2).flatten() / divisor, cell.mean(1).flatten() / divisor]
-        joined = torch.cat(parts)
+        joined = local_pod_numbers(image.square(), POD_DIVISORS[per_scale])
         return joined / joined.norm() if norm else joined
 
     gaps = [pooled(n) - pooled(o) for n, o in zip(new, old, strict=True)]
     expected = sum(gap.norm(p=1 if difference == "l1" else 2) for gap in gaps) / 2
-    options = {
-        "switch": {"normalize_per_scale": per_scale, "after": {"norm": norm}},
-        "difference_function": difference,
-    }
+    options = pod_options(per_scale, difference, norm=norm)
     criterion = L.LocalPODLoss(pod_options=options, use_pod_schedule=False)
     torch.testing.assert_close(criterion([old], [new], 6, 2, 4), expected, rtol=1e-5, atol=1e-6)
 
