@@ -31,7 +31,7 @@ from utils.errors import UserError
 
 _EPS = 1e-8
 _WRAPPERS = ("module.", "_orig_mod.")
-# Numbers of each quantity that are worked on at a time on the CPU: 256 KB in float32. Those that are needed
+# Numbers of each quantity that a thread works on at a time on the CPU: 256 KB in float32. Those that it needs
 # again at once stay in a second-level cache, and the calls cost little beside the arithmetic.
 _BLOCK = 1 << 16
 
@@ -91,7 +91,7 @@ def _blocks(rows: Iterable[Sequence[Tensor]], size: int) -> Iterator[list[list[T
     """Rows of tensors of one shape as lists for ``torch._foreach_*``, one list per column.
 
     Large tensors are cut and small ones come together: a block has at most ``size`` numbers of each column
-    (more where a row cannot be cut). The blocks depend on shapes and strides alone.
+    (more where a row cannot be cut). Nothing but shapes and strides decides on the blocks.
     """
     block: list[Sequence[Tensor]] = []
     filled = 0
@@ -129,6 +129,8 @@ class Regularizer:
 
     Attributes:
         name: what ``--regularizer`` calls it.
+        block: numbers of each quantity that are worked on at a time. It changes no bit of gradients and
+            estimates, only the order in which the penalty's value is summed.
     """
 
     name = ""
@@ -142,7 +144,7 @@ class Regularizer:
         state: Mapping[str, Any],
     ) -> None:
         self.device = device
-        self.block = _BLOCK if device.type == "cpu" else sys.maxsize
+        self.block = _BLOCK * torch.get_num_threads() if device.type == "cpu" else sys.maxsize
         self.parameters = _named_parameters(model)
         self.old_parameters: dict[str, Tensor] = {}
         if model_old is not None:
@@ -193,7 +195,7 @@ class Regularizer:
     def add_penalty(self, weight: float = 1.0, *, update: bool = False) -> Tensor:
         """Add the gradient of weight·Σ importance·(θ − θ_old)² to the parameters' ``.grad``.
 
-        A penalised parameter without a gradient gets one.
+        A penalised parameter without a gradient gets one. What was frozen meanwhile stays out.
 
         Args:
             weight: factor on the penalty.
@@ -202,7 +204,8 @@ class Regularizer:
         Returns:
             The weighted penalty, a scalar on the device, without gradient; 0 where there is no penalty.
         """
-        norms = self._sweep(update, self._roots, 2 * weight)
+        pulled = {name: root for name, root in self._roots.items() if self.parameters[name].requires_grad}
+        norms = self._sweep(update, pulled, 2 * weight)
         if not norms:
             return torch.zeros((), device=self.device)
         return weight * torch.stack(norms).square().sum()
@@ -217,7 +220,7 @@ class Regularizer:
             factor: of root²·(θ − θ_old) in the gradient.
 
         Returns:
-            Norms of root·(θ − θ_old), one for each of the tensors' parts.
+            Norms of root·(θ − θ_old), one for each part of the tensors.
         """
         learnt = {name: None for name, p in self.parameters.items() if update and p.grad is not None}
         for name in pulled:
