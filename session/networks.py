@@ -240,8 +240,7 @@ def make_optimizer(
         momentum=opts.momentum,
         weight_decay=opts.weight_decay,
         nesterov=opts.momentum > 0,
-        # On the CPU the fused form changes the last bit and saves nothing.
-        fused=True if next(model.parameters()).is_cuda else None,
+        fused=True,
     )
 
 
