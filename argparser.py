@@ -317,7 +317,8 @@ def _add_training(group: argparse._ActionsContainer) -> None:
         "--opt_level",
         choices=("O0", "O1", "O2", "O3"),
         default="O0",
-        help="O0: fp32; O1: autocast of the network; O2: of the losses too; O3: weights in half precision",
+        help="O0: fp32 (on CUDA TF32 in convolutions); O1: autocast of the network; O2: of the losses too; "
+        "O3: weights in half precision",
     )
     group.add_argument(
         "--accumulate",
@@ -556,6 +557,11 @@ def _check(opts: Options) -> None:
         raise UserError(
             "--compile and --grad_checkpointing exclude each other (torch.compile takes no checkpoint that "
             "leaves running statistics alone); give one"
+        )
+    if opts.opt_level == "O3" and opts.norm_act in ("iabn", "iabn_sync"):
+        raise UserError(
+            f"--opt_level O3 and --norm_act {opts.norm_act} exclude each other: inplace-abn has no bfloat16; "
+            "give --opt_level O1, or --norm_act abn"
         )
     if opts.crop_size < 32:
         raise UserError(f"--crop_size {opts.crop_size} is below the networks' stride of 32")

@@ -26,22 +26,24 @@ from utils.signals import EXIT_STOPPED, Stopped
 def main(argv: list[str] | None = None) -> int:
     """Run what the command line asks for and return the exit code."""
     rank = distributed.launch_rank()
-    others_lost = False
+    others_lost = True  # also what nobody expects strikes one process while the others wait for it
     try:
-        opts = parse_options(argv)
-        return run(opts)
+        code = run(parse_options(argv))
+        others_lost = False
+        return code
     except UserError as error:
+        others_lost = isinstance(error, DataError)
         # Every process meets the same wrong option, only one meets the broken file that it reads.
         if rank == 0 or isinstance(error, DataError):
             print(f"run.py: error: {error}", file=sys.stderr, flush=True)
         return 2
     except Stopped as stopped:
+        others_lost = False
         if rank == 0:
             print(f"run.py: {stopped}", file=sys.stderr, flush=True)
         return EXIT_STOPPED
     except RuntimeError as error:
         fault = distributed.as_fault(error)
-        others_lost = fault is not None
         if fault is None:
             raise
         print(f"run.py: fault: rank {rank}: {fault}", file=sys.stderr, flush=True)

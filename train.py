@@ -9,6 +9,7 @@ optimiser, scheduler. With ``accumulate`` the part up to the backward is done fo
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import itertools
 import os
 import shutil
@@ -62,7 +63,7 @@ class Precision:
 
     def loss_input(self, value: Any) -> Any:
         """What the losses see of a network's output: float32 unless they run in half precision too."""
-        return value if self.level in ("O2", "O3") else _map_tensors(_single, value)
+        return value if self.level in ("O2", "O3") else map_tensors(_single, value)
 
     def _autocast(self, on: bool) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=on)
@@ -259,7 +260,7 @@ class Trainer:
             if self.teacher is not None:
                 with torch.inference_mode():
                     found = self.teacher(images)
-                outputs_old, features_old = _map_tensors(_savable, found)
+                outputs_old, features_old = map_tensors(_savable, found)
             outputs, features = self.model(images)
         return Batch(
             images=images,
@@ -318,12 +319,24 @@ def evaluate(
     model.eval()
     metrics.reset()
     predict = predict or class_scores
-    for images, targets, *_ in loader:
-        with torch.inference_mode(), precision.network():
-            predictions = predict(model, to_device(images, device)).argmax(dim=1)
-        metrics.update(predictions, targets.to(device, non_blocking=True))
+    with _untuned_convolutions():
+        for images, targets, *_ in loader:
+            with torch.inference_mode(), precision.network():
+                predictions = predict(model, to_device(images, device)).argmax(dim=1)
+            metrics.update(predictions, targets.to(device, non_blocking=True))
     metrics.synchronise()
     return metrics
+
+
+@contextlib.contextmanager
+def _untuned_convolutions() -> Iterator[None]:
+    """Without cuDNN's search for the fastest kernel, which whole pictures of every size would each start."""
+    tuned = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = tuned
 
 
 def to_device(images: Tensor, device: torch.device) -> Tensor:
@@ -333,14 +346,18 @@ def to_device(images: Tensor, device: torch.device) -> Tensor:
 
 
 def compiled(module: nn.Module) -> nn.Module:
-    """The module behind ``torch.compile``, which translates it at the first batch of a shape.
+    """The module, on its device, behind ``torch.compile``, which translates it at the first batch of a shape.
 
     Raises:
-        UserError: the compiler that it calls is missing.
+        UserError: a compiler that it calls is missing: a C++ compiler, on CUDA Triton and a C compiler.
     """
-    compiler = os.environ.get("CXX", "g++")
+    on_cuda = next(module.parameters()).is_cuda
+    if on_cuda and importlib.util.find_spec("triton") is None:
+        raise UserError("--compile needs Triton on CUDA: pip install triton, or drop --compile")
+    variable, language, usual = ("CC", "C", "gcc") if on_cuda else ("CXX", "C++", "g++")
+    compiler = os.environ.get(variable, usual)
     if os.name == "posix" and shutil.which(compiler) is None:
-        raise UserError(f"--compile needs the C++ compiler {compiler}: install it or drop --compile")
+        raise UserError(f"--compile needs the {language} compiler {compiler}: install it or drop --compile")
     return cast(nn.Module, torch.compile(module))
 
 
@@ -351,14 +368,14 @@ def _groups(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield group
 
 
-def _map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """Apply a function to a tensor, or to those in dicts, lists and tuples of them."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):
-        return {key: _map_tensors(function, item) for key, item in value.items()}
+        return {key: map_tensors(function, item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_map_tensors(function, item) for item in value]
+        return [map_tensors(function, item) for item in value]
     return value
 
 

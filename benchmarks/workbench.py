@@ -82,8 +82,10 @@ class Bench:
                     with torch.no_grad():
                         context.model_old(images)
                 logits, _ = trainer.model(images)
-            F.cross_entropy(logits.float(), targets, ignore_index=VOID).backward()
-            trainer.optimizer.step()
+            scaler = trainer.precision.scaler
+            scaler.scale(F.cross_entropy(logits.float(), targets, ignore_index=VOID)).backward()
+            scaler.step(trainer.optimizer)
+            scaler.update()
             for model, names in needs:
                 model.intermediates = names
 

@@ -98,7 +98,7 @@ class Attention(nn.Module):
             x = self.norm(_to_tokens(self.sr(_to_map(x, size))))
         k, v = (self._split_heads(part) for part in self.kv(x).chunk(2, dim=-1))
         if keep_map:
-            attention = torch.softmax(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5, dim=-1)
+            attention = torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1), dim=-1)
             out = attention.to(v.dtype) @ v
         else:
             attention = None

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 
+import torch
+
 from argparser import Options
 from dataset.loaders import Tolerance
 from dataset.step_data import evaluation_data
@@ -47,12 +49,16 @@ class Session:
         self.evaluation = Evaluation(opts, world, self.folder, self.stop, self.tolerance)
         if opts.deterministic:
             make_deterministic()
+        elif world.device.type == "cuda":
+            # Crops are of one size, for which cuDNN's fastest kernels are looked up once.
+            torch.backends.cudnn.benchmark = True
         with distributed.shared_errors():
             self._lock = FolderLock(self.folder.path, "choose another --logdir") if world.is_main else None
             setup_logging(world, self.folder.path, debug=opts.debug)
             if world.is_main and not opts.test:
                 write_run_facts(self.folder.path, self.folder.options, opts.task_.steps)
         log.info("%s", opts.summary())
+        log.info("%s", world.description)
         for note in opts.notes:
             log.info(note)
 

@@ -234,7 +234,7 @@ def make_optimizer(
         groups.setdefault(factor, []).append(parameter)
     if not groups:
         raise UserError("no weight is left to train: drop --freeze or --fix_bn")
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         [{"params": parameters, "lr": lr * factor} for factor, parameters in groups.items()],
         lr=lr,
         momentum=opts.momentum,
@@ -242,6 +242,32 @@ def make_optimizer(
         nesterov=opts.momentum > 0,
         fused=True,
     )
+    _fill_momentum(optimizer)
+    return optimizer
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Give an optimiser of ``make_optimizer`` the state that a checkpoint holds, whatever form wrote it.
+
+    Raises:
+        ValueError: the state is of other weights.
+    """
+    optimizer.load_state_dict(state)
+    for group in optimizer.param_groups:
+        group["fused"] = True  # not so in checkpoints of earlier versions that the CPU wrote
+    _fill_momentum(optimizer)
+
+
+def _fill_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Begin with a momentum of zeros where there is none.
+
+    The fused form would make its own without filling it, and leave it so if a gradient scaler skips the
+    first update.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] > 0 else ():
+            if optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def schedule(

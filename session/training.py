@@ -18,8 +18,8 @@ from dataset.step_data import StepData, step_data
 from methods import Context
 from session.evaluation import Evaluation
 from session.folder import RunFolder
-from session.networks import StepNetworks, schedule
-from train import NonFiniteLoss, Precision, Trainer, to_device
+from session.networks import StepNetworks, load_optimizer, schedule
+from train import NonFiniteLoss, Precision, Trainer, map_tensors, to_device
 from utils import distributed
 from utils.checkpoint import make_manifest, save_checkpoint
 from utils.distributed import World
@@ -76,7 +76,7 @@ class StepTraining:
         self.tolerance = tolerance
         self.step = step
         self.facts = facts
-        self.vote = distributed.Vote()
+        self.vote = distributed.Vote(opts.timeout)
         self.precision = Precision(opts.opt_level, world.device)
         torch.manual_seed(opts.random_seed + step)
         with distributed.shared_errors():
@@ -186,14 +186,16 @@ class StepTraining:
         self.tolerance.reasons |= progress.unreadable
         if "optimizer_state" in resumed:
             try:
-                self.trainer.optimizer.load_state_dict(resumed["optimizer_state"])
+                load_optimizer(self.trainer.optimizer, resumed["optimizer_state"])
             except ValueError as error:
                 raise UserError(
                     f"{self.folder.checkpoint(self.step)}: its optimiser trained other weights ({error}); "
                     "--fresh starts the step over"
                 ) from error
             self.scheduler.load_state_dict(resumed["scheduler_state"])
-            self.precision.scaler.load_state_dict(resumed["scaler_state"])
+            # Empty where the checkpoint was trained without a scaler: on the CPU, or at another --opt_level.
+            if resumed["scaler_state"]:
+                self.precision.scaler.load_state_dict(resumed["scaler_state"])
         if 0 < progress.batch < batches:
             self._rng = rng_of_rank(resumed, self.world.rank)
         self._saved = progress.epoch, progress.batch
@@ -324,7 +326,12 @@ class StepTraining:
             self.progress.unreadable = set(self.tolerance.reasons)
         trained = self.trainer.methods
         methods = {name: method.state_dict() for name, method in trained.items()}
-        local = {name: methods[name] for name, m in trained.items() if m.differs_between_processes}
+        # On the CPU: a pickled CUDA tensor comes back on the GPU that it left, in every process.
+        local = {
+            name: map_tensors(Tensor.cpu, methods[name])
+            for name, m in trained.items()
+            if m.differs_between_processes
+        }
         gathered = {
             "method_state_of_rank": distributed.gather_objects(local) if local else [],
             "rng_state": distributed.gather_objects(rng_state(self.world.device)),

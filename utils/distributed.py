@@ -47,6 +47,14 @@ class World:
     backend: str | None
 
     @property
+    def description(self) -> str:
+        """Processes, device and backend, for the log."""
+        name = f" ({torch.cuda.get_device_name(self.device)})" if self.device.type == "cuda" else ""
+        if self.backend is None:
+            return f"one process on {self.device}{name}"
+        return f"{self.size} processes ({self.backend}), this one on {self.device}{name}"
+
+    @property
     def is_main(self) -> bool:
         """True on the one process that writes files and talks."""
         return self.rank == 0
@@ -96,7 +104,8 @@ def stop(others_lost: bool = False) -> None:
     """Leave the process group, if there is one.
 
     Args:
-        others_lost: another process is gone; NCCL would wait for it here, so that is left to the exit.
+        others_lost: another process may be gone or stand elsewhere; NCCL would wait for it here, so that is
+            left to the exit.
     """
     if _grouped() and not (others_lost and dist.get_backend() == "nccl"):
         dist.destroy_process_group()
@@ -181,10 +190,14 @@ class Vote:
 
     The ballots travel in a Gloo group of their own while the next batch is computed: an answer read from
     the GPU after every batch would let it run empty.
+
+    Args:
+        timeout_s: seconds after which waiting for another process's ballot becomes an error.
     """
 
-    def __init__(self) -> None:
-        self._group: Any = dist.new_group(backend="gloo") if _grouped() else None
+    def __init__(self, timeout_s: float = 1800.0) -> None:
+        timeout = timedelta(seconds=timeout_s)
+        self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if _grouped() else None
         self._pending: tuple[dist.Work, Tensor] | None = None
 
     def cast(self, ballot: int) -> int:
@@ -212,10 +225,16 @@ class Vote:
 
 
 def as_fault(error: BaseException) -> Fault | None:
-    """One line for an error that another process caused by ending or by being too slow; None for others."""
+    """One line for a fault of the machine or of another process, which ended or was too slow; else None."""
     if isinstance(error, Fault):
         return error
     text = str(error)
+    # CUDA has an error of its own for it, the CPU has not.
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return Fault(
+            f"out of memory ({_one_line(text)}); give a smaller --batch_size with more --accumulate, "
+            "--grad_checkpointing or --opt_level O1, and start again"
+        )
     if "DataLoader worker" in text:
         reason = text.splitlines()[0]
         return Fault(
@@ -223,12 +242,19 @@ def as_fault(error: BaseException) -> Fault | None:
             "with fewer --num_workers if it happens again"
         )
     if isinstance(error, dist.DistError) or any(mark in text.lower() for mark in _LOST):
-        reason = " ".join(text.splitlines()[0].split())[-160:]
+        reason = _one_line(text)[-160:]
+        if "Last error:" in text:  # NCCL says here what happened
+            reason += "; " + _one_line(text.split("Last error:", 1)[1].strip())
         return Fault(
             f"another process ended or did not answer within --timeout seconds ({reason}); its own message "
             "says why. Start again to go on from the last checkpoint"
         )
     return None
+
+
+def _one_line(text: str) -> str:
+    """The first line, without its indentations."""
+    return " ".join(text.splitlines()[0].split()) if text else ""
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -267,10 +293,8 @@ def _choose_device(where: str | None, local_rank: int, size: int) -> torch.devic
     if where in ("CPU", "CPU_windows"):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        if where == "GPU_server":
-            raise UserError(
-                "--where_to_sim GPU_server: no CUDA device is usable here; give --where_to_sim CPU"
-            )
+        if where in ("GPU_server", "GPU_windows"):
+            raise UserError(f"--where_to_sim {where}: no CUDA device is usable here; give --where_to_sim CPU")
         return torch.device("cpu")
     if size == 1:
         return torch.device("cuda", local_rank if local_rank < torch.cuda.device_count() else 0)
@@ -283,7 +307,8 @@ def _choose_device(where: str | None, local_rank: int, size: int) -> torch.devic
     if processes > gpus:
         raise UserError(
             f"{processes} processes on this machine but {gpus} GPU{'s' if gpus > 1 else ''}; "
-            f"start with --nproc_per_node={gpus}, or give --where_to_sim CPU"
+            f"start with --nproc_per_node={gpus}, give --where_to_sim CPU, or where Slurm shows each process "
+            "only its own GPU, ask it for --gpus-per-node instead of --gpus-per-task"
         )
     return torch.device("cuda", local_rank)
 
@@ -316,8 +341,8 @@ def _join(backend: str, rank: int, size: int, device: torch.device, timeout_s: f
             # Names the GPU, which barriers would otherwise guess from the rank.
             device_id=device if backend == "nccl" else None,
         )
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
-        reason = str(error).splitlines()[0]
+    except dist.DistError as error:
+        reason = _one_line(str(error).split("Last error:", 1)[-1].strip())
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
             f"rank {rank} of {size} finds no group at {place} "

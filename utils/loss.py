@@ -54,6 +54,7 @@ __all__ = [
 
 VOID = 255
 _BLOCK = 2**20  # numbers in a block of work on the CPU: 4 MiB, of the order of its caches
+_BLOCK_ELSEWHERE = 2**28  # 1 GiB: the temporaries of one block, of which a loss has a few, bound its memory
 FIDELITIES = ("paper", "released")
 
 # ----------------------------------------------------------------------------------------------------------
@@ -131,12 +132,9 @@ def _blocks(batch: int, channels: int, pixels: int, device: torch.device) -> Ite
     """Slices (images, pixels) that cover B×C×N.
 
     On the CPU a block is small: its many passes stay in the cache, and no temporary of full size is allocated
-    (fresh memory costs the CPU more than the arithmetic). Elsewhere one block is everything.
+    (fresh memory costs the CPU more than the arithmetic). Elsewhere a block is everything unless it is huge.
     """
-    if device.type != "cpu":
-        yield slice(None), slice(None)
-        return
-    per_block = max(_BLOCK // max(channels, 1), 1)
+    per_block = max((_BLOCK if device.type == "cpu" else _BLOCK_ELSEWHERE) // max(channels, 1), 1)
     images = max(per_block // max(pixels, 1), 1)
     for first in range(0, batch, images):
         for start in range(0, pixels, per_block):

@@ -124,3 +124,17 @@ def test_faults_of_others_are_told_from_own_ones() -> None:
     own = Fault("a loss is not finite")
     assert as_fault(own) is own
     assert as_fault(RuntimeError("shapes differ")) is None
+
+
+def test_full_memory_is_one_line_with_a_remedy():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 55)
+    for error in (caught.value, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")):
+        fault = str(as_fault(error))
+        assert fault.startswith("out of memory (") and "--batch_size" in fault
+        assert "\n" not in fault
+
+
+def test_nccl_names_its_reason():
+    text = "NCCL error in: x.cpp:1, unhandled system error\nLast error:\n  Duplicate GPU detected : rank 1"
+    assert "; Duplicate GPU detected : rank 1" in str(as_fault(torch.distributed.DistBackendError(text)))
