@@ -17,6 +17,7 @@ from methods import METHODS, REGISTRY, load_method_file, preset
 from methods.presets import FAMILY_PLOP, preset_note
 from tasks import Task, get_task, read_class_order
 from utils.errors import UserError
+from utils.option_types import positive_int
 
 NORMS = ("std", "sync", "abn", "iabn", "iabn_sync", "iabn_sync_test")
 
@@ -74,7 +75,7 @@ class _HelpFormatter(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=32)
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        if action.type in (int, _positive):
+        if action.type in (int, positive_int):
             return "N"
         return {float: "X", Path: "PATH"}.get(action.type, "NAME")  # type: ignore[call-overload]
 
@@ -99,13 +100,6 @@ def _method(word: str) -> str:
         hint = _nearest(word.lower(), list(by_lower)) or f"; known methods: {', '.join(METHODS)}"
         raise argparse.ArgumentTypeError(f"unknown method '{word}'{hint}")
     return by_lower[word.lower()]
-
-
-def _positive(word: str) -> int:
-    value = int(word)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {word}")
-    return value
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -211,7 +205,7 @@ def _add_task(group: argparse._ActionsContainer) -> None:
         default="background",
         help="what void is in training: ignored (PLOP, SATS, SSUL) or background (MiB, SDR)",
     )
-    group.add_argument("--crop_size", type=_positive, default=512, help="side of the crops, in pixels")
+    group.add_argument("--crop_size", type=positive_int, default=512, help="side of the crops, in pixels")
     group.add_argument("--crop_val", action="store_false", help="evaluate on whole images, one by one")
     group.add_argument("--cross_val", action="store_true", help="validate on 20 %% of the training images")
     group.add_argument(
@@ -293,8 +287,8 @@ def _add_model(group: argparse._ActionsContainer) -> None:
 
 
 def _add_training(group: argparse._ActionsContainer) -> None:
-    group.add_argument("--epochs", type=_positive, default=30, help="epochs of every step")
-    group.add_argument("--batch_size", type=_positive, default=4, help="images per process")
+    group.add_argument("--epochs", type=positive_int, default=30, help="epochs of every step")
+    group.add_argument("--batch_size", type=positive_int, default=4, help="images per process")
     group.add_argument(
         "--lr",
         type=float,
@@ -310,7 +304,7 @@ def _add_training(group: argparse._ActionsContainer) -> None:
     group.add_argument("--weight_decay", type=float, default=1e-4, help="of SGD, on all weights")
     group.add_argument("--lr_policy", choices=("poly", "step"), default="poly", help="how the rate falls")
     group.add_argument("--lr_power", type=float, default=0.9, help="exponent of the poly policy")
-    group.add_argument("--lr_decay_step", type=_positive, default=5000, help="iterations (step policy)")
+    group.add_argument("--lr_decay_step", type=positive_int, default=5000, help="iterations (step policy)")
     group.add_argument("--lr_decay_factor", type=float, default=0.1, help="factor (step policy)")
     group.add_argument("--warmup", type=float, default=0.0, help="share of the iterations that warm up")
     group.add_argument(
@@ -322,7 +316,7 @@ def _add_training(group: argparse._ActionsContainer) -> None:
     )
     group.add_argument(
         "--accumulate",
-        type=_positive,
+        type=positive_int,
         default=1,
         metavar="N",
         help="batches per optimiser step; its gradient is the mean of theirs",
@@ -385,9 +379,11 @@ def _add_logging(group: argparse._ActionsContainer) -> None:
     group.add_argument("--step_ckpt", type=Path, default=None, help="checkpoint of the previous step")
     group.add_argument("--sample_num", type=int, default=0, help="validation pictures to show")
     group.add_argument("--visualize", action="store_false", help="write no TensorBoard file")
-    group.add_argument("--print_interval", type=_positive, default=10, help="batches between two log lines")
-    group.add_argument("--val_interval", type=_positive, default=1, help="epochs between two validations")
-    group.add_argument("--ckpt_interval", type=_positive, default=1, help="epochs between two checkpoints")
+    group.add_argument(
+        "--print_interval", type=positive_int, default=10, help="batches between two log lines"
+    )
+    group.add_argument("--val_interval", type=positive_int, default=1, help="epochs between two validations")
+    group.add_argument("--ckpt_interval", type=positive_int, default=1, help="epochs between two checkpoints")
     group.add_argument(
         "--ckpt_minutes",
         type=float,

@@ -11,6 +11,7 @@ from torch import Tensor
 from methods.base import Batch, Method
 from utils.errors import UserError
 from utils.loss import LocalPODLoss
+from utils.option_types import positive_int
 
 
 def _json_object(word: str) -> dict[str, Any]:
@@ -53,7 +54,12 @@ class PooledOutputDistillation(Method):
             metavar="JSON",
             help='options of single maps, e.g. {"switch": {"after": {"factor": 0.0005}}}',
         )
-        parser.add_argument("--pod_prepro", default="pow", help="what is done to the maps first")
+        parser.add_argument(
+            "--pod_prepro",
+            choices=("pow", "abs", "relu", "none"),
+            default="pow",
+            help="what is done to the maps first",
+        )
         parser.add_argument(
             "--no_pod_schedule",
             action="store_true",
@@ -66,22 +72,32 @@ class PooledOutputDistillation(Method):
         parser.add_argument(
             "--pod_large_logits", action="store_true", help="the logits of full size as one more map"
         )
-        parser.add_argument("--spp_scales", type=int, nargs="+", default=[1, 2, 4], help="grids of local POD")
+        parser.add_argument(
+            "--spp_scales",
+            type=positive_int,
+            nargs="+",
+            default=[1, 2, 4],
+            metavar="S",
+            help="grids of local POD",
+        )
 
     @classmethod
     def from_options(cls, opts: Any) -> PooledOutputDistillation | None:
         """On with ``--pod``."""
         if opts.pod is None:
             return None
-        criterion = LocalPODLoss(
-            pod_factor=opts.pod_factor,
-            pod_options=opts.pod_options,
-            spp_scales=opts.spp_scales,
-            use_pod_schedule=not opts.no_pod_schedule,
-            pod=opts.pod,
-            pod_prepro=opts.pod_prepro,
-            pod_apply=opts.pod_apply,
-        )
+        try:
+            criterion = LocalPODLoss(
+                pod_factor=opts.pod_factor,
+                pod_options=opts.pod_options,
+                spp_scales=opts.spp_scales,
+                use_pod_schedule=not opts.no_pod_schedule,
+                pod=opts.pod,
+                pod_prepro=opts.pod_prepro,
+                pod_apply=opts.pod_apply,
+            )
+        except ValueError as error:
+            raise UserError(f"--pod_options: {error}; LocalPODLoss in utils/loss.py lists them") from error
         side = opts.crop_size // (opts.output_stride if opts.model == "deeplab" else SEGFORMER_STRIDE)
         if opts.pod == "local" and side < max(opts.spp_scales):
             raise UserError(

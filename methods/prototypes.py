@@ -58,9 +58,9 @@ class PrototypeLearning(Method):
         flags = {
             "--loss_de_prototypes_sumafter": "matching: mean over classes",
             "--lfc_L2normalized": "normalise features and prototypes",
-            "--lfc_nobgr": "leave the background out of the attraction",
+            "--lfc_nobgr": "leave the background out of attraction and repulsion",
             "--lfc_orth_sep": "repulsion by orthogonality",
-            "--lfc_orth_maxonly": "orthogonality: only the closest pair",
+            "--lfc_orth_maxonly": "with --lfc_orth_sep: only the closest pair",
             "--lfc_sep_clust_ison_proto": "repulsion from prototypes instead of class means",
         }
         for flag, text in flags.items():

@@ -16,6 +16,7 @@ from utils.loss import (
     probability_pseudo_labels,
     pseudo_label_histogram,
 )
+from utils.option_types import positive_int
 
 ENTROPY_BINS = 100
 PROBABILITY_BINS = 20
@@ -79,7 +80,11 @@ class PseudoLabels(Method):
             "--step_threshold", type=float, default=None, help="added to the threshold, once per step"
         )
         parser.add_argument(
-            "--pseudo_nb_bins", type=int, default=None, help="bins of the histogram behind the median"
+            "--pseudo_nb_bins",
+            type=positive_int,
+            default=None,
+            metavar="N",
+            help="bins of the histogram behind the median",
         )
         parser.add_argument(
             "--classif_adaptive_factor",

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from methods.base import Context, Method
+from utils.option_types import positive_int
 from utils.regularizer import get_regularizer
 
 
@@ -41,7 +42,11 @@ class Regularization(Method):
             "--reg_no_normalize", action="store_true", help="do not scale the importances to [0, 1]"
         )
         parser.add_argument(
-            "--reg_iterations", type=int, default=10, help="RW: batches between two path-integral updates"
+            "--reg_iterations",
+            type=positive_int,
+            default=10,
+            metavar="N",
+            help="RW: optimiser steps between two path-integral updates",
         )
 
     @property

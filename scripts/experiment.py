@@ -4,7 +4,7 @@ Runs what has no results yet, goes on with what broke (give the command again), 
 mean ± standard deviation over seeds and the report (``utils.report``). The file::
 
     logdir: logs/voc
-    tasks: [15-5, 15-1]
+    tasks: [15-5, 15-1]         # tasks with the same first step train it once
     seeds: [1, 2, 3]
     processes: 2                # runs at a time
     gpus: [0, 1, 2, 3]          # shared evenly by the runs at a time; left out: one process each, any device
@@ -264,7 +264,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run_here(experiment: Experiment, runs: Sequence[Run]) -> int:
     runner = Runner(experiment.processes, experiment.gpus)
-    missing = runner.execute(runs)
+    try:
+        missing = runner.execute(runs)
+    except KeyboardInterrupt:
+        print("interrupted: the runs are saved; the same command goes on", file=sys.stderr)
+        return EXIT_STOPPED
     print(table(runs))
     if runner.stop:
         print(f"{runner.stop.signal}: the runs are saved; the same command goes on", file=sys.stderr)

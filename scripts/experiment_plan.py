@@ -230,7 +230,7 @@ def plan(experiment: Experiment) -> list[Run]:
     """All runs in the file's order; every command is checked by the real parser.
 
     Tasks whose first steps are the same, as those of 15-5 and 15-1 are, share step 0: the first task's runs
-    train it, the others go on from there.
+    train it, the others go on from there. (Not on ADE20K without overlap, whose lists depend on all steps.)
 
     Raises:
         UserError: an option is wrong, or a run begins from one that has no such step 0.
@@ -255,7 +255,7 @@ def plan(experiment: Experiment) -> list[Run]:
     for key, run in planned.items():
         begin = experiment.runs[run.method].get("from")
         base = run if begin is None else _base(experiment, planned, run, begin)
-        origin = _origin(planned.values(), base)
+        origin = _origin(planned.values(), base, overlap=bool(options[key].get("overlap")))
         run.begins_from = None if origin is run else origin
         run.commands = _commands(experiment, run, options[key])
     return list(planned.values())
@@ -276,9 +276,10 @@ def _base(experiment: Experiment, planned: Mapping[tuple[str, str, int], Run], r
     return planned[wanted]
 
 
-def _origin(planned: Iterable[Run], run: Run) -> Run:
+def _origin(planned: Iterable[Run], run: Run, *, overlap: bool) -> Run:
     """The first run of the same method and seed with the same step 0: itself, or another task's."""
-    if run.task.num_steps == 1:
+    # Unless steps overlap, ADE20K's lists give each image to one of all steps: every task has its own.
+    if run.task.num_steps == 1 or (run.task.dataset == "ade" and not overlap):
         return run
     return next(
         other

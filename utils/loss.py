@@ -1096,7 +1096,7 @@ class LocalPODLoss(nn.Module):
         backbone_maps: how many of the maps are the backbone's.
 
     Raises:
-        ValueError: an unknown choice or an unknown key in ``pod_options``.
+        ValueError: an unknown choice, or an unknown key or a factor that is no number in ``pod_options``.
     """
 
     def __init__(
@@ -1139,6 +1139,8 @@ class LocalPODLoss(nn.Module):
             _check_choice("pod_prepro", choice["prepro"], tuple(_POD_PREPROS))
             _check_choice("extra_channels", choice["extra_channels"], ("sum", "trim"))
             _check_choice("difference_function", choice["difference"], ("frobenius", "l1"))
+            if not isinstance(choice["factor"], (int, float)):
+                raise ValueError(f"factor {choice['factor']!r} is no number")
 
     def forward(
         self,

@@ -60,6 +60,17 @@ def test_tasks_with_the_same_first_step_share_it(tmp_path: Path) -> None:
     assert by_name["MIB", "10-5-5"].begins_from is by_name["FT", "10-5-5"]
 
 
+@pytest.mark.parametrize(("overlap", "shares"), [(True, True), (False, False)])
+def test_ade_shares_step_0_only_where_steps_overlap(tmp_path: Path, overlap: bool, shares: bool) -> None:
+    """Disjoint, an image of ADE20K belongs to one of all steps: the lists of 100-10 and 100-5 differ."""
+    common = {"dataset": "ade", "overlap": overlap}
+    first, second = planned(
+        tmp_path, seeds=[1], tasks=["100-10", "100-5"], common=common, runs={"FT": {"method": "FT"}}
+    )
+    assert first.begins_from is None
+    assert (second.begins_from is first) == shares
+
+
 def test_a_run_begins_from_the_step_0_of_another(tmp_path: Path) -> None:
     runs = planned(tmp_path)
     assert [(run.method, run.seed) for run in runs] == [
