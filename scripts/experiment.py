@@ -4,7 +4,9 @@ Runs what has no results yet, goes on with what broke (give the command again), 
 mean ± standard deviation over seeds and the report (``utils.report``). The file::
 
     logdir: logs/voc
-    tasks: [15-5, 15-1]         # tasks with the same first step train it once
+    tasks:                      # tasks with the same step 0 train it once
+      - 15-5
+      - 15-1: {lr: 0.0005}      # what a task does otherwise; a run's own options win over it
     seeds: [1, 2, 3]
     processes: 2                # runs at a time
     gpus: [0, 1, 2, 3]          # shared evenly by the runs at a time; left out: one process each, any device

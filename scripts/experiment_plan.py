@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from utils.errors import UserError
 _KEYS = ("logdir", "processes", "gpus", "seeds", "tasks", "common", "step_0", "runs", "slurm")
 # What the runner gives to every command itself.
 _RESERVED = ("name", "step", "logdir", "random_seed", "step_ckpt", "ckpt", "test", "check_data", "checkpoint")
+_Key = tuple[str, str, int]  # name of a run, its task, its seed
 _TASK_OPTIONS = ("dataset", "data_root", "task", "task_file", "class_order", "class_order_seed")
 
 
@@ -30,7 +31,9 @@ class Experiment:
         logdir: folder of the runs.
         processes: runs at a time.
         gpus: numbers of the GPUs that they share evenly; empty: one process for each run, any device.
-        seeds, tasks: every run is made with each; without ``tasks`` the task is an option of ``common``.
+        seeds: every run is made with each.
+        tasks: likewise, with what a task does otherwise than ``common``; {None: {}}: the task is an option of
+            ``common``.
         common: options of every command.
         step_0: options of step 0 that differ.
         runs: options of each run by its name.
@@ -43,7 +46,7 @@ class Experiment:
     processes: int = 1
     gpus: tuple[int, ...] = ()
     seeds: tuple[int, ...] = (42,)
-    tasks: tuple[str | None, ...] = (None,)
+    tasks: dict[str | None, dict[str, Any]] = field(default_factory=lambda: {None: {}})
     step_0: dict[str, Any] = field(default_factory=dict)
     slurm: dict[str, str] | None = None
 
@@ -150,7 +153,7 @@ def check_content(content: object) -> Experiment:
     )
     if len(experiment.gpus) % experiment.processes:
         raise UserError(f"gpus: {len(experiment.gpus)} cannot be shared by {experiment.processes} processes")
-    if experiment.tasks != (None,) and "task" in experiment.common:
+    if None not in experiment.tasks and "task" in experiment.common:
         raise UserError("tasks and the task of common exclude each other; give one")
     return experiment
 
@@ -190,13 +193,26 @@ def _numbers(
     return tuple(numbers)
 
 
-def _tasks(content: Mapping[str, Any]) -> tuple[str | None, ...]:
+def _tasks(content: Mapping[str, Any]) -> dict[str | None, dict[str, Any]]:
+    """Options of every task by its name; an entry of the list is a name, or ``{name: options}``."""
     tasks = content.get("tasks")
     if tasks is None:
-        return (None,)
-    if not isinstance(tasks, list) or not tasks or not all(isinstance(task, (str, int)) for task in tasks):
-        raise UserError(f"tasks: expected names, e.g. [15-5, 15-1]; got {tasks!r}")
-    return tuple(str(task) for task in tasks)
+        return {None: {}}
+    wrong = UserError(
+        f"tasks: expected names, e.g. [15-5, 15-1] or [15-5, {{15-1: {{lr: 0.001}}}}]; got {tasks!r}"
+    )
+    if not isinstance(tasks, list) or not tasks:
+        raise wrong
+    found: dict[str | None, dict[str, Any]] = {}
+    for entry in tasks:
+        if isinstance(entry, dict) and len(entry) == 1:
+            ((name, options),) = entry.items()
+        else:
+            name, options = entry, None
+        if not isinstance(name, (str, int)) or str(name) in found:
+            raise wrong
+        found[str(name)] = _options(options, f"tasks: {name}")
+    return found
 
 
 def _slurm(value: object) -> dict[str, str] | None:
@@ -235,10 +251,10 @@ def plan(experiment: Experiment) -> list[Run]:
     Raises:
         UserError: an option is wrong, or a run begins from one that has no such step 0.
     """
-    planned: dict[tuple[str, str, int], Run] = {}
-    options: dict[tuple[str, str, int], dict[str, Any]] = {}
-    for name in experiment.tasks:
-        common = {**experiment.common, **({} if name is None else {"task": name})}
+    planned: dict[_Key, Run] = {}
+    options: dict[_Key, dict[str, Any]] = {}
+    for name, of_task in experiment.tasks.items():
+        common = {**experiment.common, **of_task, **({} if name is None else {"task": name})}
         task = _task(common, "common")
         for seed in experiment.seeds:
             for method in experiment.runs:
@@ -252,16 +268,27 @@ def plan(experiment: Experiment) -> list[Run]:
                     planned[key] = Run(method, seed, own_task, path.parent)
                     options[key] = own
                 planned[key].compared_in.append(task)
+    first = {key: _step_0_options(experiment, own, f"step_0 of {key[0]}") for key, own in options.items()}
     for key, run in planned.items():
         begin = experiment.runs[run.method].get("from")
-        base = run if begin is None else _base(experiment, planned, run, begin)
-        origin = _origin(planned.values(), base, overlap=bool(options[key].get("overlap")))
+        base = key if begin is None else _base(experiment, planned, run, begin)
+        origin = planned[_origin(planned, first, base)]
         run.begins_from = None if origin is run else origin
-        run.commands = _commands(experiment, run, options[key])
+        run.commands = _commands(run, options[key], first[key])
     return list(planned.values())
 
 
-def _base(experiment: Experiment, planned: Mapping[tuple[str, str, int], Run], run: Run, begin: str) -> Run:
+def _step_0_options(experiment: Experiment, own: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What step 0 of a run is trained with."""
+    return {**_without_own_words(own), **experiment.step_0, **_options(own.get("step_0"), where)}
+
+
+def _without_own_words(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of ``run.py`` alone."""
+    return {name: value for name, value in options.items() if name not in ("from", "step_0")}
+
+
+def _base(experiment: Experiment, planned: Mapping[_Key, Run], run: Run, begin: str) -> _Key:
     """The run of the same task whose step 0 another takes."""
     wanted = (begin, run.task.name, run.seed)
     reason = None
@@ -273,21 +300,23 @@ def _base(experiment: Experiment, planned: Mapping[tuple[str, str, int], Run], r
         reason = f"has no task {run.task.name} to go on with"
     if reason is not None:
         raise UserError(f"runs: {run.method} begins from '{begin}', which {reason}")
-    return planned[wanted]
+    return wanted
 
 
-def _origin(planned: Iterable[Run], run: Run, *, overlap: bool) -> Run:
+def _origin(planned: Mapping[_Key, Run], first: Mapping[_Key, dict[str, Any]], key: _Key) -> _Key:
     """The first run of the same method and seed with the same step 0: itself, or another task's."""
+    run, options = planned[key], {**first[key], "task": None}
     # Unless steps overlap, ADE20K's lists give each image to one of all steps: every task has its own.
-    if run.task.num_steps == 1 or (run.task.dataset == "ade" and not overlap):
-        return run
+    if run.task.num_steps == 1 or (run.task.dataset == "ade" and not options.get("overlap")):
+        return key
     return next(
         other
-        for other in planned
-        if (other.method, other.seed, other.task.dataset) == (run.method, run.seed, run.task.dataset)
-        and other.task.num_steps > 1
-        and other.task.steps[0] == run.task.steps[0]
-        and set(other.task.order) == set(run.task.order)
+        for other, its in planned.items()
+        if (its.method, its.seed) == (run.method, run.seed)
+        and its.task.num_steps > 1
+        and its.task.steps[0] == run.task.steps[0]
+        and set(its.task.order) == set(run.task.order)
+        and {**first[other], "task": None} == options
     )
 
 
@@ -303,19 +332,21 @@ def _task(options: Mapping[str, Any], where: str) -> Task:
     return _parsed(words, where).task_
 
 
-def _commands(experiment: Experiment, run: Run, options: Mapping[str, Any]) -> list[list[str]]:
+def _commands(run: Run, options: Mapping[str, Any], first: Mapping[str, Any]) -> list[list[str]]:
     """Arguments of ``run.py``: step 0, unless another run trains it, then the later steps."""
-    own = {name: value for name, value in options.items() if name not in ("from", "step_0")}
-    own |= {"random_seed": run.seed, "logdir": experiment.logdir, "name": f"{run.method}_{run.seed}"}
+    given = {
+        "random_seed": run.seed,
+        "logdir": run.folder.parent,
+        "name": f"{run.method}_{run.seed}",
+    }
     commands = []
     later: dict[str, Any] = {"step": list(range(1, run.task.num_steps))}
     if run.begins_from is None:
-        step_0 = {**experiment.step_0, **_options(options.get("step_0"), f"step_0 of {run.method}")}
-        commands.append(arguments({**own, **step_0, "step": 0}))
+        commands.append(arguments({**first, **given, "step": 0}))
     else:
         later["step_ckpt"] = run.begins_from.folder / f"{run.begins_from.folder.name}_0.pth"
     if run.task.num_steps > 1:
-        commands.append(arguments({**own, **later}))
+        commands.append(arguments({**_without_own_words(options), **given, **later}))
     for command in commands:
         _parsed(command, f"runs: {run.method}")
     return commands

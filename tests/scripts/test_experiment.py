@@ -60,6 +60,24 @@ def test_tasks_with_the_same_first_step_share_it(tmp_path: Path) -> None:
     assert by_name["MIB", "10-5-5"].begins_from is by_name["FT", "10-5-5"]
 
 
+def test_a_task_has_options_of_its_own(tmp_path: Path) -> None:
+    """They win over the common ones, a run's own over them; a step 0 of other options is not shared."""
+    tasks = ["15-5", {"15-1": {"lr": 0.002}}, {"10-1": {}}]
+    common = {"dataset": "shapes", "overlap": True, "lr": 0.01}
+    runs: dict[str, Any] = {"FT": {"method": "FT"}, "SSUL": {"method": "SSUL", "lr": 0.05}}
+    for step_0, shares in (({"lr": 0.1}, True), ({"epochs": 5}, False)):
+        made = planned(tmp_path, seeds=[1], tasks=tasks, common=common, runs=runs, step_0=step_0)
+        rates = {
+            (run.method, run.task.name): parse_options(run.commands[-1]).lrs[0]  # of the later steps
+            for run in made
+        }
+        assert [rates["FT", task] for task in ("15-5", "15-5s", "10-1")] == [0.01, 0.002, 0.01]
+        assert [rates["SSUL", task] for task in ("15-5", "15-5s", "10-1")] == [0.05] * 3
+        by_name = {(run.method, run.task.name): run for run in made}
+        assert (by_name["FT", "15-5s"].begins_from is by_name["FT", "15-5"]) == shares
+        assert by_name["SSUL", "15-5s"].begins_from is by_name["SSUL", "15-5"]
+
+
 @pytest.mark.parametrize(("overlap", "shares"), [(True, True), (False, False)])
 def test_ade_shares_step_0_only_where_steps_overlap(tmp_path: Path, overlap: bool, shares: bool) -> None:
     """Disjoint, an image of ADE20K belongs to one of all steps: the lists of 100-10 and 100-5 differ."""
@@ -152,6 +170,9 @@ def test_the_experiment_of_shapes_is_in_order() -> None:
         ({"common": ["lr"]}, "common: expected options"),
         ({"tasks": ["10-10"]}, "tasks and the task of common exclude each other"),
         ({"tasks": "10-10"}, "tasks: expected names"),
+        ({"tasks": [{"15-5": {}, "15-1": {}}]}, "tasks: expected names"),
+        ({"tasks": ["15-5", {"15-5": {}}]}, "tasks: expected names"),
+        ({"tasks": [{"15-1": 0.1}]}, "tasks: 15-1: expected options"),
         ({"seeds": 3.5}, "seeds: expected different numbers"),
         ({"seeds": [1, 1]}, "seeds: expected different numbers"),
         ({"seeds": []}, "seeds: expected different numbers"),
