@@ -77,7 +77,6 @@ class PooledOutputDistillation(Method):
             type=positive_int,
             nargs="+",
             default=[1, 2, 4],
-            metavar="S",
             help="grids of local POD",
         )
 

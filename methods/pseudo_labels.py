@@ -83,7 +83,6 @@ class PseudoLabels(Method):
             "--pseudo_nb_bins",
             type=positive_int,
             default=None,
-            metavar="N",
             help="bins of the histogram behind the median",
         )
         parser.add_argument(

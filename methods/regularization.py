@@ -45,7 +45,6 @@ class Regularization(Method):
             "--reg_iterations",
             type=positive_int,
             default=10,
-            metavar="N",
             help="RW: optimiser steps between two path-integral updates",
         )
 
