@@ -1,6 +1,7 @@
 """How the cost of a step grows with processes, classes, steps and crop.
 
     python -m benchmarks.scaling [--model M] [--method N] [--batch N] [--crop N] [--repeats N] [--out F.json]
+    python -m benchmarks.scaling --compile                   only the step as it is against a compiled one
 
 Processes: two Gloo processes of one thread each. In every repeat the first trains alone, then both train
 together with gradients exchanged; the efficiency is images per second of both over twice those of the one.
@@ -110,10 +111,30 @@ def main(argv: list[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--method", choices=ALL_METHODS, default="FT", help="FT: no teacher at any step")
     parser.add_argument("--model", choices=MODELS, default="deeplab-mobilenet_v2")
+    parser.add_argument("--compile", action="store_true", help="only compare with torch.compile (minutes)")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     add_options(parser)
     args = parser.parse_args(argv)
     device = prepare(args)
+    rows = compilation(args, device) if args.compile else growth(args, device)
+    title = f"{args.method}, {args.model}, B = {args.batch}, {args.crop}², {args.opt_level}"
+    print(f"{title}\n{heading(device)}\n{markdown(COLUMNS, rows)}")
+    write_report(args.out, device, step=title, rows=rows)
+    return rows
+
+
+def compilation(args: argparse.Namespace, device: torch.device) -> list[Row]:
+    """The step as it is and with ``--compile``; compiling itself is not counted."""
+    sizes = {"batch": args.batch, "crop": args.crop, "opt_level": args.opt_level}
+    made = {
+        name: bench(options(args.method, args.model, words=words, **sizes), device)
+        for name, words in (("as it is", ()), ("compiled", ("--compile",)))
+    }
+    return compare(made, device, args.repeats)
+
+
+def growth(args: argparse.Namespace, device: torch.device) -> list[Row]:
+    """Classes, steps and crop; on the CPU processes too."""
     sizes = {"batch": args.batch, "crop": args.crop, "opt_level": args.opt_level}
     by_classes = {
         name: bench(options(args.method, args.model, words=words, **sizes), device, step=step)
@@ -129,9 +150,6 @@ def main(argv: list[str] | None = None) -> list[Row]:
     del by_crop
     if device.type == "cpu":
         rows += processes(args)
-    title = f"{args.method}, {args.model}, B = {args.batch}, {args.crop}², {args.opt_level}"
-    print(f"{title}\n{heading(device)}\n{markdown(COLUMNS, rows)}")
-    write_report(args.out, device, step=title, rows=rows)
     return rows
 
 
