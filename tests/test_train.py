@@ -140,6 +140,13 @@ def test_student_trains_its_norm_layers_and_the_teacher_does_not() -> None:
         assert torch.equal(value, states[1][name]), name
 
 
+@pytest.mark.parametrize("words", ['{"colour": 1}', '{"switch": {"after": {"factor": "much"}}}'])
+def test_wrong_pod_options_are_named(words: str) -> None:
+    opts = parse_options(["--task", "15-5", "--method", "FT", "--pod", "local", "--pod_options", words])
+    with pytest.raises(UserError, match=r"--pod_options: (pod_options .*: colour|factor 'much')"):
+        build_methods(opts, 1)
+
+
 def test_the_teacher_runs_only_for_a_method_that_looks_at_it() -> None:
     for name, runs in (("FT", 0), ("EWC", 0), ("LWF", 3)):
         made, calls = context(), []

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from utils.errors import Fault, UserError
-from utils.memory import keep_freed_memory
+from utils.memory import is_out_of_memory, keep_freed_memory
 
 PLACES = ("GPU_server", "GPU_windows", "CPU", "CPU_windows")
 
@@ -229,8 +229,7 @@ def as_fault(error: BaseException) -> Fault | None:
     if isinstance(error, Fault):
         return error
     text = str(error)
-    # CUDA has an error of its own for it, the CPU has not.
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+    if is_out_of_memory(error):
         return Fault(
             f"out of memory ({_one_line(text)}); give a smaller --batch_size with more --accumulate, "
             "--grad_checkpointing or --opt_level O1, and start again"

@@ -1,9 +1,11 @@
-"""Memory of the processor: keep what was freed."""
+"""Memory: keep what the processor freed, and know when there is no more."""
 
 from __future__ import annotations
 
 import ctypes
 import platform
+
+import torch
 
 # Numbers of mallopt's parameters in glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -22,3 +24,8 @@ def keep_freed_memory() -> bool:
     mallopt = ctypes.CDLL(None).mallopt
     asked = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _LARGEST), (_M_TOP_PAD, 2**28))
     return all(mallopt(parameter, value) == 1 for parameter, value in asked)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: CUDA has an error of its own for it, the processor only a text."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -27,6 +27,7 @@ from utils.files import atomic_write
 from utils.inference import predict_classes, predictor
 from utils.legend import with_legend
 from utils.logger import progress, setup_logging
+from utils.memory import is_out_of_memory
 from utils.restore import TrainedNetwork, model_from_checkpoint
 from utils.visualize import overlay, palette
 
@@ -151,8 +152,8 @@ def _predict_one(picture: Picture, predictor: Predictor, network: TrainedNetwork
 def _within_memory(path: Path, predictor: Predictor, image: Tensor) -> Tensor:
     try:
         return predictor(image)
-    except RuntimeError as error:  # CUDA's error for it is one of these; the CPU has none of its own
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
             raise
         height, width = image.shape[-2:]
         raise DataError(

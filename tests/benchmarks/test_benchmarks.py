@@ -74,6 +74,15 @@ def test_profile_divides_the_step_and_draws_it(tmp_path: Path) -> None:
     assert json.loads(out.read_text())["rows"] == rows
 
 
+def test_scaling_compares_a_compiled_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or module)  # takes a minute
+    plain, translated = scaling.main(["--compile", *TOY, "--model", "segformer_b0"])
+    assert [plain["case"], translated["case"]] == ["as it is", "compiled"]
+    assert translated["ratio"] == pytest.approx(translated["ms"] / plain["ms"])
+    assert len(compiled) == 1  # in one of the two; FT has no teacher
+
+
 def test_scaling_compares_classes_steps_crops_and_processes(tmp_path: Path) -> None:
     out = tmp_path / "scaling.json"
     rows = scaling.main(["--method", "FT", *TOY, "--model", "segformer_b0", "--out", str(out)])

@@ -307,12 +307,16 @@ def test_several_gpus_per_run_are_started_by_torchrun(
     assert not (tmp_path / "logs").exists()
 
 
+@pytest.mark.parametrize(("sent", "word"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "interrupted")])
 def test_a_signal_is_handed_on_and_the_runs_save(
-    tmp_path: Path, fails: Callable[[dict[str, object]], None]
+    tmp_path: Path, fails: Callable[[dict[str, object]], None], sent: signal.Signals, word: str
 ) -> None:
     file = write(tmp_path, seeds=[1], runs={"FT": {}})
     fails({"FT_1": "wait"})
-    code = "import pathlib, sys; from scripts import experiment; experiment.ROOT = pathlib.Path(sys.argv[1])"
+    code = "import pathlib, signal, sys; from scripts import experiment; "
+    # A shell's background jobs, and what they start, ignore interrupts; a user's do not.
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "experiment.ROOT = pathlib.Path(sys.argv[1])"
     process = subprocess.Popen(
         [sys.executable, "-c", f"{code}; sys.exit(experiment.main(sys.argv[2:]))", str(tmp_path), str(file)],
         cwd=ROOT,
@@ -323,12 +327,13 @@ def test_a_signal_is_handed_on_and_the_runs_save(
         deadline = time.monotonic() + 60
         while not (tmp_path / "waiting").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(sent)
         _, error = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 75, error
-    assert "SIGTERM: the runs are saved; the same command goes on" in error
+    assert f"{word}: the runs are saved; the same command goes on" in error
+    assert "Traceback" not in error
 
 
 # ── Slurm ────────────────────────────────────────────────────────────────────────────────────────────
