@@ -98,9 +98,9 @@ class PooledOutputDistillation(Method):
         except ValueError as error:
             raise UserError(f"--pod_options: {error}; LocalPODLoss in utils/loss.py lists them") from error
         side = opts.crop_size // (opts.output_stride if opts.model == "deeplab" else SEGFORMER_STRIDE)
-        if opts.pod == "local" and side < max(opts.spp_scales):
+        if side < criterion.finest_grid:
             raise UserError(
-                f"--spp_scales {max(opts.spp_scales)}: the smallest map has {side}×{side} positions with "
+                f"--spp_scales {criterion.finest_grid}: the smallest map has {side}×{side} positions with "
                 f"--crop_size {opts.crop_size}; give smaller --spp_scales or a larger --crop_size"
             )
         last = "small" if opts.pod_logits else "large" if opts.pod_large_logits else None

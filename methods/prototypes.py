@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from methods.base import Batch, Context, Method
+from utils.errors import UserError
 from utils.loss import (
     SNNL,
     DistillationEncoderPrototypesLoss,
@@ -68,7 +69,13 @@ class PrototypeLearning(Method):
 
     @classmethod
     def from_options(cls, opts: Any) -> PrototypeLearning | None:
-        """On where one of its three weights is above 0."""
+        """On where one of its three weights is above 0.
+
+        Raises:
+            UserError: ``--lfc_orth_maxonly`` without the repulsion that it narrows.
+        """
+        if opts.lfc_orth_maxonly and not opts.lfc_orth_sep:
+            raise UserError("--lfc_orth_maxonly narrows --lfc_orth_sep; give both, or drop it")
         on = opts.loss_de_prototypes > 0 or opts.loss_fc > 0 or opts.lfc_sep_clust > 0
         return cls(opts) if on else None
 

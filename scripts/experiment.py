@@ -16,6 +16,7 @@ mean ± standard deviation over seeds and the report (``utils.report``). The fil
       FT: {method: FT}
       MIB: {method: MIB, from: FT}          # begins with step 1, from FT's step 0
       SDR: {method: SDR, step_0: {unce: true, loss_de_prototypes: 1}}
+      SSUL: {method: SSUL, tasks: {15-1: {lr: 0.0002}}}    # what it alone does otherwise in a task
       joint: {task: offline}                # a task of its own, compared in every table
     slurm: {partition: gpu, time: 4:00:00, ntasks-per-node: 2, gpus-per-node: 2}
 

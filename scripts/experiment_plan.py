@@ -19,6 +19,8 @@ from utils.errors import UserError
 _KEYS = ("logdir", "processes", "gpus", "seeds", "tasks", "common", "step_0", "runs", "slurm")
 # What the runner gives to every command itself.
 _RESERVED = ("name", "step", "logdir", "random_seed", "step_ckpt", "ckpt", "test", "check_data", "checkpoint")
+# Entries of a run that are no options.
+_OF_A_RUN = ("from", "step_0", "tasks")
 _Key = tuple[str, str, int]  # name of a run, its task, its seed
 _TASK_OPTIONS = ("dataset", "data_root", "task", "task_file", "class_order", "class_order_seed")
 
@@ -153,6 +155,10 @@ def check_content(content: object) -> Experiment:
     )
     if len(experiment.gpus) % experiment.processes:
         raise UserError(f"gpus: {len(experiment.gpus)} cannot be shared by {experiment.processes} processes")
+    for name, own in runs.items():
+        for task in _mapping(own, "tasks"):
+            if str(task) not in experiment.tasks:
+                raise UserError(f"runs: {name}: tasks: {task} is none of the experiment's")
     if None not in experiment.tasks and "task" in experiment.common:
         raise UserError("tasks and the task of common exclude each other; give one")
     return experiment
@@ -166,7 +172,7 @@ def _mapping(content: Mapping[str, Any], key: str) -> dict[Any, Any]:
 
 
 def _options(value: object, where: str) -> dict[str, Any]:
-    """Options of the command; ``from`` and ``step_0`` are the runner's own."""
+    """Options of the command; ``from``, ``step_0`` and ``tasks`` of a run are the runner's own."""
     if value is None:
         return {}
     if not isinstance(value, dict):
@@ -175,10 +181,10 @@ def _options(value: object, where: str) -> dict[str, Any]:
     for name in _RESERVED:
         if name in options:
             raise UserError(f"{where}: {name} is given by the experiment itself; leave it out")
-    own = ("from", "step_0") if where.startswith("runs") else ()
-    for name in ("from", "step_0"):
-        if name in options and name not in own:
-            raise UserError(f"{where}: '{name}' belongs to one of the runs")
+    if not where.startswith("runs"):
+        for name in _OF_A_RUN:
+            if name in options:
+                raise UserError(f"{where}: '{name}' belongs to one of the runs")
     return options
 
 
@@ -258,7 +264,8 @@ def plan(experiment: Experiment) -> list[Run]:
         task = _task(common, "common")
         for seed in experiment.seeds:
             for method in experiment.runs:
-                own = {**common, **experiment.runs[method]}
+                entry = experiment.runs[method]
+                own = {**common, **entry, **_for_task(entry, name, f"runs: {method}")}
                 own_task = _task(own, f"runs: {method}")
                 key = (method, own_task.name, seed)
                 if key not in planned:
@@ -283,9 +290,15 @@ def _step_0_options(experiment: Experiment, own: Mapping[str, Any], where: str) 
     return {**_without_own_words(own), **experiment.step_0, **_options(own.get("step_0"), where)}
 
 
+def _for_task(run: Mapping[str, Any], task: str | None, where: str) -> dict[str, Any]:
+    """What a run does otherwise in one of the tasks."""
+    own = {str(name): options for name, options in _mapping(run, "tasks").items()}
+    return _options(own.get(str(task)), f"tasks of {where}")
+
+
 def _without_own_words(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of ``run.py`` alone."""
-    return {name: value for name, value in options.items() if name not in ("from", "step_0")}
+    return {name: value for name, value in options.items() if name not in _OF_A_RUN}
 
 
 def _base(experiment: Experiment, planned: Mapping[_Key, Run], run: Run, begin: str) -> _Key:

@@ -44,7 +44,8 @@ class StepNetworks:
         methods: by name, already through ``begin_step`` once :meth:`begin` was called.
 
     Raises:
-        UserError: the step before has no checkpoint that fits, or pretrained weights cannot be had.
+        UserError: wrong options of a method, the step before has no checkpoint that fits, or pretrained
+            weights cannot be had.
     """
 
     def __init__(
@@ -55,8 +56,9 @@ class StepNetworks:
         self.folder = folder
         self.step = step
         self.precision = precision
+        # First: they check their options, which costs nothing yet.
+        self.methods: dict[str, Method] = build_methods(opts, step)
         self.previous: dict[str, Any] = folder.load_previous(step) if step else {}
-        self.methods: dict[str, Method] = {}
         model = self._student()
         self.context = Context(
             task=opts.task_,
@@ -128,9 +130,8 @@ class StepNetworks:
     # ── methods ──────────────────────────────────────────────────────────────────────────────────
 
     def begin(self) -> None:
-        """Make the methods, with the previous step's state and their networks' needs."""
-        context = self.context
-        methods = self.methods = build_methods(self.opts, self.step)
+        """Give the methods the previous step's state and their networks' needs, and begin the step."""
+        context, methods = self.context, self.methods
         state = self.previous.get("method_state", {})
         for name, method in methods.items():
             if name in state:

@@ -140,10 +140,22 @@ def test_student_trains_its_norm_layers_and_the_teacher_does_not() -> None:
         assert torch.equal(value, states[1][name]), name
 
 
-@pytest.mark.parametrize("words", ['{"colour": 1}', '{"switch": {"after": {"factor": "much"}}}'])
-def test_wrong_pod_options_are_named(words: str) -> None:
-    opts = parse_options(["--task", "15-5", "--method", "FT", "--pod", "local", "--pod_options", words])
-    with pytest.raises(UserError, match=r"--pod_options: (pod_options .*: colour|factor 'much')"):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method", "PLOP", "--pod_options", '{"colour": 1}'], "--pod_options: .* colour"),
+        (["--method", "PLOP", "--pod_options", '{"switch": {"after": {"factor": "much"}}}'], "factor 'much'"),
+        (["--method", "PLOP", "--pod_options", '{"switch": {"after": {"spp_scales": [1, 0]}}}'], r"\[1, 0\]"),
+        (
+            ["--method", "PLOP", "--pod_options", '{"switch": {"after": {"spp_scales": [99]}}}'],
+            "99: the small",
+        ),
+        (["--method", "SDR", "--lfc_orth_maxonly"], "narrows --lfc_orth_sep"),
+    ],
+)
+def test_wrong_options_of_methods_are_named(words: list[str], message: str) -> None:
+    opts = parse_options(["--task", "15-5", *words])
+    with pytest.raises(UserError, match=message):
         build_methods(opts, 1)
 
 

@@ -1096,7 +1096,8 @@ class LocalPODLoss(nn.Module):
         backbone_maps: how many of the maps are the backbone's.
 
     Raises:
-        ValueError: an unknown choice, or an unknown key or a factor that is no number in ``pod_options``.
+        ValueError: an unknown choice, or in ``pod_options`` an unknown key, a factor that is no number or
+            scales that are not positive whole numbers.
     """
 
     def __init__(
@@ -1141,6 +1142,14 @@ class LocalPODLoss(nn.Module):
             _check_choice("difference_function", choice["difference"], ("frobenius", "l1"))
             if not isinstance(choice["factor"], (int, float)):
                 raise ValueError(f"factor {choice['factor']!r} is no number")
+            if not _are_grids(choice["spp_scales"]):
+                raise ValueError(f"spp_scales {choice['spp_scales']!r} is no list of positive whole numbers")
+
+    @property
+    def finest_grid(self) -> int:
+        """Cells per side of the finest grid of local pooling; 1 without it."""
+        local = (choice["spp_scales"] for choice in (self.others, self.last) if choice["type"] == "local")
+        return max((max(scales) for scales in local), default=1)
 
     def forward(
         self,
@@ -1172,6 +1181,12 @@ class LocalPODLoss(nn.Module):
         if self.pod_apply == "backbone":
             return range(min(self.backbone_maps, number))
         return range(self.backbone_maps if self.pod_apply == "deeplab" else 0, number)
+
+
+def _are_grids(scales: object) -> bool:
+    if not isinstance(scales, Sequence) or isinstance(scales, str) or not scales:
+        return False
+    return all(type(scale) is int and scale > 0 for scale in scales)
 
 
 def _fold_new_channels(logits: Tensor, first_new: int, how: str) -> Tensor:

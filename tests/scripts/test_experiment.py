@@ -61,10 +61,14 @@ def test_tasks_with_the_same_first_step_share_it(tmp_path: Path) -> None:
 
 
 def test_a_task_has_options_of_its_own(tmp_path: Path) -> None:
-    """They win over the common ones, a run's own over them; a step 0 of other options is not shared."""
+    """They win over the common ones, a run's own over them, its own for a task over all.
+
+    A step 0 of other options is not shared.
+    """
     tasks = ["15-5", {"15-1": {"lr": 0.002}}, {"10-1": {}}]
     common = {"dataset": "shapes", "overlap": True, "lr": 0.01}
-    runs: dict[str, Any] = {"FT": {"method": "FT"}, "SSUL": {"method": "SSUL", "lr": 0.05}}
+    ssul = {"method": "SSUL", "lr": 0.05, "tasks": {"10-1": {"lr": 0.03}}}
+    runs: dict[str, Any] = {"FT": {"method": "FT"}, "SSUL": ssul}
     for step_0, shares in (({"lr": 0.1}, True), ({"epochs": 5}, False)):
         made = planned(tmp_path, seeds=[1], tasks=tasks, common=common, runs=runs, step_0=step_0)
         rates = {
@@ -72,7 +76,7 @@ def test_a_task_has_options_of_its_own(tmp_path: Path) -> None:
             for run in made
         }
         assert [rates["FT", task] for task in ("15-5", "15-5s", "10-1")] == [0.01, 0.002, 0.01]
-        assert [rates["SSUL", task] for task in ("15-5", "15-5s", "10-1")] == [0.05] * 3
+        assert [rates["SSUL", task] for task in ("15-5", "15-5s", "10-1")] == [0.05, 0.05, 0.03]
         by_name = {(run.method, run.task.name): run for run in made}
         assert (by_name["FT", "15-5s"].begins_from is by_name["FT", "15-5"]) == shares
         assert by_name["SSUL", "15-5s"].begins_from is by_name["SSUL", "15-5"]
@@ -173,6 +177,7 @@ def test_the_experiment_of_shapes_is_in_order() -> None:
         ({"tasks": [{"15-5": {}, "15-1": {}}]}, "tasks: expected names"),
         ({"tasks": ["15-5", {"15-5": {}}]}, "tasks: expected names"),
         ({"tasks": [{"15-1": 0.1}]}, "tasks: 15-1: expected options"),
+        ({"runs": {"FT": {"tasks": {"15-1": {}}}}}, "runs: FT: tasks: 15-1 is none of the experiment's"),
         ({"seeds": 3.5}, "seeds: expected different numbers"),
         ({"seeds": [1, 1]}, "seeds: expected different numbers"),
         ({"seeds": []}, "seeds: expected different numbers"),
