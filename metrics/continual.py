@@ -183,6 +183,7 @@ def write_results(
     csv_name: str,
     confusion: Tensor | Array | None = None,
     class_names: Sequence[str] = (),
+    evaluation: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Write ``results_<step>.json`` and the step's row of the CSV file into the run's folder.
 
@@ -197,6 +198,8 @@ def write_results(
         confusion: C×C counts, rows are labels, columns predictions; also written, as
             ``confusion_<step>.csv`` with the class names as its first row and column.
         class_names: C names for it.
+        evaluation: options of the evaluation that the user gave, as plain JSON types; they stand in the file
+            where there are any, so that numbers got otherwise are not mixed up.
 
     Returns:
         The paths of the files written.
@@ -208,7 +211,7 @@ def write_results(
     written = [json_path, csv_path]
     if confusion is not None:
         written.append(_write_confusion(confusion_path(run_dir, step), confusion, class_names))
-    content = {"step": step, **results.to_json()}
+    content = {"step": step, **results.to_json()} | ({"evaluation": dict(evaluation)} if evaluation else {})
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
     atomic_write_text(json_path, f"{text}\n")
     rows = [row for row in _read_rows(csv_path) if row[0] != str(step)]

@@ -92,6 +92,10 @@ class Session:
         if resumed is not None and self.folder.is_done(resumed, step):
             log.info("step %d is done (%s); --fresh starts it over", step, self.folder.checkpoint(step))
             return
+        with distributed.shared_errors():
+            if self.world.is_main:
+                steps = self.opts.task_.steps
+                write_run_facts(self.folder.path, self.folder.options, steps, step=step, lr=lr)
         training = StepTraining(
             self.opts,
             self.world,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,6 +26,9 @@ from utils.signals import StopRequest
 from utils.visualize import VOID, prediction_grid, write_samples
 
 log = logging.getLogger(__name__)
+
+# Options that change the numbers of a trained network.
+_EVALUATION = ("crop_val", "val_on_trainset", "test_scales", "test_flip", "fusion_mode")
 
 
 class Evaluation:
@@ -112,17 +117,22 @@ class Evaluation:
                 csv_name=f"{prefix}{opts.dataset}_{opts.task}_{opts.name}.csv",
                 confusion=metrics.confusion_matrix,
                 class_names=data.class_names,
+                evaluation={name: getattr(opts, name) for name in _EVALUATION if name in opts.typed},
             )
             log.info("results: %s", ", ".join(str(path) for path in written))
-            self._task_board(step, results, metrics)
+            with self._task_board() as board:
+                board.options(self.folder.options)
+                board.results(results, step, metrics.confusion_matrix)
         return results
 
-    def _task_board(self, step: int, results: Results, metrics: StreamSegMetrics) -> None:
-        """The whole task in TensorBoard: a point per step."""
+    @contextlib.contextmanager
+    def _task_board(self) -> Iterator[RunLogger]:
+        """The whole task in TensorBoard: a point and a picture per step."""
         board = RunLogger(self.world, self.folder.path / "task", enabled=self.opts.visualize)
-        board.options(self.folder.options)
-        board.results(results, step, metrics.confusion_matrix)
-        board.close()
+        try:
+            yield board
+        finally:
+            board.close()
 
     def pictures(
         self,
@@ -146,13 +156,22 @@ class Evaluation:
         predictions = predicted(model)
         old = None if old_model is None else predicted(old_model)
         path = self.folder.path / f"predictions_{step}.png"
+        # By the data set's ids, so that a class has one colour in every order of the classes.
+        class_ids = self.opts.task_.seen_classes(step)
         picture = prediction_grid(
-            images, targets, predictions, data.class_names, old_predictions=old, path=path
+            images,
+            targets,
+            predictions,
+            data.class_names,
+            old_predictions=old,
+            class_ids=class_ids,
+            path=path,
         )
         board.image("predictions", picture, self.opts.epochs)
-        # By the data set's ids, so that a class has one colour in every order of the classes.
+        with self._task_board() as whole:
+            whole.image("predictions", picture, step)
         ids = torch.full((256,), VOID)
-        ids[: len(data.class_names)] = torch.tensor(self.opts.task_.seen_classes(step))
+        ids[: len(class_ids)] = torch.tensor(class_ids)
         truth, found = ([ids[mask.long()] for mask in masks] for masks in (targets, predictions))
         write_samples(self.folder.path / "samples", images, truth, found, step)
         log.info("pictures: %s", path)

@@ -108,13 +108,19 @@ class StepTraining:
         self._saved: tuple[int, int] | None = None  # epoch and batch of the checkpoint on the disk
         if resumed is not None:
             self._go_on(resumed)
-        self.board = RunLogger(world, folder.path / f"step_{step}", enabled=opts.visualize)
+        iteration = self._iteration(self.progress.batch)
+        self.board = RunLogger(
+            world,
+            folder.path / f"step_{step}",
+            enabled=opts.visualize,
+            begins_at=0 if resumed is None else iteration + 1,
+        )
         self.board.options(folder.options)
         self.history = History(
             folder.path,
             step,
             enabled=world.is_main,
-            iteration=self._iteration(self.progress.batch),
+            iteration=iteration,
             images=opts.batch_size * world.size,
             device=world.device,
         )

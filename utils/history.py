@@ -1,9 +1,9 @@
 """What a run leaves behind for reports while it trains: its options and the course of every step.
 
-``run.json`` holds the options. ``history_<step>.jsonl`` holds one JSON object per line: where training begins
-or goes on (``{"begin": iteration}``), a ``Record`` at every print interval, and a validation's mIoU. Lines
-are appended as they happen, so that a run still going on can be reported, and one that is killed loses one
-line at most.
+``run.json`` holds the options, of the last start and of every step. ``history_<step>.jsonl`` holds one JSON
+object per line: where training begins or goes on (``{"begin": iteration}``), a ``Record`` at every print
+interval, and a validation's mIoU. Lines are appended as they happen, so that a run still going on can be
+reported, and one that is killed loses one line at most.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, TextIO
 
 import torch
 
+from utils.errors import UserError
 from utils.files import atomic_write_text
 
 try:
@@ -238,17 +239,56 @@ def peak_memory(device: torch.device) -> float | None:
     return most / 2**20 if sys.platform == "darwin" else most / 2**10  # bytes there, KiB on Linux
 
 
-def write_run_facts(run_dir: Path, options: Mapping[str, Any], steps: Sequence[Sequence[int]] = ()) -> None:
+def write_run_facts(
+    run_dir: Path,
+    options: Mapping[str, Any],
+    steps: Sequence[Sequence[int]] = (),
+    *,
+    step: int | None = None,
+    lr: float | None = None,
+) -> None:
     """Write ``run.json``, by which a report tells methods, seeds and tasks apart.
+
+    The options of the steps that were trained before stay: a later start may train other steps with others.
 
     Args:
         run_dir: folder of the run, made if missing.
-        options: as plain JSON types.
+        options: of this start, as plain JSON types.
         steps: dataset class ids of every step of the task.
+        step: the step that is trained now with these options; they replace those it was trained with before.
+        lr: learning rate of that step.
 
     Raises:
         UserError: the file cannot be written.
     """
-    content = {"options": dict(options), "steps": [list(ids) for ids in steps]}
+    try:
+        by_step = read_options_by_step(run_dir)
+    except UserError as error:
+        _log.warning("%s; it is written anew, without the options of earlier steps", error)
+        by_step = {}
+    if step is not None:
+        by_step[step] = {**options, "lr": lr}
+    content: dict[str, Any] = {"options": dict(options), "steps": [list(ids) for ids in steps]}
+    if by_step:
+        content["options_by_step"] = {str(number): known for number, known in sorted(by_step.items())}
     text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False)
     atomic_write_text(run_dir / FACTS, f"{text}\n")
+
+
+def read_options_by_step(run_dir: Path) -> dict[int, dict[str, Any]]:
+    """The options that each step of a run was trained with, its own ``lr`` (one number) among them.
+
+    Returns:
+        By step; empty where ``run.json`` is not there or of a version that did not keep them.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = run_dir / FACTS
+    if not path.is_file():
+        return {}
+    try:
+        by_step = json.loads(path.read_text(encoding="utf-8")).get("options_by_step", {})
+        return dict(sorted((int(step), dict(options)) for step, options in by_step.items()))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); remove it") from error

@@ -97,13 +97,19 @@ class RunLogger:
         world: this process.
         run_dir: folder of the event files, made if missing.
         enabled: False for ``--visualize``, which switches TensorBoard off.
+        begins_at: where the curves begin or go on: TensorBoard hides what earlier files of the folder have
+            from there on. None: it shows all.
     """
 
-    def __init__(self, world: World, run_dir: Path, enabled: bool = True) -> None:
+    def __init__(
+        self, world: World, run_dir: Path, enabled: bool = True, begins_at: int | None = None
+    ) -> None:
         self._writer: SummaryWriter | None = None
         if enabled and world.is_main:
             try:
-                self._writer = SummaryWriter(str(run_dir))
+                # Its files' names count seconds: two of the same second would be one, without the first's.
+                suffix = f".{time.time_ns()}"
+                self._writer = SummaryWriter(str(run_dir), purge_step=begins_at, filename_suffix=suffix)
             except OSError as error:
                 raise cannot_write(run_dir, error, "choose another --logdir, or give --visualize") from error
 

@@ -67,16 +67,19 @@ def prediction_grid(
     class_names: Sequence[str],
     *,
     old_predictions: Sequence[Array | Tensor] | None = None,
+    class_ids: Sequence[int] | None = None,
     path: Path | None = None,
 ) -> Array:
     """Pictures in rows: image, labels, old model's prediction, prediction; below, the classes' colours.
 
     Args:
         images: each H×W×3 or 3×H×W, uint8; sizes may differ.
-        targets: each H×W, class ids, 255 void.
-        predictions: each H×W, class ids; or several columns of predictions by title.
-        class_names: by class id.
+        targets: each H×W, class indices, 255 void.
+        predictions: each H×W, class indices; or several columns of predictions by title.
+        class_names: by class index.
         old_predictions: each H×W, of the model before this step, for a column before the predictions.
+        class_ids: the data set's id of each class index, which gives the class its colour, so that it has the
+            same in every class order; the indices themselves where it is not given.
         path: also write the picture there, as PNG.
 
     Returns:
@@ -90,7 +93,13 @@ def prediction_grid(
     masks = {"labels": targets, **old, **columns}
     if not images or any(len(column) != len(images) for column in masks.values()):
         raise ValueError("prediction_grid needs as many labels and predictions as images, and at least one")
-    figure = _grid_figure([_picture(image) for image in images], masks, class_names)
+    names = dict(enumerate(class_names))
+    if class_ids is not None:
+        names = dict(zip(class_ids, class_names, strict=True))
+        table = np.full(256, VOID)
+        table[: len(class_ids)] = class_ids
+        masks = {title: [table[np.asarray(mask)] for mask in column] for title, column in masks.items()}
+    figure = _grid_figure([_picture(image) for image in images], masks, names)
     return _render(figure, path)
 
 
@@ -171,7 +180,7 @@ def write_samples(
 
 
 def _grid_figure(
-    pictures: Sequence[Array], masks: Mapping[str, Sequence[Array | Tensor]], class_names: Sequence[str]
+    pictures: Sequence[Array], masks: Mapping[str, Sequence[Array | Tensor]], names: Mapping[int, str]
 ) -> Figure:
     present = set[int]()
     for column in masks.values():
@@ -194,10 +203,11 @@ def _grid_figure(
                 axes.set_title(title, fontsize=11)
     legend = figure.add_subplot(grid[len(pictures), :])
     legend.set_axis_off()
-    colours = palette(max(256, len(class_names))) / 255
+    colours = palette(max([VOID, *shown]) + 1) / 255
     legend.legend(
         handles=[
-            Patch(facecolor=tuple(colours[c]), edgecolor="0.4", label=_name(class_names, c)) for c in shown
+            Patch(facecolor=tuple(colours[c]), edgecolor="0.4", label=names.get(c, f"class {c}"))
+            for c in shown
         ],
         loc="center",
         ncols=per_row,
@@ -206,10 +216,6 @@ def _grid_figure(
         handlelength=1.2,
     )
     return figure
-
-
-def _name(class_names: Sequence[str], class_id: int) -> str:
-    return class_names[class_id] if class_id < len(class_names) else f"class {class_id}"
 
 
 def _picture(image: Array | Tensor) -> Array:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from command import SMALL, Launch, launch, start
 from PIL import Image
+from tensorboard_events import values
 
 
 def results(run_dir: Path, step: int) -> dict[str, object]:
@@ -35,6 +36,8 @@ def test_two_steps_under_torchrun_then_test_gives_the_same_digits(cli: Launch, t
         tested = cli(*common, "--step", "1", "--test", *extra, **options)
         assert tested.code == 0, tested.err
         assert results(run_dir, 1) == after_training
+    assert cli(*common, "--step", "1", "--test", "--test_flip").code == 0
+    assert results(run_dir, 1)["evaluation"] == {"test_flip": True}, "numbers got otherwise say so"
 
     with (run_dir / "shapes_15-5_MIB.csv").open(encoding="utf-8") as file:
         rows = list(csv.reader(file))
@@ -61,7 +64,16 @@ def test_a_step_continues_from_another_run(cli: Launch, tmp_path: Path) -> None:
     previous = tmp_path / "15-5-shapes_FT" / "15-5-shapes_FT_0.pth"
     outcome = cli(*common, "--name", "other", "--step", "1", "--step_ckpt", previous, "--sample_num", "2")
     assert outcome.code == 0, outcome.err
-    assert (tmp_path / "15-5-shapes_other" / "predictions_1.png").is_file()
+    folder = tmp_path / "15-5-shapes_other"
+    assert (folder / "predictions_1.png").is_file()
+    # Everything that a user looks for in TensorBoard: in the step's course and on the whole task's board.
+    curves = {"loss/ce", "loss/total", "lr", "images_per_second", "miou/all", "iou/background", "predictions"}
+    course = {value.tag for _, value in values(folder / "step_1")}
+    assert course >= curves | {"confusion", "options/text_summary", "results/text_summary"}
+    task = {(step, value.tag) for step, value in values(folder / "task")}
+    assert task >= {
+        (1, tag) for tag in ("miou/old", "miou/new", "iou/background", "confusion", "predictions")
+    }
 
 
 def test_resumed_epochs_give_the_weights_of_an_unbroken_run(

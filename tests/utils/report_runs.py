@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +26,20 @@ def write_run(
     done: Sequence[int] = (0, 1),
     going_on: int | None = None,
     pictures: int = 2,
+    by_step: Mapping[int, Mapping[str, object]] | None = None,
     **options: object,
 ) -> Path:
-    """A run with results of the steps ``done``, and training of step ``going_on`` under way."""
+    """A run with results of the steps ``done``, and training of step ``going_on`` under way.
+
+    With ``by_step`` its options are kept for each of these steps, as they are in ``by_step`` otherwise.
+    """
     order = get_task(dataset, task)
     folder = logdir / f"{task}-{dataset}_{method}_{seed}"
     known = {"dataset": dataset, "task": task, "protocol": "overlapped", "model": model, "backbone": backbone}
     mine = {"method": method, "name": f"{method}_{seed}", "random_seed": seed, "epochs": 4, **options}
     write_run_facts(folder, {**known, **mine}, order.steps)
+    for step, others in (by_step or {}).items():
+        write_run_facts(folder, {**known, **mine, **others}, order.steps, step=step, lr=0.01)
     rng = np.random.default_rng([seed, *method.encode()])
     for step in [*done, *([] if going_on is None else [going_on])]:
         _train(folder, step, rng, epochs=2 if step == going_on else 4)

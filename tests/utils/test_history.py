@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from utils.errors import UserError
-from utils.history import FACTS, History, history_path, peak_memory, read_history, write_run_facts
+from utils.history import (
+    FACTS,
+    History,
+    history_path,
+    peak_memory,
+    read_history,
+    read_options_by_step,
+    write_run_facts,
+)
 
 CPU = torch.device("cpu")
 
@@ -148,6 +156,35 @@ def test_facts(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         write_run_facts(tmp_path / "file", {})
+
+
+def test_options_of_every_step_are_kept(tmp_path: Path) -> None:
+    assert read_options_by_step(tmp_path) == {}
+    write_run_facts(tmp_path, {"epochs": 30, "lr": [0.1]})
+    assert read_options_by_step(tmp_path) == {}  # as an earlier version left it
+    write_run_facts(tmp_path, {"epochs": 30, "lr": [0.1]}, step=0, lr=0.1)
+    for step in range(1, 11):
+        write_run_facts(tmp_path, {"epochs": 10, "lr": [0.01, 0.02]}, step=step, lr=0.01)
+    write_run_facts(tmp_path, {"epochs": 7, "lr": [0.3]})  # a start that has trained nothing yet
+    kept = read_options_by_step(tmp_path)
+    assert list(kept) == list(range(11))
+    assert kept[0] == {"epochs": 30, "lr": 0.1} and kept[10] == {"epochs": 10, "lr": 0.01}
+    write_run_facts(tmp_path, {"epochs": 5, "lr": [0.4]}, step=1, lr=0.4)
+    assert read_options_by_step(tmp_path) == {**kept, 1: {"epochs": 5, "lr": 0.4}}
+    assert json.loads((tmp_path / FACTS).read_text())["options"] == {"epochs": 5, "lr": [0.4]}
+    assert [path.name for path in tmp_path.iterdir()] == [FACTS]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"options_by_step": 3}', '{"options_by_step": {"x": {}}}'])
+def test_damaged_facts_are_told_and_stop_no_training(
+    tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / FACTS).write_text(text)
+    with pytest.raises(UserError, match=r"run\.json: cannot be read .*; remove it"):
+        read_options_by_step(tmp_path)
+    write_run_facts(tmp_path, {"epochs": 1}, step=0, lr=0.1)
+    assert read_options_by_step(tmp_path) == {0: {"epochs": 1, "lr": 0.1}}
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
 def test_records_are_plain_json(tmp_path: Path) -> None:

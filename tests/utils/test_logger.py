@@ -6,7 +6,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from tensorboardX.proto.event_pb2 import Event
+from tensorboard_events import events, values
+from tensorboardX.proto.event_pb2 import SessionLog
 
 from metrics.continual import summarise
 from utils.distributed import World
@@ -28,17 +29,6 @@ def plain_logging():
         root.removeHandler(handler)
     root.setLevel(level)
     logging.captureWarnings(False)
-
-
-def events(folder):
-    """Events of a TensorBoard file: 8 bytes length, 4 bytes checksum, the record, 4 bytes checksum."""
-    (path,) = folder.glob("events*")
-    data, found = path.read_bytes(), []
-    while data:
-        length = int.from_bytes(data[:8], "little")
-        found.append(Event.FromString(data[12 : 12 + length]))
-        data = data[16 + length :]
-    return found
 
 
 def test_rank_0_writes_to_stdout_and_appends_to_the_file(tmp_path, capsys):
@@ -95,14 +85,14 @@ def test_tensorboard_events(tmp_path):
     board.image("picture", np.zeros((4, 6, 3), dtype=np.uint8), 5)
     board.close()
     board.close()
-    values = [(event.step, value) for event in events(tmp_path) for value in event.summary.value]
+    found = list(values(tmp_path))
     scalars = {
-        (step, value.tag): value.simple_value for step, value in values if value.HasField("simple_value")
+        (step, value.tag): value.simple_value for step, value in found if value.HasField("simple_value")
     }
     assert scalars == {(3, "lr"): 0.5, (4, "loss/ce"): 1.0, (4, "loss/kd"): 2.0}
-    (image,) = [value.image for _, value in values if value.HasField("image")]
+    (image,) = [value.image for _, value in found if value.HasField("image")]
     assert (image.height, image.width) == (4, 6)
-    assert any(value.tag.startswith("options") for _, value in values)
+    assert any(value.tag.startswith("options") for _, value in found)
 
 
 def test_course_options_and_results_in_tensorboard(tmp_path):
@@ -112,18 +102,27 @@ def test_course_options_and_results_in_tensorboard(tmp_path):
     confusion = np.array([[6, 2], [0, 8]])
     board.results(summarise(confusion, ["background", "cat"], 1), 3, confusion)
     board.close()
-    values = [(event.step, value) for event in events(tmp_path) for value in event.summary.value]
-    scalars = {(step, v.tag): v.simple_value for step, v in values if v.HasField("simple_value")}
+    found = list(values(tmp_path))
+    scalars = {(step, v.tag): v.simple_value for step, v in found if v.HasField("simple_value")}
     assert scalars.keys() == {
         *((10, tag) for tag in ("loss/ce", "loss/kd", "lr", "images_per_second")),
         *((3, f"miou/{name}") for name in ("old", "new", "all", "harmonic")),
         *((3, f"iou/{name}") for name in ("background", "cat")),
     }
     assert scalars[3, "iou/cat"] == pytest.approx(0.8)
-    assert [v.tag for _, v in values if v.HasField("image")] == ["confusion"]
-    texts = {v.tag: v.tensor.string_val[0].decode() for _, v in values if v.tensor.string_val}
+    assert [v.tag for _, v in found if v.HasField("image")] == ["confusion"]
+    texts = {v.tag: v.tensor.string_val[0].decode() for _, v in found if v.tensor.string_val}
     assert "| method | MIB |" in next(text for tag, text in texts.items() if tag.startswith("options"))
     assert "| mIoU all |" in next(text for tag, text in texts.items() if tag.startswith("results"))
+
+
+def test_a_curve_that_begins_again_hides_what_stood_there(tmp_path):
+    for begins_at in (0, 3):
+        board = RunLogger(MAIN, tmp_path, begins_at=begins_at)
+        board.scalar("lr", 0.5, 4)
+        board.close()
+    begun = [event.step for event in events(tmp_path) if event.session_log.status == SessionLog.START]
+    assert begun == [0, 3]
 
 
 def test_markdown_table():

@@ -12,11 +12,15 @@ import pytest
 from PIL import Image
 from report_runs import write_run
 
-from utils.report import comparison, find_runs, main
-from utils.report.groups import arrange
+from utils.errors import UserError
+from utils.report import comparison, figures, find_runs, main
+from utils.report.command import _common
+from utils.report.groups import arrange, deciding, task_title
+from utils.report.page import _class_colours, write_report
 from utils.report.published import of_group, of_method, table
 from utils.report.reading import read_run
 from utils.report.tables import summary
+from utils.visualize import palette
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +50,9 @@ def rows(path: Path) -> list[dict[str, str]]:
 def test_what_is_written(report: Path) -> None:
     stem = "voc_15-5_overlapped_deeplab-resnet101"
     figures = {path.stem.removeprefix(f"{stem}_") for path in report.glob(f"{stem}_*.png")}
-    confusions = {f"confusion_{place}" for place in range(4)}
+    confusions = {f"confusion_{label}" for label in ("MIB", "SDR", "ILT", "joint")}
     assert (
-        figures
-        == {"curves", "forgetting", "classes", "losses", "cost", "picture_0", "picture_1"} | confusions
+        figures == {"bars", "forgetting", "classes", "losses", "cost", "picture_0", "picture_1"} | confusions
     )
     assert {path.name for path in report.glob("*.csv")} == {"steps.csv", "classes.csv", f"{stem}_summary.csv"}
     for path in report.glob("*.png"):
@@ -153,7 +156,7 @@ def test_a_run_with_results_alone(runs: Path, tmp_path: Path, capsys: pytest.Cap
     assert main([str(folder)]) == 0
     assert f"report: {folder / 'report' / 'report.html'}" in capsys.readouterr().out
     assert {path.stem for path in (folder / "report").glob("*.png")} == {
-        f"voc_15-5_{name}" for name in ("curves", "forgetting", "classes")
+        f"voc_15-5_{name}" for name in ("bars", "forgetting", "classes")
     }
 
 
@@ -218,8 +221,10 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         return captured.err
 
     assert "holds no results" in error(str(tmp_path))
+    assert "no such folder" in error(str(tmp_path / "missing"))
     folder = write_run(tmp_path, "MIB", 1)
     (tmp_path / "file").write_text("")
+    assert "is a file" in error(str(tmp_path / "file"))
     assert "choose another --out" in error(str(folder), "--out", str(tmp_path / "file"))
     (folder / "samples" / "0_input.png").write_bytes(b"no picture")
     assert "0_input.png" in error(str(folder))
@@ -229,6 +234,225 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "run.json" in error(str(folder))
     (folder / "results_1.json").write_text("{}")
     assert "results_1.json" in error(str(folder))
+
+
+def test_folders_without_a_common_one_need_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [Path("/a/logs"), Path("/b/logs")]
+    with pytest.raises(UserError, match="give --out"):
+        _common(folders)
+    assert _common([*folders[:1], Path("/a/other")]) == Path("/a").resolve()
+
+
+# ── seeds and methods ────────────────────────────────────────────────────────────────────────────────
+
+
+def methods(*folders: Path) -> dict[str, list[str]]:
+    """Names of the folders of every method's runs, by label."""
+    (group,) = arrange([read_run(folder) for folder in folders])
+    return {method.label: [run.folder.name for run in method.runs] for method in group.methods}
+
+
+def test_seeds_that_stand_at_different_steps_are_one_method(tmp_path: Path) -> None:
+    """Step 0 has another rate and other epochs: the last start's options differ between these seeds."""
+    first, later = {"epochs": 30}, {"epochs": 10, "loss_kd": 5.0}
+    done = write_run(tmp_path, "MIB", 1, pictures=0, by_step={0: first, 1: later})
+    begun = write_run(tmp_path, "MIB", 2, pictures=0, done=(0,), by_step={0: first})
+    assert read_run(done).options["epochs"] != read_run(begun).options["epochs"]
+    assert methods(begun, done) == {"MIB": ["15-5-voc_MIB_2", "15-5-voc_MIB_1"]}
+    other = write_run(tmp_path, "MIB", 3, pictures=0, by_step={0: {"epochs": 20}, 1: later})
+    assert methods(done, begun, other) == {
+        "MIB (epochs=30 in step 0)": ["15-5-voc_MIB_1", "15-5-voc_MIB_2"],
+        "MIB (epochs=20 in step 0)": ["15-5-voc_MIB_3"],
+    }
+    page = write_report([read_run(done)], tmp_path / "out").read_text()
+    assert "epochs = 30 (step 0), 10 (step 1)" in page and "loss_kd = " in page
+
+
+def test_methods_that_share_a_first_step_are_not_seeds_of_one_another(tmp_path: Path) -> None:
+    alike = {0: {"method": "FT"}}
+    one = write_run(tmp_path, "EWC", 1, pictures=0, done=(0,), by_step=alike)
+    two = write_run(tmp_path, "RW", 2, pictures=0, done=(0,), by_step=alike)
+    assert methods(one, two) == {"EWC": ["15-5-voc_EWC_1"], "RW": ["15-5-voc_RW_2"]}
+    # Trained to the end with the same options, they are: a name alone makes no method.
+    for step in (0, 1):
+        alike[step] = {"method": "FT"}
+    one = write_run(tmp_path, "EWC", 1, pictures=0, by_step=alike)
+    two = write_run(tmp_path, "RW", 2, pictures=0, by_step=alike)
+    assert methods(one, two) == {"FT": ["15-5-voc_EWC_1", "15-5-voc_RW_2"]}
+
+
+def test_first_steps_of_another_run_count(tmp_path: Path) -> None:
+    folders = []
+    for seed, epochs in ((1, 30), (2, 30), (3, 5)):
+        base = write_run(tmp_path, "FT", seed, pictures=0, done=(0,), by_step={0: {"epochs": epochs}})
+        path = str(base / f"{base.name}_0.pth")
+        given: dict[str, object] = {"step_ckpt": path}
+        folders.append(write_run(tmp_path, "MIB", seed, pictures=0, done=(1,), by_step={1: {}}, **given))
+    assert [len(names) for names in methods(*folders).values()] == [2, 1]
+
+
+def test_other_data_are_another_method(tmp_path: Path) -> None:
+    folders = [
+        write_run(tmp_path, "MIB", seed, pictures=0, **{name: value})
+        for seed, (name, value) in enumerate(
+            [("data_root", "data"), ("data_root", "./data/"), ("data_root", "subset"), ("splits_dir", "few")]
+        )
+    ]
+    assert methods(*folders) == {
+        "MIB (data_root=data, splits_dir=None)": ["15-5-voc_MIB_0", "15-5-voc_MIB_1"],
+        "MIB (data_root=subset, splits_dir=None)": ["15-5-voc_MIB_2"],
+        "MIB (data_root=data, splits_dir=few)": ["15-5-voc_MIB_3"],
+    }
+    assert "data_root" in deciding({}) and "num_workers" not in deciding({"num_workers": 3})
+
+
+def test_a_seed_that_is_there_twice_is_no_other_seed(tmp_path: Path) -> None:
+    folders = [
+        write_run(tmp_path / place, "MIB", seed, pictures=0) for place in ("a", "b") for seed in (1, 2)
+    ]
+    assert list(methods(*folders)) == ["MIB (a)", "MIB (b)"]
+    again = write_run(tmp_path / "c", "MIB", 1, pictures=0, name="MIBagain_1")
+    assert methods(*folders[:2], again) == {
+        "MIB": ["15-5-voc_MIB_1", "15-5-voc_MIB_2"],
+        "MIBagain": ["15-5-voc_MIB_1"],
+    }
+    same = [write_run(tmp_path / "d", "FT", number, pictures=0, random_seed=42) for number in (1, 2)]
+    assert list(methods(*same)) == ["FT (15-5-voc_FT_1)", "FT (15-5-voc_FT_2)"]
+
+
+def test_a_run_reached_by_two_paths_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_run(tmp_path / "logs", "MIB", 1, pictures=0)
+    monkeypatch.chdir(tmp_path)
+    assert find_runs([Path("logs"), folder, tmp_path / "logs" / ".." / "logs"]) == [
+        Path("logs/15-5-voc_MIB_1")
+    ]
+
+
+def test_results_evaluated_otherwise_are_not_averaged(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path, "MIB", seed, pictures=0) for seed in (1, 2, 3)]
+    for folder, evaluation in zip(folders[1:], ({"test_flip": True}, {"test_flip": False}), strict=True):
+        path = folder / "results_1.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "evaluation": evaluation}))
+    assert methods(*folders) == {  # False is the default, typed or not
+        "MIB": ["15-5-voc_MIB_1", "15-5-voc_MIB_3"],
+        "MIB [test_flip=True]": ["15-5-voc_MIB_2"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("dataset", "task", "title"),
+    [
+        ("voc", "15-5s", "15-1 (15-5s)"),
+        ("voc", "15-5s_b", "15-1_b (15-5s_b)"),
+        ("voc", "10-10s", "10-10-1 (10-10s)"),
+        ("voc", "10-1", "10-1"),
+        ("ade", "100-10", "100-10"),
+        ("folder", "3-2s", "3-2s"),
+    ],
+)
+def test_tasks_are_titled_by_their_usual_names(dataset: str, task: str, title: str) -> None:
+    assert task_title(dataset, task) == title
+
+
+# ── files and figures ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_files_of_the_report_before_are_removed(tmp_path: Path) -> None:
+    out, folders = tmp_path / "out", [write_run(tmp_path / "logs", name, 1) for name in ("MIB", "SDR")]
+    write_report([read_run(folder) for folder in folders], out)
+    first = {path.name: path.read_bytes() for path in out.iterdir()}
+    stem = "voc_15-5_overlapped_deeplab-resnet101_confusion"
+    assert {f"{stem}_MIB.png", f"{stem}_SDR.png", "run_15-5-voc_MIB_1_losses.png"} <= first.keys()
+    (out / "mine.png").write_text("of the user")
+    outside = tmp_path / "steps.csv"
+    outside.write_text("of the user")
+    with (out / "report_files.txt").open("a") as file:
+        file.write("../steps.csv\nnotes.txt\n")
+    (out / "notes.txt").write_text("of the user")
+    write_report([read_run(folders[1])], out)
+    left = {path.name for path in out.iterdir()}
+    gone = {f"{stem}_MIB.png", "run_15-5-voc_MIB_1_losses.png"}
+    assert left == first.keys() - gone | {"mine.png", "notes.txt"} and outside.is_file()
+    assert (out / f"{stem}_SDR.png").read_bytes() == first[f"{stem}_SDR.png"]
+    assert set((out / "report_files.txt").read_text().split()) == left - {
+        "mine.png",
+        "notes.txt",
+        "report_files.txt",
+    }
+
+
+def test_runs_of_one_folder_name_have_pictures_of_their_own(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / place, "MIB", 1, pictures=0) for place in ("a", "b")]
+    write_report([read_run(folder) for folder in folders], tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("run_*.png"))) == 2
+
+
+def test_colours_of_classes_are_those_of_the_data_sets_ids(tmp_path: Path) -> None:
+    """19-1b learns class 5 last: the network's 20 is the data set's 5, its 5 the data set's 6."""
+    folder = write_run(tmp_path, "MIB", 1, task="19-1b", pictures=0)
+    (group,) = arrange([read_run(folder)])
+    colours, known = dict(_class_colours(group)), palette()
+    assert colours["class 20"] == "#" + bytes(known[5]).hex()
+    assert colours["class 5"] == "#" + bytes(known[6]).hex()
+    assert colours["class 4"] == "#" + bytes(known[4]).hex() and len(colours) == 20
+
+
+def _change(folder: Path, step: int, **numbers: object) -> None:
+    path = folder / f"results_{step}.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **numbers}))
+
+
+def test_curves_stay_within_the_possible_and_join_no_new_classes(tmp_path: Path) -> None:
+    for seed, miou in ((1, 0.0), (2, 0.3)):
+        folder = write_run(tmp_path, "MIB", seed, task="15-1", done=range(3), pictures=0)
+        for step in range(3):
+            _change(folder, step, miou_old=miou, miou_new=miou, miou_all=miou)
+    (group,) = arrange([read_run(path) for path in find_runs([tmp_path])])
+    figure = figures.curves(group)
+    assert figure is not None
+    old, new, whole = figure.axes
+    for axes in (old, whole):
+        (band,) = axes.collections
+        assert band.get_paths()[0].vertices[:, 1].min() == 0.0  # 15 − 21 would be below
+        assert axes.lines[0].get_linestyle() == "-"
+    ((points, _, (ends,)),) = new.containers
+    assert points.get_linestyle() == "None"
+    assert {float(segment[:, 1].min()) for segment in ends.get_segments()} == {0.0}
+    assert figure.legends[0].handlelength >= 3
+
+
+def test_a_task_of_two_steps_has_bars(tmp_path: Path, runs: Path) -> None:
+    (group,) = arrange([read_run(path) for path in find_runs([runs])])
+    figure = figures.bars(group)
+    assert figure is not None
+    labels = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
+    assert labels == ["MIB", "SDR", "joint"]  # ILT has no results of step 1 yet
+    lines = {line.method.label: line for line in summary(group)}
+    for axes, key in zip(figure.axes, ("old", "new", "all"), strict=True):
+        widths = [patch.get_width() for patch in axes.patches]
+        means = [number.mean for name in labels if (number := lines[name].numbers[key]) is not None]
+        assert widths == pytest.approx([100 * mean for mean in means])
+
+
+def test_what_was_never_learnt_is_not_shown_as_kept(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "MIB", 1, pictures=0)
+    iou = json.loads((folder / "results_0.json").read_text())["class_iou"]
+    _change(folder, 0, class_iou={**iou, "class 3": 0.005, "class 4": 0.5})
+    later = json.loads((folder / "results_1.json").read_text())["class_iou"]
+    _change(folder, 1, class_iou={**later, "class 3": 0.0, "class 4": 0.5})
+    (group,) = arrange([read_run(folder)])
+    figure = figures.forgetting_map(group)
+    assert figure is not None
+    axes, bar = figure.axes
+    shown = axes.get_images()[0].get_array()
+    assert bool(shown.mask[0, 3]) and shown[0, 4] == 0.0
+    (cell,) = axes.patches
+    assert cell.get_hatch() and (cell.get_x(), cell.get_y()) == (2.5, -0.5)
+    assert "never learnt" in figure.legends[0].get_texts()[0].get_text()
+    assert "points" in bar.get_ylabel()
+    low, high = axes.get_images()[0].get_clim()
+    values = shown.compressed()
+    assert low <= min(values) and max(values) <= high < max(values) + 5
 
 
 # ── published results ────────────────────────────────────────────────────────────────────────────────

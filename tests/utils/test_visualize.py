@@ -65,6 +65,16 @@ def test_grid_of_pictures_of_several_sizes(tmp_path):
     assert {tuple(colour) for colour in palette(4)[1:].tolist()} <= colours
 
 
+def test_grid_colours_by_the_data_sets_ids():
+    image, mask = sample()
+    ids = [0, 3, 1, 2]  # the order in which the network learnt them
+    given = prediction_grid([image], [mask], [mask], NAMES, class_ids=ids)
+    table = np.array(ids)
+    names = [NAMES[ids.index(number)] for number in range(4)]
+    np.testing.assert_array_equal(given, prediction_grid([image], [table[mask]], [table[mask]], names))
+    assert not np.array_equal(given, prediction_grid([image], [mask], [mask], NAMES))
+
+
 def test_grid_of_several_methods_is_wider():
     image, mask = sample()
     one = prediction_grid([image], [mask], [mask], NAMES)

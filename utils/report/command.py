@@ -46,7 +46,11 @@ def main(argv: list[str] | None = None) -> int:
 def _common(folders: Sequence[Path]) -> Path:
     if len(folders) == 1:
         return folders[0]
+    remedy = "the folders lie below no common one; give --out, the folder for the report"
     try:
-        return Path(os.path.commonpath([folder.resolve() for folder in folders]))
+        common = Path(os.path.commonpath([folder.resolve() for folder in folders]))
     except ValueError as error:  # two drives of Windows
-        raise UserError(f"the folders have none in common ({error}); give --out") from error
+        raise UserError(remedy) from error
+    if common == Path(common.anchor):
+        raise UserError(remedy)
+    return common

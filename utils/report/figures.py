@@ -11,7 +11,9 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Colormap, ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
@@ -30,6 +32,9 @@ _NUMBERED = 40  # rows of a heat map up to which its cells hold numbers
 _STEPS_SHOWN = 7  # columns of predictions beside input and truth
 _SMOOTHED = 60  # points of a loss curve
 _WIDTH = 11.8  # inches, of figures as wide as the page
+_LEARNT = 0.01  # IoU from which a class counts as learnt
+_NO_RESULT = "#dddddd"
+_HATCHED: dict[str, Any] = {"facecolor": "#f2f2f2", "edgecolor": "#9a9a9a", "hatch": "////", "linewidth": 0}
 
 Style = dict[str, Any]
 
@@ -49,33 +54,39 @@ def styles(group: Group) -> dict[str, Style]:
 
 
 def curves(group: Group) -> Figure | None:
-    """MIoU old, new and all after every step, mean over seeds with a band of one standard deviation."""
-    methods = [method for method in group.methods if method.step is not None]
-    if not any(not method.joint for method in methods):
+    """MIoU old, new and all after every step: the mean over seeds, and one standard deviation.
+
+    Old and all are lines with bands. New are points with error bars, for every step has other new classes.
+    """
+    methods = [method for method in group.methods if method.step is not None and not method.joint]
+    if not methods:
         return None
     figure = _figure(_WIDTH, 3.6)
     look = styles(group)
     panels = figure.subplots(1, 3, sharey=True)
     titles = ("old: classes of earlier steps", "new: classes of this step", "all classes so far")
     for axes, key, title in zip(panels, ("old", "new", "all"), titles, strict=True):
-        for method in methods:
-            _curve(axes, method, f"miou_{key}", look[method.label])
+        for place, method in enumerate(methods):
+            shift = 0.7 * ((place + 0.5) / len(methods) - 0.5) if key == "new" else None
+            _curve(axes, method, f"miou_{key}", look[method.label], shift)
         if key == "all":
             _joint_lines(axes, group)
         axes.set_title(title)
         axes.set_xlabel("step")
-        axes.set_xlim(-0.2, group.num_steps - 0.8)
+        axes.set_xlim(-0.5 if key == "new" else -0.2, group.num_steps - (0.5 if key == "new" else 0.8))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _tidy(axes)
+    for step in range(1, group.num_steps):
+        panels[1].axvline(step - 0.5, color="0.8", linewidth=0.8)
+    panels[1].grid(visible=False, axis="x")
     panels[0].set_ylabel("mIoU (%)")
     panels[0].set_ylim(bottom=0)
-    _legend(figure, panels, list(look))
+    _legend(figure, [panels[0], panels[2]], list(look))
     return figure
 
 
-def _curve(axes: Axes, method: Method, key: str, look: Style) -> None:
-    if method.joint:
-        return
+def _curve(axes: Axes, method: Method, key: str, look: Style, shift: float | None) -> None:
+    """A line with a band or, with a shift to the side, points with error bars."""
     steps = sorted({step for run in method.runs for step in run.results})
     points = {step: stat(run.results.get(step, {}).get(key) for run in method.runs) for step in steps}
     known = {step: point for step, point in points.items() if point is not None}
@@ -84,9 +95,57 @@ def _curve(axes: Axes, method: Method, key: str, look: Style) -> None:
     x = np.array(list(known))
     mean = 100 * np.array([point.mean for point in known.values()])
     std = 100 * np.array([point.std or 0.0 for point in known.values()])
-    axes.plot(x, mean, label=method.label, linewidth=1.8, markersize=5, **look)
-    if std.any():
-        axes.fill_between(x, mean - std, mean + std, color=look["color"], alpha=0.15, linewidth=0)
+    low, high = np.maximum(mean - std, 0), np.minimum(mean + std, 100)  # an mIoU is nowhere else
+    if shift is None:
+        axes.plot(x, mean, label=method.label, linewidth=1.8, markersize=5, **look)
+        axes.fill_between(x, low, high, color=look["color"], alpha=0.12, linewidth=0)
+    else:
+        style = {**look, "linestyle": "", "markersize": 4, "elinewidth": 1, "clip_on": False}
+        axes.errorbar(x + shift, mean, yerr=[mean - low, high - mean], **style)
+
+
+def bars(group: Group) -> Figure | None:
+    """MIoU old, new and all after the last step that a method has, mean over seeds with error bars."""
+    own = [method for method in group.methods if method.step is not None and not method.joint]
+    step = max((method.step for method in own if method.step is not None), default=None)
+    shown = [
+        method
+        for method in group.methods
+        if method.step is not None and (method.joint or method.step == step)
+    ]
+    if step is None:
+        return None
+    keys = ("old", "new", "all") if step else ("all",)
+    figure = _figure(_WIDTH, 1.0 + 0.3 * len(shown))
+    panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
+    look = styles(group)
+    means = {method.label: [group.means(run) for run in method.latest()] for method in shown}
+    titles = {"old": "old: classes of step 0", "new": "new: classes of the later steps", "all": "all classes"}
+    for axes, key in zip(panels, keys, strict=True):
+        for place, method in enumerate(shown):
+            number = stat(mean[key] for mean in means[method.label])
+            if number is not None:
+                _bar(axes, place, number, look[method.label]["color"])
+        axes.set_title(f"{titles[key]}, after step {step}")
+        axes.set_xlabel("mIoU (%)")
+        _tidy(axes)
+        axes.grid(visible=False, axis="y")
+    panels[0].set_yticks(range(len(shown)), [method.label for method in shown])
+    panels[0].invert_yaxis()
+    return figure
+
+
+def _bar(axes: Axes, place: int, number: Stat, colour: str) -> None:
+    """A bar in percent, its error bar within 0 to 100, its value behind it."""
+    mean, std = 100 * number.mean, 100 * (number.std or 0.0)
+    low, high = max(mean - std, 0), min(mean + std, 100)
+    error = None if number.std is None else [[mean - low], [high - mean]]
+    lines = {"elinewidth": 1, "capsize": 2, "ecolor": "0.55" if colour == "black" else "black"}
+    axes.barh(place, mean, xerr=error, color=colour, height=0.62, error_kw=lines)
+    axes.annotate(
+        f"{mean:.1f}", (high, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
+    )
+    axes.set_xlim(0, max(axes.get_xlim()[1], high * 1.15))
 
 
 def _joint_lines(axes: Axes, group: Group) -> None:
@@ -148,7 +207,10 @@ def _mark_new(axes: Axes, method: Method, names: Sequence[str]) -> None:
 
 
 def forgetting_map(group: Group) -> Figure | None:
-    """What each method forgot of each class: IoU after the step that learnt it minus IoU after the last."""
+    """What each method forgot of each class: IoU after the step that learnt it minus IoU after the last.
+
+    A class whose IoU after its own step is below ``_LEARNT`` has nothing to forget; its cell is hatched.
+    """
     methods = [method for method in group.methods if not method.joint and method.class_names]
     names = max((method.class_names for method in methods), key=len, default=[])
     values = np.array([_forgotten(method, names) for method in methods]).reshape(len(methods), len(names))
@@ -158,20 +220,24 @@ def forgetting_map(group: Group) -> Figure | None:
     names = [names[place] for place in np.flatnonzero(known.any(axis=0))]
     methods = [methods[place] for place in np.flatnonzero(known.any(axis=1))]
     values = values[known.any(axis=1)][:, known.any(axis=0)]
+    never = np.array([[_never_learnt(method, name) for name in names] for method in methods])
     rows_of = -(-len(names) // _NUMBERED)
     columns = -(-len(names) // rows_of)
-    figure = _figure(min(2.8 + 0.42 * columns, 16.0), rows_of * (1.5 + 0.3 * len(methods)))
-    bound = max(10.0, float(np.nanmax(np.abs(values))))
+    figure = _figure(min(3.4 + 0.42 * columns, 16.0), 0.4 + rows_of * (1.5 + 0.3 * len(methods)))
     panels = figure.subplots(rows_of, 1, squeeze=False)[:, 0]
+    colours = _around_zero(values[~never])
     for axes, start in zip(panels, range(0, len(names), columns), strict=True):
         part = np.full((len(methods), columns), np.nan)
-        shown = values[:, start : start + columns]
-        part[:, : shown.shape[1]] = shown
-        labels = [method.label for method in methods]
-        image = _heat(axes, part, labels, cmap="PuOr_r", vmin=-bound, vmax=bound)
-        axes.set_xticks(range(shown.shape[1]), names[start : start + columns], rotation=90, fontsize=8)
-        axes.set_xlim(-0.5, shown.shape[1] - 0.5 if rows_of == 1 else columns - 0.5)
-    figure.colorbar(image, ax=list(panels), label="forgotten (points)", pad=0.01, shrink=1 / rows_of)
+        hatched = never[:, start : start + columns]
+        part[:, : hatched.shape[1]] = np.where(hatched, np.nan, values[:, start : start + columns])
+        image = _heat(axes, part, [method.label for method in methods], **colours)
+        for row, column in np.argwhere(hatched):
+            axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, **_HATCHED))
+        axes.set_xticks(range(hatched.shape[1]), names[start : start + columns], rotation=90, fontsize=8)
+        axes.set_xlim(-0.5, hatched.shape[1] - 0.5 if rows_of == 1 else columns - 0.5)
+    bar = figure.colorbar(image, ax=list(panels), pad=0.01, shrink=1 / rows_of)
+    bar.set_label("IoU lost since its step (points)", fontsize=9)
+    _cell_legend(figure, values, never)
     return figure
 
 
@@ -180,6 +246,35 @@ def _forgotten(method: Method, names: Sequence[str]) -> list[float]:
     runs = method.latest()
     found = [stat(run.forgetting(name) for run in runs if name in run.introduced) for name in names]
     return [math.nan if number is None else 100 * number.mean for number in found]
+
+
+def _never_learnt(method: Method, name: str) -> bool:
+    """Whether the mean IoU of a class after the step that brought it is next to nothing."""
+    runs = [run for run in method.latest() if name in run.introduced]
+    found = stat(run.iou(name, run.introduced[name]) for run in runs)
+    return found is not None and found.mean < _LEARNT
+
+
+def _around_zero(values: Array) -> dict[str, Any]:
+    """A diverging map that ends where the values end: white is 0, and equal distances look equally far."""
+    known = values[np.isfinite(values)]
+    low = min(0.0, 5 * math.floor(known.min(initial=0.0) / 5))
+    high = max(5.0, 5 * math.ceil(known.max(initial=0.0) / 5))
+    bound = max(-low, high)
+    whole = matplotlib.colormaps["PuOr_r"]
+    shades = whole(np.linspace((low / bound + 1) / 2, (high / bound + 1) / 2, 256))
+    return {"cmap": ListedColormap(shades), "vmin": low, "vmax": high}
+
+
+def _cell_legend(figure: Figure, values: Array, never: Array) -> None:
+    """What the cells without a number are, where there are any."""
+    handles = []
+    if never.any():
+        handles.append(Patch(label=f"never learnt: IoU below {_LEARNT:.0%} after its step", **_HATCHED))
+    if (np.isnan(values) & ~never).any():
+        handles.append(Patch(label="no result", facecolor=_NO_RESULT))
+    if handles:
+        figure.legend(handles=handles, loc="outside lower left", ncols=2, frameon=False, fontsize=9)
 
 
 def confusion(method: Method) -> Figure | None:
@@ -336,10 +431,11 @@ def _pixels(path: Path) -> Array:
 
 
 def _heat(
-    axes: Axes, values: Array, names: Sequence[str] | None, *, cmap: str, vmin: float, vmax: float
+    axes: Axes, values: Array, names: Sequence[str] | None, *, cmap: str | Colormap, vmin: float, vmax: float
 ) -> Any:
     """A heat map with numbers in its cells where there is room; cells without a number are grey."""
-    colours = matplotlib.colormaps[cmap].with_extremes(bad="#dddddd")
+    known = matplotlib.colormaps[cmap] if isinstance(cmap, str) else cmap
+    colours = known.with_extremes(bad=_NO_RESULT)
     image = axes.imshow(values, cmap=colours, vmin=vmin, vmax=vmax, aspect="auto", interpolation="nearest")
     many = values.shape[0] > _NUMBERED
     axes.set_yticks(range(len(values)) if names else [], names or [], fontsize=5.5 if many else 8)
@@ -396,11 +492,14 @@ def _legend(figure: Figure, panels: Sequence[Axes], labels: Sequence[str]) -> No
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     shown = [label for label in labels if label in handles]
+    # About 14 letters to an inch; a handle must be long enough to tell dashes from a line.
+    room = int(14 * figure.get_figwidth() / (8 + max(map(len, shown), default=0)))
     figure.legend(
         [handles[label] for label in shown],
         shown,
         loc="outside lower center",
-        ncols=8,
+        ncols=max(1, min(8, room)),
+        handlelength=3.2,
         frameon=False,
         fontsize=9,
     )

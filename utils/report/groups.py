@@ -6,25 +6,30 @@ import argparse
 import functools
 import json
 import math
+import os
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from argparser import build_parser
+from tasks import DATASETS, get_task
+from utils.errors import UserError
 from utils.report.reading import Run
 
 JOINT = "offline"  # the task that learns all classes at once, to which every task is compared
 
 # Options that say where and how fast a run works, or which of several equal runs it is.
 _NOT_THE_METHODS = {
-    *("random_seed", "name", "date", "logdir", "data_root", "splits_dir", "checkpoint", "ckpt", "step_ckpt"),
+    *("random_seed", "name", "date", "logdir", "checkpoint", "ckpt", "step_ckpt"),
     *("step", "steps", "lrs", "resume", "test", "where_to_sim", "local_rank", "num_workers", "timeout"),
     *("debug", "check_data", "skip_corrupt", "visualize", "sample_num", "print_interval", "val_interval"),
     *("ckpt_interval", "ckpt_minutes", "compile", "grad_checkpointing", "method_file"),
     *("predict", "out", "raw"),
 }
+_PATHS = ("data_root", "splits_dir", "pretrained_path", "task_file", "class_order")
 _SEED = re.compile(r"[_-](?:seed|s)?\d+$")
 
 
@@ -109,7 +114,7 @@ class Group:
     @property
     def title(self) -> str:
         """All of them in one line."""
-        task = "all classes at once" if self.task == JOINT else self.task
+        task = "all classes at once" if self.task == JOINT else task_title(self.dataset, self.task)
         return " · ".join(part for part in (self.dataset.upper(), task, self.protocol, self.backbone) if part)
 
     @property
@@ -172,8 +177,7 @@ def arrange(runs: Sequence[Run]) -> list[Group]:
     for (dataset, task, protocol, backbone), members in keys.items():
         beside = [run for run in joint if (run.dataset, run.backbone) == (dataset, backbone)]
         placed.update(run.folder for run in beside)
-        methods = [*_methods(members), *_methods(beside)]
-        groups.append(Group(dataset, task, protocol, backbone, methods))
+        groups.append(Group(dataset, task, protocol, backbone, _methods([*members, *beside])))
     alone: dict[tuple[Any, ...], list[Run]] = {}
     for run in joint:
         if run.folder not in placed:
@@ -182,26 +186,39 @@ def arrange(runs: Sequence[Run]) -> list[Group]:
     return groups
 
 
-def _methods(runs: Sequence[Run]) -> list[Method]:
-    found: dict[str, list[Run]] = {}
-    for run in runs:
-        found.setdefault(_key(run), []).append(run)
-    members = list(found.values())
-    labels = [_label(runs) for runs in members]
-    methods = []
-    for label, runs in zip(labels, members, strict=True):
-        twins = [other for other, text in zip(members, labels, strict=True) if text == label]
-        methods.append(Method(_told_apart(label, runs, twins), runs))
-    return methods
+def task_title(dataset: str, task: str) -> str:
+    """A task's name, behind the one that papers and users have for it if that is another: 15-1 (15-5s)."""
+    match = re.fullmatch(r"(\d+)-(\d+)s(_?[a-z])?", task)
+    if match and dataset in DATASETS and dataset != "folder":
+        first, rest, letter = match[1], match[2], match[3] or ""
+        for usual in (f"{first}-1{letter}", f"{first}-{rest}-1{letter}"):
+            try:
+                if get_task(dataset, usual).name == task:
+                    return f"{usual} ({task})"
+            except UserError:  # there is no such task
+                continue
+    return task
 
 
-def _key(run: Run) -> str:
-    if not run.options:
-        return f"name {_SEED.sub('', run.name)}"
-    # A run of an earlier version lacks the options that came later, and did what is now their default.
-    complete = {**_defaults(), **run.options}
-    kept = {name: value for name, value in complete.items() if name not in _NOT_THE_METHODS}
-    return json.dumps(kept, sort_keys=True)
+# ── runs of one method ───────────────────────────────────────────────────────────────────────────────
+
+
+def deciding(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that decide what is learnt and which numbers come out, each with its value.
+
+    Options that a run of an earlier version lacks have their default. Those that say where and how fast a
+    run works, or which of several equal runs it is, are left out. The folder of the data counts, by its path
+    as it was given: two folders may hold different pictures, so runs on two of them are different methods
+    even where one data set lies in two places.
+
+    Args:
+        options: of a run, or of one of its steps, as plain JSON types.
+    """
+    kept = {name: value for name, value in {**_defaults(), **options}.items() if name not in _NOT_THE_METHODS}
+    return {
+        name: os.path.normpath(value) if name in _PATHS and isinstance(value, str) else value
+        for name, value in kept.items()
+    }
 
 
 @functools.cache
@@ -211,21 +228,141 @@ def _defaults() -> dict[str, Any]:
     return dict(json.loads(json.dumps(defaults, default=str)))
 
 
+def _methods(runs: Sequence[Run]) -> list[Method]:
+    members = [part for seeds in _alike(runs) for part in _without_twins(seeds)]
+    labels = [_with_evaluation(_label(runs), runs, members) for runs in members]
+    methods: list[Method] = []
+    for label, runs in zip(labels, members, strict=True):
+        twins = [other for other, text in zip(members, labels, strict=True) if text == label]
+        told = _told_apart(label, runs, twins)
+        known = {method.label for method in methods}
+        methods.append(Method(f"{told} ({runs[0].folder})" if told in known else told, runs))
+    return methods
+
+
+def _alike(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs that differ by their seed only, in the order in which they came."""
+    found: list[list[Run]] = []
+    # Those with most steps first: what is still in its first step fits several, and joins the first of them.
+    for run in sorted(runs, key=lambda run: -len(run.options_by_step)):
+        for others in found:
+            if all(_same_method(run, other) for other in others):
+                others.append(run)
+                break
+        else:
+            found.append([run])
+    place = {run.folder: number for number, run in enumerate(runs)}
+    ordered = [sorted(others, key=lambda run: place[run.folder]) for others in found]
+    return sorted(ordered, key=lambda others: place[others[0].folder])
+
+
+def _same_method(one: Run, other: Run) -> bool:
+    """Whether two runs learn alike at every step that both have, by their options.
+
+    Where one has steps that the other lacks, or the last step is still to come, what differs may not be there
+    yet: their names without seed must be the same then.
+    """
+    if one.task != other.task or bool(one.options) != bool(other.options):
+        return False
+    if None not in (one.evaluation, other.evaluation) and _unusual(one) != _unusual(other):
+        return False
+    same_name = _bare_name(one) == _bare_name(other)
+    if not one.options:
+        return same_name
+    if not one.options_by_step or not other.options_by_step:  # of an earlier version
+        return deciding(one.options) == deciding(other.options)
+    steps = one.options_by_step.keys() & other.options_by_step.keys()
+    whole = one.options_by_step.keys() == other.options_by_step.keys() and one.num_steps - 1 in steps
+    return (whole or same_name) and all(
+        deciding(one.options_by_step[step]) == deciding(other.options_by_step[step]) for step in steps
+    )
+
+
+def _unusual(run: Run) -> dict[str, Any]:
+    """Options of its last evaluation that are not the default."""
+    return {
+        name: value
+        for name, value in sorted((run.evaluation or {}).items())
+        if name not in _defaults() or value != _defaults()[name]
+    }
+
+
+def _without_twins(runs: list[Run]) -> list[list[Run]]:
+    """Parts in which no seed is there twice: by name, else by folder, else each run by itself."""
+    ways: tuple[Callable[[Run], Hashable], ...] = (
+        lambda run: "",
+        _bare_name,
+        lambda run: run.folder.parent,
+        lambda run: (run.folder.parent, _bare_name(run)),
+    )
+    for way in ways:
+        parts: dict[Hashable, list[Run]] = {}
+        for run in runs:
+            parts.setdefault(way(run), []).append(run)
+        if all(len({_seed(run) for run in part}) == len(part) for part in parts.values()):
+            return list(parts.values())
+    return [[run] for run in runs]
+
+
+def _seed(run: Run) -> Hashable:
+    return run.folder.name if run.seed is None else run.seed
+
+
+def _bare_name(run: Run) -> str:
+    """A run's name without its seed."""
+    return _SEED.sub("", run.name)
+
+
 def _label(runs: Sequence[Run]) -> str:
     """The common name without seed, else the method's."""
-    names = {_SEED.sub("", run.name) for run in runs}
+    names = {_bare_name(run) for run in runs}
     return names.pop() if len(names) == 1 else str(runs[0].options.get("method") or runs[0].name)
 
 
 def _told_apart(label: str, runs: Sequence[Run], twins: Sequence[Sequence[Run]]) -> str:
-    """A label that several methods would have gets the options in which they differ."""
+    """A label that several methods would have gets what they differ in: options, else folder, else name."""
     if len(twins) == 1:
         return label
-    options = runs[0].options
-    names = {name for twin in twins for name in twin[0].options} - _NOT_THE_METHODS
-    shown = [
-        f"{name}={options[name]}"
-        for name in sorted(names)
-        if name in options and len({str(twin[0].options.get(name)) for twin in twins}) > 1
-    ]
-    return f"{label} ({', '.join(shown[:3]) or runs[0].name})"
+    others = [other for other in twins if other is not runs]
+    shown = sorted({text for other in others for text in _differences(runs, other)})
+    if not shown and all(other[0].folder.parent != runs[0].folder.parent for other in others):
+        above = [twin[0].folder.resolve().parent for twin in twins]
+        mine = runs[0].folder.resolve().parent
+        common = Path(os.path.commonpath(above))
+        shown = [mine.name if mine == common else mine.relative_to(common).as_posix()]
+    return f"{label} ({', '.join(shown[:3]) or runs[0].folder.name})"
+
+
+def _differences(runs: Sequence[Run], others: Sequence[Run]) -> list[str]:
+    """Options of a method that another has otherwise, with the step where they are not those of all steps."""
+    mine, theirs = _by_step(runs), _by_step(others)
+    if not mine or not theirs:  # of an earlier version
+        mine, theirs = ({0: deciding(some[0].options)} if some[0].options else {} for some in (runs, others))
+    found: dict[str, str] = {}
+    for step in sorted(mine.keys() & theirs.keys()):
+        for name, value in sorted(mine[step].items()):
+            if value != theirs[step].get(name) and name not in found:
+                everywhere = all(options.get(name) == value for options in mine.values())
+                found[name] = f"{name}={value}" + ("" if everywhere else f" in step {step}")
+    return [found[name] for name in sorted(found)]
+
+
+def _by_step(runs: Sequence[Run]) -> dict[int, dict[str, Any]]:
+    """What decides at each step, of the first run that has it."""
+    found: dict[int, dict[str, Any]] = {}
+    for run in runs:
+        for step, options in run.options_by_step.items():
+            found.setdefault(step, deciding(options))
+    return found
+
+
+def _with_evaluation(label: str, runs: Sequence[Run], members: Sequence[Sequence[Run]]) -> str:
+    """The label with the options of the evaluation, where not all methods have the same."""
+
+    def evaluated(runs: Sequence[Run]) -> dict[str, Any]:
+        return next((_unusual(run) for run in runs if run.evaluation is not None), {})
+
+    mine = evaluated(runs)
+    if not mine or all(evaluated(others) == mine for others in members):
+        return label
+    return f"{label} [{', '.join(f'{name}={value}' for name, value in mine.items())}]"

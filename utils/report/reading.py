@@ -14,7 +14,7 @@ from typing import Any
 from metrics.continual import Array, confusion_path, read_confusion
 from tasks import DATASETS, get_task
 from utils.errors import UserError
-from utils.history import FACTS, Course, history_path, read_history
+from utils.history import FACTS, Course, history_path, read_history, read_options_by_step
 
 _FOLDER = re.compile(rf"(?P<task>.+)-(?P<dataset>{'|'.join(DATASETS)})_(?P<name>.+)")
 _SAMPLE = re.compile(r"(\d+)_(?:input|truth|step(\d+))\.png")
@@ -24,16 +24,22 @@ _TRACES = ("results_*.json", "history_*.jsonl", FACTS)
 def find_runs(folders: Iterable[Path]) -> list[Path]:
     """Folders of runs, in order of name; a run counts from its start, with results or without.
 
+    One that is reached by several paths counts once, by the first.
+
     Raises:
-        UserError: a folder holds no run.
+        UserError: a folder is not there, or holds no run.
     """
-    runs: list[Path] = []
+    runs: dict[Path, Path] = {}
     for folder in folders:
+        if not folder.is_dir():
+            what = "is a file; give its folder" if folder.exists() else "no such folder; check the path"
+            raise UserError(f"{folder}: {what}")
         found = sorted({path.parent for trace in _TRACES for path in folder.rglob(trace)})
         if not found:
             raise UserError(f"{folder}: holds no results_<step>.json; give the folder of a run, or one above")
-        runs += [run for run in found if run not in runs]
-    return runs
+        for run in found:
+            runs.setdefault(run.resolve(), run)
+    return list(runs.values())
 
 
 def read_results(run: Path) -> dict[int, dict[str, Any]]:
@@ -59,6 +65,8 @@ class Run:
     Attributes:
         folder: where it lies.
         options: those of its last start; empty where nothing tells them.
+        options_by_step: those of every step, with its own ``lr``; of a first step that it took over, the
+            other run's. Empty where a version wrote it that did not keep them.
         steps: dataset class ids of every step of the task; empty where nothing tells them.
         task, dataset, name: of the options, else of the folder's name.
         results: by step; those of a first step that it took over from another run are among them.
@@ -68,6 +76,7 @@ class Run:
 
     folder: Path
     options: dict[str, Any]
+    options_by_step: dict[int, dict[str, Any]]
     steps: list[list[int]]
     task: str
     dataset: str
@@ -117,6 +126,27 @@ class Run:
                     brought = step if index >= results.get("old_classes", 0) else 0
                 found.setdefault(name, brought)
         return found
+
+    @cached_property
+    def class_ids(self) -> dict[str, int]:
+        """The data set's id of each class that has results; the network's index where no steps are known."""
+        order = [number for ids in self.steps for number in ids]
+        found: dict[str, int] = {}
+        for results in self.results.values():
+            for name, index in results.get("indices", {}).items():
+                found[name] = order[index] if index < len(order) else index
+        return found
+
+    @property
+    def seed(self) -> int | None:
+        """What its random numbers began from; None where nothing tells."""
+        return self.options.get("random_seed")
+
+    @property
+    def evaluation(self) -> dict[str, Any] | None:
+        """Options that its last results were evaluated with; None where it has no results of its own."""
+        step = self.last_step
+        return None if step is None else dict(self.results[step].get("evaluation") or {})
 
     @property
     def class_names(self) -> list[str]:
@@ -201,7 +231,7 @@ def read_run(folder: Path) -> Run:
     named = match.groupdict() if match else {"task": "", "dataset": "", "name": folder.name}
     dataset, task, name = (str(options.get(key, named[key])) for key in ("dataset", "task", "name"))
     known = _known_steps(dataset, task)
-    results, courses = read_results(folder), _courses(folder)
+    results, courses, by_step = read_results(folder), _courses(folder), read_options_by_step(folder)
     taken_over: dict[int, str] = {}
     base = _base_folder(folder, options)
     if base is not None:
@@ -209,9 +239,11 @@ def read_run(folder: Path) -> Run:
         for step, content in read_results(base).items():
             if step < first:
                 results[step], taken_over[step] = content, base.name
+        by_step |= {step: known for step, known in read_options_by_step(base).items() if step < first}
     return Run(
         folder=folder,
         options=options,
+        options_by_step=dict(sorted(by_step.items())),
         steps=steps or known[1],
         task=known[0],
         dataset=dataset,
