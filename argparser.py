@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,10 @@ class Options(argparse.Namespace):
         """The options as plain values, for the log and for checkpoints."""
         derived = {"task_", "notes", "typed"}
         return {k: _plain(v) for k, v in sorted(vars(self).items()) if k not in derived}
+
+    def as_json(self) -> dict[str, Any]:
+        """The options in JSON types, as a run keeps them in its checkpoints and in ``run.json``."""
+        return dict(json.loads(json.dumps(self.as_dict(), default=str)))
 
     def summary(self) -> str:
         """One line: what was typed, and what a preset or another option set."""
@@ -176,7 +181,9 @@ def _add_task(group: argparse._ActionsContainer) -> None:
         choices=("voc", "ade", "folder", "shapes"),
         help="Pascal VOC 2012, ADE20K, own images, or generated ones",
     )
-    group.add_argument("--task", default="19-1", help="class order, e.g. 19-1, 15-5, 15-1, 100-50")
+    group.add_argument(
+        "--task", default="19-1", help="class order, e.g. 19-1, 15-5, 15-1 (folders name it 15-5s), 100-50"
+    )
     group.add_argument("--task_file", type=Path, default=None, help="YAML or JSON file with own tasks")
     group.add_argument(
         "--class_order",
@@ -376,7 +383,9 @@ def _add_logging(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--checkpoint", type=Path, default=None, help="folder of the checkpoints (default: the run's folder)"
     )
-    group.add_argument("--step_ckpt", type=Path, default=None, help="checkpoint of the previous step")
+    group.add_argument(
+        "--step_ckpt", type=Path, default=None, help="checkpoint of the previous step, if it is another run's"
+    )
     group.add_argument("--sample_num", type=int, default=0, help="validation pictures to show")
     group.add_argument("--visualize", action="store_false", help="write no TensorBoard file")
     group.add_argument(

@@ -1,7 +1,8 @@
 """Methods × tasks × seeds from one file: ``python -m scripts.experiment FILE.yaml``.
 
 Runs what has no results yet, goes on with what broke (give the command again), and ends with a table of
-mean ± standard deviation over seeds and the report (``utils.report``). The file::
+mean ± standard deviation over seeds and, in ``<logdir>/report``, the report (``utils.report``) of all runs
+that have begun. The file; only ``logdir`` and ``runs`` must be there::
 
     logdir: logs/voc
     tasks:                      # tasks with the same step 0 train it once
@@ -10,26 +11,35 @@ mean ± standard deviation over seeds and the report (``utils.report``). The fil
     seeds: [1, 2, 3]
     processes: 2                # runs at a time
     gpus: [0, 1, 2, 3]          # shared evenly by the runs at a time; left out: one process each, any device
+    # batch_size is per process: with 4 GPUs for 2 runs, 12 makes the total batch 24.
     common: {dataset: voc, data_root: data, overlap: true, epochs: 30, lr: 0.001, batch_size: 12}
     step_0: {lr: 0.01}          # what step 0 does otherwise
     runs:
       FT: {method: FT}
       MIB: {method: MIB, from: FT}          # begins with step 1, from FT's step 0
-      SDR: {method: SDR, step_0: {unce: true, loss_de_prototypes: 1}}
+      SDR: {method: SDR, step_0: {method: FT, unce: true, loss_de_prototypes: 1}}
       SSUL: {method: SSUL, tasks: {15-1: {lr: 0.0002}}}    # what it alone does otherwise in a task
       joint: {task: offline}                # a task of its own, compared in every table
     slurm: {partition: gpu, time: 4:00:00, ntasks-per-node: 2, gpus-per-node: 2}
 
-Options are those of ``run.py`` without their dashes; ``true`` is a flag. With ``slurm`` (options of
-sbatch) or ``--slurm`` every run is a job of its own.
+Options are those of ``run.py`` without their dashes; ``true`` is a flag. A run's folder is
+``<logdir>/<task>-<dataset>_<name of the run>_<seed>``. A step that was trained with other options than the
+file gives it now is told before anything runs.
 
-Exit code 0: all done; 1: a run failed; 2: a wrong file, with one line that says what to change; 75: a signal
-came, the runs are saved.
+With ``slurm`` (options of sbatch) or ``--slurm`` every run is a job of its own, at most as many at a time as
+Slurm allows: ``processes`` and ``gpus`` count only here, a job has one process for each of its tasks
+(``ntasks-per-node``). The command submits what is neither done nor in the queue, then makes the table and the
+report of what is there; give it again for newer ones. ``--local`` runs here what a file with ``slurm`` would
+submit.
+
+Exit code 0: all done, or submitted; 1: a run failed; 2: a wrong file, with one line that says what to change;
+75: a signal came, the runs are saved.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -42,7 +52,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from scripts.experiment_plan import Experiment, Run, plan, read_experiment
+from scripts.experiment_plan import Experiment, Run, check_begun, plan, read_experiment
 from scripts.experiment_slurm import job_script, submit
 from tasks import Task
 from utils.errors import UserError
@@ -51,6 +61,9 @@ from utils.signals import EXIT_STOPPED, StopRequest
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.2
+_NOT_WITH_SLURM = (
+    "gpus and processes do not count with Slurm; a job's are ntasks-per-node and gpus-per-node of slurm:"
+)
 
 
 # ── running ──────────────────────────────────────────────────────────────────────────────────────────
@@ -156,18 +169,18 @@ def _last_line(run: Run) -> str:
 
 
 def scores(run: Run, task: Task) -> list[float | None]:
-    """mIoU of a finished run over old, new and all classes at the task's last step, as fractions.
+    """mIoU of a finished run over old, new and all classes after the task's last step, as fractions.
 
-    Joint training and other runs of another class order are judged by the task's classes. As in
-    ``metrics.continual`` the background counts as an old class, and a class without an IoU is left out.
+    As in the papers' tables and the report, old are the classes of step 0 with the background, new those of
+    all later steps; a results file counts as new the classes of its own step only. Joint training is judged
+    by the task's classes. A task of one step has neither old nor new ones. A class without an IoU does not
+    count.
     """
     results = json.loads(run.results.read_text(encoding="utf-8"))
-    if run.task.steps == task.steps:
-        return [results[f"miou_{name}"] for name in ("old", "new", "all")]
-    last = task.num_steps - 1
     iou = {run.task.order[results["indices"][name]]: value for name, value in results["class_iou"].items()}
     means: list[float | None] = []
-    for classes in (task.old_classes(last), task.new_classes(last), task.order):
+    set_apart = (task.steps[0], task.future_classes(0)) if task.num_steps > 1 else ((), ())
+    for classes in (*set_apart, task.order):
         values = [iou[c] for c in classes if iou.get(c) is not None]
         means.append(math.fsum(values) / len(values) if values else None)
     return means
@@ -176,10 +189,15 @@ def scores(run: Run, task: Task) -> list[float | None]:
 def table(runs: Sequence[Run]) -> str:
     """For each task the mean ± standard deviation over seeds of the last step's mIoU, in per cent."""
     tasks = list(dict.fromkeys(task for run in runs for task in run.compared_in))
-    return "\n\n".join(
-        f"{task.dataset} {task.name}, mIoU in per cent after the last step\n{_task_table(runs, task)}"
-        for task in tasks
-    )
+    return "\n\n".join(f"{_heading(task)}\n{_task_table(runs, task)}" for task in tasks)
+
+
+def _heading(task: Task) -> str:
+    text = f"{task.dataset} {task.name}, mIoU in per cent after the last step"
+    if task.num_steps == 1:
+        return text
+    later = "step 1" if task.num_steps == 2 else f"steps 1 to {task.num_steps - 1}"
+    return f"{text}; old: classes of step 0 with background, new: of {later}"
 
 
 def _task_table(runs: Sequence[Run], task: Task) -> str:
@@ -197,12 +215,15 @@ def _task_table(runs: Sequence[Run], task: Task) -> str:
 
 
 def _report(runs: Sequence[Run], logdir: Path) -> int:
-    """The page of what is there, by ``utils.report``."""
+    """The page of all runs that have begun, by ``utils.report``; its exit code."""
     # Its libraries take a second that --dry-run and a wrong file need not wait for.
     from utils import report
 
-    folders = [str(run.folder) for run in runs if run.is_done]
-    return report.main([*folders, "--out", str(logdir / "report")]) if folders else 0
+    begun: list[Path] = []
+    for run in runs:
+        with contextlib.suppress(UserError):  # it has not begun: no folder, or nothing to show in it
+            begun += report.find_runs([run.folder])
+    return report.main([*map(str, begun), "--out", str(logdir / "report")]) if begun else 0
 
 
 # ── the command ──────────────────────────────────────────────────────────────────────────────────────
@@ -212,14 +233,20 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.experiment",
         description="Methods × tasks × seeds from one file: run what is missing, then table and report.",
+        epilog="The same command goes on with what broke. "
+        "The head of scripts/experiment.py has all entries of a file.",
     )
-    parser.add_argument("file", type=Path, help="the experiment (scripts/shapes.yaml is one)")
+    parser.add_argument("file", type=Path, help="the experiment, a YAML file (scripts/shapes.yaml is one)")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--table", action="store_true", help="only print the table of what is there")
-    what.add_argument("--dry-run", action="store_true", help="only print what would run")
+    what.add_argument("--table", action="store_true", help="only print the table of the runs that are done")
+    what.add_argument("--dry-run", action="store_true", help="only print the commands or jobs that would run")
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--slurm", action="store_true", help="submit the runs as Slurm jobs")
-    where.add_argument("--local", action="store_true", help="run here, whatever the file says")
+    where.add_argument(
+        "--slurm",
+        action="store_true",
+        help="submit each run as a Slurm job, with the sbatch options of slurm: in the file, if any",
+    )
+    where.add_argument("--local", action="store_true", help="run here, even if the file has slurm:")
     return parser.parse_args(argv)
 
 
@@ -246,23 +273,31 @@ def main(argv: list[str] | None = None) -> int:
             runs = plan(experiment)
         except UserError as error:
             raise UserError(f"{options.file}: {error}") from error
+        check_begun(runs)
         sbatch = {} if options.slurm and experiment.slurm is None else experiment.slurm
         if options.local:
             sbatch = None
-        if options.dry_run:
-            _print_plan(experiment, runs, sbatch)
-            return 0
         if options.table:
             print(table(runs))
             return 0
-        if sbatch is not None:
-            print("\n".join(submit(runs, sbatch, experiment.logdir / "slurm")))
-            print(table(runs))
+        if sbatch is not None and (experiment.gpus or experiment.processes > 1):
+            print(f"{options.file}: {_NOT_WITH_SLURM}", file=sys.stderr)
+        if options.dry_run:
+            _print_plan(experiment, runs, sbatch)
             return 0
+        if sbatch is not None:
+            return _submit(experiment, runs, sbatch)
         return _run_here(experiment, runs)
     except UserError as error:
         print(f"scripts.experiment: error: {error}", file=sys.stderr)
         return 2
+
+
+def _submit(experiment: Experiment, runs: Sequence[Run], sbatch: dict[str, str]) -> int:
+    for line in submit(runs, sbatch, experiment.logdir / "slurm"):
+        print(line)
+    print(table(runs))
+    return _report(runs, experiment.logdir)
 
 
 def _run_here(experiment: Experiment, runs: Sequence[Run]) -> int:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from argparser import Options, parse_options
+from argparser import Options, build_parser, parse_options
 from tasks import Task
 from utils.checkpoint import checkpoint_path
 from utils.errors import UserError
+from utils.history import read_options_by_step
 
 _KEYS = ("logdir", "processes", "gpus", "seeds", "tasks", "common", "step_0", "runs", "slurm")
 # What the runner gives to every command itself.
@@ -22,6 +24,8 @@ _RESERVED = ("name", "step", "logdir", "random_seed", "step_ckpt", "ckpt", "test
 # Entries of a run that are no options.
 _OF_A_RUN = ("from", "step_0", "tasks")
 _Key = tuple[str, str, int]  # name of a run, its task, its seed
+# Where data are may change, as for run.py itself; protocol only sums up other options.
+_NOT_COMPARED = ("data_root", "splits_dir", "protocol")
 _TASK_OPTIONS = ("dataset", "data_root", "task", "task_file", "class_order", "class_order_seed")
 
 
@@ -31,8 +35,9 @@ class Experiment:
 
     Attributes:
         logdir: folder of the runs.
-        processes: runs at a time.
-        gpus: numbers of the GPUs that they share evenly; empty: one process for each run, any device.
+        processes: runs at a time; does not count with Slurm.
+        gpus: numbers of the GPUs that they share evenly; empty: one process for each run, any device. They do
+            not count with Slurm.
         seeds: every run is made with each.
         tasks: likewise, with what a task does otherwise than ``common``; {None: {}}: the task is an option of
             ``common``.
@@ -90,6 +95,11 @@ class Run:
     def is_done(self) -> bool:
         """Whether all its steps are trained and evaluated."""
         return self.results.is_file()
+
+    def has_begun(self, step: int) -> bool:
+        """Whether it has a checkpoint of its own of a step, under way or trained, or its results."""
+        checkpoint = self.folder / f"{self.folder.name}_{step}.pth"
+        return checkpoint.is_file() or (self.folder / f"results_{step}.json").is_file()
 
     @property
     def can_start(self) -> bool:
@@ -363,3 +373,50 @@ def _commands(run: Run, options: Mapping[str, Any], first: Mapping[str, Any]) ->
     for command in commands:
         _parsed(command, f"runs: {run.method}")
     return commands
+
+
+# ── what is there already ────────────────────────────────────────────────────────────────────────────
+
+
+def check_begun(runs: Iterable[Run]) -> None:
+    """Refuse steps that were trained, or begun, with other options than their command has now.
+
+    What was begun without a checkpoint starts over anyway. Folders of versions that kept no options by step
+    are passed over.
+
+    Raises:
+        UserError: naming folder, step and options.
+    """
+    for run in runs:
+        recorded = read_options_by_step(run.folder)
+        begun = {step for step in recorded if run.has_begun(step)}
+        for command in run.commands if begun else ():
+            options = parse_options(command)
+            for step, lr in zip(options.steps, options.lrs, strict=True):
+                if step in begun:
+                    _check_step(run, step, recorded[step], {**options.as_json(), "lr": lr})
+
+
+def _check_step(run: Run, step: int, recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    # The report's libraries take a second that an experiment without runs need not wait for.
+    from utils.report.groups import deciding
+
+    then, wanted = deciding(recorded), deciding(now)
+    names = [
+        name
+        for name in sorted(then.keys() | wanted.keys())
+        if name not in _NOT_COMPARED and then.get(name) != wanted.get(name)
+    ]
+    if names:
+        was, says = (", ".join(_as_typed(name, of.get(name)) for name in names) for of in (then, wanted))
+        raise UserError(
+            f"{run.folder}: step {step} was trained with {was}, the file says {says}; give another logdir or "
+            "name of the run, or put the options back"
+        )
+
+
+def _as_typed(name: str, value: Any) -> str:
+    """An option as one types it; a flag that was not given with "no" before it."""
+    if value is None or (isinstance(value, bool) and value == build_parser().get_default(name)):
+        return f"no --{name}"
+    return shlex.join(arguments({name: True if value is False else value}))

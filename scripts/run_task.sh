@@ -13,10 +13,7 @@ DATA=${DATA:-$PROGRAM/data}
 GPUS=${GPUS:-2}
 LOGDIR=${LOGDIR:-logs/$PROTOCOL}
 
-fail() {
-    echo "$0: error: $1" >&2
-    exit 2
-}
+. "$PROGRAM/scripts/share_batch.sh"
 
 case $PROTOCOL in
     disjoint) protocol=() ;;
@@ -24,10 +21,9 @@ case $PROTOCOL in
     sequential) protocol=(--no_mask) ;;
     *) fail "PROTOCOL=$PROTOCOL; give disjoint, overlapped or sequential" ;;
 esac
-[[ $GPUS =~ ^[1-9][0-9]*$ && $BATCH =~ ^[1-9][0-9]*$ ]] || fail "GPUS=$GPUS BATCH=$BATCH; give whole numbers"
-((BATCH % GPUS == 0)) || fail "$GPUS GPUs cannot share a batch of $BATCH evenly; give another GPUS or BATCH"
+share_batch "$GPUS" GPUS
 
 train() {
     torchrun --standalone --nproc_per_node="$GPUS" "$PROGRAM/run.py" --data_root "$DATA" --logdir "$LOGDIR" \
-        --name "$NAME" ${protocol[@]+"${protocol[@]}"} --batch_size "$((BATCH / GPUS))" "$@"
+        --name "$NAME" ${protocol[@]+"${protocol[@]}"} --batch_size "$PER_PROCESS" "$@"
 }

@@ -33,7 +33,7 @@ class RunFolder:
         self.opts = opts
         self.world = world
         self.path: Path = opts.logdir / f"{opts.task}-{opts.dataset}_{opts.name}"
-        self.options = json.loads(json.dumps(opts.as_dict(), default=str))
+        self.options = opts.as_json()
 
     def checkpoint(self, step: int) -> Path:
         """Checkpoint of a step."""

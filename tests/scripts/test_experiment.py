@@ -18,8 +18,11 @@ import yaml
 
 from argparser import parse_options
 from scripts import experiment
-from scripts.experiment_plan import Run, check_content, plan, read_experiment
+from scripts.experiment_plan import Run, check_begun, check_content, plan, read_experiment
 from utils.errors import UserError
+from utils.history import write_run_facts
+from utils.report.groups import arrange
+from utils.report.reading import read_run
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTENT: dict[str, Any] = {
@@ -142,6 +145,10 @@ def test_the_experiment_of_shapes_is_in_order() -> None:
     assert {run.seed for run in runs} == {1, 2, 3}
     assert len(runs) == 3 * len({run.method for run in runs})
     assert {run.method for run in runs if run.begins_from} >= {"LWF", "MIB", "PLOP", "SATS"}
+    sdr = next(run for run in runs if run.method == "SDR")
+    first, later = (parse_options(command) for command in sdr.commands)
+    assert (first.method, first.unce, first.loss_de_prototypes) == ("FT", True, 1.0)
+    assert (later.method, later.unce, later.sample_num) == ("SDR", True, 6)
 
 
 # ── wrong files ──────────────────────────────────────────────────────────────────────────────────────
@@ -341,6 +348,87 @@ def test_a_signal_is_handed_on_and_the_runs_save(
     assert "Traceback" not in error
 
 
+# ── a changed file ───────────────────────────────────────────────────────────────────────────────────
+
+
+def trained(file: Path, *methods: str) -> None:
+    """Leave what runs of a file keep of their steps: options and results."""
+    for run in plan(read_experiment(file)):
+        for command in run.commands if run.method in methods else ():
+            options = parse_options(command)
+            for step, lr in zip(options.steps, options.lrs, strict=True):
+                write_run_facts(run.folder, options.as_json(), run.task.steps, step=step, lr=lr)
+                results(run, {}, step)
+
+
+def test_a_changed_option_of_what_is_done_is_told_before_anything_runs(
+    tmp_path: Path, fails: Callable[[dict[str, object]], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs: dict[str, Any] = {"FT": {"method": "FT"}, "MIB": {"method": "MIB", "from": "FT"}}
+    file = write(tmp_path, seeds=[1], runs=runs)
+    trained(file, "FT")
+    common = {**CONTENT["common"], "lr": 0.5, "epochs": 30}
+    write(tmp_path, seeds=[1], runs=runs, common=common)
+    for words in ([], ["--table"], ["--dry-run"], ["--slurm"]):
+        assert experiment.main([str(file), *words]) == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err == (
+            f"scripts.experiment: error: {tmp_path}/logs/10-5-5-shapes_FT_1: step 0 was trained with "
+            "--lr 0.01, the file says --lr 0.5; give another logdir or name of the run, "
+            "or put the options back\n"
+        )
+    # Step 0 has epochs of its own; the later steps do not.
+    write(tmp_path, seeds=[1], runs=runs, common=common, step_0={"lr": 0.01, "epochs": 5})
+    assert experiment.main([str(file)]) == 2
+    said = capsys.readouterr()
+    assert (
+        "FT_1: step 1 was trained with --epochs 3, --lr 0.01, the file says --epochs 30, --lr 0.5;"
+        in said.err
+    )
+    assert calls(tmp_path) == []
+
+    # MIB has nothing yet: it may change. So may what does not decide what is learnt.
+    mib = {**runs["MIB"], "lr": 0.5}
+    harmless = {**CONTENT["common"], "num_workers": 0, "data_root": "elsewhere", "where_to_sim": "CPU"}
+    write(tmp_path, seeds=[1], runs={**runs, "MIB": mib}, common=harmless)
+    assert experiment.main([str(file)]) == 0
+    assert calls(tmp_path) == ["MIB_1 [1, 2] None"]
+
+
+def test_every_step_has_its_own_rate_and_flags_are_named_as_typed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def file(**later: Any) -> Path:
+        return write(tmp_path, seeds=[1], runs={"FT": {**later, "step_0": {"lr": 0.1}}})
+
+    trained(file(lr=[0.02, 0.003], crop_val=True), "FT")
+    assert experiment.main([str(file(lr=[0.02, 0.003], crop_val=True)), "--table"]) == 0
+    capsys.readouterr()
+    assert experiment.main([str(file(lr=[0.02, 0.004], crop_val=True)), "--table"]) == 2
+    assert experiment.main([str(file(lr=[0.02, 0.003], lr_old=0.5)), "--table"]) == 2
+    rate, flag = capsys.readouterr().err.splitlines()
+    assert "step 2 was trained with --lr 0.003, the file says --lr 0.004;" in rate
+    assert (
+        "step 0 was trained with --crop_val, no --lr_old, the file says no --crop_val, --lr_old 0.5;" in flag
+    )
+
+
+def test_what_left_nothing_or_is_of_an_older_version_is_not_compared(tmp_path: Path) -> None:
+    (run,) = planned(tmp_path, seeds=[1], runs={"FT": {}})
+    other = parse_options([*run.commands[0], "--epochs", "9"])
+    write_run_facts(run.folder, other.as_json(), run.task.steps, step=0, lr=0.01)
+    check_begun([run])  # ended before its first checkpoint: it starts over
+    (run.folder / f"{run.folder.name}_0.pth").touch()
+    with pytest.raises(UserError, match="step 0 was trained with --epochs 9, the file says --epochs 5;"):
+        check_begun([run])
+    facts = run.folder / "run.json"
+    content = json.loads(facts.read_text())
+    del content["options_by_step"]
+    facts.write_text(json.dumps(content))
+    check_begun([run])
+
+
 # ── Slurm ────────────────────────────────────────────────────────────────────────────────────────────
 
 # Gives numbers from 101 on and writes down its words; jobs stay in the queue until "gone" names them.
@@ -396,17 +484,56 @@ def test_runs_are_submitted_once_and_wait_for_each_other(
     assert len(submitted(slurm)) == 3
     assert "FT, 10-5-5, seed 1: job 101 is in the queue" in capsys.readouterr().out
     # FT ended after its step 0, joint training is done: FT and MIB are submitted again, MIB at once.
-    for name, step in (("10-5-5-shapes_FT_1", 0), ("offline-shapes_joint_1", 0)):
-        (tmp_path / "logs" / name).mkdir()
-        (tmp_path / "logs" / name / f"results_{step}.json").write_text(
-            json.dumps({"class_iou": {}, "indices": {}, "miou_old": 0, "miou_new": 0, "miou_all": 0})
-        )
+    by_method = {run.method: run for run in plan(read_experiment(file))}
+    results(by_method["FT"], dict.fromkeys(range(11), 0.5), step=0)
+    results(by_method["joint"], dict.fromkeys(range(21), 0.5))
     (slurm / "gone").write_text("101\n102\n103\n")
     assert experiment.main([str(file), "--slurm"]) == 0
     assert submitted(slurm)[3:] == [
         f"--parsable {folder}/10-5-5-shapes_FT_1.slurm",
         f"--parsable {folder}/10-5-5-shapes_MIB_1.slurm",
     ]
+
+
+def test_the_report_of_what_is_there_is_made_after_submitting(
+    tmp_path: Path, slurm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Runs done and begun; nothing where nothing has begun."""
+    file = write(tmp_path, seeds=[1], runs={method: {"method": method} for method in ("EWC", "FT", "MIB")})
+    page = tmp_path / "logs" / "report" / "report.html"
+    assert experiment.main([str(file), "--slurm"]) == 0
+    assert not page.exists()
+    (slurm / "gone").write_text("101\n102\n103\n")
+    done, begun, waiting = plan(read_experiment(file))
+    for run, steps in ((done, (0, 1, 2)), (begun, (0,))):
+        for step in steps:
+            results(run, dict.fromkeys(run.task.seen_classes(step), 0.5), step)
+            options = parse_options(run.commands[min(step, 1)])
+            write_run_facts(run.folder, options.as_json(), run.task.steps, step=step, lr=0.01)
+    capsys.readouterr()
+    assert experiment.main([str(file), "--slurm"]) == 0
+    shown = page.read_text(encoding="utf-8")
+    assert [run.folder.name in shown for run in (done, begun, waiting)] == [True, True, False]
+    assert [Path(line).stem for line in submitted(slurm)[3:]] == [begun.folder.name, waiting.folder.name]
+    assert f"report: {page}" in capsys.readouterr().out
+    # All done: nothing is submitted, the report is made all the same.
+    page.unlink()
+    for run in (begun, waiting):
+        results(run, dict.fromkeys(run.task.order, 0.5))
+    assert experiment.main([str(file), "--slurm"]) == 0
+    assert page.is_file() and len(submitted(slurm)) == 5
+
+
+def test_entries_that_slurm_passes_over_are_told(
+    tmp_path: Path, slurm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for changes, told in (({"processes": 2}, 1), ({"gpus": [0]}, 1), ({}, 0)):
+        file = write(tmp_path, seeds=[1], runs={"FT": {}}, **changes)
+        assert experiment.main([str(file), "--slurm", "--dry-run"]) == 0
+        said = capsys.readouterr().err
+        assert said.count("gpus and processes do not count with Slurm") == said.count("\n") == told
+        assert experiment.main([str(file), "--local", "--dry-run"]) == 0
+        assert capsys.readouterr().err == ""
 
 
 def test_a_job_script_runs_the_commands_of_its_run(tmp_path: Path, slurm: Path) -> None:
@@ -452,27 +579,47 @@ def test_a_refused_job_and_a_missing_slurm_are_one_line(
 # ── the table ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def results(run: Run, iou: dict[int, float | None], **numbers: float | None) -> None:
-    """Write the results of a run's last step: IoU by dataset class id."""
-    run.folder.mkdir(parents=True)
+def results(run: Run, iou: dict[int, float | None], step: int | None = None) -> None:
+    """Write the results of a run's step, the last one if none is named: IoU by dataset class id."""
+    step = run.task.num_steps - 1 if step is None else step
+    run.folder.mkdir(parents=True, exist_ok=True)
     content = {
+        "step": step,
         "class_iou": {f"class {c}": value for c, value in iou.items()},
         "indices": {f"class {c}": run.task.order.index(c) for c in iou},
-        **{f"miou_{name}": value for name, value in numbers.items()},
+        # Over the classes of this step only; the table must not take it.
+        "miou_new": 0.99,
     }
-    run.results.write_text(json.dumps(content))
+    (run.folder / f"results_{step}.json").write_text(json.dumps(content))
 
 
 def test_the_table_shows_means_and_spread(tmp_path: Path) -> None:
     runs = planned(tmp_path)
     for run, miou in zip([run for run in runs if run.method == "FT"], (0.5, 0.6), strict=True):
-        results(run, {}, old=miou, new=None, all=miou)
+        results(run, {c: miou if c <= 10 else None for c in range(21)})
     text = experiment.table(runs)
     assert "shapes 10-5-5" in text
+    assert "old: classes of step 0 with background, new: of steps 1 to 2" in text
     row = next(line for line in text.splitlines() if line.startswith("FT"))
     assert row.split("  ")[-1].strip() == "2"
     assert row.count("55.0 ± 7.1") == 2 and "–" in row
     assert next(line for line in text.splitlines() if line.startswith("MIB")).endswith("0")
+
+
+def test_new_are_the_classes_of_all_later_steps_as_in_the_report(tmp_path: Path) -> None:
+    joint, run = planned(tmp_path, seeds=[1], runs={"joint": {"task": "offline"}, "FT": {"method": "FT"}})
+    # Background 1, classes 1 to 10 0.5, 11 to 15 0.25 (step 1), 16 to 20 0 (step 2).
+    iou = {c: 1.0 if c == 0 else 0.5 if c <= 10 else 0.25 if c <= 15 else 0.0 for c in range(21)}
+    for one in (joint, run):
+        results(one, iou)
+        words = [word for command in one.commands for word in command]
+        write_run_facts(one.folder, parse_options(words).as_json(), one.task.steps)
+        assert experiment.scores(one, run.task) == pytest.approx([6 / 11, 0.125, (6 + 1.25) / 21])
+    (group,) = arrange([read_run(one.folder) for one in (run, joint)])
+    for one in (run, joint):
+        means = list(group.means(read_run(one.folder)).values())
+        assert means == pytest.approx(experiment.scores(one, run.task))
+    assert experiment.scores(joint, joint.task) == [None, None, pytest.approx((6 + 1.25) / 21)]
 
 
 def test_joint_training_is_judged_by_each_tasks_classes(tmp_path: Path) -> None:
@@ -483,7 +630,7 @@ def test_joint_training_is_judged_by_each_tasks_classes(tmp_path: Path) -> None:
     (joint,) = runs
     # Background 1, classes 1 to 10 0.5, 11 to 15 0.25 (class 11 has no IoU), 16 to 20 0.
     iou = {c: 1.0 if c == 0 else 0.5 if c <= 10 else 0.25 if c <= 15 else 0.0 for c in range(21)}
-    results(joint, {**iou, 11: None}, old=None, new=0.35, all=0.35)
+    results(joint, {**iou, 11: None})
     old, new, everything = experiment.scores(joint, joint.compared_in[0])
     assert (old, new) == (pytest.approx(6 / 11), pytest.approx(1 / 9))
     assert everything == pytest.approx(7 / 20)
@@ -528,6 +675,13 @@ def test_real_runs_end_with_table_and_report(shapes_root: Path, tmp_path: Path) 
     assert "step 0" not in log or "step 0 epoch" not in log
     (page,) = (tmp_path / "logs" / "report").glob("*.html")
     assert "MIB" in page.read_text(encoding="utf-8")
+    # What the real runs kept is what the commands are compared with.
+    check_begun(plan(read_experiment(file)))
+    write(tmp_path, common={**common, "epochs": 2}, seeds=[1], step_0={"epochs": 1}, processes=2)
+    with pytest.raises(
+        UserError, match="FT_1: step 1 was trained with --epochs 1, the file says --epochs 2;"
+    ):
+        check_begun(plan(read_experiment(file)))
 
 
 def test_a_wrong_experiment_raises_from_the_plan(tmp_path: Path) -> None:

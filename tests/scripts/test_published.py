@@ -91,11 +91,13 @@ def stand_ins(tmp_path: Path) -> Path:
     return folder
 
 
-def calls(script: Path, stand_ins: Path, *words: str, code: int = 0, **variables: str) -> list[Call]:
-    """What a script starts."""
+def calls(
+    script: Path, stand_ins: Path, *words: str, code: int = 0, said: str = "", **variables: str
+) -> list[Call]:
+    """What a script starts; it must end with a code, after words on its standard error."""
     record = stand_ins.parent / "record"
     record.write_bytes(b"")
-    known = {"DATA", "GPUS", "NAME", "PROTOCOL", "LOGDIR", "BATCH"}
+    known = {"DATA", "GPUS", "NAME", "PROTOCOL", "LOGDIR", "BATCH", "PROGRAM"}
     environment = {name: value for name, value in os.environ.items() if name not in known}
     done = subprocess.run(
         ["bash", str(script), *words],
@@ -110,7 +112,7 @@ def calls(script: Path, stand_ins: Path, *words: str, code: int = 0, **variables
         timeout=60,
         check=False,
     )
-    assert done.returncode == code, done.stderr
+    assert done.returncode == code and said in done.stderr, done.stderr
     lines = [text.split("\0")[:-1] for text in record.read_text().split("\n\0")[:-1]]
     # srun hands run.py to the shell of each task; what follows its own name are the options.
     ends = [max(i for i, word in enumerate(line) if Path(word).name == "run.py") for line in lines]
@@ -221,6 +223,43 @@ def test_slurm_script_of_sdr(stand_ins: Path) -> None:
     assert {(opts.data_root, opts.fidelity) for opts in options} == {(Path("/d"), "released")}
 
 
+def test_tasks_that_cannot_share_the_batch_start_nothing(
+    stand_ins: Path,
+) -> None:
+    script = SCRIPTS / "slurm" / "sdr_19-1.slurm"
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "3", "SLURM_SUBMIT_DIR": str(ROOT)}
+    assert calls(script, stand_ins, code=2, said="--ntasks=3 cannot share a batch of 8 evenly", **slurm) == []
+    found = calls(script, stand_ins, BATCH="9", **slurm)
+    assert [call.options.batch_size for call in found] == [3, 3]
+
+
+@pytest.mark.parametrize("name", ["sdr_19-1.slurm", "requeue.slurm"])
+def test_slurm_scripts_find_the_program_or_say_so(name: str, stand_ins: Path, tmp_path: Path) -> None:
+    """Slurm runs a copy; the folder of sbatch, or PROGRAM, tells where the program is."""
+    copy = tmp_path / "slurm_script"
+    shutil.copy(SCRIPTS / "slurm" / name, copy)
+    elsewhere = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    assert calls(copy, stand_ins, code=2, said=f"{tmp_path} is not the program's folder", **elsewhere) == []
+    assert calls(copy, stand_ins, PROGRAM=str(ROOT), **elsewhere) != []
+    assert calls(copy, stand_ins, **{**elsewhere, "SLURM_SUBMIT_DIR": str(ROOT)}) != []
+
+
+def documented(text: str) -> list[Options]:
+    """Options of every ``sbatch ... requeue.slurm`` of a text."""
+    found = re.findall(r"requeue\.slurm \\\n((?:.*\\\n)*.*)", text)
+    return [parse_options(shlex.split(words.replace("\\\n", " ").replace("#", " "))) for words in found]
+
+
+@pytest.mark.parametrize("path", ["docs/long_runs.md", "scripts/slurm/requeue.slurm"])
+def test_the_examples_for_slurm_follow_the_recipe(path: str) -> None:
+    text = (ROOT / path).read_text(encoding="utf-8")
+    (opts,) = documented(text)
+    assert "--ntasks-per-node=4" in text
+    total, first, later, epochs, level = RECIPES[str(opts.method).lower()]
+    assert (4 * opts.batch_size, opts.epochs, opts.opt_level) == (total, epochs["voc"], level)
+    assert opts.lrs == [first, later["voc"]]
+
+
 def test_batch_file_of_sdr() -> None:
     found = bat_calls(SCRIPTS / "windows" / "sdr_19-1.bat")
     options = check(found, "voc", "sdr", "19-1", 1)
@@ -232,7 +271,12 @@ def test_shellcheck_finds_nothing() -> None:
     program = shutil.which("shellcheck")
     if program is None:
         pytest.skip("needs shellcheck")
-    scripts = [*SCRIPTS.glob("[av]*/*.sh"), *SCRIPTS.glob("slurm/*"), SCRIPTS / "run_task.sh"]
+    scripts = [
+        *SCRIPTS.glob("[av]*/*.sh"),
+        *SCRIPTS.glob("slurm/*"),
+        SCRIPTS / "run_task.sh",
+        SCRIPTS / "share_batch.sh",
+    ]
     done = subprocess.run(
         [program, *map(str, scripts)], cwd=ROOT, capture_output=True, text=True, check=False
     )
