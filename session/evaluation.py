@@ -153,26 +153,22 @@ class Evaluation:
             options: Any = {"device": self.world.device, "precision": precision, "predict": self.predict}
             return [predict_classes(network, image, **options) for image in images]
 
-        predictions = predicted(model)
-        old = None if old_model is None else predicted(old_model)
-        path = self.folder.path / f"predictions_{step}.png"
         # By the data set's ids, so that a class has one colour in every order of the classes.
-        class_ids = self.opts.task_.seen_classes(step)
-        picture = prediction_grid(
-            images,
-            targets,
-            predictions,
-            data.class_names,
-            old_predictions=old,
-            class_ids=class_ids,
-            path=path,
-        )
+        seen = self.opts.task_.seen_classes(step)
+        ids = torch.full((256,), VOID)
+        ids[: len(seen)] = torch.tensor(seen)
+
+        def by_id(masks: list[Tensor]) -> list[Tensor]:
+            return [ids[mask.long()] for mask in masks]
+
+        truth, found = by_id(targets), by_id(predicted(model))
+        before = None if old_model is None else by_id(predicted(old_model))
+        path = self.folder.path / f"predictions_{step}.png"
+        names = dict(zip(seen, data.class_names, strict=True))
+        picture = prediction_grid(images, truth, found, names, old_predictions=before, path=path)
         board.image("predictions", picture, self.opts.epochs)
         with self._task_board() as whole:
             whole.image("predictions", picture, step)
-        ids = torch.full((256,), VOID)
-        ids[: len(class_ids)] = torch.tensor(class_ids)
-        truth, found = ([ids[mask.long()] for mask in masks] for masks in (targets, predictions))
         write_samples(self.folder.path / "samples", images, truth, found, step)
         log.info("pictures: %s", path)
 

@@ -63,23 +63,20 @@ def overlay(image: Array | Tensor, mask: Array | Tensor, opacity: float = 0.6) -
 def prediction_grid(
     images: Sequence[Array | Tensor],
     targets: Sequence[Array | Tensor],
-    predictions: Sequence[Array | Tensor] | Mapping[str, Sequence[Array | Tensor]],
-    class_names: Sequence[str],
+    predictions: Sequence[Array | Tensor],
+    class_names: Mapping[int, str],
     *,
     old_predictions: Sequence[Array | Tensor] | None = None,
-    class_ids: Sequence[int] | None = None,
     path: Path | None = None,
 ) -> Array:
     """Pictures in rows: image, labels, old model's prediction, prediction; below, the classes' colours.
 
     Args:
         images: each H×W×3 or 3×H×W, uint8; sizes may differ.
-        targets: each H×W, class indices, 255 void.
-        predictions: each H×W, class indices; or several columns of predictions by title.
-        class_names: by class index.
+        targets: each H×W, class ids, 255 void.
+        predictions: each H×W, class ids.
+        class_names: by class id.
         old_predictions: each H×W, of the model before this step, for a column before the predictions.
-        class_ids: the data set's id of each class index, which gives the class its colour, so that it has the
-            same in every class order; the indices themselves where it is not given.
         path: also write the picture there, as PNG.
 
     Returns:
@@ -88,18 +85,11 @@ def prediction_grid(
     Raises:
         UserError: ``path`` cannot be written.
     """
-    columns = dict(predictions) if isinstance(predictions, Mapping) else {"prediction": predictions}
     old = {} if old_predictions is None else {"old model's prediction": old_predictions}
-    masks = {"labels": targets, **old, **columns}
+    masks = {"labels": targets, **old, "prediction": predictions}
     if not images or any(len(column) != len(images) for column in masks.values()):
         raise ValueError("prediction_grid needs as many labels and predictions as images, and at least one")
-    names = dict(enumerate(class_names))
-    if class_ids is not None:
-        names = dict(zip(class_ids, class_names, strict=True))
-        table = np.full(256, VOID)
-        table[: len(class_ids)] = class_ids
-        masks = {title: [table[np.asarray(mask)] for mask in column] for title, column in masks.items()}
-    figure = _grid_figure([_picture(image) for image in images], masks, names)
+    figure = _grid_figure([_picture(image) for image in images], masks, class_names)
     return _render(figure, path)
 
 

@@ -288,11 +288,10 @@ def _unusual(run: Run) -> dict[str, Any]:
 
 
 def _without_twins(runs: list[Run]) -> list[list[Run]]:
-    """Parts in which no seed is there twice: by name, else by folder, else each run by itself."""
+    """Parts in which no seed is there twice: by name, else by name and folder, else each run by itself."""
     ways: tuple[Callable[[Run], Hashable], ...] = (
         lambda run: "",
         _bare_name,
-        lambda run: run.folder.parent,
         lambda run: (run.folder.parent, _bare_name(run)),
     )
     for way in ways:
