@@ -75,8 +75,9 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     path = Path(path)
     save_id = secrets.token_hex(8)
     try:
-        for left_over in path.parent.glob(f".{path.name}.*.tmp"):
-            left_over.unlink(missing_ok=True)
+        for name in (path.name, _manifest_path(path).name):
+            for left_over in path.parent.glob(f".{name}.*.tmp"):
+                left_over.unlink(missing_ok=True)
         with atomic_write(path, _NO_SPACE) as file:
             torch.save({"format": FORMAT_VERSION, **content, "save_id": save_id}, file)
             size = file.tell()

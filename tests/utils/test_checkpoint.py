@@ -164,8 +164,13 @@ def test_killed_at_any_moment_the_checkpoint_is_whole(tmp_path):
         assert (read["model_state"]["w"] == read["epoch"]).all()
         read_back += 1
     assert read_back == 5
-    save_checkpoint(path, content())  # the next save tidies up what the kills left
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.pth"]
+
+
+def test_the_next_save_removes_what_killed_ones_left(tmp_path):
+    for name in (".a.pth.17.tmp", ".a.json.17.tmp", ".b.pth.17.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+    save_checkpoint(tmp_path / "a.pth", content())
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".b.pth.17.tmp", "a.json", "a.pth"]
 
 
 def test_kill_between_checkpoint_and_manifest(tmp_path, caplog):
