@@ -15,7 +15,7 @@ from report_runs import write_run
 from utils.errors import UserError
 from utils.report import comparison, figures, find_runs, main
 from utils.report.command import _common
-from utils.report.groups import arrange, deciding, task_title
+from utils.report.groups import Group, arrange, deciding, task_title
 from utils.report.page import _class_colours, write_report
 from utils.report.published import of_group, of_method, table
 from utils.report.reading import read_run
@@ -183,7 +183,10 @@ def test_a_run_of_an_earlier_version_lacks_later_options(tmp_path: Path) -> None
     options: list[dict[str, object]] = [{}, {"accumulate": 1, "compile": True}, {"accumulate": 4}]
     folders = [write_run(tmp_path, "FT", seed, pictures=0, **given) for seed, given in enumerate(options)]
     (group,) = arrange([read_run(folder) for folder in folders])
-    assert [[run.name for run in method.runs] for method in group.methods] == [["FT_0", "FT_1"], ["FT_2"]]
+    assert sorted([run.name for run in method.runs] for method in group.methods) == [
+        ["FT_0", "FT_1"],
+        ["FT_2"],
+    ]
 
 
 def test_methods_of_one_name_are_told_apart_by_their_options(tmp_path: Path) -> None:
@@ -288,7 +291,51 @@ def test_first_steps_of_another_run_count(tmp_path: Path) -> None:
         path = str(base / f"{base.name}_0.pth")
         given: dict[str, object] = {"step_ckpt": path}
         folders.append(write_run(tmp_path, "MIB", seed, pictures=0, done=(1,), by_step={1: {}}, **given))
-    assert [len(names) for names in methods(*folders).values()] == [2, 1]
+    assert sorted(len(names) for names in methods(*folders).values()) == [1, 2]
+
+
+def test_pictures_of_a_first_step_of_another_run(tmp_path: Path) -> None:
+    base = write_run(tmp_path, "FT", 1, done=(0,))
+    folder = write_run(tmp_path, "MIB", 1, done=(1,), step_ckpt=str(base / f"{base.name}_0.pth"))
+    theirs, mine = (path / "samples" for path in (base, folder))
+    shutil.copy(theirs / "0_input.png", mine)  # of the second picture it drew another photo
+    samples = read_run(folder).samples
+    assert samples[0].keys() == {"input", "truth", "step0", "step1"}
+    assert samples[0]["step0"] == theirs / "0_step0.png" and samples[0]["truth"] == mine / "0_truth.png"
+    assert samples[1].keys() == {"input", "truth", "step1"}
+
+
+def test_the_best_method_comes_first_and_keeps_its_colour(tmp_path: Path) -> None:
+    def group() -> Group:
+        (found,) = arrange([read_run(path) for path in find_runs([tmp_path])])
+        return found
+
+    for method, miou in (("FT", 0.1), ("MIB", 0.3), ("PLOP", 0.2)):
+        folder = write_run(tmp_path, method, 1, pictures=0)
+        names = json.loads((folder / "results_1.json").read_text())["class_iou"]
+        _change(folder, 1, class_iou=dict.fromkeys(names, miou))
+    write_run(tmp_path, "joint", 1, task="offline", done=(0,), pictures=0)
+    write_run(tmp_path, "ILT", 1, done=(0,), pictures=0)
+    before = group()
+    assert [method.label for method in before.methods] == ["MIB", "PLOP", "FT", "ILT", "joint"]
+    _change(tmp_path / "15-5-voc_FT_1", 1, class_iou=dict.fromkeys(names, 0.5))
+    assert [method.label for method in group().methods] == ["FT", "MIB", "PLOP", "ILT", "joint"]
+    assert figures.styles(group()) == figures.styles(before)
+
+
+def test_many_methods_have_their_pictures_in_bands(tmp_path: Path) -> None:
+    labels = [f"M{number}" for number in range(figures.BESIDE + 1)]
+    for label in labels:
+        write_run(tmp_path, label, 1, pictures=1)
+    (group,) = arrange([read_run(path) for path in find_runs([tmp_path])])
+    figure = figures.sample_pictures(group, 0)
+    assert figure is not None and len(figure.subfigs) == 2
+    titles = [[axes.get_title() for axes in band.axes if axes.get_title()] for band in figure.subfigs]
+    assert all({"input", "truth"} <= set(band) for band in titles)
+    shown = [title for band in titles for title in band if title not in ("input", "truth")]
+    assert shown == [method.label for method in group.methods]
+    # A prediction of each of the two steps for everyone, and input and truth in each band.
+    assert sum(bool(axes.images) for axes in figure.axes) == 2 * len(labels) + 4
 
 
 def test_other_data_are_another_method(tmp_path: Path) -> None:
@@ -310,14 +357,14 @@ def test_a_seed_that_is_there_twice_is_no_other_seed(tmp_path: Path) -> None:
     folders = [
         write_run(tmp_path / place, "MIB", seed, pictures=0) for place in ("a", "b") for seed in (1, 2)
     ]
-    assert list(methods(*folders)) == ["MIB (a)", "MIB (b)"]
+    assert sorted(methods(*folders)) == ["MIB (a)", "MIB (b)"]
     again = write_run(tmp_path / "c", "MIB", 1, pictures=0, name="MIBagain_1")
     assert methods(*folders[:2], again) == {
         "MIB": ["15-5-voc_MIB_1", "15-5-voc_MIB_2"],
         "MIBagain": ["15-5-voc_MIB_1"],
     }
     same = [write_run(tmp_path / "d", "FT", number, pictures=0, random_seed=42) for number in (1, 2)]
-    assert list(methods(*same)) == ["FT (15-5-voc_FT_1)", "FT (15-5-voc_FT_2)"]
+    assert sorted(methods(*same)) == ["FT (15-5-voc_FT_1)", "FT (15-5-voc_FT_2)"]
 
 
 def test_a_run_reached_by_two_paths_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -426,7 +473,7 @@ def test_a_task_of_two_steps_has_bars(tmp_path: Path, runs: Path) -> None:
     figure = figures.bars(group)
     assert figure is not None
     labels = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
-    assert labels == ["MIB", "SDR", "joint"]  # ILT has no results of step 1 yet
+    assert sorted(labels) == ["MIB", "SDR", "joint"]  # ILT has no results of step 1 yet
     lines = {line.method.label: line for line in summary(group)}
     for axes, key in zip(figure.axes, ("old", "new", "all"), strict=True):
         widths = [patch.get_width() for patch in axes.patches]

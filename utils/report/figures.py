@@ -29,7 +29,8 @@ from utils.visualize import confusion_figure
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _NUMBERED = 40  # rows of a heat map up to which its cells hold numbers
-_STEPS_SHOWN = 7  # columns of predictions beside input and truth
+_STEPS_SHOWN = 7  # rows of predictions of one picture
+BESIDE = 8  # methods beside each other in the sample pictures
 _SMOOTHED = 60  # points of a loss curve
 _WIDTH = 11.8  # inches, of figures as wide as the page
 _LEARNT = 0.01  # IoU from which a class counts as learnt
@@ -40,9 +41,13 @@ Style = dict[str, Any]
 
 
 def styles(group: Group) -> dict[str, Style]:
-    """Colour, marker and dashes of every method, by label; the same in all figures of the group."""
+    """Colour, marker and dashes of every method, by label; the same in all figures of the group.
+
+    They go by name, so that a method keeps its own while runs go on and the order changes.
+    """
     found: dict[str, Style] = {}
-    for place, method in enumerate(method for method in group.methods if not method.joint):
+    own = sorted((method for method in group.methods if not method.joint), key=lambda method: method.label)
+    for place, method in enumerate(own):
         colour = _COLOURS[place % len(_COLOURS)]
         marker = _MARKERS[(place + place // len(_COLOURS)) % len(_MARKERS)]
         dashes = "-" if place < len(_COLOURS) else "--"
@@ -387,26 +392,39 @@ def _bars(
 
 
 def sample_pictures(group: Group, index: int) -> Figure | None:
-    """One picture: input and truth in the first column, then a column per method and a row per step."""
+    """One picture: input and truth in the first column, then a column per method and a row per step.
+
+    Methods that are too many for one band go on in the next, with input and truth again.
+    """
     having = [(method, run) for method in group.methods for run in method.runs[:1] if index in run.samples]
     if not having:
         return None
     steps = sorted({int(k[4:]) for _, run in having for k in run.samples[index] if k.startswith("step")})
     steps = _thinned(steps, _STEPS_SHOWN) or [0]
-    first = having[0][1].samples[index]
-    shape = np.divide(*_pixels(next(iter(first.values()))).shape[:2])
-    columns, rows = 1 + len(having), max(2, len(steps))
+    shape = np.divide(*_pixels(next(iter(having[0][1].samples[index].values()))).shape[:2])
+    bands = list(_wrapped([1] * len(having), math.ceil(len(having) / math.ceil(len(having) / BESIDE))))
+    columns, rows = 1 + max(map(len, bands)), max(2, len(steps))
     cell = min(2.2, (_WIDTH - 0.3) / columns)
-    figure = _figure(cell * columns + 0.3, (cell * shape + 0.1) * rows + 0.5)
-    panels = figure.subplots(rows, columns, squeeze=False)
+    figure = _figure(cell * columns + 0.3, ((cell * shape + 0.1) * rows + 0.5) * len(bands))
+    for part, band in zip(_subfigures(figure, len(bands)), bands, strict=True):
+        panels = part.subplots(rows, columns, squeeze=False)
+        _sample_band(panels, [having[place] for place in band], index, steps, shape)
+    return figure
+
+
+def _sample_band(
+    panels: Array, having: Sequence[tuple[Method, Run]], index: int, steps: Sequence[int], shape: float
+) -> None:
+    """Fill one band of ``sample_pictures``."""
     for axes in panels.flat:
         axes.set(xticks=[], yticks=[])
         axes.set_box_aspect(shape)  # empty ones too, else their titles stand higher
         axes.spines[:].set_visible(False)
+    first = having[0][1].samples[index]
     for axes, key in zip(panels[:, 0], ("input", "truth"), strict=False):
         _show(axes, first.get(key))
         axes.set_title(key, fontsize=9)
-    for column, (method, run) in zip(panels.T[1:], having, strict=True):
+    for column, (method, run) in zip(panels.T[1:], having, strict=False):
         column[0].set_title(method.label, fontsize=9)
         for axes, step in zip(column, steps, strict=False):
             # Joint training has one step only: its prediction stands beside the last of the others.
@@ -414,7 +432,6 @@ def sample_pictures(group: Group, index: int) -> Figure | None:
             _show(axes, run.samples[index].get(key))
     for axes, step in zip(panels[:, 1], steps, strict=False):
         axes.set_ylabel(f"step {step}", fontsize=9)
-    return figure
 
 
 def _show(axes: Axes, path: Path | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import math
@@ -166,7 +167,7 @@ class Group:
 
 
 def arrange(runs: Sequence[Run]) -> list[Group]:
-    """Sort runs into groups; joint training joins every group of its data set and network."""
+    """Sort runs into groups, best methods first; joint training joins all groups of its data and network."""
     keys: dict[tuple[Any, ...], list[Run]] = {}
     joint = [run for run in runs if run.task == JOINT]
     for run in runs:
@@ -177,13 +178,24 @@ def arrange(runs: Sequence[Run]) -> list[Group]:
     for (dataset, task, protocol, backbone), members in keys.items():
         beside = [run for run in joint if (run.dataset, run.backbone) == (dataset, backbone)]
         placed.update(run.folder for run in beside)
-        groups.append(Group(dataset, task, protocol, backbone, _methods([*members, *beside])))
+        groups.append(_ranked(Group(dataset, task, protocol, backbone, _methods([*members, *beside]))))
     alone: dict[tuple[Any, ...], list[Run]] = {}
     for run in joint:
         if run.folder not in placed:
             alone.setdefault((run.dataset, run.backbone), []).append(run)
-    groups += [Group(key[0], JOINT, None, key[1], _methods(members)) for key, members in alone.items()]
+    groups += [_ranked(Group(key[0], JOINT, None, key[1], _methods(runs))) for key, runs in alone.items()]
     return groups
+
+
+def _ranked(group: Group) -> Group:
+    """The group with its best method first, by all classes; who is behind comes later, joint last."""
+
+    def place(method: Method) -> tuple[bool, int, float, str]:
+        found = stat(group.means(run)["all"] for run in method.latest())
+        step = -1 if method.step is None else method.step
+        return method.joint, -step, -(found.mean if found else 0.0), method.label
+
+    return dataclasses.replace(group, methods=sorted(group.methods, key=place))
 
 
 def task_title(dataset: str, task: str) -> str:

@@ -235,6 +235,7 @@ def _sections(folder: _Folder, group: Group, lines: Sequence[Line]) -> list[Sect
             "The same pictures",
             "What the first seed of each method predicts after each step.",
             _samples(folder, group),
+            folded=len(group.methods) > figures.BESIDE,
             coloured=True,
         ),
         Section(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import re
 import time
@@ -71,6 +72,7 @@ class Run:
         task, dataset, name: of the options, else of the folder's name.
         results: by step; those of a first step that it took over from another run are among them.
         taken_over: name of the run that a step's results were taken over from.
+        base: the folder of that run, if it is there.
         courses: of training, by step.
     """
 
@@ -83,6 +85,7 @@ class Run:
     name: str
     results: dict[int, dict[str, Any]]
     taken_over: dict[int, str]
+    base: Path | None
     courses: dict[int, Course]
 
     @property
@@ -173,12 +176,20 @@ class Run:
 
     @cached_property
     def samples(self) -> dict[int, dict[str, Path]]:
-        """Sample pictures by number: ``input``, ``truth`` and ``step<k>``."""
-        found: dict[int, dict[str, Path]] = {}
-        for path in sorted((self.folder / "samples").glob("*.png")):
-            if match := _SAMPLE.fullmatch(path.name):
-                found.setdefault(int(match[1]), {})[path.stem.split("_", 1)[1]] = path
-        return dict(sorted(found.items()))
+        """Sample pictures by number: ``input``, ``truth`` and ``step<k>``.
+
+        Those of a step that was taken over are the other run's, where both drew the same photo.
+        """
+        found = _samples(self.folder)
+        theirs = {} if self.base is None else _samples(self.base)
+        for number in found.keys() & theirs.keys():
+            mine, others = found[number], theirs[number]
+            if "input" not in mine or "input" not in others:
+                continue
+            if filecmp.cmp(mine["input"], others["input"], shallow=False):
+                keys = {f"step{step}" for step in self.taken_over} & others.keys() - mine.keys()
+                mine |= {key: others[key] for key in keys}
+        return found
 
     @property
     def seconds(self) -> float | None:
@@ -250,8 +261,18 @@ def read_run(folder: Path) -> Run:
         name=name,
         results=dict(sorted(results.items())),
         taken_over=taken_over,
+        base=base,
         courses=courses,
     )
+
+
+def _samples(folder: Path) -> dict[int, dict[str, Path]]:
+    """Sample pictures of a run's folder by number, then by ``input``, ``truth`` and ``step<k>``."""
+    found: dict[int, dict[str, Path]] = {}
+    for path in sorted((folder / "samples").glob("*.png")):
+        if match := _SAMPLE.fullmatch(path.name):
+            found.setdefault(int(match[1]), {})[path.stem.split("_", 1)[1]] = path
+    return dict(sorted(found.items()))
 
 
 def _courses(folder: Path) -> dict[int, Course]:
