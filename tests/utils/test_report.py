@@ -323,6 +323,23 @@ def test_the_best_method_comes_first_and_keeps_its_colour(tmp_path: Path) -> Non
     assert figures.styles(group()) == figures.styles(before)
 
 
+def test_few_pictures_are_named_and_many_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("utils.report.command.write_report", lambda runs, out: out / "report.html")
+    folder = write_run(tmp_path, "MIB", 1, pictures=0)
+    shown = [folder / f"predictions_{step}.png" for step in range(2)]
+    for path in shown:
+        path.touch()
+    assert main([str(tmp_path)]) == 0
+    assert [f"picture: {path}" for path in shown] == capsys.readouterr().out.splitlines()[-3:-1]
+    for step in range(2, 30):
+        (folder / f"predictions_{step}.png").touch()
+    assert main([str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "picture:" not in out and "pictures: 30," in out
+
+
 def test_many_methods_have_their_pictures_in_bands(tmp_path: Path) -> None:
     labels = [f"M{number}" for number in range(figures.BESIDE + 1)]
     for label in labels:

@@ -13,6 +13,8 @@ from utils.report.page import write_report
 from utils.report.reading import find_runs, read_run
 from utils.report.tables import comparison
 
+_LISTED = 12  # pictures that are named one by one
+
 
 def main(argv: list[str] | None = None) -> int:
     """Print the comparison, write the page, print where it and the pictures lie; exit code 0 or 2."""
@@ -37,8 +39,12 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"utils.report: error: {error}", file=sys.stderr)
         return 2
-    for picture in (path for run in runs for path in sorted(run.glob("predictions_*.png"))):
-        print(f"picture: {picture}")
+    pictures = [path for run in runs for path in sorted(run.glob("predictions_*.png"))]
+    if len(pictures) > _LISTED:
+        print(f"pictures: {len(pictures)}, predictions_<step>.png in the folders of the runs")
+    else:
+        for picture in pictures:
+            print(f"picture: {picture}")
     print(f"report: {page}")
     return 0
 
