@@ -323,6 +323,21 @@ def test_the_best_method_comes_first_and_keeps_its_colour(tmp_path: Path) -> Non
     assert figures.styles(group()) == figures.styles(before)
 
 
+def test_a_run_that_diverges_leaves_the_others_readable(tmp_path: Path) -> None:
+    for method in ("FT", "SDR"):
+        folder = write_run(tmp_path, method, 1, pictures=0)
+    path = folder / "history_1.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    wild = next(line for line in lines if "losses" in line)
+    wild["losses"] = dict.fromkeys(wild["losses"], 3e11)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (group,) = arrange([read_run(path) for path in find_runs([tmp_path])])
+    figure, terms = figures.total_losses(group), figures.loss_terms(read_run(folder))
+    assert figure is not None and terms is not None
+    assert [axes.get_yscale() for axes in figure.axes] == ["linear", "symlog"]
+    assert [axes.get_yscale() for axes in terms.axes] == ["linear", "symlog", "linear", "linear"]
+
+
 def test_few_pictures_are_named_and_many_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, SymmetricalLogLocator
 from PIL import Image
 
 from metrics.continual import Array
@@ -32,6 +32,7 @@ _NUMBERED = 40  # rows of a heat map up to which its cells hold numbers
 _STEPS_SHOWN = 7  # rows of predictions of one picture
 BESIDE = 8  # methods beside each other in the sample pictures
 _SMOOTHED = 60  # points of a loss curve
+_FAR = 100  # times the median loss from which a scale is logarithmic
 _WIDTH = 11.8  # inches, of figures as wide as the page
 _LEARNT = 0.01  # IoU from which a class counts as learnt
 _NO_RESULT = "#dddddd"
@@ -314,6 +315,7 @@ def total_losses(group: Group) -> Figure | None:
                 axes.plot(*_smooth(x, y), label=method.label if place == 0 else None, **style)
         axes.set_title(f"step {step}")
         axes.set_xlabel("iteration")
+        _log_if_far(axes)
         _tidy(axes)
     for axes in panels.flat[len(steps) :]:
         axes.set_axis_off()
@@ -342,6 +344,7 @@ def loss_terms(run: Run) -> Figure | None:
                     *_smooth(x, y), label=name, color=colour, linestyle=dashes, linewidth=1.3
                 )
         panels[1, column].plot(x, [record.lr for record in records], color="0.35", linewidth=1.3)
+        _log_if_far(panels[0, column])
         panels[0, column].set_title(f"step {step}")
         panels[1, column].set_xlabel("iteration")
     for axes in panels.flat:
@@ -467,6 +470,17 @@ def _heat(
                 text = axes.text(column, row, str(round(value)), ha="center", va="center", fontsize=6.5)
                 text.set_color("white" if dark else "black")
     return image
+
+
+def _log_if_far(axes: Axes) -> None:
+    """A logarithmic scale where a few values would press all others flat, as those of a run that diverges."""
+    values = np.array([value for line in axes.lines for value in np.asarray(line.get_ydata(), dtype=float)])
+    sizes = np.abs(values[np.isfinite(values) & (values != 0)])
+    if sizes.size and sizes.max() > _FAR * (usual := float(np.median(sizes))):
+        axes.set_yscale("symlog", linthresh=usual, linscale=2)  # linear up to what is usual, zero too
+        ticks = SymmetricalLogLocator(base=10, linthresh=usual)
+        ticks.set_params(numticks=6)
+        axes.yaxis.set_major_locator(ticks)
 
 
 def _smooth(x: Sequence[float], y: Sequence[float]) -> tuple[Array, Array]:
