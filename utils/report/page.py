@@ -240,8 +240,8 @@ def _sections(folder: _Folder, group: Group, lines: Sequence[Line]) -> list[Sect
         ),
         Section(
             "Loss",
-            "The total loss, a line per run; its terms stand with each run below. Where a run leaves the others far "
-            "behind, the scale is logarithmic.",
+            "The total loss, a line per run; its terms stand with each run below. The scale is logarithmic "
+            "where a run leaves all others far behind.",
             one("losses", "total loss", figures.total_losses(group)),
         ),
         Section(
