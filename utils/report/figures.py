@@ -405,13 +405,14 @@ def sample_pictures(group: Group, index: int) -> Figure | None:
     steps = sorted({int(k[4:]) for _, run in having for k in run.samples[index] if k.startswith("step")})
     steps = _thinned(steps, _STEPS_SHOWN) or [0]
     shape = np.divide(*_pixels(next(iter(having[0][1].samples[index].values()))).shape[:2])
-    bands = list(_wrapped([1] * len(having), math.ceil(len(having) / math.ceil(len(having) / BESIDE))))
+    most = math.ceil(len(having) / math.ceil(len(having) / BESIDE))  # in as few bands, of equal length
+    bands = [having[place : place + most] for place in range(0, len(having), most)]
     columns, rows = 1 + max(map(len, bands)), max(2, len(steps))
     cell = min(2.2, (_WIDTH - 0.3) / columns)
     figure = _figure(cell * columns + 0.3, ((cell * shape + 0.1) * rows + 0.5) * len(bands))
     for part, band in zip(_subfigures(figure, len(bands)), bands, strict=True):
         panels = part.subplots(rows, columns, squeeze=False)
-        _sample_band(panels, [having[place] for place in band], index, steps, shape)
+        _sample_band(panels, band, index, steps, shape)
     return figure
 
 
