@@ -368,7 +368,7 @@ def test_waits_are_seen() -> None:
     assert not waits(lambda: values[values.flip(0)] + values.sum())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.cuda
 @pytest.mark.parametrize("name", METHODS)
 def test_no_step_of_any_method_waits_for_a_gpu(name: str) -> None:
     trainer = ready(name, "paper", "cuda")

@@ -128,7 +128,7 @@ def test_deterministic_mode_gives_the_same_counts():
     torch.testing.assert_close(*counts)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.cuda
 def test_cuda_counts_without_waiting():
     preds, targets = random_batch(21)
     expected = StreamSegMetrics(21)

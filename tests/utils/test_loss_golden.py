@@ -1,7 +1,7 @@
 """Every golden file of the losses: values and gradients of the released code, to 1e-5 relative.
 
 A gradient's error is measured against its largest entry: entries that cancel to nothing have no digits of
-their own in float32.
+their own in float32. On CUDA the same, where there is a GPU.
 """
 
 from __future__ import annotations
@@ -25,10 +25,15 @@ def cases(pattern: str) -> list[str]:
     return names
 
 
-def load(name: str) -> tuple[dict[str, torch.Tensor], dict]:
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+def load(name: str, device: torch.device) -> tuple[dict[str, torch.Tensor], dict]:
     with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as archive:
         meta = json.loads(str(archive["meta"]))
-        arrays = {key: torch.from_numpy(archive[key]) for key in archive.files if key != "meta"}
+        arrays = {key: torch.from_numpy(archive[key]).to(device) for key in archive.files if key != "meta"}
     return arrays, meta
 
 
@@ -47,8 +52,8 @@ def gradient(output: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor,
 
 
 @pytest.mark.parametrize("name", cases("unbiased_ce-*"))
-def test_unbiased_cross_entropy(name):
-    z, meta = load(name)
+def test_unbiased_cross_entropy(name, device):
+    z, meta = load(name, device)
     x = leaf(z["inputs"])
     assert_close(
         L.UnbiasedCrossEntropy(old_cl=meta["old_cl"], reduction="none")(x, z["targets"]), z["loss_none"]
@@ -59,8 +64,8 @@ def test_unbiased_cross_entropy(name):
 
 
 @pytest.mark.parametrize("name", cases("kd_alpha*") + cases("unbiased_kd_alpha*"))
-def test_distillation(name):
-    z, meta = load(name)
+def test_distillation(name, device):
+    z, meta = load(name, device)
     cls = L.UnbiasedKnowledgeDistillationLoss if name.startswith("unbiased") else L.KnowledgeDistillationLoss
     x = leaf(z["inputs"])
     loss = cls(alpha=meta["alpha"])(inputs=x, targets=z["targets"])
@@ -71,8 +76,8 @@ def test_distillation(name):
 
 
 @pytest.mark.parametrize("name", cases("bce_ignore-*"))
-def test_bce(name):
-    z, _ = load(name)
+def test_bce(name, device):
+    z, _ = load(name, device)
     x = leaf(z["inputs"])
     assert_close(L.BCEWithLogitsLossWithIgnoreIndex(reduction="none")(x, z["targets"]), z["loss_none"])
     loss = L.BCEWithLogitsLossWithIgnoreIndex()(inputs=x, targets=z["targets"])
@@ -81,8 +86,8 @@ def test_bce(name):
 
 
 @pytest.mark.parametrize("name", cases("focal-*"))
-def test_focal(name):
-    z, meta = load(name)
+def test_focal(name, device):
+    z, meta = load(name, device)
     x = leaf(z["inputs"])
     loss = L.FocalLoss(alpha=meta["alpha"], gamma=meta["gamma"])(inputs=x, targets=z["targets"])
     assert_close(loss, z["loss"])
@@ -90,8 +95,8 @@ def test_focal(name):
 
 
 @pytest.mark.parametrize("name", cases("icarl_bkg*"))
-def test_icarl(name):
-    z, meta = load(name)
+def test_icarl(name, device):
+    z, meta = load(name, device)
     x = leaf(z["inputs"])
     loss = L.IcarlLoss(bkg=meta["bkg"])(inputs=x, targets=z["targets"], output_old=z["output_old"])
     assert_close(loss, z["loss"])
@@ -99,8 +104,8 @@ def test_icarl(name):
 
 
 @pytest.mark.parametrize("name", cases("cil_gs*"))
-def test_cil(name):
-    z, meta = load(name)
+def test_cil(name, device):
+    z, meta = load(name, device)
     x = leaf(z["outputs"])
     criterion = L.CILDistillationLoss(gs=meta["gs"], temp=meta["temp"])
     loss = criterion(outputs=x, outputs_old=z["outputs_old"], targets=z["targets"])
@@ -109,8 +114,8 @@ def test_cil(name):
 
 
 @pytest.mark.parametrize("name", cases("encoder_distillation_*"))
-def test_encoder_distillation(name):
-    z, meta = load(name)
+def test_encoder_distillation(name, device):
+    z, meta = load(name, device)
     f = leaf(z["features"])
     criterion = L.DistillationEncoderLoss(mask=meta["mask"], loss_de_cosine=meta["cosine"])
     loss = criterion(
@@ -121,8 +126,8 @@ def test_encoder_distillation(name):
 
 
 @pytest.mark.parametrize("name", cases("sdr_contrastive_*"))
-def test_sdr_contrastive_released(name):
-    z, meta = load(name)
+def test_sdr_contrastive_released(name, device):
+    z, meta = load(name, device)
     f = leaf(z["features"])
     criterion = L.FeaturesClusteringSeparationLoss(**meta["options"], fidelity="released")
     attraction, repulsion = criterion(features=f, labels=z["labels"], prototypes=z["prototypes"])
@@ -135,8 +140,8 @@ def test_sdr_contrastive_released(name):
 # With one image the readings agree on the class features, so the repulsion is the paper's; with "nobgr" only
 # where the lowest class present is the background, as here.
 @pytest.mark.parametrize("name", cases("sdr_contrastive_*_b1-*"))
-def test_sdr_repulsion_paper(name):
-    z, meta = load(name)
+def test_sdr_repulsion_paper(name, device):
+    z, meta = load(name, device)
     if meta["options"].get("lfc_nobgr"):
         assert (z["labels"] == 0).any()
     f = leaf(z["features"])
@@ -147,8 +152,8 @@ def test_sdr_repulsion_paper(name):
 
 
 @pytest.mark.parametrize("name", cases("sdr_prototype_matching_*"))
-def test_sdr_matching_released(name):
-    z, meta = load(name)
+def test_sdr_matching_released(name, device):
+    z, meta = load(name, device)
     f = leaf(z["features"])
     criterion = L.DistillationEncoderPrototypesLoss(sumafter=meta["sumafter"], fidelity="released")
     loss = criterion(
@@ -164,8 +169,8 @@ def test_sdr_matching_released(name):
 
 @pytest.mark.parametrize("fidelity", L.FIDELITIES)
 @pytest.mark.parametrize("name", cases("sdr_sparsity_*"))
-def test_sdr_sparsity(name, fidelity):
-    z, meta = load(name)
+def test_sdr_sparsity(name, fidelity, device):
+    z, meta = load(name, device)
     f = leaf(z["features"])
     criterion = L.FeaturesSparsificationLoss(
         lfs_normalization=meta["normalization"],
@@ -180,9 +185,9 @@ def test_sdr_sparsity(name, fidelity):
 
 @pytest.mark.parametrize("fidelity", L.FIDELITIES)
 @pytest.mark.parametrize("name", cases("sdr_prototypes_running_mean-*"))
-def test_sdr_prototypes(name, fidelity):
-    z, _ = load(name)
-    table = L.Prototypes(*z["prototypes"].shape, fidelity=fidelity)
+def test_sdr_prototypes(name, fidelity, device):
+    z, _ = load(name, device)
+    table = L.Prototypes(*z["prototypes"].shape, fidelity=fidelity).to(device)
     for features, labels in zip(z["features"], z["labels"], strict=True):
         table.update(features=features[None], labels=labels[None])
     assert_close(table.prototypes, z["prototypes"])
@@ -190,8 +195,8 @@ def test_sdr_prototypes(name, fidelity):
 
 
 @pytest.mark.parametrize("name", cases("plop_local_pod-*"))
-def test_plop_local_pod(name):
-    z, meta = load(name)
+def test_plop_local_pod(name, device):
+    z, meta = load(name, device)
     old = [z[f"old_{i}"] for i in range(meta["n"])]
     new = [leaf(z[f"new_{i}"]) for i in range(meta["n"])]
     criterion = L.LocalPODLoss(
@@ -210,16 +215,16 @@ def test_plop_local_pod(name):
 
 
 @pytest.mark.parametrize("name", cases("plop_entropy-*"))
-def test_plop_entropy(name):
-    z, _ = load(name)
+def test_plop_entropy(name, device):
+    z, _ = load(name, device)
     assert_close(L.entropy(z["probabilities"], fidelity="released"), z["entropy"])
     # The released entropy is the mean over classes, the paper's the sum.
     assert_close(L.entropy(z["probabilities"]) / z["probabilities"].shape[1], z["entropy"])
 
 
 @pytest.mark.parametrize("name", cases("plop_pseudo_labels-*"))
-def test_plop_pseudo_labels(name):
-    z, meta = load(name)
+def test_plop_pseudo_labels(name, device):
+    z, meta = load(name, device)
     histogram = sum(
         L.pseudo_label_histogram(
             outputs_old,
@@ -245,8 +250,8 @@ def test_plop_pseudo_labels(name):
 
 @pytest.mark.parametrize("fidelity", L.FIDELITIES)
 @pytest.mark.parametrize("name", cases("sats_attention_transfer-*"))
-def test_sats_attention_transfer(name, fidelity):
-    z, meta = load(name)
+def test_sats_attention_transfer(name, fidelity, device):
+    z, meta = load(name, device)
     stages = range(len(meta["heads"]))
     old = [z[f"attn_old_{i}"] for i in stages]
     new = [leaf(z[f"attn_new_{i}"]) for i in stages]

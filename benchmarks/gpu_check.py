@@ -1,0 +1,180 @@
+"""Everything that a GPU has to show, part by part, each with a time limit of its own.
+
+    bash scripts/gpu_check.sh                # on a machine with a GPU; see there
+    bash scripts/gpu_check.sh --small        # the rehearsal, on the CPU
+
+Parts of one stage run side by side, the stages one after the other, what matters most first. After every part
+``gpu_check.json`` (exit code and seconds of each) and ``gpu_check.txt`` (what each printed) are written anew
+in the output folder, so that a run that is cut short leaves what it had done. Exit code 1 if a part fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure import device_name, write_report
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Part:
+    """One command.
+
+    Attributes:
+        name: as in the report.
+        words: arguments of Python.
+        limit: seconds after which it is ended.
+        stage: parts of one stage run side by side.
+    """
+
+    name: str
+    words: tuple[str, ...]
+    limit: float
+    stage: int
+
+
+def parts(options: argparse.Namespace) -> list[Part]:
+    """What is run, in this order."""
+    out, small = options.out, options.small
+    real = ("--data_root", str(options.photos)) if options.photos else ("--dataset", "shapes", "--data_root")
+    if not options.photos:
+        real = (*real, str(options.shapes))
+    if options.weights:
+        real = (*real, "--weights", str(options.weights))
+    tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "cuda", *options.pytest.split())
+    size = ("--batch", "2", "--crop", "64", "--repeats", "1") if small else ()
+    step = ("-m", "benchmarks.step")
+    networks = ("deeplab-mobilenet_v2", "segformer_b0") if small else ("deeplab-resnet101", "segformer_b2")
+    losses = ("--only", "prototype", "--repeats", "1") if small else ("--device", "cuda", "--repeats", "7")
+    run = ("-m", "benchmarks.real_runs", *real, "--logs", str(options.logs), "--out", f"{out}/real_runs.json")
+    run = (*run, "--small", "--side_by_side", "1", "--only", "MIB") if small else (*run, "--num_workers", "2")
+    batch = size or ("--batch", "24", "--crop", "512", "--repeats", "5")
+    methods = ("FT", "MIB") if small else ("all",)
+    return [
+        Part("tests", tests, 150, 0),
+        Part("real runs", run, 900 if small else 150, 0),
+        Part(
+            "losses", ("-m", "benchmarks.losses", *losses, "--out", f"{out}/losses.json"), 300 if small else 60, 1
+        ),
+        *(
+            Part(
+                f"peak {network}",
+                (*step, "--peak", "--models", network, *batch, "--out", f"{out}/peak_{network}.json"),
+                300 if small else 60,
+                2 + index,
+            )
+            for index, network in enumerate(networks)
+        ),
+        Part(
+            "methods",
+            (*step, "--models", *networks, "--methods", *methods, *batch, "--out", f"{out}/step.json"),
+            300 if small else 180,
+            4,
+        ),
+    ]
+
+
+class Report:
+    """The two files, written anew after every part.
+
+    Args:
+        folder: where they go.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rows: list[dict[str, Any]] = []
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._began = time.monotonic()
+        self._lock = threading.Lock()
+
+    def add(self, part: Part, code: int, seconds: float, printed: str) -> None:
+        """Take in a part that ended."""
+        with self._lock:
+            verdict = "ok" if code == 0 else "over its time" if code < 0 else f"exit code {code}"
+            self.rows.append({"part": part.name, "verdict": verdict, "seconds": round(seconds, 1)})
+            print(f"{part.name}: {verdict} after {seconds:.0f} s", flush=True)
+            print("\n".join(printed.splitlines()[-options_shown(code) :]), flush=True)
+            with (self.folder / "gpu_check.txt").open("a", encoding="utf-8") as file:
+                file.write(f"\n=== {part.name}: {verdict} after {seconds:.0f} s\n{printed}")
+            write_report(
+                self.folder / "gpu_check.json",
+                self.device,
+                seconds=round(time.monotonic() - self._began, 1),
+                parts=self.rows,
+            )
+
+
+def options_shown(code: int) -> int:
+    """Lines of a part's output that the screen shows: more where it failed."""
+    return 12 if code == 0 else 30
+
+
+def run_part(part: Part, report: Report, left: float) -> bool:
+    """Run a part within its limit and the time left; True if it went well."""
+    began = time.monotonic()
+    output = report.folder / f".{part.name.replace(' ', '_')}.log"
+    with output.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, *part.words],
+            cwd=ROOT,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that its own processes end with it
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+        try:
+            code = process.wait(max(1.0, min(part.limit, left)))
+        except subprocess.TimeoutExpired:
+            code = -1
+        with contextlib.suppress(ProcessLookupError):  # nothing was left
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    report.add(part, code, time.monotonic() - began, output.read_text(encoding="utf-8", errors="replace"))
+    output.unlink()
+    return code == 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the parts that the time allows; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the reports")
+    parser.add_argument("--logs", type=Path, required=True, help="folder of the real runs")
+    parser.add_argument("--shapes", type=Path, help="generated data set")
+    parser.add_argument("--photos", type=Path, help="data root of VOC photos")
+    parser.add_argument("--weights", type=Path, help="MobileNetV2's pretrained weights")
+    parser.add_argument("--minutes", type=float, default=9.0, help="in all")
+    parser.add_argument("--pytest", default="", help="more words for pytest, e.g. '-n 8'")
+    parser.add_argument("--small", action="store_true", help="the rehearsal: small sizes, any device")
+    parser.add_argument("--only", default="", help="parts whose name contains this text")
+    options = parser.parse_args(argv)
+    options.out.mkdir(parents=True, exist_ok=True)
+    report = Report(options.out)
+    print(device_name(report.device), "torch", torch.__version__, flush=True)
+    end = time.monotonic() + 60 * options.minutes
+    chosen = [part for part in parts(options) if options.only in part.name]
+    good = True
+    for stage in sorted({part.stage for part in chosen}):
+        now = [part for part in chosen if part.stage == stage]
+        with ThreadPoolExecutor(len(now)) as pool:
+            ended = [pool.submit(run_part, part, report, end - time.monotonic()) for part in now]
+        good = all(future.result() for future in ended) and good
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

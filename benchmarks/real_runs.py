@@ -1,0 +1,178 @@
+"""Real runs of two steps on the device: killed and resumed, tested, compiled.
+
+    python -m benchmarks.real_runs --data_root DIR [--dataset voc] [--small] [--out FILE.json]
+
+MIB runs twice with ``--deterministic``: once to its end, once with SIGKILL in the middle of step 1 and started
+again; every tensor of the last checkpoints must be the same, bit for bit. ``--test`` of the first must give the
+numbers that its training ended with. SDR, PLOP and SATS run two steps, FT with ``--compile``. The cases run
+side by side. Exit code 1 if one of them fails or differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure import write_report
+from utils.checkpoint import load_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+TASK = "15-5"
+KILL_AT = "step 1 epoch 1/"  # once this is printed, training is under way
+
+
+class Failed(Exception):
+    """A run ended with another exit code than 0, or left something else than it should."""
+
+
+class Runs:
+    """Commands of ``run.py`` that share their data and network.
+
+    Args:
+        options: the command line's.
+        logs: folder for runs and their output.
+    """
+
+    def __init__(self, options: argparse.Namespace, logs: Path) -> None:
+        self.logs = logs
+        self.dataset = options.dataset
+        epochs, crop, batch = (1, 64, 4) if options.small else (2, 192, 24)
+        self.words = [
+            *("--dataset", options.dataset, "--data_root", str(options.data_root), "--task", TASK, "--overlap"),
+            *("--logdir", str(logs), "--epochs", str(epochs), "--crop_size", str(crop)),
+            *("--batch_size", str(batch), "--step", "0", "1", "--lr", "0.01", "0.001", "--opt_level", "O1"),
+            *("--num_workers", str(options.num_workers), "--ckpt_minutes", "0.05", "--print_interval", "1"),
+        ]
+        weights = ["--pretrained_path", str(options.weights)] if options.weights else ["--no_pretrained"]
+        self.deeplab = ["--backbone", "mobilenet_v2", *weights]
+        self.segformer = ["--model", "segformer_b0", "--no_pretrained"]
+
+    def folder(self, name: str) -> Path:
+        """Where the run of this name keeps its files."""
+        return self.logs / f"{TASK}-{self.dataset}_{name}"
+
+    def command(self, name: str, *words: str) -> list[str]:
+        """The command line of a run."""
+        return [sys.executable, "run.py", *self.words, "--name", name, *words]
+
+    def complete(self, name: str, *words: str) -> dict[str, Any]:
+        """Run to the end; returns the results of step 1.
+
+        Raises:
+            Failed: the exit code is not 0.
+        """
+        log = self.logs / f"{name}.txt"
+        with log.open("ab") as file:
+            code = subprocess.run(
+                self.command(name, *words), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT
+            ).returncode
+        if code != 0:
+            raise Failed(f"exit code {code}: {log.read_text(errors='replace')[-3000:]}")
+        return dict(json.loads((self.folder(name) / "results_1.json").read_text(encoding="utf-8")))
+
+    def kill(self, name: str, *words: str) -> None:
+        """Start a run and kill it in the middle of step 1, once a checkpoint of that step is there.
+
+        Raises:
+            Failed: it ended before.
+        """
+        log = self.logs / f"{name}.txt"
+        checkpoint = self.folder(name) / f"{TASK}-{self.dataset}_{name}_1.pth"
+        with log.open("ab") as file:
+            process = subprocess.Popen(
+                self.command(name, *words), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT
+            )
+        while process.poll() is None:
+            if checkpoint.is_file() and KILL_AT in log.read_text(errors="replace"):
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                return
+            time.sleep(0.02)
+        raise Failed(f"ended before it was killed: {log.read_text(errors='replace')[-3000:]}")
+
+    # ── cases ────────────────────────────────────────────────────────────────────────────────────────
+
+    def resumed(self) -> dict[str, Any]:
+        """An unbroken run and one that is killed and resumed: the same bits; ``--test``: the same numbers."""
+        words = (*self.deeplab, "--method", "MIB", "--deterministic")
+        with ThreadPoolExecutor() as pool:
+            whole = pool.submit(self.complete, "whole", *words)
+            pool.submit(self.kill, "killed", *words).result()
+            results = whole.result()
+        resumed = self.complete("killed", *words)
+        weights = [
+            load_checkpoint(self.folder(name) / f"{TASK}-{self.dataset}_{name}_1.pth")["model_state"]
+            for name in ("whole", "killed")
+        ]
+        differing = [k for k in weights[0] if not torch.equal(weights[0][k], weights[1][k])]
+        if differing or resumed != results:
+            raise Failed(f"the resumed run differs in {len(differing)} tensors: {differing[:5]}")
+        tested = self.complete("whole", *words, "--test")
+        if tested["class_iou"] != results["class_iou"]:
+            raise Failed("--test gives other numbers than the end of training")
+        return results
+
+    def method(self, name: str) -> Callable[[], dict[str, Any]]:
+        """Two steps of a method on the network that it needs."""
+        network = self.segformer if name == "SATS" else self.deeplab
+        return lambda: self.complete(name, *network, "--method", name)
+
+    def compiled(self) -> dict[str, Any]:
+        """Two steps through ``torch.compile``."""
+        return self.complete("compiled", *self.deeplab, "--method", "FT", "--compile")
+
+    def cases(self) -> dict[str, Callable[[], dict[str, Any]]]:
+        """Every case by its name."""
+        methods = {name: self.method(name) for name in ("SDR", "PLOP", "SATS")}
+        return {"MIB killed and resumed": self.resumed, **methods, "FT --compile": self.compiled}
+
+
+def measure(case: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """Outcome, seconds and mIoU of a case."""
+    began = time.monotonic()
+    try:
+        results = case()
+        outcome: dict[str, Any] = {"ok": True, "miou": results["miou_all"]}
+    except Failed as failure:
+        outcome = {"ok": False, "reason": str(failure)}
+    return {**outcome, "seconds": round(time.monotonic() - began, 1)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the cases, print and write what came out; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--data_root", type=Path, required=True)
+    parser.add_argument("--dataset", default="voc", choices=("voc", "shapes"))
+    parser.add_argument("--weights", type=Path, help="MobileNetV2's; random without")
+    parser.add_argument("--logs", type=Path, default=Path("build/real_runs"), help="emptied by nobody")
+    parser.add_argument("--num_workers", type=int, default=1)
+    parser.add_argument("--side_by_side", type=int, default=5, help="cases at a time")
+    parser.add_argument("--only", default="", help="cases whose name contains this text")
+    parser.add_argument("--small", action="store_true", help="one short epoch per step")
+    parser.add_argument("--out", type=Path, help="write the outcome as JSON")
+    options = parser.parse_args(argv)
+    options.logs.mkdir(parents=True, exist_ok=True)
+    cases = {k: v for k, v in Runs(options, options.logs).cases().items() if options.only in k}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    outcomes: dict[str, dict[str, Any]] = {}
+    with ThreadPoolExecutor(options.side_by_side) as pool:
+        pending = {name: pool.submit(measure, case) for name, case in cases.items()}
+        for name, future in pending.items():
+            outcomes[name] = future.result()
+            print(name, json.dumps(outcomes[name]), flush=True)
+            write_report(options.out, device, cases=outcomes)
+    return 0 if all(outcome["ok"] for outcome in outcomes.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
