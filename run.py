@@ -9,18 +9,24 @@ Own pictures:       --predict PATH --out DIR --ckpt FILE
 The data set:       --check_data
 
 ``--batch_size`` is per process. Exit code 0: done; 1: a fault of the program or the machine; 2: bad input,
-with one line that says what to change; 75: a signal (SIGTERM, SIGUSR1) ended the run after it was saved, and
-the same command goes on from there (docs/long_runs.md).
+with one line that says what to change; 75: a signal (SIGTERM, SIGUSR1, Ctrl-C) ended the run after it was
+saved, and the same command goes on from there; 130: Ctrl-C where there is nothing to save, or a second one
+(docs/long_runs.md).
 """
 
 from __future__ import annotations
 
+import signal
 import sys
+
+if __name__ == "__main__":
+    # The imports take seconds, in which Ctrl-C shall not print where they stand.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from argparser import Options, parse_options
 from utils import distributed
 from utils.errors import DataError, UserError
-from utils.signals import EXIT_STOPPED, Stopped
+from utils.signals import EXIT_INTERRUPTED, EXIT_STOPPED, Stopped
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,6 +48,10 @@ def main(argv: list[str] | None = None) -> int:
         if rank == 0:
             print(f"run.py: {stopped}", file=sys.stderr, flush=True)
         return EXIT_STOPPED
+    except KeyboardInterrupt:
+        if rank == 0:
+            print("run.py: interrupted; what was written before is whole", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
     except RuntimeError as error:
         fault = distributed.as_fault(error)
         if fault is None:
@@ -76,4 +86,5 @@ def run(opts: Options) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

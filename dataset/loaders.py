@@ -6,9 +6,15 @@ of samples, with the same random crops, for every n that leaves the total batch 
 
 from __future__ import annotations
 
+import atexit
+import ctypes
+import functools
 import logging
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.sharedctypes import RawValue
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -16,8 +22,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from dataset.incremental import Sample, SampleKey, Substitute
+from utils.distributed import loader_fault
 from utils.errors import DataError, UserError
-from utils.signals import outlive_first_signal
+from utils.signals import outlive_signals
 
 log = logging.getLogger(__name__)
 
@@ -180,16 +187,75 @@ class _Patched:
 
 
 class Loader(DataLoader[Sample]):
-    """A DataLoader whose workers' data errors arrive as the DataError they are, with their one line.
+    """A DataLoader that owns its worker processes, and whose errors are one line.
+
+    The workers begin with the first loop and live through all further ones until ``close``, which the end of
+    a ``with`` block calls.
+
+    Args:
+        dataset: what to read.
+        num_workers: reading processes; 0: this process reads.
+        device: on CUDA the batches are pinned, so that copies overlap.
+        tolerance: counts unreadable images; by default none is allowed.
+        sampling: batches and their order, as for ``DataLoader``.
 
     Attributes:
         tolerance: where the images that samples were substituted for are counted.
     """
 
-    tolerance: Tolerance
+    def __init__(
+        self,
+        dataset: Dataset[Sample],
+        *,
+        num_workers: int,
+        device: torch.device | str,
+        tolerance: Tolerance | None,
+        **sampling: Any,
+    ) -> None:
+        self._unwanted = RawValue(ctypes.c_bool, False)
+        super().__init__(
+            dataset,
+            num_workers=num_workers,
+            collate_fn=collate,
+            pin_memory=torch.device(device).type == "cuda",
+            persistent_workers=num_workers > 0,
+            worker_init_fn=functools.partial(outlive_signals, self._unwanted),
+            **sampling,
+        )
+        self.tolerance = tolerance or Tolerance()
+        # One that is dropped unclosed: torch ends its workers, in the end by the signal that they outlive.
+        weakref.finalize(self, setattr, self._unwanted, "value", True)
+        _all_loaders.add(self)
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the worker processes and wait for them. Another loop starts new ones."""
+        iterator, self._iterator = self._iterator, None
+        if iterator is None:
+            return
+        self._unwanted.value = True
+        try:
+            iterator._shutdown_workers()
+        finally:
+            for worker in iterator._workers:
+                worker.kill()
+                worker.join()
+        self._unwanted.value = False
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Yield ``(images uint8 B×3×H×W, targets uint8 B×H×W)``. Raises DataError for a bad file."""
+        """Yield ``(images uint8 B×3×H×W, targets uint8 B×H×W)``.
+
+        Raises:
+            DataError: a bad file.
+            Fault: a worker process failed, was lost or could not be started.
+        """
         for batch in self._received():
             if isinstance(batch, _Patched):
                 self.tolerance.note(batch.reasons)
@@ -203,9 +269,19 @@ class Loader(DataLoader[Sample]):
     def _received(self) -> Iterator[Any]:
         try:
             yield from super().__iter__()
-        except (ConnectionError, EOFError, FileNotFoundError) as error:
-            # Some deaths are met by torch, with these words, others in the middle of handing over a tensor.
-            raise RuntimeError(f"DataLoader worker gone: {type(error).__name__}") from error
+        except Exception as error:
+            if self.num_workers == 0:
+                raise
+            raise loader_fault(error) from error
+
+
+_all_loaders: weakref.WeakSet[Loader] = weakref.WeakSet()
+
+
+@atexit.register  # runs before multiprocessing's own, which waits for every worker without a limit
+def _close_all() -> None:
+    for loader in list(_all_loaders):
+        loader.close()
 
 
 def make_train_loader(
@@ -229,7 +305,7 @@ def make_train_loader(
         seed: seed of the order.
         rank: this process.
         world_size: number of processes.
-        num_workers: reading processes; they live through all epochs.
+        num_workers: reading processes; they live through all epochs, until the loader is closed.
         device: on CUDA the batches are pinned, so that copies overlap.
         tolerance: counts unreadable images; by default none is allowed.
 
@@ -247,9 +323,15 @@ def make_train_loader(
         sampler: EpochSampler = MemoryMixSampler(num_samples, num_memory, **settings)
     else:
         sampler = EpochSampler(num_samples, **settings)
-    loader = Loader(dataset, batch_size, sampler=sampler, drop_last=True, **_settings(num_workers, device))
-    loader.tolerance = tolerance or Tolerance()
-    return loader
+    return Loader(
+        dataset,
+        num_workers=num_workers,
+        device=device,
+        tolerance=tolerance,
+        batch_size=batch_size,
+        sampler=sampler,
+        drop_last=True,
+    )
 
 
 def make_eval_loader(
@@ -268,19 +350,7 @@ def make_eval_loader(
     """
     number = len(dataset)  # type: ignore[arg-type]
     batches = EvalBatchSampler(number, batch_size, rank=rank, world_size=world_size)
-    loader = Loader(dataset, batch_sampler=batches, **_settings(num_workers, device))
-    loader.tolerance = tolerance or Tolerance()
-    return loader
-
-
-def _settings(num_workers: int, device: torch.device | str) -> dict[str, Any]:
-    return {
-        "num_workers": num_workers,
-        "collate_fn": collate,
-        "pin_memory": torch.device(device).type == "cuda",
-        "persistent_workers": num_workers > 0,
-        "worker_init_fn": outlive_first_signal,
-    }
+    return Loader(dataset, num_workers=num_workers, device=device, tolerance=tolerance, batch_sampler=batches)
 
 
 def collate(samples: list[Any]) -> Any:

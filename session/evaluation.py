@@ -75,14 +75,15 @@ class Evaluation:
         )
         # Running statistics of norm layers differ between processes; the first one's count, as in training.
         distributed.broadcast_buffers(model)
-        metrics = evaluate(
-            model,
-            self.stop.until_told(batches),
-            StreamSegMetrics(classes, self.world.device),
-            device=self.world.device,
-            precision=precision,
-            predict=self.predict,
-        )
+        with loader:
+            metrics = evaluate(
+                model,
+                self.stop.until_told(batches),
+                StreamSegMetrics(classes, self.world.device),
+                device=self.world.device,
+                precision=precision,
+                predict=self.predict,
+            )
         self.stop.end_if_told()
         return metrics
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -81,7 +82,14 @@ class StepTraining:
         torch.manual_seed(opts.random_seed + step)
         with distributed.shared_errors():
             self.data = self._step_data(resumed)
-        self.loader = self._train_loader()
+        with contextlib.ExitStack() as opened:
+            self._prepare(opened, lr, resumed)
+            self._opened = opened.pop_all()  # from here on ``close`` closes them
+
+    def _prepare(self, opened: contextlib.ExitStack, lr: float, resumed: dict[str, Any] | None) -> None:
+        """Loader, networks, trainer and the files of the course."""
+        opts, world, folder, step = self.opts, self.world, self.folder, self.step
+        self.loader = opened.enter_context(self._train_loader())
         assert isinstance(self.loader.sampler, EpochSampler)
         self.sampler = self.loader.sampler
         networks = self.networks = StepNetworks(opts, world, folder, step, self.precision)
@@ -115,6 +123,7 @@ class StepTraining:
             enabled=opts.visualize,
             begins_at=0 if resumed is None else iteration + 1,
         )
+        opened.callback(self.board.close)
         self.board.options(folder.options)
         self.history = History(
             folder.path,
@@ -124,6 +133,7 @@ class StepTraining:
             images=opts.batch_size * world.size,
             device=world.device,
         )
+        opened.callback(self.history.close)
         self._last_save = time.monotonic()
 
     @property
@@ -138,9 +148,8 @@ class StepTraining:
         return self.networks.place(self.networks.teacher())
 
     def close(self) -> None:
-        """Close the files of the course."""
-        self.board.close()
-        self.history.close()
+        """End the loader processes and close the files of the course."""
+        self._opened.close()
 
     # ── start ────────────────────────────────────────────────────────────────────────────────────
 

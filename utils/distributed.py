@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,6 +27,10 @@ PLACES = ("GPU_server", "GPU_windows", "CPU", "CPU_windows")
 
 # How Gloo and NCCL say that a process is gone, in RuntimeErrors of no class of their own.
 _LOST = ("connection closed by peer", "connection reset by peer", "timed out waiting", "gloo", "nccl")
+# How torch begins what it raises for an exception in a loader process.
+_CAUGHT = re.compile(r"Caught (\w+) in DataLoader worker process")
+# How a full /dev/shm shows: in torch's words where it asks for memory, or as a signal where it uses it.
+_SHARED_MEMORY_FULL = ("shared memory", "bus error", "</torch_", "no space left on device")
 
 
 @dataclass(frozen=True)
@@ -235,11 +240,7 @@ def as_fault(error: BaseException) -> Fault | None:
             "--grad_checkpointing or --opt_level O1, and start again"
         )
     if "DataLoader worker" in text:
-        reason = text.splitlines()[0]
-        return Fault(
-            f"a loader process was lost ({reason}); it was killed or out of memory: start again to go on, "
-            "with fewer --num_workers if it happens again"
-        )
+        return loader_fault(error)
     if isinstance(error, dist.DistError) or any(mark in text.lower() for mark in _LOST):
         reason = _one_line(text)[-160:]
         if "Last error:" in text:  # NCCL says here what happened
@@ -249,6 +250,35 @@ def as_fault(error: BaseException) -> Fault | None:
             "says why. Start again to go on from the last checkpoint"
         )
     return None
+
+
+def loader_fault(error: BaseException) -> Fault:
+    """One line for an error in or about a loader process, however torch wrapped it up."""
+    text = str(error)
+    caught = _CAUGHT.match(text)
+    if caught is not None:  # torch put the worker's traceback behind this: the reason is its last line
+        last = re.findall(rf"^(?:[\w.<>]+\.)?{caught[1]}(?:: .*)?$", text, re.M)
+        reason = last[-1] if last else _one_line(text)
+    elif "DataLoader worker" in text:
+        reason = _one_line(text)
+    else:
+        reason = f"{type(error).__name__}: {_one_line(text)}".removesuffix(": ")
+    if any(mark in text.lower() for mark in _SHARED_MEMORY_FULL):
+        return Fault(
+            f"the shared memory is full through which loader processes hand over their batches ({reason}); "
+            "enlarge /dev/shm (Docker: --shm-size 8g), or give --num_workers 0, and start again to go on"
+        )
+    if caught is None:
+        return Fault(
+            f"a loader process was lost ({reason}): it was killed, or there is no room for one more; "
+            "start again to go on, with fewer --num_workers if it happens again"
+        )
+    remedy = "give fewer --num_workers" if _lacks_memory(error) else "--num_workers 0 shows where"
+    return Fault(f"a loader process failed ({reason}); {remedy}, and start again to go on")
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or is_out_of_memory(error)
 
 
 def _one_line(text: str) -> str:

@@ -1,7 +1,8 @@
-"""Being told to stop: by Slurm before the time is over, by ``kill``, by ``torchrun``.
+"""Being told to stop: by Slurm before the time is over, by ``kill``, by ``torchrun``, by Ctrl-C.
 
-SIGTERM and SIGUSR1 only leave a note. Training looks at it between two batches, saves, and ends with exit
-code ``EXIT_STOPPED``: start the same command again and it goes on with the next batch.
+SIGTERM, SIGUSR1 and SIGINT only leave a note. Training looks at it between two batches, saves, and ends with
+exit code ``EXIT_STOPPED``: start the same command again and it goes on with the next batch. A second Ctrl-C
+does not wait for that.
 """
 
 from __future__ import annotations
@@ -9,15 +10,19 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from types import FrameType
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from utils import distributed
 
 T = TypeVar("T")
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
-_NAMES = ("SIGTERM", "SIGUSR1")  # Windows has no SIGUSR1
+EXIT_INTERRUPTED = 130  # what a shell makes of SIGINT
+_NAMES = ("SIGTERM", "SIGUSR1", "SIGINT")  # Windows has no SIGUSR1
+# Launchers pass a Ctrl-C on that the terminal has sent to their processes already; a hand is slower.
+_ONE_CTRL_C_S = 1.0
 
 
 class Stopped(Exception):
@@ -34,6 +39,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: str | None = None
         self._owner = os.getpid()
+        self._interrupted: float | None = None  # when the first Ctrl-C came
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -67,27 +73,40 @@ class StopRequest:
                 return
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() == self._owner:
-            self.signal = signal.Signals(number).name
-        else:  # a child process that inherited this: see outlive_first_signal
-            signal.signal(number, signal.SIG_DFL)
+        if os.getpid() != self._owner:  # a child process that has not yet handlers of its own
+            return
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self._interrupted is not None and now - self._interrupted > _ONE_CTRL_C_S:
+                raise KeyboardInterrupt
+            self._interrupted = self._interrupted or now
+        self.signal = signal.Signals(number).name
 
 
-def outlive_first_signal(worker: int = 0) -> None:
-    """Let a loader process outlive the first signal of each kind; the second ends it.
+class Flag(Protocol):
+    """A truth value in memory that processes share (``multiprocessing.RawValue``)."""
 
-    Slurm signals whole process groups. A loader that died of it would take the batch with it that the run
-    still has to finish. The second signal is that of a parent that wants to be rid of its children.
+    value: bool
+
+
+def outlive_signals(unwanted: Flag, worker: int = 0) -> None:
+    """Let this loader process outlive signals as long as the process that reads from it wants it.
+
+    Slurm and Ctrl-C signal the loaders too. One that died of it would take the batch with it that the run
+    still has to finish. Once the run has set the flag, or is gone, a signal ends the loader at once.
 
     Args:
+        unwanted: set by the run when it needs its loaders no more.
         worker: number of the process; not used (torch passes it).
     """
+    parent = os.getppid()
 
-    def ignore_once(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
+    def end_if_unwanted(number: int, frame: FrameType | None) -> None:
+        if unwanted.value or os.getppid() != parent:
+            os._exit(0)
 
     for number in _signals():
-        signal.signal(number, ignore_once)
+        signal.signal(number, end_if_unwanted)
 
 
 def _signals() -> list[signal.Signals]:
