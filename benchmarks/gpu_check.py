@@ -55,35 +55,48 @@ def parts(options: argparse.Namespace) -> list[Part]:
         real = (*real, str(options.shapes))
     if options.weights:
         real = (*real, "--weights", str(options.weights))
-    tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "cuda", *options.pytest.split())
+    tests = (
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--continue-on-collection-errors",
+        "-m",
+        "cuda",
+        *options.pytest.split(),
+    )
     size = ("--batch", "2", "--crop", "64", "--repeats", "1") if small else ()
     step = ("-m", "benchmarks.step")
     networks = ("deeplab-mobilenet_v2", "segformer_b0") if small else ("deeplab-resnet101", "segformer_b2")
     losses = ("--only", "prototype", "--repeats", "1") if small else ("--device", "cuda", "--repeats", "7")
     run = ("-m", "benchmarks.real_runs", *real, "--logs", str(options.logs), "--out", f"{out}/real_runs.json")
     run = (*run, "--small", "--side_by_side", "1", "--only", "MIB") if small else (*run, "--num_workers", "2")
-    batch = size or ("--batch", "24", "--crop", "512", "--repeats", "5")
+    batch = size or ("--batch", "24", "--crop", "512", "--repeats", "3")
     methods = ("FT", "MIB") if small else ("all",)
     return [
         Part("tests", tests, 150, 0),
         Part("real runs", run, 900 if small else 150, 0),
         Part(
-            "losses", ("-m", "benchmarks.losses", *losses, "--out", f"{out}/losses.json"), 300 if small else 60, 1
+            "losses",
+            ("-m", "benchmarks.losses", *losses, "--out", f"{out}/losses.json"),
+            300 if small else 60,
+            1,
+        ),
+        Part(
+            "peak",
+            (*step, "--peak", "--models", networks[0], *batch, "--out", f"{out}/peak.json"),
+            300 if small else 60,
+            2,
         ),
         *(
             Part(
-                f"peak {network}",
-                (*step, "--peak", "--models", network, *batch, "--out", f"{out}/peak_{network}.json"),
-                300 if small else 60,
-                2 + index,
+                f"methods on {network}",
+                (*step, "--models", network, "--methods", *methods, *batch, "--out", f"{out}/{network}.json"),
+                300 if small else 120,
+                3 + index,
             )
             for index, network in enumerate(networks)
-        ),
-        Part(
-            "methods",
-            (*step, "--models", *networks, "--methods", *methods, *batch, "--out", f"{out}/step.json"),
-            300 if small else 180,
-            4,
         ),
     ]
 

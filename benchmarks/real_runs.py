@@ -2,9 +2,9 @@
 
     python -m benchmarks.real_runs --data_root DIR [--dataset voc] [--small] [--out FILE.json]
 
-MIB runs twice with ``--deterministic``: once to its end, once with SIGKILL in the middle of step 1 and started
-again; every tensor of the last checkpoints must be the same, bit for bit. ``--test`` of the first must give the
-numbers that its training ended with. SDR, PLOP and SATS run two steps, FT with ``--compile``. The cases run
+MIB runs twice with ``--deterministic``: once to its end, once with SIGKILL in the middle of step 1 and
+started again; every tensor of the last checkpoints must be the same, bit for bit, and ``--test`` must give
+the numbers that training ended with. SDR, PLOP and SATS run two steps, FT with ``--compile``. The cases run
 side by side. Exit code 1 if one of them fails or differs.
 """
 
@@ -48,7 +48,15 @@ class Runs:
         self.dataset = options.dataset
         epochs, crop, batch = (1, 64, 4) if options.small else (2, 192, 24)
         self.words = [
-            *("--dataset", options.dataset, "--data_root", str(options.data_root), "--task", TASK, "--overlap"),
+            *(
+                "--dataset",
+                options.dataset,
+                "--data_root",
+                str(options.data_root),
+                "--task",
+                TASK,
+                "--overlap",
+            ),
             *("--logdir", str(logs), "--epochs", str(epochs), "--crop_size", str(crop)),
             *("--batch_size", str(batch), "--step", "0", "1", "--lr", "0.01", "0.001", "--opt_level", "O1"),
             *("--num_workers", str(options.num_workers), "--ckpt_minutes", "0.05", "--print_interval", "1"),

@@ -370,8 +370,9 @@ def test_waits_are_seen() -> None:
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", METHODS)
-def test_no_step_of_any_method_waits_for_a_gpu(name: str) -> None:
-    trainer = ready(name, "paper", "cuda")
+@pytest.mark.parametrize("fidelity", ["paper", "released"])
+def test_no_step_of_any_method_waits_for_a_gpu(name: str, fidelity: str) -> None:
+    trainer = ready(name, fidelity, "cuda")
     loader = [(images.pin_memory(), targets.pin_memory()) for images, targets in batches(2)]
     trainer.train_step(*loader[0])  # warms up libraries and caches
     torch.cuda.synchronize()

@@ -261,3 +261,27 @@ def test_sats_attention_transfer(name, fidelity, device):
     if fidelity == "paper":
         for i, grad in enumerate(gradient(loss, *new)):
             assert_close(grad, z[f"grad_paper_{i}"])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "name", cases("unbiased_ce-*") + cases("unbiased_kd_alpha1-*") + cases("kd_alpha1-*")
+)
+def test_losses_under_autocast_are_finite_and_near(name, dtype):
+    z, meta = load(name, torch.device("cuda"))
+    if name.startswith("unbiased_ce"):
+        criterion = L.UnbiasedCrossEntropy(old_cl=meta["old_cl"])
+    else:
+        unbiased = name.startswith("unbiased")
+        kind = L.UnbiasedKnowledgeDistillationLoss if unbiased else L.KnowledgeDistillationLoss
+        criterion = kind(alpha=meta["alpha"])
+    x = leaf(z["inputs"].to(dtype))
+    targets = z["targets"] if not z["targets"].is_floating_point() else z["targets"].to(dtype)
+    with torch.autocast("cuda", dtype=dtype):
+        loss = criterion(x, targets)
+    grad = gradient(loss, x)[0]
+    assert torch.isfinite(loss) and torch.isfinite(grad).all()
+    expected = z["loss_mean"] if "loss_mean" in z else z["loss"]
+    # The inputs themselves are rounded to 8 (bfloat16) or 11 (float16) bits.
+    torch.testing.assert_close(loss.double(), expected.double(), rtol=0.02, atol=0.02)
