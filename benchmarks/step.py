@@ -27,7 +27,6 @@ from benchmarks.workbench import (
     bench,
     options,
     prepare,
-    set_forward_contiguous,
 )
 
 METHODS = ("FT", "MIB", "SDR", "PLOP", "SATS")
@@ -85,9 +84,7 @@ def measure_peak(args: argparse.Namespace, device: torch.device) -> list[Row]:
     rows: list[Row] = [{"step": f"bf16 matrix product {size}³", "tflops": peak / 1e12, "share": 1.0}]
     for name, level in (("as it is, --opt_level O1", "O1"), ("fp32, not channels-last", "O0")):
         opts = options("MIB", args.models[0], batch=args.batch, crop=args.crop, opt_level=level)
-        made = bench(opts, device)
-        if level == "O0":
-            set_forward_contiguous(made.context.model, made.context.model_old)
+        made = bench(opts, device, channels_last=level != "O0")
         made.run()
         with FlopCounterMode(display=False) as counter:
             made.run()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from argparser import Options, parse_options
@@ -129,11 +129,11 @@ def options(
     return parse_options([*named, *sizes, "--no_pretrained", *words])
 
 
-def bench(opts: Options, device: torch.device, *, step: int = 1) -> Bench:
-    """Networks with random weights, methods and optimiser of a step."""
+def bench(opts: Options, device: torch.device, *, step: int = 1, channels_last: bool = True) -> Bench:
+    """Networks with random weights, methods and optimiser of a step; in plain memory if not channels-last."""
     torch.manual_seed(0)
     precision = Precision(opts.opt_level, device)
-    student = _placed(make_model(opts, opts.task_.classes_per_step(step)), precision)
+    student = _placed(make_model(opts, opts.task_.classes_per_step(step)), precision, channels_last)
     context = Context(
         task=opts.task_,
         step=step,
@@ -147,7 +147,7 @@ def bench(opts: Options, device: torch.device, *, step: int = 1) -> Bench:
     context.batches = lambda: [(to_device(sample[0], device), sample[1].to(device).long())]
     state: dict[str, Any] = {}
     if step:
-        teacher = _placed(make_model(opts, opts.task_.classes_per_step(step - 1)), precision)
+        teacher = _placed(make_model(opts, opts.task_.classes_per_step(step - 1)), precision, channels_last)
         state = _state_before(opts, replace(context, step=step - 1, model=teacher))
         context.model_old = freeze(teacher).eval()
     methods = _begun(opts, context, state)
@@ -164,8 +164,13 @@ def bench(opts: Options, device: torch.device, *, step: int = 1) -> Bench:
     return Bench(opts, trainer, sample)
 
 
-def _placed(model: IncrementalSegmentationModule, precision: Precision) -> IncrementalSegmentationModule:
-    return precision.cast(model.to(precision.device).to(memory_format=torch.channels_last))
+def _placed(
+    model: IncrementalSegmentationModule, precision: Precision, channels_last: bool
+) -> IncrementalSegmentationModule:
+    if channels_last:
+        return precision.cast(model.to(precision.device).to(memory_format=torch.channels_last))
+    model.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    return precision.cast(model.to(precision.device))
 
 
 def _state_before(opts: Options, context: Context) -> dict[str, Any]:
@@ -205,11 +210,3 @@ def make_sample(opts: Options, context: Context) -> Sample:
         images, targets = images.pin_memory(), targets.pin_memory()
         extras = {name: extra.pin_memory() for name, extra in extras.items()}
     return images, targets, extras
-
-
-def set_forward_contiguous(*models: nn.Module | None) -> None:
-    """Let networks see images, and hold weights, in plain instead of channels-last memory."""
-    for model in models:
-        if model is not None:
-            model.to(memory_format=torch.contiguous_format)
-            model.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))

@@ -70,18 +70,19 @@ class StreamSegMetrics(Metric):
 
     @property
     def confusion_matrix(self) -> Tensor:
-        """C×C, int64, rows are labels, columns predictions.
+        """C×C, int64, on the CPU; rows are labels, columns predictions.
 
         Raises:
             UserError: labels were met that are neither a class nor void.
         """
-        stray = int(self.counts[-1])
+        counts = self.counts.cpu()
+        stray = int(counts[-1])
         if stray:
             raise UserError(
                 f"{stray} pixels of the evaluation masks have a class id outside 0 to {self.num_classes - 1} "
                 f"that is not void ({VOID}); check the masks and the task"
             )
-        return self.counts[:-2].view(self.num_classes, self.num_classes)
+        return counts[:-2].view(self.num_classes, self.num_classes)
 
     def compute(self) -> Tensor:
         """The confusion matrix (torchmetrics' name for it)."""

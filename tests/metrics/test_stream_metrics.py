@@ -140,4 +140,4 @@ def test_cuda_counts_without_waiting():
         metrics.update(preds, targets)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    torch.testing.assert_close(metrics.confusion_matrix.cpu(), expected.confusion_matrix)
+    torch.testing.assert_close(metrics.confusion_matrix, expected.confusion_matrix)

@@ -37,10 +37,11 @@ def load(name: str, device: torch.device) -> tuple[dict[str, torch.Tensor], dict
     return arrays, meta
 
 
-def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, rounding: float = 0.0) -> None:
+    """``rounding``: how far the released float32 value itself is from the exact one, absolute."""
     assert actual.shape == expected.shape
-    scale = expected.abs().max().item()
-    torch.testing.assert_close(actual.detach().to(expected.dtype), expected, rtol=RTOL, atol=RTOL * scale)
+    atol = RTOL * expected.abs().max().item() + rounding
+    torch.testing.assert_close(actual.detach().to(expected.dtype), expected, rtol=RTOL, atol=atol)
 
 
 def leaf(tensor: torch.Tensor) -> torch.Tensor:
@@ -180,7 +181,15 @@ def test_sdr_sparsity(name, fidelity, device):
     )
     loss = criterion(features=f, labels=z["labels"])
     assert_close(loss, z["loss"])
-    assert_close(gradient(loss, f)[0], z["grad"])
+    rounding = 0.0
+    if device.type == "cuda" and (meta["normalization"], meta["shrinking"]) == ("softmax", "exponential"):
+        # Its gradient is a small difference of large numbers: in float32 the released one is off by 3e-5 of
+        # its largest entry, the CPU's order of sums repeats those very errors, a GPU's does not.
+        x = leaf(z["features"].double())
+        shares = x.softmax(dim=1)
+        exact = gradient((shares.exp().sum(dim=1) / shares.sum(dim=1)).mean(), x)[0]
+        rounding = float((z["grad"] - exact).abs().max())
+    assert_close(gradient(loss, f)[0], z["grad"], rounding)
 
 
 @pytest.mark.parametrize("fidelity", L.FIDELITIES)
