@@ -527,8 +527,8 @@ def _derive(opts: Options) -> None:
         opts.norm_act = "iabn_sync"
     if opts.keep == "best" and opts.val_interval >= opts.epochs > 1:
         opts.notes.append(
-            f"--keep best has nothing to choose from: --val_interval {opts.val_interval} validates the last of "
-            f"{opts.epochs} epochs only"
+            f"--keep best has nothing to choose from: --val_interval {opts.val_interval} validates only the "
+            f"last of {opts.epochs} epochs"
         )
     opts.steps = _steps(opts)
     if len(opts.lr) not in (1, len(opts.steps)):
