@@ -286,7 +286,9 @@ def _add_model(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--feat_dim", type=float, default=2048, help="channels of the body; checked where it is given"
     )
-    group.add_argument("--fix_bn", action="store_true", help="freeze the norm layers")
+    group.add_argument(
+        "--fix_bn", action="store_true", help="freeze the norm layers (released: their weights)"
+    )
     group.add_argument("--freeze", action="store_true", help="freeze the body")
     group.add_argument(
         "--init_balanced", action="store_true", help="new classifiers start from the background's (MiB)"
@@ -335,6 +337,12 @@ def _add_training(group: argparse._ActionsContainer) -> None:
     )
     group.add_argument(
         "--compile", action="store_true", help="run the networks through torch.compile in training"
+    )
+    group.add_argument(
+        "--keep",
+        choices=("last", "best"),
+        default="last",
+        help="a step's result: the last epoch's weights, or those of the epoch with the best validation mIoU",
     )
     group.add_argument("--debug", action="store_true", help="log more")
 
@@ -495,6 +503,8 @@ def _apply_preset(opts: Options) -> None:
     chosen: dict[str, Any] = {}
     if opts.pod or opts.pseudo or opts.distill_object:
         chosen.update(FAMILY_PLOP)
+    if opts.no_mask and opts.fidelity == "released":
+        chosen["void_label"] = "ignore"  # SDR's data sets, the only ones with published sequential numbers
     if opts.method is not None:
         chosen.update(preset(opts.method, dataset=opts.dataset, task=opts.task, fidelity=opts.fidelity))
         if note := preset_note(opts.method, opts.fidelity):
@@ -505,9 +515,8 @@ def _apply_preset(opts: Options) -> None:
         if name in opts.typed:
             if getattr(opts, name) != value:
                 typed = getattr(opts, name)
-                opts.notes.append(
-                    f"--{name} {typed} was typed and wins over {value} of --method {opts.method}"
-                )
+                source = f"--method {opts.method}" if opts.method else "the other options"
+                opts.notes.append(f"--{name} {typed} was typed and wins over {value} of {source}")
         else:
             setattr(opts, name, value)
 
@@ -516,6 +525,11 @@ def _derive(opts: Options) -> None:
     opts.protocol = "sequential" if opts.no_mask else "overlapped" if opts.overlap else "disjoint"
     if not opts.net_pytorch and "norm_act" not in opts.typed:
         opts.norm_act = "iabn_sync"
+    if opts.keep == "best" and opts.val_interval >= opts.epochs > 1:
+        opts.notes.append(
+            f"--keep best has nothing to choose from: --val_interval {opts.val_interval} validates only the "
+            f"last of {opts.epochs} epochs"
+        )
     opts.steps = _steps(opts)
     if len(opts.lr) not in (1, len(opts.steps)):
         raise UserError(
@@ -552,11 +566,12 @@ def _check(opts: Options) -> None:
         raise UserError("--pretrained_path and --no_pretrained exclude each other; give one")
     _check_prediction(opts)
     trains = not (opts.test or opts.check_data or opts.predict is not None)
-    own_statistics = opts.model == "deeplab" and opts.norm_act in ("std", "abn", "iabn") and not opts.fix_bn
+    fixed = opts.fix_bn and opts.fidelity == "paper"  # released: the statistics move all the same
+    own_statistics = opts.model == "deeplab" and opts.norm_act in ("std", "abn", "iabn") and not fixed
     if opts.batch_size == 1 and trains and own_statistics:
         raise UserError(
             "--batch_size 1: the head normalises one pooled value per image over the batch, which needs "
-            "--batch_size 2 or more, or --fix_bn"
+            "--batch_size 2 or more, or --fix_bn with --fidelity paper"
         )
     if opts.compile and opts.grad_checkpointing:
         raise UserError(

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from modules import Network, build_network
 from modules.norm import norm_layers
+from utils.checkpoint import is_sdr_network
 from utils.errors import UserError
 
 M = TypeVar("M", bound=nn.Module)
@@ -130,10 +131,18 @@ class IncrementalSegmentationModule(nn.Module):
             ):
                 new.copy_(unknown.expand_as(new))
 
-    def fix_bn(self) -> None:
-        """Freeze every norm layer: statistics and affine parameters stay as they are."""
+    def fix_bn(self, *, statistics: bool = True) -> None:
+        """Freeze every norm layer.
+
+        Args:
+            statistics: freeze the running statistics too and normalise by them. Without, the affine
+                parameters alone stay: the released ``train()`` puts the layers back into training.
+        """
         for layer in norm_layers(self):
-            freeze(layer)
+            if statistics:
+                freeze(layer)
+            else:
+                layer.requires_grad_(False)
 
     def train(self, mode: bool = True) -> IncrementalSegmentationModule:
         """Training mode for all but what ``freeze`` has frozen."""
@@ -178,7 +187,7 @@ def make_model(opts: Any, classes: Sequence[int]) -> IncrementalSegmentationModu
 
     Args:
         opts: options ``model``, ``backbone``, ``norm_act``, ``output_stride``, ``pooling``, ``decoder``,
-            ``unknown``; ``grad_checkpointing`` may be missing.
+            ``unknown``; ``grad_checkpointing`` and ``fidelity`` may be missing.
         classes: number of classes of each step up to the present one.
     """
     network = build_network(
@@ -189,5 +198,6 @@ def make_model(opts: Any, classes: Sequence[int]) -> IncrementalSegmentationModu
         pooling=opts.pooling,
         decoder=opts.decoder,
         checkpointing=getattr(opts, "grad_checkpointing", False),
+        sdr=is_sdr_network(vars(opts)),
     )
     return IncrementalSegmentationModule(network, classes, unknown=opts.unknown)

@@ -65,7 +65,8 @@ def evaluation_data(opts: Any, step: int) -> EvaluationData:
     """The images of a step's final evaluation.
 
     They are the validation list's, or with ``--val_on_trainset`` the training list's, or with
-    ``--test_on_val`` the fifth of the training list that no step trains on.
+    ``--test_on_val`` the fifth of the training list that no step trains on. Released, all programs but
+    SSUL's leave out images that show no class seen so far.
 
     Raises:
         UserError: the data set is missing or faulty.
@@ -74,6 +75,11 @@ def evaluation_data(opts: Any, step: int) -> EvaluationData:
     dataset = open_dataset(opts.dataset, opts.data_root, "train" if on_training_images else "val")
     chosen = _held_out(len(dataset))[1] if opts.test_on_val else range(len(dataset))
     seen = opts.task_.seen_classes(step)
+    if opts.fidelity == "released" and not opts.unknown:
+        presence = scan_presence(
+            dataset.masks, cache_dir=CACHE, num_classes=dataset.num_classes, progress=False
+        )
+        chosen = [i for i in chosen if presence[i].intersection(seen)]
     return EvaluationData(
         test=_evaluation(opts, step, dataset, chosen),
         class_names=[dataset.class_names[c] for c in seen],

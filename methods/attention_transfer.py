@@ -35,7 +35,7 @@ class AttentionTransfer(Method):
             choices=OBJECTS,
             default=None,
             help="what is transferred: attention of class regions (sats-selfattn), its mean over all "
-            "positions (-GP), every position (-NP), or class means of feature maps (DeepLab)",
+            "positions (-GP), every position (-NP), or class means of the stages' feature maps",
         )
         parser.add_argument("--distill_weight_args", type=float, default=10.0, metavar="W", help="weight")
 
@@ -56,9 +56,8 @@ class AttentionTransfer(Method):
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The weighted distance of the class regions' attention."""
-        loss = self.criterion(
-            attentions_old=batch.features_old[self.maps],
-            attentions=batch.features[self.maps],
-            labels=batch.targets,
-        )
+        old, new = batch.features_old[self.maps], batch.features[self.maps]
+        if self.maps == "attentions":
+            old, new = old[:-1], new[:-1]  # the stages' alone: the head's output is PLOP's last map
+        loss = self.criterion(attentions_old=old, attentions=new, labels=batch.targets)
         return {"attention_transfer": self.weight * loss}

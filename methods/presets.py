@@ -64,6 +64,12 @@ _PRESETS["SATS-M"] = {**_PRESETS["SATS"], "memory": 100}
 
 METHODS = list(_PRESETS)
 
+# What a release does beside its preset, and the papers do not name.
+_WHEN_RELEASED: dict[str, dict[str, Any]] = {
+    **{name: {"keep": "best"} for name in ("SATS", "SATS-M")},
+    **{name: {"keep": "best", "unseen_label": "ignore"} for name in ("SSUL", "SSUL-M")},
+}
+
 _NO_EFFECT_WHEN_RELEASED = {"CIL": "loss_CIL is compared with 1 instead of being set to it"}
 
 
@@ -102,7 +108,8 @@ def preset(method: str, *, dataset: str, task: str, fidelity: str = "paper") -> 
         dataset: "ade" has weights and an exemplar memory of its own.
         task: canonical task name; MiB distils ten times stronger when classes come one by one on VOC
             (15-1; SPEC section 10).
-        fidelity: "paper" or "released"; see ``preset_note``.
+        fidelity: "paper" or "released"; see ``preset_note``. Released adds what the programs of SATS and
+            SSUL do by themselves.
     """
     if preset_note(method, fidelity) is not None:
         return {}
@@ -115,4 +122,6 @@ def preset(method: str, *, dataset: str, task: str, fidelity: str = "paper") -> 
         options["pod_options"] = json.loads(_PLOP_LOGITS % ("1e-5" if ade else "5e-4"))
     if options.get("memory") and ade:
         options["memory"] = 300
+    if fidelity == "released":
+        options |= _WHEN_RELEASED.get(method, {})
     return options

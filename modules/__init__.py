@@ -27,6 +27,7 @@ def build_network(
     decoder: str = "sats",
     drop_path: float = 0.1,
     checkpointing: bool = False,
+    sdr: bool = False,
 ) -> Network:
     """Make a network with random weights.
 
@@ -39,6 +40,7 @@ def build_network(
         decoder: of SegFormer: ``sats`` or ``segformer``.
         drop_path: of SegFormer: largest stochastic depth rate.
         checkpointing: compute the activations inside the body's stages anew in the backward pass.
+        sdr: ResNet and head as in SDR's program.
 
     Raises:
         UserError: a value that is not among the choices, or inplace-abn is needed and not installed.
@@ -58,11 +60,11 @@ def build_network(
     if backbone == "mobilenet_v2":
         body = MobileNetV2Body(norms, output_stride)
     else:
-        body = ResNetBody(backbone, norms, output_stride)
+        body = ResNetBody(backbone, norms, output_stride, sdr=sdr)
     if checkpointing and norms.fused:
         raise UserError(
             f"--grad_checkpointing does not go with --norm_act {norm_act}, whose layers overwrite what they "
             "would compute from: drop it, or take --norm_act abn"
         )
     body.checkpointing = checkpointing
-    return DeepLabV3(body, DeepLabHead(body.out_channels, norms, output_stride, pooling))
+    return DeepLabV3(body, DeepLabHead(body.out_channels, norms, output_stride, pooling, sdr=sdr))

@@ -50,12 +50,19 @@ class DeepLabHead(nn.Module):
         norm_act: norm layers and activations.
         output_stride: of the body, 16 or 8; sets the dilations (6, 12, 18) or (12, 24, 32).
         pooling: window of the evaluation pooling, in features; 0 for all.
+        sdr: as in SDR's program: torch's own initialisation, and no activations behind the norms.
     """
 
     out_channels = HIDDEN_CHANNELS
 
     def __init__(
-        self, in_channels: int, norm_act: NormAct, output_stride: int = 16, pooling: int = 32
+        self,
+        in_channels: int,
+        norm_act: NormAct,
+        output_stride: int = 16,
+        pooling: int = 32,
+        *,
+        sdr: bool = False,
     ) -> None:
         super().__init__()
         self.pooling = pooling
@@ -70,13 +77,13 @@ class DeepLabHead(nn.Module):
         self.global_pooling_bn = norm_act(width)
         self.pool_red_conv = nn.Conv2d(width, width, 1, bias=False)
         self.red_bn = norm_act(width)
-        self.activation = norm_act.activation()
-        for module in self.modules():
+        self.activation = nn.Identity() if sdr else norm_act.activation()
+        for module in () if sdr else self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.xavier_normal_(module.weight, norm_act.gain)
 
     def forward(self, features: Tensor) -> Tensor:
-        """B×D×h×w → B×256×h×w, activated."""
+        """B×D×h×w → B×256×h×w, activated (SDR's: not)."""
         maps = torch.cat([conv(features) for conv in self.map_convs], dim=1)
         maps = self.red_conv(self.activation(self.map_bn(maps)))
         pooled, padding = self._pool(features)

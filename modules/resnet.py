@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from modules.checkpointing import run_stage
-from modules.norm import NormAct
+from modules.norm import NormAct, norm_layers
 
+SDR_MOMENTUM = 3e-4
 LAYERS = {"resnet50": [3, 4, 6, 3], "resnet101": [3, 4, 23, 3]}
 
 
@@ -60,12 +61,14 @@ class ResNetBody(ResNet):
     Stride 16 dilates the last stage by 2, stride 8 the last two by 2 and 4. With ``std`` and ``sync`` the
     first block of a dilated stage keeps the dilation before it (torchvision's
     ``replace_stride_with_dilation``: the values are those of the undilated network, computed at more
-    places); with the leaky kinds it has the stage's own, as the networks of MiB and PLOP.
+    places); with the leaky kinds it has the stage's own, as the networks of MiB, PLOP and SDR.
 
     Args:
         backbone: ``resnet50`` or ``resnet101``.
         norm_act: norm layers and activations.
         output_stride: 16 or 8.
+        sdr: as in SDR's program: the stage's own dilation from its first block on, in ResNet-50's last stage
+            1, 2, 1 times 16 over the stride, and slow running statistics.
 
     Attributes:
         checkpointing: keep only what is between the stages for the backward pass, and compute the rest anew.
@@ -74,7 +77,7 @@ class ResNetBody(ResNet):
     out_channels = 2048
     checkpointing = False
 
-    def __init__(self, backbone: str, norm_act: NormAct, output_stride: int) -> None:
+    def __init__(self, backbone: str, norm_act: NormAct, output_stride: int, *, sdr: bool = False) -> None:
         dilate = [False, output_stride == 8, True]
         super().__init__(
             ResidualBlock,
@@ -84,9 +87,15 @@ class ResNetBody(ResNet):
         )
         del self.avgpool, self.fc
         self.relu = norm_act.activation()
-        if norm_act.leaky:
+        if norm_act.leaky or sdr:
             for stage in (self.layer3, self.layer4):
                 stage[0].conv2.dilation = stage[0].conv2.padding = stage[1].conv2.dilation
+        if sdr:
+            if backbone == "resnet50":
+                for block, factor in zip(self.layer4, (1, 2, 1), strict=True):
+                    block.conv2.dilation = block.conv2.padding = (factor * 16 // output_stride,) * 2
+            for norm in norm_layers(self):
+                norm.momentum = SDR_MOMENTUM  # type: ignore[assignment]
 
     def forward(self, images: Tensor, keep_stages: bool = False) -> tuple[Tensor, list[Tensor]]:
         """Features of the last stage, and if asked for those of all four before their last activation.

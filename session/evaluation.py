@@ -28,7 +28,7 @@ from utils.visualize import VOID, prediction_grid, write_samples
 log = logging.getLogger(__name__)
 
 # Options that change the numbers of a trained network.
-_EVALUATION = ("crop_val", "val_on_trainset", "test_scales", "test_flip", "fusion_mode")
+_EVALUATION = ("crop_val", "val_on_trainset", "test_scales", "test_flip", "fusion_mode", "fidelity")
 
 
 class Evaluation:

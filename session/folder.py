@@ -9,7 +9,14 @@ from typing import Any
 
 from argparser import Options
 from utils import distributed
-from utils.checkpoint import check_fits, checkpoint_path, load_checkpoint, save_id, saved_options
+from utils.checkpoint import (
+    check_fits,
+    checkpoint_path,
+    is_sdr_network,
+    load_checkpoint,
+    save_id,
+    saved_options,
+)
 from utils.distributed import World
 from utils.errors import UserError
 from utils.resume import differences, is_trained, job_id, restarted
@@ -69,6 +76,7 @@ class RunFolder:
             backbone=opts.backbone,
             norm_act=opts.norm_act,
             decoder=opts.decoder,
+            sdr=is_sdr_network(vars(opts)),
         )
         return content
 
@@ -88,7 +96,7 @@ class RunFolder:
         epochs = saved_options(content).get("epochs")
         if epochs is not None and not is_trained(content, epochs):
             raise UserError(
-                f"{path}: step {step - 1} is not trained to its end, it stands in epoch "
+                f"{path}: step {step - 1} is not finished, it stands in epoch "
                 f"{content['epoch'] + 1} of {epochs}; go on with --step {step - 1} first"
             )
         return content

@@ -85,7 +85,7 @@ class StepNetworks:
         elif not opts.no_pretrained:
             log.info(self._pretrained(model).summary())
         if opts.fix_bn:
-            model.fix_bn()
+            model.fix_bn(statistics=opts.fidelity == "paper")
         if opts.freeze:
             for parameter in model.network.body.parameters():
                 parameter.requires_grad_(False)

@@ -17,6 +17,7 @@ from dataset.loaders import EpochSampler, Loader, Tolerance, make_train_loader
 from dataset.splits import list_digest
 from dataset.step_data import StepData, step_data
 from methods import Context
+from segmentation_module import load_state
 from session.evaluation import Evaluation
 from session.folder import RunFolder
 from session.networks import StepNetworks, load_optimizer, schedule
@@ -114,6 +115,8 @@ class StepTraining:
         self.progress = Progress()
         self._rng: dict[str, Tensor] | None = None
         self._saved: tuple[int, int] | None = None  # epoch and batch of the checkpoint on the disk
+        self._best: dict[str, Any] | None = None  # with --keep best: the best epoch so far and its states
+        self._chosen = opts.keep == "last"  # whether the weights in the model are the step's result
         if resumed is not None:
             self._go_on(resumed)
         iteration = self._iteration(self.progress.batch)
@@ -214,6 +217,8 @@ class StepTraining:
         if 0 < progress.batch < batches:
             self._rng = rng_of_rank(resumed, self.world.rank)
         self._saved = progress.epoch, progress.batch
+        self._best = resumed.get("best")
+        self._chosen = self._chosen or "kept_epoch" in resumed
         log.info(
             "step %d goes on at epoch %d of %d, after batch %d of %d",
             self.step,
@@ -226,7 +231,7 @@ class StepTraining:
     # ── epochs ───────────────────────────────────────────────────────────────────────────────────
 
     def run(self) -> None:
-        """Train what is left of the epochs; validate and save between them.
+        """Train what is left of the epochs; validate and save between them, and choose what is kept.
 
         Raises:
             Stopped: a signal came; the step is saved.
@@ -241,13 +246,43 @@ class StepTraining:
                 self._train_epoch()
                 if last or (epoch + 1) % opts.ckpt_interval == 0:
                     self._save()
-            if not last and (epoch + 1) % opts.val_interval == 0:
+            validates = not self._chosen if last else (epoch + 1) % opts.val_interval == 0
+            if validates:
                 try:
-                    progress.best = max(progress.best, self._validate())
+                    self._rate(self._validate())
                 except Stopped:
                     if self._saved != (epoch, progress.batch):
                         self._save()
                     raise
+        if not self._chosen:
+            self._choose()
+
+    def _rate(self, score: float) -> None:
+        """Take in a validation's score; with ``--keep best`` remember the state that reached the best one."""
+        progress = self.progress
+        if self.opts.keep == "last":
+            progress.best = max(progress.best, score)
+        elif self._best is None or not score <= progress.best:  # NaN, where nothing is labelled: the latest
+            progress.best = score
+            methods = {name: method.state_dict() for name, method in self.trainer.methods.items()}
+            state = {"model_state": self.model.state_dict(), "method_state": methods}
+            self._best = {"epoch": progress.epoch, **map_tensors(_copied, state)}
+
+    def _choose(self) -> None:
+        """Make the best epoch's state the step's result, in the model and in the checkpoint.
+
+        The checkpoint has no optimiser's state any more, since that belongs to the last epoch.
+        """
+        best = self._best
+        assert best is not None  # the last epoch is always validated
+        load_state(self.model, best["model_state"])
+        self._chosen = True
+        with distributed.shared_errors():
+            if self.world.is_main:
+                kept = {"method_state": best["method_state"], "kept_epoch": best["epoch"]}
+                save_checkpoint(self.folder.checkpoint(self.step), {**self._content(), **kept})
+        shown = best["epoch"] + 1, 100 * self.progress.best
+        log.info("step %d keeps the weights of epoch %d: validation mIoU %.2f %%", self.step, *shown)
 
     def _train_epoch(self) -> None:
         """Train the rest of the epoch under way."""
@@ -355,7 +390,7 @@ class StepTraining:
             if self.world.is_main:
                 save_checkpoint(
                     self.folder.checkpoint(self.step),
-                    {**self._content(), **gathered, "method_state": methods, "manifest": self._manifest()},
+                    {**self._content(), **self._course(), **gathered, "method_state": methods},
                 )
         self._saved = self.progress.epoch, self.progress.batch
         self._last_save = time.monotonic()
@@ -366,11 +401,18 @@ class StepTraining:
             **self.progress.state(),
             "batches_per_epoch": self.sampler.batches_per_epoch,
             "model_state": self.model.state_dict(),
+            "facts": self.facts,
+            "job": job_id(),
+            "manifest": self._manifest(),
+        }
+
+    def _course(self) -> dict[str, Any]:
+        """What only a run that goes on needs."""
+        return {
             "optimizer_state": self.trainer.optimizer.state_dict(),
             "scheduler_state": self.scheduler.state_dict(),
             "scaler_state": self.precision.scaler.state_dict(),
-            "facts": self.facts,
-            "job": job_id(),
+            **({} if self._chosen else {"best": self._best}),
         }
 
     def _manifest(self) -> dict[str, Any]:
@@ -386,6 +428,11 @@ class StepTraining:
             norm_act=opts.norm_act,
             options=self.folder.options,
         )
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """A copy on the CPU."""
+    return tensor.detach().to("cpu", copy=True)
 
 
 def _listed(terms: dict[str, float]) -> str:

@@ -440,12 +440,16 @@ def pooled_distillation(
     return total / len(teacher)
 
 
-def plop_terms(*, old: int, new: int, medians: list[float]) -> Terms:
-    """Cross entropy on pseudo-labels with the adaptive factor, then local POD; the last map is the logits."""
+def plop_terms(*, old: int, new: int, medians: list[float], adaptive: bool = True) -> Terms:
+    """Cross entropy on pseudo-labels, then local POD; the last map is the logits.
+
+    ``adaptive``: with the adaptive factor, which SATS' trainer never applies.
+    """
 
     def terms(s: Sight) -> list[Tensor]:
         filled = released_pseudo_labels(s.labels, s.out_old, medians, old + new)
-        found = [(filled.share[:, None, None] * cross_entropy(s.out, filled.labels)).mean()]
+        share = filled.share if adaptive else torch.ones_like(filled.share)
+        found = [(share[:, None, None] * cross_entropy(s.out, filled.labels)).mean()]
         teacher = [*s.maps_old["attentions"], s.maps_old["logits_small"]]
         student = [*s.maps["attentions"], s.maps["logits_small"]]
         return [*found, pooled_distillation(teacher, student, old=old, new=new)]
@@ -481,18 +485,46 @@ def attention_transfer(maps_old: list[Tensor], maps: list[Tensor], labels: Tenso
     return total / 4
 
 
+def feature_transfer(stages_old: list[Tensor], stages: list[Tensor], labels: Tensor) -> Tensor:
+    """Class means of the stages' feature maps; the sum over stages is divided by 4, as four there are."""
+    total = torch.zeros((), dtype=stages[0].dtype)
+    for old, new in zip(stages_old, stages, strict=True):
+        small = pillow_labels(labels, new.shape[-1])
+        for i in range(new.shape[0]):
+            present = [c for c in set(small[i].flatten().tolist()) if c not in (0, VOID)]
+            for c in present:
+                here = small[i] == c
+                difference = new[i][:, here].mean(dim=1) - old[i][:, here].mean(dim=1)
+                total = total + difference.pow(2).sum().sqrt() / (len(present) * new.shape[0])
+    return total / 4
+
+
 def sats_terms(
-    *, old: int, new: int, medians: list[float], transfer: float = 20.0, kd: float = 20.0
+    *,
+    old: int,
+    new: int,
+    medians: list[float],
+    transfer: float = 20.0,
+    kd: float = 20.0,
+    stages: bool = False,
 ) -> Terms:
-    """Cross entropy on pseudo-labels (without the adaptive factor), unbiased distillation, attention."""
+    """Cross entropy on pseudo-labels (without the adaptive factor), unbiased distillation, and transfer.
+
+    Attention is transferred, or with ``stages`` the stages' feature maps, without the weight there.
+    """
 
     def terms(s: Sight) -> list[Tensor]:
         filled = released_pseudo_labels(s.labels, s.out_old, medians, old + new)
+        if stages:
+            maps_old, maps = s.maps_old["attentions"][:-1], s.maps["attentions"][:-1]
+            transferred = feature_transfer(maps_old, maps, filled.labels)
+        else:
+            maps_old, maps = s.maps_old["self_attention"], s.maps["self_attention"]
+            transferred = transfer * attention_transfer(maps_old, maps, filled.labels)
         return [
             cross_entropy(s.out, filled.labels).mean(),
             kd * unbiased_distillation(s.out, s.out_old),
-            transfer
-            * attention_transfer(s.maps_old["self_attention"], s.maps["self_attention"], filled.labels),
+            transferred,
         ]
 
     return terms

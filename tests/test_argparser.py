@@ -174,3 +174,24 @@ def test_own_data_without_its_class_list(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_bytes(b"background\nchi\xe9n\n")
     with pytest.raises(UserError, match=r"classes\.txt: not UTF-8 text"):
         parse_options(["--dataset", "folder", "--data_root", str(tmp_path), "--task", "2-1"])
+
+
+def test_what_the_released_programs_do_beside_their_options() -> None:
+    released = ["--fidelity", "released"]
+    # SDR's sequential data sets keep void; MiB's would not, and no number of theirs is published.
+    assert parse_options(["--no_mask", *released]).void_label == "ignore"
+    assert parse_options(["--no_mask", "--void_label", "background", *released]).void_label == "background"
+    assert parse_options(["--no_mask"]).void_label == parse_options(released).void_label == "background"
+    for method, keep, unseen in (("SATS", "best", "background"), ("SSUL-M", "best", "ignore")):
+        opts = parse_options(["--method", method, *released])
+        assert (opts.keep, opts.unseen_label) == (keep, unseen)
+        paper = parse_options(["--method", method])
+        assert (paper.keep, paper.unseen_label) == ("last", "background")
+    assert parse_options(["--method", "PLOP", *released]).keep == "last"
+    assert parse_options(["--method", "SATS", "--keep", "last", *released]).keep == "last"
+    (note,) = parse_options(["--keep", "best", "--epochs", "3", "--val_interval", "3"]).notes
+    assert "--keep best has nothing to choose from" in note
+    assert not parse_options(["--keep", "best", "--epochs", "3", "--val_interval", "2"]).notes
+    with pytest.raises(UserError, match=r"--batch_size 1: .* --fix_bn with --fidelity paper"):
+        parse_options(["--fix_bn", "--batch_size", "1", *released])
+    parse_options(["--fix_bn", "--batch_size", "1"])

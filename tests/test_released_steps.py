@@ -566,6 +566,51 @@ def test_sats() -> None:
     assert distance(start.student, paper.student, theirs) > 1e-3
 
 
+def test_sats_feature_maps_are_the_stages_alone() -> None:
+    """The head's output, which PLOP distils beside them, is not among them."""
+    start = toy_start(1, attention=True, sharpness=SHARP)
+    found = medians(start, infinite=0.005)
+    theirs = run_theirs(start, released.sats_terms(old=OLD, new=NEW, medians=found, stages=True))
+    words = ["--method", "SATS", "--overlap", "--distill_object", "sats-feature-CNN"]
+    ours = run_ours(options(*words), start)
+    assert_same(start, ours.student, theirs)
+    without = run_theirs(start, released.sats_terms(old=OLD, new=NEW, medians=found, transfer=0.0))
+    assert distance(start.student, without, theirs) > 1e-3, "the transfer moves nothing: the case is empty"
+
+
+def test_plop_in_sats_trainer_is_plop_with_a_factor_of_1() -> None:
+    start = toy_start(1, sharpness=SHARP)
+    found = medians(start, infinite=0.005)
+    theirs = run_theirs(start, released.plop_terms(old=OLD, new=NEW, medians=found, adaptive=False))
+    words = ["--method", "PLOP", "--classif_adaptive_min_factor", "1"]
+    assert_same(start, run_ours(options(*words), start).student, theirs)
+
+
+# ── --fix_bn ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_fix_bn_freezes_affine_weights_alone_when_released() -> None:
+    """The trainers' ``train()`` puts the norm layers back into training: their statistics move."""
+    torch.manual_seed(0)
+    student = settle(IncrementalSegmentationModule(ToyBody(), CLASSES[:1]), 1)
+    start = Start(0, student, None, draw_batches(0, 3))
+    theirs = copy.deepcopy(start)
+    for module in theirs.student.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.requires_grad_(False).eval()
+    theirs.student = run_theirs(theirs, released.mib_terms(old=0), train_mode=nn.Module.train)
+    ours = {}
+    for fidelity in ("released", "paper"):
+        fixed = copy.deepcopy(start)
+        fixed.student.fix_bn(statistics=fidelity == "paper")
+        ours[fidelity] = run_ours(options("--fix_bn", fidelity=fidelity), fixed).student.state_dict()
+    before, after = start.student.state_dict(), theirs.student.state_dict()
+    for name, value in after.items():
+        torch.testing.assert_close(ours["released"][name], value, rtol=1e-5, atol=1e-7)
+        if "running" in name:
+            assert torch.equal(ours["paper"][name], before[name]) and not torch.equal(value, before[name])
+
+
 # ── SSUL ─────────────────────────────────────────────────────────────────────────────────────────
 
 

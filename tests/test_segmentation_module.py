@@ -109,6 +109,23 @@ def test_fix_bn_freezes_every_norm_layer() -> None:
     assert all(torch.equal(net.state_dict()[k], v) for k, v in before.items())
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, True),
+        ({"fidelity": "paper"}, False),
+        ({"norm_act": "abn"}, False),
+        ({"backbone": "mobilenet_v2"}, False),
+        ({"unknown": True}, False),
+    ],
+)
+def test_released_networks_with_batch_norm_and_relu_are_sdrs(
+    options: dict[str, object], expected: bool
+) -> None:
+    net = model([16], **{"backbone": "resnet50", "fidelity": "released", **options})
+    assert isinstance(net.network.head.activation, torch.nn.Identity) == expected
+
+
 def test_unknown_counts_as_background_and_new_heads_start_from_it() -> None:
     net = model([16, 5], unknown=True).eval()
     net.init_from_unknown()

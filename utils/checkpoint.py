@@ -132,6 +132,7 @@ def make_manifest(
         "backbone": backbone,
         "decoder": decoder,
         "norm_act": norm_act,
+        "sdr_network": is_sdr_network(options),
         "options": {str(key): _plain(value) for key, value in options.items()},
         "git_commit": _git_commit(),
         "versions": {
@@ -242,6 +243,21 @@ def saved_options(content: Mapping[str, Any]) -> Mapping[str, Any]:
     return options if isinstance(options, Mapping) else {}
 
 
+def is_sdr_network(options: Mapping[str, Any]) -> bool:
+    """Whether options ask for the network of SDR's program, whose weights have the same names and shapes.
+
+    It is what ``--fidelity released`` means for ResNet with BatchNorm and ReLU, but for SSUL's, which is
+    torchvision's (docs/fidelity.md).
+    """
+    return (
+        options.get("fidelity") == "released"
+        and options["model"] == "deeplab"
+        and options["backbone"].startswith("resnet")
+        and options["norm_act"] in ("std", "sync")
+        and not options["unknown"]
+    )
+
+
 def model_state(content: Mapping[str, Any]) -> dict[str, Tensor]:
     """Weights by this program's names, without the ``module.`` of wrapped models.
 
@@ -346,6 +362,7 @@ def check_fits(
     backbone: str,
     norm_act: str,
     decoder: str,
+    sdr: bool = False,
 ) -> None:
     """Raise unless the checkpoint is of this task's step and of this network.
 
@@ -359,6 +376,7 @@ def check_fits(
         class_order: dataset class ids of every step of the task.
         step: number of the step that the checkpoint must be of.
         model, backbone, norm_act, decoder: options that shape the network.
+        sdr: the network is that of SDR's program; see ``is_sdr_network``.
 
     Raises:
         UserError: says everything that does not fit.
@@ -371,6 +389,9 @@ def check_fits(
         wanted = {"model": model}
         wanted |= {"backbone": backbone, "norm_act": norm_act} if model == "deeplab" else {"decoder": decoder}
         misfits += _network_misfits(manifest, wanted)
+        if manifest.get("sdr_network", False) != sdr:
+            theirs, ours = ("paper", "released") if sdr else ("released", "paper")
+            misfits.append(f"it has the network of --fidelity {theirs}, not {ours}")
     else:
         misfits = ["its manifest is no dictionary"]
     if misfits:

@@ -14,14 +14,14 @@ from argparser import Options, build_parser
 from dataset import class_names
 from segmentation_module import IncrementalSegmentationModule, load_state, make_model
 from tasks import DATASETS, Task
-from utils.checkpoint import check_fits, load_checkpoint, model_state, saved_options
+from utils.checkpoint import check_fits, is_sdr_network, load_checkpoint, model_state, saved_options
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
 # What a checkpoint brings along unless the user types it: options that shape the network, and those that say
 # which images it is evaluated on and how.
-_NETWORK = ("model", "backbone", "norm_act", "output_stride", "pooling", "decoder", "unknown")
+_NETWORK = ("model", "backbone", "norm_act", "output_stride", "pooling", "decoder", "unknown", "fidelity")
 _DATA = (
     *("dataset", "data_root", "crop_size", "crop_val", "val_on_trainset", "test_on_val"),
     *("unseen_label", "skip_corrupt", "random_seed"),
@@ -83,6 +83,7 @@ def model_from_checkpoint(path: Path, opts: Options) -> TrainedNetwork:
         backbone=opts.backbone,
         norm_act=opts.norm_act,
         decoder=opts.decoder,
+        sdr=is_sdr_network(vars(opts)),
     )
     model = load_model(opts, content, path, task.classes_per_step(step))
     names = _class_names(task, opts.data_root)

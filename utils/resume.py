@@ -22,6 +22,11 @@ _INCIDENTAL = {
     *("print_interval", "val_interval", "ckpt_interval", "ckpt_minutes", "compile", "grad_checkpointing"),
     *("predict", "out", "raw"),
 }
+# With --keep best they decide which epoch is kept.
+_VALIDATION = {
+    *("val_interval", "crop_val", "val_on_trainset", "unseen_label"),
+    *("test_scales", "test_flip", "fusion_mode"),
+}
 
 
 @dataclass
@@ -61,8 +66,11 @@ class Progress:
 
 
 def is_trained(content: Mapping[str, Any], epochs: int) -> bool:
-    """Whether a checkpoint stands at the end of its step's last epoch."""
-    last = int(content["epoch"]) + 1 >= epochs
+    """Whether a checkpoint holds a step's result: it stands at the end of the last epoch.
+
+    As long as ``--keep best`` has not chosen, the checkpoint holds ``best`` beside the latest weights.
+    """
+    last = int(content["epoch"]) + 1 >= epochs and "best" not in content
     return last and content.get("batch", None) in (None, content.get("batches_per_epoch"))
 
 
@@ -77,9 +85,10 @@ def differences(
         facts: this run's, by the words that the message shall use.
     """
     saved = saved_options(content)
+    incidental = _INCIDENTAL - _VALIDATION if options.get("keep") == "best" else _INCIDENTAL
     found = [
         f"--{name} {saved[name]}, now {options[name]}"
-        for name in sorted(saved.keys() & options.keys() - _INCIDENTAL)
+        for name in sorted(saved.keys() & options.keys() - incidental)
         if saved[name] != options[name]
     ]
     known = content.get("facts", {})

@@ -92,6 +92,21 @@ def test_presence_of_all_real_masks(split, lists):
 
 
 @needs_lists
+def test_validation_images_that_docs_fidelity_counts():
+    """Those with a class of step 0, on which the released programs test it; no class is without a label."""
+    for name, first, shown in (
+        *(("voc_val", 19, 1421), ("voc_val", 15, 1240), ("voc_val", 10, 869)),
+        *(("ade_val", 100, 2000), ("ade_val", 50, 1997)),
+    ):
+        seen = set(range(1, first + 1))
+        assert sum(bool(ids & seen) for ids in class_lists(name)) == shown
+    for name, number in (("voc_val", 20), ("ade_val", 150)):
+        lists = class_lists(name)
+        assert set().union(*lists) - {0, 255} == set(range(1, number + 1))
+        assert all(ids - {0, 255} for ids in lists), "the last step is tested on all images"
+
+
+@needs_lists
 def test_ade_rules():
     presence = class_lists("ade_train")
     merged = task_indices("ade", "100-50b", 1, "disjoint", presence)

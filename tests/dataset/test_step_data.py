@@ -132,3 +132,15 @@ def test_final_evaluation_on_training_images(own: Path) -> None:
     held_out = {entry.index for entry in evaluation_data(opts, 0).test.entries}
     assert len(held_out) == 6
     assert not held_out & {entry.index for step in (0, 1) for entry in data_of(opts, step).train.entries}
+
+
+def test_released_programs_but_ssuls_leave_out_images_without_a_seen_class(own: Path) -> None:
+    """Image i of 6 shows the classes 2i + 1 and 2i + 2; step 0 of 8-4 knows 8 classes."""
+
+    def tested(step: int, *words: str) -> list[int]:
+        opts = options("folder", own, "--task", "8-4", *words)
+        return [entry.index for entry in evaluation_data(opts, step).test.entries]
+
+    assert tested(0, "--fidelity", "released") == [0, 1, 2, 3]
+    assert tested(1, "--fidelity", "released") == tested(0) == [0, 1, 2, 3, 4, 5]
+    assert tested(0, "--fidelity", "released", "--method", "SSUL") == [0, 1, 2, 3, 4, 5]

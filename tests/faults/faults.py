@@ -63,14 +63,18 @@ def start_command(arguments: Sequence[str], environment: dict[str, str], output:
 class Fork:
     """``run.main`` with the arguments in a process of its own, forked from one that has imported everything.
 
-    What ``python run.py`` does, without the seconds of importing.
+    What ``python run.py`` does, without the seconds of importing. ``prepare``, a function of a module, is
+    called there before.
     """
+
+    prepare: Callable[[], None] | None = None
 
     def __init__(self, arguments: Sequence[str], environment: dict[str, str], output: Path) -> None:
         os.environ["OMP_NUM_THREADS"] = "1"  # read by the server when it imports torch
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["faults", "run", "session"])
-        self._process = context.Process(target=_run_main, args=(list(arguments), environment, output))
+        words = (list(arguments), environment, output, type(self).prepare)
+        self._process = context.Process(target=_run_main, args=words)
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -86,7 +90,9 @@ class Fork:
         self.send_signal(signal.SIGKILL)
 
 
-def _run_main(arguments: list[str], environment: dict[str, str], output: Path) -> None:
+def _run_main(
+    arguments: list[str], environment: dict[str, str], output: Path, prepare: Callable[[], None] | None
+) -> None:
     import run
 
     with output.open("ab") as file:
@@ -97,6 +103,8 @@ def _run_main(arguments: list[str], environment: dict[str, str], output: Path) -
     os.environ.update(environment)
     code = 1
     try:
+        if prepare is not None:
+            prepare()
         code = run.main(arguments)
     except BaseException:
         traceback.print_exc()
@@ -208,7 +216,7 @@ def saves_now(run_dir: Path) -> bool:
 
 _COMPARED = (
     *("epoch", "batch", "best_score", "model_state", "optimizer_state", "scheduler_state"),
-    *("method_state", "method_state_of_rank", "rng_state"),
+    *("method_state", "method_state_of_rank", "rng_state", "best", "kept_epoch"),
 )
 
 

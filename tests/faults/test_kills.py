@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from faults import BOUND, TINY, completed, differences, left_by, running, saves_now
+from faults import BOUND, TINY, Fork, completed, differences, left_by, running, saves_now
 
+from session.training import StepTraining
 from utils.checkpoint import load_checkpoint
+
+SCORES = (30.0, 60.0, 20.0)  # added to each epoch's validation mIoU, which decides nothing then
 
 
 def command(data: Path, logs: Path, name: str, method: str, *more: object) -> list[object]:
@@ -87,3 +95,69 @@ def test_state_of_methods_survives(
         run.kill()
     completed(broken, tmp_path / "out")
     assert differences(left_by(folder_of(tmp_path, "whole")), left_by(folder_of(tmp_path, "broken"))) == []
+
+
+def script_validation() -> None:
+    """Let the second epoch be the best, and validation kill the process in the epoch that KILL_IN names."""
+    validate = StepTraining._validate
+
+    def scripted(self: StepTraining) -> float:
+        if os.environ.get("KILL_IN") == str(self.progress.epoch):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return validate(self) + SCORES[self.progress.epoch]
+
+    StepTraining._validate = scripted  # type: ignore[method-assign]
+
+
+class Scripted(Fork):
+    prepare = script_validation
+
+
+def test_the_best_epoch_is_kept_through_kills(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the validation of the best epoch, and between the last save and the choice."""
+
+    def killed_in(epoch: int, arguments: list[object]) -> str:
+        monkeypatch.setenv("KILL_IN", str(epoch))
+        with running(arguments, tmp_path / "out", start=Scripted) as run:
+            assert run.wait() == [-9]
+        monkeypatch.delenv("KILL_IN")
+        return run.output()
+
+    def saved(name: str) -> dict[str, Any]:
+        return load_checkpoint(folder_of(tmp_path, name) / f"15-5-shapes_{name}_0.pth")
+
+    def words(name: str, *more: object) -> list[object]:
+        return [*command(tiny_data, tmp_path, name, "SDR", "--epochs", "3", *more)]
+
+    killed_in(1, words("last"))
+    second_epoch = saved("last")  # --keep last, killed when two of the three epochs are trained
+    best = words("best", "--keep", "best")
+    killed_in(1, best)
+    assert "step 0 goes on at epoch 2 of 3" in killed_in(2, best)
+    unfinished = saved("best")
+    assert unfinished["epoch"] == 2 and unfinished["best"]["epoch"] == 1
+    ended = completed([*best, "--step", "0"], tmp_path / "out", start=Scripted).output()
+    assert "step 0 keeps the weights of epoch 2" in ended and "step 0 epoch 3/3" not in ended
+    kept = saved("best")
+    assert kept["kept_epoch"] == 1 and "best" not in kept
+    for part in ("model_state", "method_state"):
+        assert differences(second_epoch[part], kept[part]) == []
+        assert differences(unfinished[part], kept[part]) != [], (
+            "the last epoch has the same: the case is empty"
+        )
+
+
+def test_the_best_epoch_is_kept_by_two_processes(tiny_data: Path, tmp_path: Path) -> None:
+    """Every second epoch and the last are validated: the best of these is evaluated and saved."""
+    words = command(
+        tiny_data, tmp_path, "two", "FT", "--epochs", "3", "--keep", "best", "--val_interval", "2"
+    )
+    output = completed([*words, "--step", "0"], tmp_path / "out", 2, start=Scripted).output()
+    run_dir = folder_of(tmp_path, "two")
+    content = load_checkpoint(run_dir / "15-5-shapes_two_0.pth")
+    assert content["kept_epoch"] == 1
+    assert re.findall(r"step 0 epoch (\d): validation", output) == ["2", "3"]
+    results = json.loads((run_dir / "results_0.json").read_text(encoding="utf-8"))
+    assert results["miou_all"] == pytest.approx(content["best_score"] - SCORES[1])

@@ -169,3 +169,17 @@ def test_atrous_convolution_leaves_out_what_meets_padding_alone():
         for size in ((6, 6), (6, 7), (7, 6), (7, 7)):
             layer(torch.randn(1, 5, *size))
     assert calls == [(1, 1), (1, 3), (3, 1), (3, 3)]
+
+
+def test_the_head_of_sdr_is_initialised_by_torch_and_has_no_activation():
+    torch.manual_seed(0)
+    head = DeepLabHead(64, NormAct("std"), sdr=True).train()
+    for conv in [*head.map_convs, head.red_conv, head.global_pooling_conv, head.pool_red_conv]:
+        bound = conv.weight[0].numel() ** -0.5  # Kaiming's uniform rule with a = √5
+        assert 0.99 * bound < conv.weight.abs().max() <= bound
+    features = torch.randn(4, 64, 5, 5)
+    maps = head.map_bn(torch.cat([conv(features) for conv in head.map_convs], dim=1))
+    pooled = head.global_pooling_bn(head.global_pooling_conv(features.mean((2, 3), keepdim=True)))
+    expected = head.red_bn(head.red_conv(maps) + head.pool_red_conv(pooled))
+    torch.testing.assert_close(head(features), expected)
+    assert expected.min() < 0

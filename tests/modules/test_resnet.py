@@ -130,3 +130,17 @@ def test_gradient_through_kept_stages():
     total.backward()
     for grad, parameter in zip(found, (body.conv1.weight, body.layer4[2].bn3.bias), strict=True):
         torch.testing.assert_close(grad, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "output_stride", "last_stage"),
+    [("resnet101", 16, [2, 2, 2]), ("resnet101", 8, [4, 4, 4]), ("resnet50", 16, [1, 2, 1])],
+)
+def test_the_body_of_sdr(backbone, output_stride, last_stage):
+    """Its program dilates the last stage's first block too, and its running statistics hardly move."""
+    body = ResNetBody(backbone, NormAct("std"), output_stride, sdr=True)
+    assert [block.conv2.dilation[0] for block in body.layer4] == last_stage
+    assert all(block.conv2.padding == block.conv2.dilation for block in body.layer4)
+    assert {block.conv2.dilation[0] for block in body.layer3} == {16 // output_stride}
+    assert {m.momentum for m in body.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {3e-4}
+    body.eval()(torch.zeros(1, 3, 64, 64))

@@ -8,26 +8,36 @@ from pathlib import Path
 import pytest
 import torch
 from small_checkpoint import DEEPLAB, save_untrained
+from torch import nn
 
 from argparser import parse_options
 from session.folder import RunFolder
 from utils.distributed import World
 from utils.errors import UserError
-from utils.restore import load_model
+from utils.restore import load_model, model_from_checkpoint
 
 STEP_0 = DEEPLAB.replace("--step 1", "--step 0")
 STEP_1 = DEEPLAB
+WORLD = World(0, 0, 1, torch.device("cpu"), None)
 
 
 def folder_of(command: str, tmp_path: Path, checkpoint: Path) -> RunFolder:
     opts = parse_options([*shlex.split(command), "--logdir", str(tmp_path), "--step_ckpt", str(checkpoint)])
-    return RunFolder(opts, World(0, 0, 1, torch.device("cpu"), None))
+    return RunFolder(opts, WORLD)
 
 
 def test_a_step_does_not_begin_from_one_that_is_half_trained(tmp_path: Path) -> None:
     path = tmp_path / "other.pth"
     save_untrained(path, f"{STEP_0} --epochs 5")  # written in epoch 1
-    with pytest.raises(UserError, match=r"other\.pth: step 0 .* epoch 1 of 5; go on with --step 0 first"):
+    with pytest.raises(
+        UserError, match=r"other\.pth: step 0 is not finished, .* epoch 1 of 5; go on with --step 0 first"
+    ):
+        folder_of(STEP_1, tmp_path, path).load_previous(1)
+    save_untrained(path, f"{STEP_0} --epochs 1 --keep best")
+    content = torch.load(path, weights_only=True)
+    torch.save({**content, "best": None}, path)  # the best epoch is not chosen yet
+    path.with_suffix(".json").unlink()
+    with pytest.raises(UserError, match="step 0 is not finished"):
         folder_of(STEP_1, tmp_path, path).load_previous(1)
     save_untrained(path, f"{STEP_0} --epochs 1")
     assert folder_of(STEP_1, tmp_path, path).load_previous(1)["epoch"] == 0
@@ -43,3 +53,18 @@ def test_released_checkpoints_name_body_and_head_without_the_network(tmp_path: P
     loaded = load_model(folder.opts, folder.load_previous(1), path, folder.opts.task_.classes_per_step(0))
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name])
+
+
+def test_the_network_of_sdr_is_not_taken_for_torchvisions(tmp_path: Path) -> None:
+    """Their weights have the same names and shapes, so that nothing else would tell."""
+    path = tmp_path / "released.pth"
+    resnet = STEP_0.replace("mobilenet_v2", "resnet50")
+    save_untrained(path, f"{resnet} --fidelity released")
+    with pytest.raises(UserError, match="it has the network of --fidelity released, not paper"):
+        RunFolder(parse_options(shlex.split(resnet)), WORLD).load(path, 0)
+    assert isinstance(
+        model_from_checkpoint(path, parse_options([])).model.network.head.activation, nn.Identity
+    )
+    save_untrained(path, resnet)
+    with pytest.raises(UserError, match="it has the network of --fidelity paper, not released"):
+        RunFolder(parse_options([*shlex.split(resnet), "--fidelity", "released"]), WORLD).load(path, 0)

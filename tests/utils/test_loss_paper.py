@@ -162,6 +162,19 @@ def test_prototypes_by_hand():
     assert table.count_features.tolist() == [1, 4, 1]
 
 
+@pytest.mark.parametrize("fidelity", ["paper", "released"])
+def test_snnl_of_many_channels_does_not_underflow(fidelity):
+    """At ResNet's 2048 channels exp(-d²) is 0, and its quotient in SDR's program not a number."""
+    torch.manual_seed(0)
+    features = torch.randn(2, 2048, 4, 4, requires_grad=True)
+    labels = torch.randint(0, 3, (2, 4, 4))
+    squares = torch.cdist(features[:, :, 0, 0], features[:, :, 1, 1]).square()
+    assert (-squares).exp().max() == 0
+    loss = L.SNNL(fidelity=fidelity)(features, labels)
+    loss.backward()
+    assert loss.isfinite() and loss > 0 and features.grad.isfinite().all()
+
+
 def test_snnl_by_hand():
     # Points 0, 1 (class 0) and 3 (class 1): the lone point has no neighbour of its class.
     features = torch.tensor([0.0, 1.0, 3.0]).view(1, 1, 1, 3)

@@ -31,7 +31,10 @@ def test_progress_comes_back_from_its_state() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "epochs", "expected"),
-    [({}, 3, False), ({"batch": 9}, 3, True), ({"batch": 9}, 4, False), ({"batch": None}, 3, True)],
+    [
+        *(({}, 3, False), ({"batch": 9}, 3, True), ({"batch": 9}, 4, False), ({"batch": None}, 3, True)),
+        ({"batch": 9, "best": None}, 3, False),  # --keep best has not chosen
+    ],
 )
 def test_is_trained(changes: dict[str, object], epochs: int, expected: bool) -> None:
     assert is_trained(checkpoint(**changes), epochs) is expected
@@ -42,6 +45,9 @@ def test_differences_name_what_matters() -> None:
     facts = {"--lr": 0.2, "previous": None, "new fact": 3}
     assert differences(checkpoint(), options, facts) == ["--momentum 0.9, now 0.5", "--lr 0.1, now 0.2"]
     assert differences(checkpoint(), {"momentum": 0.9}, {"--lr": 0.1, "previous": "f00"}) == []
+    shown = checkpoint(manifest={"options": {"val_interval": 1, "keep": "best"}})
+    assert differences(shown, {"val_interval": 2, "keep": "best"}, {}) == ["--val_interval 1, now 2"]
+    assert differences(shown, {"val_interval": 2, "keep": "last"}, {}) == ["--keep best, now last"]
     assert differences({"epoch": 3}, options, facts) == []  # a released checkpoint says nothing
 
 
