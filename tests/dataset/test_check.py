@@ -117,8 +117,8 @@ FAULTS = {
     text_image: r"fault: 1 unreadable images: \S*images/train/1\.jpg \(cannot identify image file.*\)$",
     cut_mask: r"fault: 1 unreadable masks: \S*masks/train/1\.png \(.*\)$",
     flip_mask: r"fault: 1 unreadable masks: \S*masks/train/1\.png \(.*\)$",
-    colour_mask: r"fault: 1 wrongly coded masks: \S*1\.png \(PNG, RGB; a PNG with one class id per pixel is",
-    jpeg_mask: r"fault: 1 wrongly coded masks: \S*1\.png \(JPEG, L; a PNG with one class id per pixel is",
+    colour_mask: r"fault: 1 wrongly coded masks: \S*1\.png \(PNG, RGB; the mask holds colours, not class ind",
+    jpeg_mask: r"fault: 1 wrongly coded masks: \S*1\.png \(JPEG, L; the mask is no PNG file; save it as PNG",
     unknown_id: r"fault: 1 wrongly coded masks: \S*1\.png \(unknown class id 4; 0 to 3 or 255\)$",
     wrong_size: r"fault: 1 images of another size than their masks: \S*1\.jpg \(16×12, its mask 16×13\)$",
 }
