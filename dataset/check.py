@@ -77,11 +77,11 @@ class SplitReport:
         return bool(self.pixels.any()) and not any(self.presence)
 
     def notes(self) -> Iterator[str]:
-        """What is no fault, but good to know: how some images are read, and masks that are nearly all void."""
+        """What is no fault, but good to know: how images are read, and what share of the pixels counts."""
         if turning := self.as_stored + self.turned:
             yield (
-                f"note: {turning} images have a camera orientation (EXIF): {self.as_stored} are read as stored "
-                f"and {self.turned} turned, as only that fits their masks; --predict reads all as stored"
+                f"note: {turning} images have a camera orientation (EXIF): {self.as_stored} are read as "
+                f"stored, {self.turned} turned, as only that fits their masks; --predict reads all as stored"
             )
         if self.wide:
             yield f"note: {self.wide} images have more than 8 bits per channel: the highest 8 are read"
