@@ -257,8 +257,8 @@ def test_turned_and_wide_images_are_counted(tmp_path, capsys):
     assert check_data(options(root)) == 0
     out = capsys.readouterr().out
     assert (
-        "train: note: 3 images have a camera orientation (EXIF): 2 are read as stored, 1 turned, as only that "
-        "fits their masks; --predict reads all as stored\n"
+        "train: note: 3 images have a camera orientation (EXIF): 2 are read as stored, 1 turned, as only "
+        "that fits their masks; --predict reads all as stored\n"
     ) in out
     assert "train: note: 1 images have more than 8 bits per channel: the highest 8 are read\n" in out
     assert "val: note" not in out

@@ -98,7 +98,8 @@ def test_lists_as_editors_write_them(tmp_path: Path, text: str) -> None:
     make_voc(tmp_path)
     lines = [f"/JPEGImages/{s}.jpg /SegmentationClassAug/{s}.png" for s in VAL]
     (tmp_path / "splits/val.txt").write_bytes(text.format(*lines).encode())
-    assert stems(open_dataset("voc", tmp_path, "val")) == VAL
+    val = open_dataset("voc", tmp_path, "val")
+    assert stems(val) == VAL and all(path.is_file() for path in (*val.images, *val.masks))
     assert stems(open_dataset("voc", tmp_path, "train")) == TRAIN
 
 
