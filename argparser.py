@@ -18,7 +18,8 @@ from methods import METHODS, REGISTRY, load_method_file, preset
 from methods.presets import FAMILY_PLOP, preset_note
 from tasks import Task, get_task, read_class_order
 from utils.errors import UserError
-from utils.option_types import positive_int
+from utils.files import name_fault, printable
+from utils.option_types import path_option, positive_int
 
 NORMS = ("std", "sync", "abn", "iabn", "iabn_sync", "iabn_sync_test")
 
@@ -82,7 +83,7 @@ class _HelpFormatter(argparse.HelpFormatter):
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         if action.type in (int, positive_int):
             return "N"
-        return {float: "X", Path: "PATH"}.get(action.type, "NAME")  # type: ignore[call-overload]
+        return {float: "X", path_option: "PATH"}.get(action.type, "NAME")
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default
@@ -130,7 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     general.add_argument(
         "--method_file",
-        type=Path,
+        type=path_option,
         default=None,
         metavar="FILE.py",
         help="a method of one's own: Python code that is run (docs/methods.md)",
@@ -174,7 +175,7 @@ def _add_launch(group: argparse._ActionsContainer) -> None:
 
 
 def _add_task(group: argparse._ActionsContainer) -> None:
-    group.add_argument("--data_root", type=Path, default=Path("data"), help="folder of the data set")
+    group.add_argument("--data_root", type=path_option, default=Path("data"), help="folder of the data set")
     group.add_argument(
         "--dataset",
         default="voc",
@@ -184,10 +185,10 @@ def _add_task(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--task", default="19-1", help="class order, e.g. 19-1, 15-5, 15-1 (folders name it 15-5s), 100-50"
     )
-    group.add_argument("--task_file", type=Path, default=None, help="YAML or JSON file with own tasks")
+    group.add_argument("--task_file", type=path_option, default=None, help="YAML or JSON file with own tasks")
     group.add_argument(
         "--class_order",
-        type=Path,
+        type=path_option,
         default=None,
         metavar="FILE",
         help="classes of an A-B task in this order: one name or id per line (own data)",
@@ -231,7 +232,7 @@ def _add_task(group: argparse._ActionsContainer) -> None:
         help="exemplars of earlier steps' images, half of each batch",
     )
     group.add_argument(
-        "--splits_dir", type=Path, default=None, help="folder with own image lists train-<step>.npy"
+        "--splits_dir", type=path_option, default=None, help="folder with own image lists train-<step>.npy"
     )
     group.add_argument(
         "--skip_corrupt",
@@ -275,7 +276,10 @@ def _add_model(group: argparse._ActionsContainer) -> None:
         "--no_pretrained", "--no-pretrained", action="store_true", help="start from random weights"
     )
     group.add_argument(
-        "--pretrained_path", type=Path, default=None, help="file with the backbone's pretrained weights"
+        "--pretrained_path",
+        type=path_option,
+        default=None,
+        help="file with the backbone's pretrained weights",
     )
     group.add_argument(
         "--pooling", type=int, default=32, help="window of the head's pooling at evaluation, 0: global"
@@ -350,7 +354,7 @@ def _add_training(group: argparse._ActionsContainer) -> None:
 def _add_evaluation(group: argparse._ActionsContainer) -> None:
     group.add_argument("--test", action="store_true", help="evaluate a checkpoint, do not train")
     group.add_argument(
-        "--ckpt", type=Path, default=None, help="checkpoint to test, or to continue training from"
+        "--ckpt", type=path_option, default=None, help="checkpoint to test, or to continue training from"
     )
     group.add_argument(
         "--unseen_label",
@@ -371,12 +375,14 @@ def _add_evaluation(group: argparse._ActionsContainer) -> None:
     )
     group.add_argument(
         "--predict",
-        type=Path,
+        type=path_option,
         default=None,
         metavar="PATH",
         help="predict a picture or a folder of pictures with --ckpt, then end; writes to --out",
     )
-    group.add_argument("--out", type=Path, default=None, metavar="DIR", help="folder for --predict's results")
+    group.add_argument(
+        "--out", type=path_option, default=None, metavar="DIR", help="folder for --predict's results"
+    )
     group.add_argument(
         "--raw",
         action="store_true",
@@ -385,14 +391,20 @@ def _add_evaluation(group: argparse._ActionsContainer) -> None:
 
 
 def _add_logging(group: argparse._ActionsContainer) -> None:
-    group.add_argument("--logdir", type=Path, default=Path("logs"), help="folder of all runs")
+    group.add_argument("--logdir", type=path_option, default=Path("logs"), help="folder of all runs")
     group.add_argument("--name", default="Experiment", help="name of the run")
     group.add_argument("--date", default="", help="prefix of the CSV file of results")
     group.add_argument(
-        "--checkpoint", type=Path, default=None, help="folder of the checkpoints (default: the run's folder)"
+        "--checkpoint",
+        type=path_option,
+        default=None,
+        help="folder of the checkpoints (default: the run's folder)",
     )
     group.add_argument(
-        "--step_ckpt", type=Path, default=None, help="checkpoint of the previous step, if it is another run's"
+        "--step_ckpt",
+        type=path_option,
+        default=None,
+        help="checkpoint of the previous step, if it is another run's",
     )
     group.add_argument("--sample_num", type=int, default=0, help="validation pictures to show")
     group.add_argument("--visualize", action="store_false", help="write no TensorBoard file")
@@ -445,7 +457,7 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
 def _parser_for(argv: Sequence[str]) -> argparse.ArgumentParser:
     """The parser with the options of ``--method_file``, where the command line names one."""
     first = _Parser(add_help=False, allow_abbrev=False)
-    first.add_argument("--method_file", type=Path, default=None)
+    first.add_argument("--method_file", type=path_option, default=None)
     path = first.parse_known_args(argv)[0].method_file
     if path is None:
         return build_parser()
@@ -488,7 +500,7 @@ def _own_classes(opts: Options) -> tuple[str, ...] | None:
         return None
     from dataset.folder import read_class_names  # its imports take a second that --help need not wait for
 
-    return read_class_names(opts.data_root.expanduser() / "classes.txt")
+    return read_class_names(opts.data_root / "classes.txt")
 
 
 def _typed(argv: Sequence[str]) -> set[str]:
@@ -604,8 +616,16 @@ def _check(opts: Options) -> None:
         raise UserError(f"--lr {min(opts.lrs)} must be above 0")
     if not 0 <= opts.warmup < 1:
         raise UserError(f"--warmup {opts.warmup} must lie in [0, 1)")
-    if any(mark in opts.name for mark in "/\\"):
-        raise UserError(f"--name {opts.name} is part of file names; leave out / and \\")
+    for name in ("name", "date"):
+        word = getattr(opts, name)
+        if (fault := name_fault(word)) and (word or name == "name"):
+            raise UserError(f"--{name} {printable(word)} {fault}")
+    # The longest of the files' names has all three; each may be short enough, and the whole too long.
+    if len((together := opts.date + opts.task + opts.name).encode()) > 180:
+        raise UserError(
+            f"--date, --task and --name stand together in file names, with {len(together.encode())} bytes; "
+            "use at most 180"
+        )
 
 
 def _check_prediction(opts: Options) -> None:

@@ -26,6 +26,7 @@ import numpy as np
 import yaml
 
 from utils.errors import UserError
+from utils.files import name_fault, read_text
 
 Steps = tuple[tuple[int, ...], ...]
 
@@ -371,10 +372,8 @@ def _steps_from_sizes(name: str, num_classes: int) -> Steps | None:
 def _read_task_file(path: Path, name: str | None, dataset: str, num_classes: int) -> tuple[str, str, Steps]:
     """Name, data set and steps of a task in a file of one's own."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, "task file ")
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except OSError as error:
-        raise UserError(f"task file {path}: cannot be read ({error.strerror}); check the path") from error
     except (ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"task file {path}: not valid YAML or JSON ({reason})") from error
@@ -389,8 +388,8 @@ def _read_task_file(path: Path, name: str | None, dataset: str, num_classes: int
             raise UserError(f"task file {path}: no task {name!r}; it has {' '.join(', '.join(near).split())}")
         content = tasks[name]
     name = path.stem if name is None else name
-    if any(mark in name for mark in "/\\"):
-        raise UserError(f"task file {path}: task {name!r} is part of file names; leave out / and \\")
+    if fault := name_fault(name):
+        raise UserError(f"task file {path}: task {name!r} {fault}")
     return name, dataset, _check_steps(content, num_classes, f"task file {path}, task {name!r}")
 
 
@@ -405,11 +404,7 @@ def read_class_order(path: Path, class_names: Sequence[str]) -> list[int]:
         UserError: the file cannot be read or a line is no class. Whether every class is there once is left to
             :func:`get_task`.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"--class_order {path}: cannot be read ({reason}); check the path") from error
+    lines = read_text(path, "--class_order ").splitlines()
     ids = {str(c): c for c in range(len(class_names))} | {name: c for c, name in enumerate(class_names)}
     order = []
     for number, line in enumerate(lines, start=1):

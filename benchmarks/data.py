@@ -28,6 +28,7 @@ from dataset.drawing import SHAPE_CLASSES, draw_sample
 from dataset.incremental import Entry, IncrementalDataset, SampleKey, train_lookup
 from dataset.transforms import normalize, train_transform
 from tasks import get_task
+from utils.option_types import path_option
 
 TARGET_MS = 7.0
 
@@ -84,11 +85,13 @@ def run(dataset: SegmentationDataset, crop: int, count: int, repeats: int) -> di
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description="Cost of one training sample on one core.")
-    parser.add_argument("--data_root", type=Path, help="VOC to read from; generated pictures without it")
+    parser.add_argument(
+        "--data_root", type=path_option, help="VOC to read from; generated pictures without it"
+    )
     parser.add_argument("--crop", type=int, default=512)
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument("--out", type=path_option, help="write the figures as JSON")
     args = parser.parse_args()
     torch.set_num_threads(1)  # as in a loader's worker
     with tempfile.TemporaryDirectory() as folder:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import gc
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from torch.nn import functional as F
 
 from benchmarks.measure import heading, interleaved, write_report
 from utils import loss as L
+from utils.option_types import path_option
 
 
 class Case(NamedTuple):
@@ -205,7 +205,7 @@ def table(rows: list[dict[str, object]]) -> str:
 def main() -> None:
     """Parse the options, measure, print, and write JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument("--out", type=path_option, help="write the figures as JSON")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--repeats", type=int, default=7, help="timed repeats of each case")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")

@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.measure import Row, heading, markdown, synchronise, write_report
 from benchmarks.workbench import ALL_METHODS, MODELS, Bench, add_options, bench, options, prepare
 from utils.files import atomic_write
+from utils.option_types import path_option
 
 HOOKS = ("observe", "relabel", "losses", "penalty")
 COLUMNS = [("part", "part", ""), ("ms", "ms", ".2f"), ("share", "share", ".1%")]
@@ -170,9 +171,9 @@ def main(argv: list[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--method", choices=ALL_METHODS, default="SDR")
     parser.add_argument("--model", choices=MODELS, default="deeplab-resnet101")
-    parser.add_argument("--trace", type=Path, help="write a trace of one step")
-    parser.add_argument("--picture", type=Path, help="draw the shares as PNG")
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument("--trace", type=path_option, help="write a trace of one step")
+    parser.add_argument("--picture", type=path_option, help="draw the shares as PNG")
+    parser.add_argument("--out", type=path_option, help="write the figures as JSON")
     add_options(parser)
     args = parser.parse_args(argv)
     device = prepare(args)

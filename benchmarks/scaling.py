@@ -25,6 +25,7 @@ from benchmarks.measure import Row, heading, interleaved, markdown, write_report
 from benchmarks.workbench import ALL_METHODS, MODELS, Bench, add_options, bench, options, prepare
 from train import Trainer
 from utils.memory import keep_freed_memory
+from utils.option_types import path_option
 
 COLUMNS = [
     ("case", "case", ""),
@@ -112,7 +113,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     parser.add_argument("--method", choices=ALL_METHODS, default="FT", help="FT: no teacher at any step")
     parser.add_argument("--model", choices=MODELS, default="deeplab-mobilenet_v2")
     parser.add_argument("--compile", action="store_true", help="only compare with torch.compile (minutes)")
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument("--out", type=path_option, help="write the figures as JSON")
     add_options(parser)
     args = parser.parse_args(argv)
     device = prepare(args)

@@ -13,7 +13,6 @@ fp32 without channels-last.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,6 +27,7 @@ from benchmarks.workbench import (
     options,
     prepare,
 )
+from utils.option_types import path_option
 
 METHODS = ("FT", "MIB", "SDR", "PLOP", "SATS")
 TARGET = 0.10
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["deeplab-resnet101", "segformer_b2"])
     parser.add_argument("--methods", nargs="+", choices=(*ALL_METHODS, "all"), default=METHODS)
     parser.add_argument("--peak", action="store_true", help="share of the matrix peak instead; B = 24")
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument("--out", type=path_option, help="write the figures as JSON")
     add_options(parser)
     args = parser.parse_args(argv)
     if args.peak and args.batch is None:

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from utils.option_types import path_option
+
 
 def run(module: str, *words: str) -> None:
     """Run a benchmark; ends with its exit status if it fails."""
@@ -38,7 +40,9 @@ def slowest(report: Path, number: int) -> list[tuple[str, str]]:
 def main(argv: list[str] | None = None) -> None:
     """Parse the options and run all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("/tmp/benchmarks"), help="folder of the results")
+    parser.add_argument(
+        "--out", type=path_option, default=Path("/tmp/benchmarks"), help="folder of the results"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--toy", action="store_true", help="the smallest sizes, once")

@@ -29,6 +29,11 @@ parse_arguments() {
         esac
     done
     DIR="${DIR:-$(cd "$(dirname "$0")" && pwd)}"
+    # The home folder, where no shell has put it in: in quotes, or from a file.
+    case "$DIR" in
+        "~" | "~/"*) DIR="$HOME${DIR#\~}" ;;
+        "~"*) die "$DIR: write the folder out" ;;
+    esac
     local command
     for command in curl unzip tar awk; do
         command -v "$command" >/dev/null || die "$command is missing; install it"

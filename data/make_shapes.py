@@ -17,13 +17,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script 
 
 from dataset.shapes import ShapesConfig, make_shapes
 from utils.errors import UserError
+from utils.option_types import path_option
 
 
 def main() -> int:
     """Parse the command line, draw, and report. Returns the exit code."""
     defaults = ShapesConfig()
     parser = argparse.ArgumentParser(description="Draw the generated data set of --dataset shapes.")
-    parser.add_argument("--out", type=Path, required=True, help="folder to make")
+    parser.add_argument("--out", type=path_option, required=True, help="folder to make")
     parser.add_argument("--train", type=int, default=defaults.train, help="training pictures (%(default)s)")
     parser.add_argument("--val", type=int, default=defaults.val, help="validation pictures (%(default)s)")
     parser.add_argument("--size", type=int, default=defaults.size, help="side in pixels (%(default)s)")

@@ -37,7 +37,7 @@ def open_dataset(
     known = _LISTED.keys() | _PAIRED.keys()
     if name not in known:
         raise UserError(f"--dataset {name}: unknown, choose from {', '.join(sorted(known))}")
-    root = Path(data_root).expanduser()
+    root = Path(data_root)
     if not root.is_dir():
         raise UserError(f"--data_root {root}: no such folder; {_remedy(name, root)}")
     if name in _PAIRED:
@@ -51,7 +51,7 @@ def class_names(name: str, data_root: str | Path) -> tuple[str, ...]:
     Raises:
         UserError: own data whose ``classes.txt`` is missing or faulty.
     """
-    root = Path(data_root).expanduser()
+    root = Path(data_root)
     if name == "folder":
         return read_class_names(root / "classes.txt")
     return {"voc": VOC_CLASSES, "shapes": SHAPE_CLASSES}.get(name) or ade_class_names(root)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dataset.base import SegmentationDataset, pair_by_stem
 from utils.errors import DataError, UserError
+from utils.files import read_text
 
 NUM_CLASSES = 151  # "other" and 150 classes
 _FOLDER = "ADEChallengeData2016"
@@ -43,7 +44,7 @@ def _class_names(root: Path) -> tuple[str, ...]:
     """Names of ids 0..150: from the release's ``objectInfo150.txt`` (tabs, name last) or built in."""
     info = root / "objectInfo150.txt"
     if info.is_file():
-        rows = info.read_text(encoding="utf-8").splitlines()[1:]
+        rows = read_text(info).splitlines()[1:]
         names = [row.split("\t")[-1].split(",")[0].strip() for row in rows if row.strip()]
     else:
         info = Path(__file__).with_name("ade_names.txt")

@@ -11,6 +11,7 @@ from torchvision import tv_tensors
 
 from dataset.decoding import read_image, read_mask
 from utils.errors import DataError, UserError
+from utils.files import is_utf8, printable
 
 VOID = 255  # mask value of pixels that belong to no class
 MAX_CLASSES = 255  # ids 0..254
@@ -94,7 +95,7 @@ def files_by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
 
     Raises:
         UserError: the folder is missing.
-        DataError: two files differ in the suffix alone.
+        DataError: two files differ in the suffix alone, or a name is no UTF-8 text.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; check --data_root")
@@ -102,6 +103,11 @@ def files_by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() not in suffixes or path.name.startswith("."):
             continue
+        if not is_utf8(path):
+            raise DataError(
+                f"{printable(path)}: the file's name is no UTF-8 text, which lists, logs and results need; "
+                "rename it (convmv does so for whole folders)"
+            )
         if path.stem in files:
             raise DataError(f"{path}: {files[path.stem].name} has the same name; keep one of the two")
         files[path.stem] = path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -10,20 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 from tqdm import tqdm
 
 from dataset import open_dataset
 from dataset.base import SegmentationDataset
+from dataset.decoding import StoredPicture, load_picture, read_mask
 from dataset.splits import (
     VOID,
     Protocol,
     default_workers,
     list_digest,
     load_step_list,
-    mask_values,
+    named_classes,
     published_list,
     task_indices,
+    why_empty,
 )
 from tasks import Task
 from utils.errors import DataError, UserError
@@ -31,8 +35,8 @@ from utils.errors import DataError, UserError
 PUBLISHED_SIZE = {"voc": 10582, "ade": 20210}  # training images
 
 _NAMED = 3  # files that a line about a fault names
-_EXIF_ORIENTATION = 0x0112
-_QUARTER_TURNS = (5, 6, 7, 8)
+_QUARTER_TURNS = (5, 6, 7, 8)  # camera orientations
+_MUCH_VOID = 0.95  # share of the pixels
 # What Pillow raises for a damaged file.
 _DAMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
@@ -46,18 +50,52 @@ class SplitReport:
         masks: mask files that exist.
         faults: kind of fault -> ``file (detail)`` in list order.
         presence: class ids of every mask, without background and void; empty for a faulty mask.
+        pixels: how many pixels of the sound masks have each value; int64, shape (256,).
+        as_stored: images with a camera orientation (EXIF) that are read as they are stored.
+        turned: images with one that are turned, as only that makes them fit their masks.
+        wide: images of more than 8 bits.
     """
 
     images: int = 0
     masks: int = 0
     faults: dict[str, list[str]] = field(default_factory=dict)
     presence: list[frozenset[int]] = field(default_factory=list)
+    pixels: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, np.int64))
+    as_stored: int = 0
+    turned: int = 0
+    wide: int = 0
 
     def fault_lines(self) -> Iterator[str]:
         """One line per kind of fault, with the first few files."""
         for kind, files in self.faults.items():
             more = ", ..." if len(files) > _NAMED else ""
             yield f"fault: {len(files)} {kind}: {', '.join(files[:_NAMED])}{more}"
+
+    @property
+    def shows_nothing(self) -> bool:
+        """Whether there are sound masks, but no class in any."""
+        return bool(self.pixels.any()) and not any(self.presence)
+
+    def notes(self) -> Iterator[str]:
+        """What is no fault, but good to know: how images are read, and what share of the pixels counts."""
+        if turning := self.as_stored + self.turned:
+            yield (
+                f"note: {turning} images have a camera orientation (EXIF): {self.as_stored} are read as "
+                f"stored, {self.turned} turned, as only that fits their masks; --predict reads all as stored"
+            )
+        if self.wide:
+            yield f"note: {self.wide} images have more than 8 bits per channel: the highest 8 are read"
+        total = int(self.pixels.sum())
+        if self.shows_nothing or not total:
+            return
+        void, background = int(self.pixels[VOID]), int(self.pixels[0])
+        shares = [f"{count / total:.2%}" for count in (total - void - background, background, void)]
+        yield "pixels: {} show a class, {} are background, {} void".format(*shares)
+        if void > _MUCH_VOID * total:
+            yield (
+                f"warning: nearly all pixels are void ({VOID}), from which nothing is learnt; are the masks "
+                "whole, and is 255 no class of theirs?"
+            )
 
 
 def check_data(opts: Any) -> int:
@@ -79,7 +117,7 @@ def check_data(opts: Any) -> int:
             continue
         reports[split] = report = check_split(dataset)
         print(f"{split}: {report.images} images and {report.masks} masks of {len(dataset.images)} listed")
-        for line in report.fault_lines():
+        for line in (*report.fault_lines(), *report.notes()):
             print(f"{split}: {line}")
         class_names = dataset.class_names
     if not reports:
@@ -87,9 +125,23 @@ def check_data(opts: Any) -> int:
     for reason in unopened:
         print(f"fault: {reason}")
     sound = not unopened and not any(report.faults for report in reports.values())
+    for split, report in reports.items():
+        if report.shows_nothing:
+            sound = False
+            values = ", ".join(str(value) for value in np.flatnonzero(report.pixels))
+            print(
+                f"{split}: fault: there is nothing to learn or to measure: the masks hold {values} only, "
+                f"and 0 is background, {VOID} void; give every class its id, 1 to {len(class_names) - 1}"
+            )
     print_class_table(class_names, reports)
     if "train" in reports:
-        sound &= check_task(opts.task_, opts.protocol, reports["train"].presence, splits_dir=opts.splits_dir)
+        sound &= check_task(
+            opts.task_,
+            opts.protocol,
+            reports["train"].presence,
+            splits_dir=opts.splits_dir,
+            class_names=class_names,
+        )
     print("the data is in order" if sound else "the data is not in order; see the lines with 'fault'")
     return 0 if sound else 2
 
@@ -113,6 +165,11 @@ def check_split(
             report.images += pair.image_exists
             report.masks += pair.mask_exists
             report.presence.append(pair.classes)
+            if pair.pixels is not None:
+                report.pixels += pair.pixels
+            report.wide += pair.wide
+            report.turned += pair.turned
+            report.as_stored += pair.has_orientation and not pair.turned
             for kind, file in pair.faults:
                 report.faults.setdefault(kind, []).append(file)
     finally:
@@ -122,43 +179,49 @@ def check_split(
 
 @dataclass
 class Pair:
-    """What is there and what is wrong: (kind of fault, file with detail)."""
+    """What is there, how it is read, and what is wrong: (kind of fault, file with detail)."""
 
     image_exists: bool
     mask_exists: bool
     classes: frozenset[int] = frozenset()
+    pixels: npt.NDArray[np.int64] | None = None  # of each value of a sound mask
+    has_orientation: bool = False
+    turned: bool = False
+    wide: bool = False
     faults: list[tuple[str, str]] = field(default_factory=list)
 
 
 def check_pair(image: Path, mask: Path, num_classes: int) -> Pair:
     """Decode one image and its mask; faulty exactly where training would stop at the pair."""
     pair = Pair(image.is_file(), mask.is_file())
-    image_sizes = _check_image(image, pair) if pair.image_exists else None
+    stored = _check_image(image, pair) if pair.image_exists else None
     mask_size = _check_mask(mask, pair, num_classes) if pair.mask_exists else None
     if not pair.image_exists:
         pair.faults.append(("missing images", str(image)))
     if not pair.mask_exists:
         pair.faults.append(("missing masks", str(mask)))
-    if image_sizes and mask_size and mask_size not in image_sizes:
-        (width, height), (mask_width, mask_height) = image_sizes[0], mask_size
-        detail = f"{image} ({width}×{height}, its mask {mask_width}×{mask_height})"
-        pair.faults.append(("images of another size than their masks", detail))
+    if stored is None:
+        return pair
+    pair.wide, pair.has_orientation = stored.bits > 8, stored.orientation != 1
+    if mask_size is not None and mask_size != (size := stored.picture.size):
+        pair.turned = stored.orientation in _QUARTER_TURNS and mask_size == size[::-1]
+        if not pair.turned:
+            detail = f"{image} ({size[0]}×{size[1]}, its mask {mask_size[0]}×{mask_size[1]})"
+            pair.faults.append(("images of another size than their masks", detail))
     return pair
 
 
-def _check_image(path: Path, pair: Pair) -> list[tuple[int, int]] | None:
-    """(width, height) as stored and, where the camera's orientation turns the image, as seen."""
+def _check_image(path: Path, pair: Pair) -> StoredPicture | None:
     try:
-        with Image.open(path) as image:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data)) as image:
             image.verify()  # a PNG's checksums; other formats show their damage in load()
-        with Image.open(path) as image:
-            image.load()
-            width, height = image.size
-            turned = image.getexif().get(_EXIF_ORIENTATION) in _QUARTER_TURNS
+        return load_picture(path, data)
+    except DataError as error:
+        pair.faults.append(("images without a defined black and white", _named(path, error)))
     except _DAMAGE as error:
         pair.faults.append(("unreadable images", _named(path, error)))
-        return None
-    return [(width, height), (height, width)] if turned else [(width, height)]
+    return None
 
 
 def _check_mask(path: Path, pair: Pair, num_classes: int) -> tuple[int, int] | None:
@@ -173,12 +236,12 @@ def _check_mask(path: Path, pair: Pair, num_classes: int) -> tuple[int, int] | N
         pair.faults.append(("unreadable masks", _named(path, error)))
         return None
     try:
-        values = np.flatnonzero(mask_values(path))
-    except DataError:
-        pair.faults.append(
-            ("wrongly coded masks", f"{path} ({kind}; a PNG with one class id per pixel is needed)")
-        )
+        pixels = np.bincount(read_mask(path).numpy().reshape(-1), minlength=256)
+    except DataError as error:
+        reason = _reason(path, error)
+        pair.faults.append(("wrongly coded masks", f"{path} ({kind}; {reason})"))
         return size
+    values = np.flatnonzero(pixels)
     unknown = values[(values >= num_classes) & (values != VOID)]
     if unknown.size:
         ids = ", ".join(str(c) for c in unknown[:5])
@@ -186,12 +249,17 @@ def _check_mask(path: Path, pair: Pair, num_classes: int) -> tuple[int, int] | N
             ("wrongly coded masks", f"{path} (unknown class id {ids}; 0 to {num_classes - 1} or {VOID})")
         )
         return size
-    pair.classes = frozenset(values.tolist()) - {0, VOID}
+    pair.classes, pair.pixels = frozenset(values.tolist()) - {0, VOID}, pixels
     return size
 
 
 def _named(path: Path, error: BaseException) -> str:
-    return f"{path} ({' '.join(str(error).split())[:80]})"
+    return f"{path} ({_reason(path, error)})"
+
+
+def _reason(path: Path, error: BaseException) -> str:
+    words = " ".join(str(error).removeprefix(f"{path}: ").split())
+    return words if isinstance(error, DataError) else words[:80]
 
 
 def print_class_table(class_names: tuple[str, ...], reports: dict[str, SplitReport]) -> None:
@@ -204,9 +272,14 @@ def print_class_table(class_names: tuple[str, ...], reports: dict[str, SplitRepo
 
 
 def check_task(
-    task: Task, protocol: Protocol, presence: list[frozenset[int]], *, splits_dir: Path | None = None
+    task: Task,
+    protocol: Protocol,
+    presence: list[frozenset[int]],
+    *,
+    splits_dir: Path | None = None,
+    class_names: tuple[str, ...] = (),
 ) -> bool:
-    """Print the images of every step and whether the list is the published one.
+    """Print the images of every step, whether the list is the published one, and which classes it lacks.
 
     Returns:
         False where a step has no image, or where the training set has the published size but a list differs.
@@ -221,7 +294,8 @@ def check_task(
             indices = load_step_list(splits_dir, step, len(presence))
         published = published_list(task, step, protocol)
         if not indices:
-            sound, verdict = False, "fault: the step has nothing to train on"
+            reason = why_empty(task, step, protocol, presence, class_names)
+            sound, verdict = False, f"fault: the step has nothing to train on: {reason}"
         elif published is None:
             verdict = "no published list is known"
         elif (len(indices), list_digest(indices)) == published:
@@ -230,6 +304,9 @@ def check_task(
             differs = True
             verdict = f"differs from the published list of {published[0]} images"
         print(f"  step {step}: {len(task.new_classes(step))} classes, {len(indices)} images; {verdict}")
+        shown = frozenset().union(*(presence[i] for i in indices))
+        if indices and (missing := [c for c in task.new_classes(step) if c != 0 and c not in shown]):
+            print(f"  step {step}: warning: no image of it shows {named_classes(missing, class_names)}")
     if differs and len(presence) == size and splits_dir is None:
         print("fault: the training set has the published size, but its masks or their order differ")
         return False

@@ -3,6 +3,10 @@
 Torchvision's decoder reads JPEG; Pillow reads the rest: torchvision's PNG decoder ends the process (a
 segmentation fault) on some damaged files. Each file is decoded as its author meant it or refused by name with
 a :class:`~utils.errors.DataError`.
+
+Pixels of more than 8 bits: of 12 and 16 bits the highest 8 count, so that the largest number is white, as PNG
+defines it. What has no defined white is refused rather than read as black or white: floating-point and 32-bit
+pixels, and 16-bit ones that stay below 4096, which look like 12 bits stored in 16.
 """
 
 from __future__ import annotations
@@ -10,12 +14,12 @@ from __future__ import annotations
 import contextlib
 import io
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image as PILImage
-from PIL import ImageOps
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as F
@@ -27,6 +31,18 @@ _PIL_ERRORS = (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _JPEG_SIGNATURE = b"\xff\xd8\xff"
+# Modes of Pillow that `convert("RGB")` scales rightly.
+_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
+_12_BITS = 4095
+_ORIENTATION = 0x0112  # tag of EXIF and TIFF
+_BITS_PER_SAMPLE = 0x0102  # tag of TIFF
+_Turn = PILImage.Transpose
+# Orientation -> how the stored picture becomes upright.
+_UPRIGHT = {
+    **{2: _Turn.FLIP_LEFT_RIGHT, 3: _Turn.ROTATE_180, 4: _Turn.FLIP_TOP_BOTTOM, 5: _Turn.TRANSPOSE},
+    **{6: _Turn.ROTATE_270, 7: _Turn.TRANSVERSE, 8: _Turn.ROTATE_90},
+}
+_BACK = {**_UPRIGHT, 6: _Turn.ROTATE_90, 8: _Turn.ROTATE_270}
 # PNG header (IHDR): byte 24 is the bit depth, 25 the colour type.
 _PNG_GREY, _PNG_PALETTE = 0, 3
 
@@ -41,7 +57,8 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
             what fits as it is stored stays as it is. Without ``size`` the orientation is never applied.
 
     Raises:
-        DataError: the file is missing, broken, truncated, or of another size than its mask.
+        DataError: the file is missing, broken, truncated, of another size than its mask, or its pixels have
+            no defined white.
     """
     data = _read_bytes(path, "image")
     image = _decode_rgb(path, data, upright=False)
@@ -106,13 +123,80 @@ def _decode_rgb(path: Path, data: bytearray, *, upright: bool) -> Tensor:
     if data.startswith(PNG_SIGNATURE):
         _check_png(path, "image", data)
     try:
-        with PILImage.open(io.BytesIO(data)) as picture:
-            turned = ImageOps.exif_transpose(picture) if upright else picture
-            if turned.mode.startswith("I;16"):  # Pillow's own conversion would clip 16-bit greys at 255
-                turned = PILImage.fromarray((np.asarray(turned) >> 8).astype(np.uint8))
-            return F.pil_to_tensor(turned.convert("RGB"))
+        stored = load_picture(path, data)
     except _PIL_ERRORS as error:
         raise _broken(path, "image", error) from error
+    turn = _UPRIGHT.get(stored.orientation) if upright else None
+    return F.pil_to_tensor(stored.picture if turn is None else stored.picture.transpose(turn))
+
+
+@dataclass(frozen=True)
+class StoredPicture:
+    """A picture as it is stored, before the camera's orientation is applied.
+
+    Attributes:
+        picture: 8-bit RGB.
+        orientation: of the camera (EXIF), 1 to 8; 1 is upright.
+        bits: of a pixel's channel in the file.
+    """
+
+    picture: PILImage.Image
+    orientation: int
+    bits: int
+
+
+def load_picture(path: Path, data: bytes | bytearray) -> StoredPicture:
+    """Decode a picture by Pillow, from the bytes of its file.
+
+    Raises:
+        DataError: its pixels have no defined white.
+        OSError, ValueError, SyntaxError, Image.DecompressionBombError: the file is damaged.
+    """
+    with PILImage.open(io.BytesIO(data)) as picture:
+        orientation, bits = _orientation(picture), _bits(picture, data)
+        picture.load()
+        # Pillow has turned a TIFF by now, and says so by taking the tag away.
+        back = _BACK.get(orientation) if _orientation(picture) != orientation else None
+        rgb = _rgb(path, picture, bits)
+    return StoredPicture(rgb if back is None else rgb.transpose(back), orientation, bits)
+
+
+def _orientation(picture: PILImage.Image) -> int:
+    value = picture.getexif().get(_ORIENTATION)
+    return value if value in _UPRIGHT else 1
+
+
+def _bits(picture: PILImage.Image, data: bytes | bytearray) -> int:
+    if picture.format == "PNG":
+        return data[24]
+    if picture.format == "TIFF":
+        return int(max(picture.tag_v2.get(_BITS_PER_SAMPLE, (1,))))  # type: ignore[attr-defined]
+    return 16 if picture.mode.startswith("I;16") else 8
+
+
+def _rgb(path: Path, picture: PILImage.Image, bits: int) -> PILImage.Image:
+    """Any picture of Pillow as 8-bit RGB; see the module's description for more bits."""
+    mode = picture.mode
+    if mode.startswith("I;16") or (mode == "I" and picture.format == "PNG"):  # I: Pillow before 11
+        values = np.asarray(picture)
+        is_dark = bits == 16 and values.max(initial=0) <= _12_BITS
+        # Pillow's own conversion would clip at 255.
+        rgb = PILImage.fromarray((values >> (bits - 8)).astype(np.uint8)).convert("RGB")
+    elif mode in _MODES:
+        rgb = picture.convert("RGB")
+        is_dark = bits == 16 and np.asarray(rgb).max(initial=0) <= _12_BITS >> 8  # high bytes
+    else:
+        kind = {"F": "floating-point", "I": "32-bit or signed whole"}.get(mode, mode)
+        raise DataError(
+            f"{path}: the image's pixels are {kind} numbers, for which no black and white is defined; save "
+            "it as 8-bit PNG or JPEG, scaled as it is meant"
+        )
+    if is_dark:
+        raise DataError(
+            f"{path}: the image has 16 bits per channel but no value above {_12_BITS} of 65535, and would "
+            "be read as black (12 bits stored in 16?); save it as 8-bit PNG or JPEG, scaled as it is meant"
+        )
+    return rgb
 
 
 def png_image_data(data: bytes | bytearray) -> bytes | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dataset.base import MAX_CLASSES, SegmentationDataset, pair_by_stem
 from utils.errors import DataError, UserError
+from utils.files import read_text
 
 
 def open_folder(data_root: Path, split: str, *, unpaired: bool = False) -> SegmentationDataset:
@@ -42,10 +43,7 @@ def read_class_names(path: Path) -> tuple[str, ...]:
         raise UserError(
             f"{path}: missing; write one class name per line, the background first (docs/own_data.md)"
         )
-    try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text; save it as UTF-8") from error
+    names = [line.strip() for line in read_text(path).rstrip().splitlines()]
     if not 2 <= len(names) <= MAX_CLASSES:
         raise DataError(f"{path}: {len(names)} classes, expected 2 to {MAX_CLASSES}, the background first")
     for number, name in enumerate(names):

@@ -365,6 +365,8 @@ def collate(samples: list[Any]) -> Any:
 
 def _too_few(num_samples: int, batch_size: int, world_size: int, largest: int) -> UserError:
     """The error for a step that cannot fill one batch; ``largest`` is the total batch that it could fill."""
+    if not num_samples:
+        return UserError("the step has no training image; --check_data shows the images of every step")
     remedy = (
         "use fewer processes" if largest < world_size else f"use --batch_size {largest // world_size} or less"
     )

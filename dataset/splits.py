@@ -263,9 +263,9 @@ def _cache_key(paths: Sequence[Path]) -> tuple[str, str]:
             raise DataError(
                 f"mask {path}: cannot be read ({error.strerror}); check its permissions"
             ) from error
-        name = path.absolute()
-        names.update(f"{name}\n".encode())
-        state.update(f"{name}\n{stat.st_size} {stat.st_mtime_ns}\n".encode())
+        name = os.fsencode(path.absolute())  # the working folder's name may be no UTF-8 text
+        names.update(name + b"\n")
+        state.update(name + f"\n{stat.st_size} {stat.st_mtime_ns}\n".encode())
     return names.hexdigest()[:16], state.hexdigest()
 
 
@@ -358,6 +358,32 @@ def _finer_steps(task: Task) -> Steps | None:
     return None
 
 
+def why_empty(
+    task: Task,
+    step: int,
+    protocol: Protocol,
+    presence: Sequence[Collection[int]],
+    class_names: Sequence[str] = (),
+) -> str:
+    """Why a step's rule chooses no image, and what to change; for a message."""
+    new = [c for c in task.new_classes(step) if c != 0]
+    if not any(c in ids for ids in presence for c in new):
+        return f"no training mask shows {named_classes(new, class_names)}; mend the masks or change the task"
+    if task.dataset == "ade" and protocol != "overlapped":
+        return "every image with its classes belongs to another step; --overlap gives an image to several"
+    return (
+        f"every image with its classes also shows one of a later step, which {protocol} leaves out; "
+        "--overlap takes these images too"
+    )
+
+
+def named_classes(ids: Sequence[int], class_names: Sequence[str] = (), most: int = 5) -> str:
+    """Class ids with their names, the first few of them, for a message."""
+    shown = [f"{c} {class_names[c]}" if c < len(class_names) else f"class {c}" for c in ids[:most]]
+    more = f" and {len(ids) - most} more classes" if len(ids) > most else ""
+    return ", ".join(shown) + more
+
+
 def _indices(chosen: BoolArray) -> list[int]:
     return np.flatnonzero(chosen).tolist()
 
@@ -420,8 +446,13 @@ def load_step_list(splits_dir: Path, step: int, num_images: int) -> list[int]:
             f"--splits_dir: {path} has index {outside[0]}; "
             f"the training set has {num_images} images (0 to {num_images - 1}); mend the list"
         )
-    if np.unique(indices).size != indices.size:
-        raise UserError(f"--splits_dir: {path} lists an image more than once; mend the list")
+    places: dict[int, int] = {}
+    for place, index in enumerate(indices.tolist()):
+        if (first := places.setdefault(index, place)) != place:
+            raise UserError(
+                f"--splits_dir: {path} lists image {index} at the places {first} and {place}, and an image "
+                "counts once; take one of the two out"
+            )
     return indices.tolist()
 
 

@@ -22,7 +22,7 @@ from dataset.exemplars import (
 )
 from dataset.incremental import Entry, IncrementalDataset, eval_lookup, train_lookup
 from dataset.loaders import cross_val_split
-from dataset.splits import load_step_list, scan_presence, task_indices
+from dataset.splits import load_step_list, scan_presence, task_indices, why_empty
 from dataset.transforms import eval_transform, train_transform
 from utils.errors import UserError
 
@@ -109,6 +109,8 @@ def step_data(opts: Any, step: int, *, exemplar_list: Path, is_main: bool) -> St
     if opts.cross_val:
         indices, held_out = cross_val_split(indices, opts.random_seed)
         val = _evaluation(opts, step, dataset, held_out)
+    if not indices:
+        raise lists.none_left(step)
     exemplars: list[Exemplar] = []
     if opts.memory and step:
         # An earlier step may have had an image that this one validates on.
@@ -162,6 +164,23 @@ class _StepLists:
         if opts.test_on_val:
             indices = sorted(set(indices) & set(_held_out(len(self.dataset))[0]))
         return indices
+
+    def none_left(self, step: int) -> UserError:
+        """The error for a step without training images."""
+        opts = self.opts
+        rule = opts.protocol if opts.splits_dir is None else f"--splits_dir {opts.splits_dir}"
+        kept_back = [f"--{name}" for name in ("test_on_val", "cross_val") if getattr(opts, name)]
+        if opts.splits_dir is not None or task_indices(
+            opts.dataset, opts.task_, step, opts.protocol, self.presence
+        ):
+            reason = f"{' and '.join(kept_back)} keeps all of them back; leave it out or add images"
+        else:
+            names = self.dataset.class_names
+            reason = why_empty(opts.task_, step, opts.protocol, self.presence, names)
+        return UserError(
+            f"step {step} of task {opts.task_.name} ({rule}) has no training image: {reason} "
+            "(--check_data shows the images of every class and step)"
+        )
 
 
 def _saliency_maps(dataset: SegmentationDataset) -> list[Path] | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from dataset.base import SegmentationDataset, files_by_stem
 from utils.errors import DataError, UserError
+from utils.files import read_text
 
 VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -30,7 +32,7 @@ def open_voc(data_root: Path, split: str) -> SegmentationDataset:
 
     Raises:
         UserError: none of the three holds the data.
-        DataError: a list file is broken.
+        DataError: a list file is broken or names an image twice.
     """
     remedy = "fetch it with data/download_voc.sh or mend --data_root"
     root = find_root(data_root, ("PascalVOC12", ".", "VOCdevkit/VOC2012"), "VOC", remedy)
@@ -66,21 +68,23 @@ def _read_list(root: Path, split: str) -> list[tuple[Path, Path]] | None:
     path = next((root / name for name in _LISTS[split] if (root / name).is_file()), None)
     if path is None:
         return None
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a readable list in UTF-8; replace the file ({error})") from error
-    if "\0" in text:
-        raise DataError(f"{path}: a zero byte is no part of a file's name; replace the list")
-    pairs = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    pairs: list[tuple[Path, Path]] = []
+    lines: dict[str, int] = {}  # image -> number of its line
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         fields = line.split()
+        if not fields:
+            continue
         if len(fields) == 1:  # a bare name, as in ImageSets
-            pairs.append((root / IMAGES / f"{fields[0]}.jpg", root / MASKS / f"{fields[0]}.png"))
-        elif len(fields) == 2:
-            pairs.append((root / fields[0].lstrip("/"), root / fields[1].lstrip("/")))
-        elif fields:
+            fields = [f"{IMAGES}/{fields[0]}.jpg", f"{MASKS}/{fields[0]}.png"]
+        elif len(fields) > 2:
             raise DataError(f"{path}:{number}: expected `/{IMAGES}/x.jpg /{MASKS}/x.png`, found {line!r}")
+        image, mask = (root / field.lstrip("/") for field in fields)
+        if (first := lines.setdefault(os.path.normpath(image), number)) != number:
+            raise DataError(
+                f"{path}:{number}: {fields[0]} is listed in line {first} already, and an image counts once; "
+                "take one of the two lines out"
+            )
+        pairs.append((image, mask))
     return pairs
 
 

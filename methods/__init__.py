@@ -67,7 +67,7 @@ def load_method_file(path: Path) -> None:
     Raises:
         UserError: the file cannot be run or its methods do not fit beside the others.
     """
-    resolved = path.expanduser().resolve()
+    resolved = path.resolve()
     if resolved in _LOADED:
         return
     kinds, presets = read_method_file(resolved, taken={kind.__name__ for kind in REGISTRY})

@@ -2,6 +2,7 @@
 #   . scripts/environment.sh requirements.txt
 # VENV names another folder than .venv. What is installed already for the same file is left alone.
 VENV=${VENV:-.venv}
+case $VENV in "~/"*) VENV="$HOME/${VENV#\~/}" ;; esac  # in quotes, no shell has put the home folder in
 requirements=$1
 stamp="$VENV/.installed-$(cat requirements*.txt | cksum | cut -d' ' -f1)-$(basename "$requirements" .txt)"
 if [ ! -e "$stamp" ]; then

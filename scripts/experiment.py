@@ -57,6 +57,7 @@ from scripts.experiment_slurm import job_script, submit
 from tasks import Task
 from utils.errors import UserError
 from utils.logger import format_table
+from utils.option_types import path_option
 from utils.signals import EXIT_STOPPED, StopRequest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -236,7 +237,9 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
         epilog="The same command goes on with what broke. "
         "The head of scripts/experiment.py has all entries of a file.",
     )
-    parser.add_argument("file", type=Path, help="the experiment, a YAML file (scripts/shapes.yaml is one)")
+    parser.add_argument(
+        "file", type=path_option, help="the experiment, a YAML file (scripts/shapes.yaml is one)"
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--table", action="store_true", help="only print the table of the runs that are done")
     what.add_argument("--dry-run", action="store_true", help="only print the commands or jobs that would run")

@@ -16,6 +16,7 @@ from argparser import Options, build_parser, parse_options
 from tasks import Task
 from utils.checkpoint import checkpoint_path
 from utils.errors import UserError
+from utils.files import given_path, read_text
 from utils.history import read_options_by_step
 
 _KEYS = ("logdir", "processes", "gpus", "seeds", "tasks", "common", "step_0", "runs", "slurm")
@@ -116,14 +117,11 @@ def read_experiment(path: Path) -> Experiment:
     Raises:
         UserError: it cannot be read, is no YAML, or has unknown, missing or wrong entries.
     """
+    text = read_text(path)
     try:
-        text = path.read_text(encoding="utf-8")
         content = yaml.safe_load(text)
         # Strings as they stand: YAML takes time: 4:00:00 for the number 14400.
         as_written = yaml.load(text, Loader=yaml.BaseLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"{path}: cannot be read ({reason})") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
     try:
@@ -148,12 +146,12 @@ def check_content(content: object) -> Experiment:
             hint = f"did you mean {near[0]}?" if near else f"it may have {', '.join(_KEYS)}"
             raise UserError(f"unknown entry '{key}'; {hint}")
     if not isinstance(content.get("logdir"), str):
-        raise UserError("logdir: give the folder of the runs")
+        raise UserError("logdir: give the folder of the runs (~ alone is YAML's word for nothing: write ~/)")
     runs = {str(name): _options(own, f"runs: {name}") for name, own in _mapping(content, "runs").items()}
     if not runs:
         raise UserError("runs: give at least one, e.g. FT: {method: FT}")
     experiment = Experiment(
-        logdir=Path(content["logdir"]),
+        logdir=given_path(content["logdir"]),
         processes=_numbers(content.get("processes", 1), "processes", single=True, least=1)[0],
         gpus=_numbers(content.get("gpus", []), "gpus"),
         seeds=_numbers(content.get("seeds", [42]), "seeds", required=True),

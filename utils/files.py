@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and folders that belong to one process.
+"""Paths, names and texts that a user gives; files that are whole or absent; folders of one process.
 
 A file is written beside its place, flushed to the disk, then renamed.
 """
@@ -12,12 +12,92 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from utils.errors import UserError
+from utils.errors import DataError, UserError
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+_NAME_BYTES = 150  # a file's name may have 255: the others are for the step and the writer's number
+_IN_NO_NAME = '/\\<>:"|?*' if os.name == "nt" else "/\\"  # a backslash would be a folder on another system
+
+
+def given_path(text: str) -> Path:
+    """A path as a user writes it, wherever that is: ``~`` and ``~name`` stand for home folders.
+
+    A shell replaces them only at the head of a word; in a YAML file, in ``--option=~/x``, in quotes and on
+    Windows nobody else does.
+
+    Raises:
+        UserError: it is empty, names an unknown user's home, has a zero byte or is no UTF-8 text.
+    """
+    if not text.strip():
+        raise UserError("the path is empty; give one, or leave the option out")
+    if fault := _unwritable(text):
+        raise UserError(f"{printable(text)}: the path {fault}; give another")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{text}: no home folder of that user is known; write the path out") from error
+
+
+def printable(text: str | Path) -> str:
+    """A path for a message: bytes of its name that are no UTF-8 text as ``\\xe9``."""
+    return os.fsencode(text).decode("utf-8", errors="backslashreplace")
+
+
+def is_utf8(text: str | Path) -> bool:
+    """Whether a file's name is UTF-8 text, so that it can be printed, logged and stored."""
+    try:
+        str(text).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def name_fault(text: str) -> str | None:
+    """What keeps a word from being part of the names of files, and what to change; None if nothing."""
+    if not text.strip():
+        return "is empty, but part of file names; give a word"
+    if text != text.strip() or text.startswith("."):
+        return "is part of file names; it must not begin with a dot, nor begin or end with a blank"
+    if any(mark in text for mark in _IN_NO_NAME):
+        return f"is part of file names; leave out {' and '.join(_IN_NO_NAME)}"
+    if fault := _unwritable(text) or (None if text.isprintable() else "has a control character"):
+        return f"is part of file names, but {fault}; give another"
+    if (length := len(text.encode("utf-8"))) > _NAME_BYTES:
+        return f"is part of file names, but {length} bytes long; use at most {_NAME_BYTES}"
+    return None
+
+
+def _unwritable(text: str) -> str | None:
+    if "\0" in text:
+        return "has a zero byte"
+    return None if is_utf8(text) else "is no UTF-8 text"
+
+
+def read_text(path: Path, label: str = "") -> str:
+    """The text of a file that a user wrote: UTF-8, with or without a byte-order mark.
+
+    Args:
+        path: the file.
+        label: what stands before its path in a message, e.g. the option that names it.
+
+    Raises:
+        DataError: it cannot be read, or is no UTF-8 text.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{label}{path}: cannot be read ({error.strerror}); check the path") from error
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data:
+        raise DataError(f"{label}{path}: not UTF-8 text but UTF-16 or no text at all; save it as UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise DataError(f"{label}{path}: not UTF-8 text (line {line}); save it as UTF-8") from error
 
 
 @contextlib.contextmanager

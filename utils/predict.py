@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from argparser import Options
+from dataset.base import IMAGE_SUFFIXES
 from dataset.decoding import read_image
 from train import Precision
 from utils import distributed
@@ -32,7 +33,6 @@ from utils.restore import TrainedNetwork, model_from_checkpoint
 from utils.visualize import overlay, palette
 
 PREDICTIONS, OVERLAYS = "predictions", "overlays"
-SUFFIXES = (".jpg", ".jpeg", ".png")
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def find_pictures(path: Path, out: Path) -> list[Picture]:
     for file in sorted(path.rglob("*")):
         relative = file.relative_to(path)
         hidden = any(part.startswith(".") for part in relative.parts)
-        if hidden or file.suffix.lower() not in SUFFIXES or not file.is_file():
+        if hidden or file.suffix.lower() not in IMAGE_SUFFIXES or not file.is_file():
             continue
         if any(folder in file.resolve().parents for folder in results):
             continue
@@ -128,7 +128,7 @@ def find_pictures(path: Path, out: Path) -> list[Picture]:
             raise UserError(f"{file}: {pictures[name].path.name} would get the same name; rename one of them")
         pictures[name] = Picture(file, name)
     if not pictures:
-        raise UserError(f"--predict {path}: holds no picture ({', '.join(SUFFIXES)}); check the path")
+        raise UserError(f"--predict {path}: holds no picture ({', '.join(IMAGE_SUFFIXES)}); check the path")
     return list(pictures.values())
 
 

@@ -16,6 +16,7 @@ from segmentation_module import IncrementalSegmentationModule, load_state, make_
 from tasks import DATASETS, Task
 from utils.checkpoint import check_fits, is_sdr_network, load_checkpoint, model_state, saved_options
 from utils.errors import UserError
+from utils.files import given_path
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ def _completed(opts: Options, saved: Mapping[str, Any], path: Path) -> Options:
 def _value(action: Action, value: Any, path: Path) -> Any:
     """A manifest's value of an option, as the parser would have made it."""
     if isinstance(action.default, Path) and isinstance(value, str):
-        return Path(value)
+        return given_path(value)  # one that an earlier version kept may begin with ~
     if type(value) is not type(action.default) or (action.choices and value not in action.choices):
         raise _bad_manifest(path, f"{value!r} for --{action.dest}")
     return value

@@ -41,6 +41,7 @@ from utils.distributed import World
 from utils.errors import UserError
 from utils.files import atomic_write, atomic_write_text
 from utils.logger import progress, setup_logging
+from utils.option_types import path_option
 from utils.restore import TrainedNetwork, model_from_checkpoint
 from utils.visualize import VOID, palette
 
@@ -289,7 +290,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Options]:
         "--layer", choices=LAYERS, default=LAYERS[0], help="pre_logits: before the classifier"
     )
     parser.add_argument("--seed", type=int, default=0, help="of images, positions and t-SNE (%(default)s)")
-    parser.add_argument("--out", type=Path, help="PNG file to write (<checkpoint>_tsne.png)")
+    parser.add_argument("--out", type=path_option, help="PNG file to write (<checkpoint>_tsne.png)")
     args, rest = parser.parse_known_args(argv)
     for name, least in (("images", 1), ("per_class", 1), ("seed", 0)):
         if getattr(args, name) < least:

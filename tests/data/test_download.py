@@ -181,6 +181,15 @@ def test_dry_run_does_nothing(mirror, tmp_path, data):
     assert not mirror.requests and not target.exists()
 
 
+def test_home_folder_in_quotes(mirror, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = run(mirror, "ade", "~/data")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "data" / "ADEChallengeData2016").is_dir() and not (ROOT / "~").exists()
+    refused = run(mirror, "ade", "~nobody-of-that-name/data")
+    assert refused.returncode != 0 and "write the folder out" in refused.stderr
+
+
 def test_interrupted_download_is_resumed(mirror, tmp_path):
     part = tmp_path / "downloads" / f"{VOC_TAR}.part"
     part.parent.mkdir()

@@ -62,7 +62,7 @@ def test_sound_data(tmp_path, capsys):
     assert re.search(r"^ +1 cat +2 +1$", out, re.M) and re.search(r"^ +3 cow +2 +0$", out, re.M)
     assert "step 0: 2 classes, 2 images; no published list is known" in out
     assert out.endswith("the data is in order\n")
-    assert "fault" not in out
+    assert "fault" not in out and "note" not in out and "warning" not in out
 
 
 def remove_image(root: Path) -> None:
@@ -106,6 +106,20 @@ def unknown_id(root: Path) -> None:
     Image.new("L", (WIDTH, HEIGHT), 4).save(root / "masks/train/1.png")
 
 
+def wide_mask(root: Path) -> None:
+    Image.fromarray(np.full((HEIGHT, WIDTH), 257, np.uint16)).save(root / "masks/train/1.png")
+
+
+def float_mask(root: Path) -> None:
+    picture = Image.fromarray(np.ones((HEIGHT, WIDTH), np.float32))
+    picture.save(root / "masks/train/1.png", format="tiff")
+
+
+def float_image(root: Path) -> None:
+    picture = Image.fromarray(np.ones((HEIGHT, WIDTH), np.float32))
+    picture.save(root / "images/train/1.jpg", format="tiff")
+
+
 def wrong_size(root: Path) -> None:
     Image.new("L", (WIDTH, HEIGHT + 1), 1).save(root / "masks/train/1.png")
 
@@ -117,9 +131,12 @@ FAULTS = {
     text_image: r"fault: 1 unreadable images: \S*images/train/1\.jpg \(cannot identify image file.*\)$",
     cut_mask: r"fault: 1 unreadable masks: \S*masks/train/1\.png \(.*\)$",
     flip_mask: r"fault: 1 unreadable masks: \S*masks/train/1\.png \(.*\)$",
-    colour_mask: r"fault: 1 wrongly coded masks: \S*1\.png \(PNG, RGB; a PNG with one class id per pixel is",
-    jpeg_mask: r"fault: 1 wrongly coded masks: \S*1\.png \(JPEG, L; a PNG with one class id per pixel is",
+    colour_mask: r"fault: 1 wrongly coded masks: \S*1\.png \(PNG, RGB; the mask holds colours, not class ind",
+    jpeg_mask: r"fault: 1 wrongly coded masks: \S*1\.png \(JPEG, L; the mask is no PNG file; save it as PNG",
     unknown_id: r"fault: 1 wrongly coded masks: \S*1\.png \(unknown class id 4; 0 to 3 or 255\)$",
+    wide_mask: r"fault: 1 wrongly coded masks: \S*1\.png \(PNG, I\S*; class index 257 found; masks hold",
+    float_mask: r"fault: 1 wrongly coded masks: \S*1\.png \(TIFF, F; the mask is no PNG file; save it as",
+    float_image: r"fault: 1 images without a defined black and white: \S*1\.jpg \(the image's pixels are",
     wrong_size: r"fault: 1 images of another size than their masks: \S*1\.jpg \(16×12, its mask 16×13\)$",
 }
 
@@ -169,6 +186,82 @@ def test_step_without_images_is_a_fault(tmp_path, capsys):
     root = make_folder(tmp_path, train=2)
     assert check_data(options(root)) == 2
     assert "step 2: 1 classes, 0 images; fault: the step has nothing to train on" in capsys.readouterr().out
+
+
+def test_why_a_step_without_images_has_none(tmp_path, capsys):
+    root = make_folder(tmp_path)
+    for i in range(6):  # the second class never comes without the third
+        mask = np.ones((HEIGHT, WIDTH), np.uint8)
+        mask[2:5], mask[6:8] = (2, 3) if i % 2 else (1, 1)
+        Image.fromarray(mask).save(root / "masks" / "train" / f"{i}.png")
+    assert check_data(options(root)) == 2
+    out = capsys.readouterr().out
+    assert "every image with its classes also shows one of a later step, which disjoint leaves out" in out
+    assert check_data(options(root, protocol="overlapped")) == 0
+    assert "step 1: 1 classes, 3 images; no published" in capsys.readouterr().out
+
+
+def test_a_class_that_no_image_of_its_step_shows(tmp_path, capsys):
+    root = make_folder(tmp_path)
+    for i in (1, 4):
+        Image.new("L", (WIDTH, HEIGHT)).save(root / "masks" / "train" / f"{i}.png")
+    task = get_task("folder", "2-1", num_classes=len(CLASSES))
+    assert check_data(options(root, task_=task)) == 0
+    assert "  step 0: warning: no image of it shows 2 dog\n" in capsys.readouterr().out
+
+
+def test_masks_of_background_and_void_alone_are_nothing_to_learn(tmp_path, capsys):
+    root = make_folder(tmp_path)
+    for path in (root / "masks" / "train").iterdir():
+        Image.fromarray(np.where(np.asarray(Image.open(path)) > 0, 255, 0).astype(np.uint8)).save(path)
+    assert check_data(options(root)) == 2
+    out = capsys.readouterr().out
+    assert (
+        "train: fault: there is nothing to learn or to measure: the masks hold 0, 255 only, and 0 is "
+        "background, 255 void; give every class its id, 1 to 3\n"
+    ) in out
+    assert (
+        "step 0: 2 classes, 0 images; fault: the step has nothing to train on: no training mask shows 1 cat"
+        in out
+    )
+
+
+def test_nearly_all_void(tmp_path, capsys):
+    root = make_folder(tmp_path)
+    assert check_data(options(root)) == 0
+    out = capsys.readouterr().out
+    assert (
+        "train: pixels: 25.00% show a class, 74.48% are background, 0.52% void\n" in out
+        and "warning" not in out
+    )
+    for i, path in enumerate(sorted((root / "masks" / "train").iterdir())):
+        mask = np.full((HEIGHT, WIDTH), 255, np.uint8)
+        mask[0, :3] = 1 + i % 3
+        Image.fromarray(mask).save(path)
+    assert check_data(options(root)) == 0
+    out = capsys.readouterr().out
+    assert "train: pixels: 1.56% show a class, 0.00% are background, 98.44% void\n" in out
+    assert "train: warning: nearly all pixels are void (255), from which nothing is learnt" in out
+
+
+def test_turned_and_wide_images_are_counted(tmp_path, capsys):
+    root = make_folder(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (HEIGHT, WIDTH)).save(root / "images/train/0.jpg", exif=exif)
+    Image.new("RGB", (WIDTH, HEIGHT)).save(root / "images/train/1.jpg", exif=exif)
+    exif[0x0112] = 3
+    Image.new("RGB", (WIDTH, HEIGHT)).save(root / "images/train/2.jpg", exif=exif)
+    wide = Image.fromarray(np.full((HEIGHT, WIDTH), 60_000, np.uint16))
+    wide.save(root / "images/train/3.jpg", format="png")
+    assert check_data(options(root)) == 0
+    out = capsys.readouterr().out
+    assert (
+        "train: note: 3 images have a camera orientation (EXIF): 2 are read as stored, 1 turned, as only "
+        "that fits their masks; --predict reads all as stored\n"
+    ) in out
+    assert "train: note: 1 images have more than 8 bits per channel: the highest 8 are read\n" in out
+    assert "val: note" not in out
 
 
 def test_own_lists(tmp_path, capsys):

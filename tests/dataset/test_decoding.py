@@ -1,15 +1,17 @@
 import io
 import re
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dataset import decoding
 from dataset.check import check_pair
-from dataset.decoding import read_image, read_mask
+from dataset.decoding import PNG_SIGNATURE, read_image, read_mask
 from dataset.splits import mask_values
 from utils.errors import DataError
 
@@ -31,6 +33,14 @@ def close(image: torch.Tensor, expected: np.ndarray, tolerance: int = 12) -> boo
 
 def _refuse(*_: object, **__: object) -> None:
     raise RuntimeError("torchvision cannot read this")
+
+
+def write_png(path: Path, header: bytes, rows: bytes) -> None:
+    """A PNG of a kind that Pillow does not write."""
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    checked = ((kind + data, len(data)) for kind, data in chunks)
+    parts = (struct.pack(">I", n) + part + struct.pack(">I", zlib.crc32(part)) for part, n in checked)
+    path.write_bytes(PNG_SIGNATURE + b"".join(parts))
 
 
 def save(path: Path, picture: Image.Image, **kwargs: object) -> Path:
@@ -69,6 +79,92 @@ def test_alpha_and_16_bit_png(tmp_path: Path) -> None:
     image = read_image(save(tmp_path / "b.png", grey))
     assert image.dtype == torch.uint8
     assert close(image, np.repeat(PICTURE[..., :1], 3, axis=2))
+
+
+LEVELS = np.linspace(0, 1, 64, dtype=np.float32)[None].repeat(40, axis=0)
+NO_WHITE = {
+    "float": Image.fromarray(LEVELS),
+    "float of 0 to 255": Image.fromarray(LEVELS * 255),
+    "32 bits": Image.fromarray((LEVELS * 1e9).astype(np.int32)),
+    "12 bits in 16": Image.fromarray((LEVELS * 4095).astype(np.uint16)),
+    "lab": Image.new("LAB", (64, 40)),
+}
+
+
+@pytest.mark.parametrize("kind", NO_WHITE)
+def test_pixels_without_a_defined_white_are_refused_by_training_and_check(tmp_path: Path, kind: str) -> None:
+    path = save(tmp_path / "x.tif", NO_WHITE[kind])
+    mask = save(tmp_path / "x.png", Image.new("L", (64, 40), 1))
+    with pytest.raises(DataError, match=r"^\S*x\.tif: the image.*; save it as 8-bit PNG") as caught:
+        read_image(path)
+    assert "\n" not in str(caught.value)
+    pair = check_pair(path, mask, num_classes=2)
+    assert [fault[0] for fault in pair.faults] == ["images without a defined black and white"]
+    assert "8-bit PNG" in pair.faults[0][1]
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_of_16_bits_the_highest_8_count(tmp_path: Path, suffix: str) -> None:
+    values = (LEVELS * 65535).astype(np.uint16)
+    path = save(tmp_path / f"x.{suffix}", Image.fromarray(values))
+    assert np.array_equal(read_image(path)[1].numpy(), values >> 8)
+    assert check_pair(path, save(tmp_path / "mask.png", Image.new("L", (64, 40), 1)), num_classes=2).wide
+    dim = save(tmp_path / f"dim.{suffix}", Image.fromarray((LEVELS * 4096).astype(np.uint16)))
+    assert int(read_image(dim).max()) == 16
+    dark = save(tmp_path / f"dark.{suffix}", Image.fromarray((LEVELS * 4095).astype(np.uint16)))
+    with pytest.raises(DataError, match=r"no value above 4095 of 65535.*12 bits stored in 16"):
+        read_image(dark)
+
+
+def test_16_bit_colours_that_stay_dark_are_refused(tmp_path: Path) -> None:
+    """Pillow gives their high bytes alone, and writes no such file."""
+    for largest, is_dark in ((0xFFFF, False), (0x0FFF, True)):
+        pixel = struct.pack(">HHH", largest, largest // 2, 0)
+        rows = (b"\0" + pixel * 4) * 3
+        header = struct.pack(">IIBBBBB", 4, 3, 16, 2, 0, 0, 0)
+        path = tmp_path / "x.png"
+        write_png(path, header, rows)
+        if is_dark:
+            with pytest.raises(DataError, match="16 bits per channel but no value above 4095"):
+                read_image(path)
+        else:
+            assert read_image(path)[:, 0, 0].tolist() == [255, 127, 0]
+
+
+def test_of_12_bits_packed_in_a_tiff_the_highest_8_count(tmp_path: Path) -> None:
+    """Such a file says that it has 12 bits; Pillow reads it, but writes none."""
+    pixels = bytes.fromhex("fff8000107ff")  # 4095, 2048; 16, 2047
+    short = [(256, 2), (257, 2), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 2), (279, 6)]
+    entries = b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in short)
+    directory = struct.pack("<H", len(short)) + entries + struct.pack("<I", 0)
+    path = tmp_path / "x.tif"
+    path.write_bytes(b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels + directory)
+    assert read_image(path)[0].tolist() == [[255, 128], [1, 127]]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
+def test_every_format_is_read_as_stored_and_turned_for_its_mask_alone(
+    tmp_path: Path, suffix: str, orientation: int
+) -> None:
+    """Pillow turns TIFF files by itself, and no others."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    settings = {"lossless": True} if suffix == "webp" else {}
+    path = save(tmp_path / f"x.{suffix}", Image.fromarray(PICTURE), exif=exif, **settings)
+    plain = save(tmp_path / "y.png", Image.fromarray(PICTURE), exif=exif)
+    assert np.array_equal(read_image(path).permute(1, 2, 0), PICTURE)
+    assert np.array_equal(read_image(path, size=(40, 64)).permute(1, 2, 0), PICTURE)
+    if orientation >= 5:
+        with Image.open(plain) as picture:
+            upright = np.asarray(ImageOps.exif_transpose(picture))
+        assert np.array_equal(read_image(path, size=(64, 40)).permute(1, 2, 0), upright)
+    for size, turned in (((64, 40), False), ((40, 64), True)):
+        mask = save(tmp_path / "mask.png", Image.new("L", size, 1))
+        pair = check_pair(path, mask, num_classes=2)
+        fits = not turned or orientation >= 5
+        assert bool(pair.faults) is not fits
+        assert (pair.has_orientation, pair.turned) == (orientation > 1, turned and fits)
 
 
 @pytest.mark.parametrize("decoder", ["torchvision", "pillow"])
@@ -142,20 +238,13 @@ def test_grey_masks_of_8_16_and_1_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize("depth", [2, 4])
 def test_grey_masks_of_few_bits_are_not_spread(tmp_path: Path, depth: int) -> None:
     """Pillow cannot write these: made by hand, one row of 2**depth pixels."""
-    import struct
-    import zlib
-
     levels = list(range(2**depth))
     bits = "".join(format(level, f"0{depth}b") for level in levels)
     row = b"\0" + int(bits, 2).to_bytes(len(bits) // 8, "big")
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = struct.pack(">IIBBBBB", len(levels), 1, depth, 0, 0, 0, 0)
     path = tmp_path / "x.png"
-    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+    write_png(path, header, row)
     assert read_mask(path).tolist() == [[levels]]
 
 

@@ -87,7 +87,7 @@ def test_too_few_images() -> None:
         EpochSampler(7, batch_size=4, world_size=2)
     with pytest.raises(UserError, match="use fewer processes"):
         EpochSampler(1, batch_size=4, world_size=2)
-    with pytest.raises(UserError, match="0 training images"):
+    with pytest.raises(UserError, match="no training image"):
         EpochSampler(0, batch_size=1)
     assert len(EpochSampler(8, batch_size=4, world_size=2)) == 4
 

@@ -14,7 +14,7 @@ from small_data import make_ade, make_own
 from argparser import Options, parse_options
 from dataset import step_data as module
 from dataset.step_data import StepData, evaluation_data, step_data
-from utils.errors import DataError
+from utils.errors import DataError, UserError
 
 NAMES = ["background", *(f"class {i}" for i in range(1, 13))]
 
@@ -111,6 +111,30 @@ def test_no_exemplar_is_validated_on(own: Path) -> None:
     validated = {entry.index for entry in data.val.entries}
     assert validated and 0 < data.num_memory < 26
     assert not validated & {entry.index for entry in data.train.entries}
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (
+            ["--task", "6-6"],
+            "every image with its classes also shows one of a later step, which disjoint leaves",
+        ),
+        (["--task", "6-6", "--overlap", "--cross_val"], "--cross_val keeps all of them back"),
+        (
+            ["--task", "1-11", "--overlap"],
+            "no training mask shows 1 class 1; mend the masks or change the task",
+        ),
+    ],
+)
+def test_a_step_without_images_says_why(own: Path, words: list[str], reason: str) -> None:
+    classes = [[2, 7], [8, 9], [8, 10]]
+    for i, path in enumerate(sorted((own / "masks" / "train").iterdir())):
+        Image.fromarray(
+            np.array([classes[i]] * 64 if i < 3 else [[0, 255]] * 64, np.uint8).repeat(32, 1)
+        ).save(path)
+    with pytest.raises(UserError, match=rf"^step 0 of task \S+ \(\w+\) has no training image: {reason}"):
+        data_of(options("folder", own, *words), 0)
 
 
 def test_a_mask_with_an_unknown_class_is_named_before_training(own: Path) -> None:

@@ -84,6 +84,54 @@ def test_broken_and_empty_lists(tmp_path: Path) -> None:
         open_dataset("voc", tmp_path, "val")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{0}\r\n{1}\r\n",
+        "\ufeff{0}\n{1}\n",
+        "\ufeff2007_02\r\n2007_03\r\n",
+        "\n{0}  \t\n\n{1}\n\n  \n",
+    ],
+    ids=["Windows", "byte-order mark", "mark and bare names", "blanks"],
+)
+def test_lists_as_editors_write_them(tmp_path: Path, text: str) -> None:
+    make_voc(tmp_path)
+    lines = [f"/JPEGImages/{s}.jpg /SegmentationClassAug/{s}.png" for s in VAL]
+    (tmp_path / "splits/val.txt").write_bytes(text.format(*lines).encode())
+    val = open_dataset("voc", tmp_path, "val")
+    assert stems(val) == VAL and all(path.is_file() for path in (*val.images, *val.masks))
+    assert stems(open_dataset("voc", tmp_path, "train")) == TRAIN
+
+
+def test_list_in_utf16(tmp_path: Path) -> None:
+    make_voc(tmp_path)
+    (tmp_path / "splits/val.txt").write_bytes("2007_02\r\n".encode("utf-16"))
+    with pytest.raises(DataError, match=r"val\.txt: not UTF-8 text but UTF-16 .*; save it as UTF-8"):
+        open_dataset("voc", tmp_path, "val")
+
+
+@pytest.mark.parametrize(
+    "again",
+    ["/JPEGImages/2007_02.jpg /SegmentationClassAug/2007_02.png", "2007_02", "JPEGImages//2007_02.jpg x.png"],
+)
+def test_an_image_listed_twice_is_refused_with_both_lines(tmp_path: Path, again: str) -> None:
+    make_voc(tmp_path)
+    path = tmp_path / "splits/val.txt"
+    path.write_text(path.read_text() + f"\n{again}\n")
+    with pytest.raises(
+        DataError, match=r"val\.txt:4: /?JPEGImages//?2007_02\.jpg is listed in line 1 already"
+    ) as error:
+        open_dataset("voc", tmp_path, "val")
+    assert "\n" not in str(error.value)
+
+
+def test_real_lists_have_no_image_twice(shared: Path, tmp_path: Path) -> None:
+    for folder in ("JPEGImages", "SegmentationClassAug"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "splits").symlink_to(shared / "voc_masks/splits")
+    assert [len(open_dataset("voc", tmp_path, split)) for split in ("train", "val")] == [10_582, 1_449]
+
+
 def test_wrong_folder(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"looked for JPEGImages/ and SegmentationClassAug/ .*download_voc\.sh"

@@ -1,4 +1,4 @@
-"""Writing a file as a whole or not at all."""
+"""Writing a file as a whole or not at all; names and texts that a user gives."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import os
 
 import pytest
 
-from utils.errors import UserError
-from utils.files import atomic_write_text
+from utils import files
+from utils.errors import DataError, UserError
+from utils.files import atomic_write_text, is_utf8, name_fault, printable, read_text
 
 
 def test_a_failure_keeps_the_old_file(tmp_path, monkeypatch):
@@ -22,3 +23,64 @@ def test_a_failure_keeps_the_old_file(tmp_path, monkeypatch):
         atomic_write_text(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("name", ["MIB", "a b", "lr=0.01", "5%", "v1.2", "größe", "实验", "a:b", "x" * 150])
+def test_a_word_that_may_be_part_of_a_file_name(name):
+    assert name_fault(name) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("", "is empty"),
+        ("  ", "is empty"),
+        ("2024/01/01", "leave out / and \\"),
+        ("a\\b", "leave out / and \\"),
+        ("..", "must not begin with a dot"),
+        (".hidden", "must not begin with a dot"),
+        ("x ", "a blank"),
+        ("a\0b", "a zero byte"),
+        ("a\nb", "a control character"),
+        ("x" * 151, "151 bytes long; use at most 150"),
+        ("é" * 76, "152 bytes long"),
+        (os.fsdecode(b"caf\xe9"), "no UTF-8 text"),
+    ],
+)
+def test_a_word_that_may_not(name, words):
+    assert words in name_fault(name)
+
+
+def test_windows_has_more_signs_that_no_name_may_have(monkeypatch):
+    monkeypatch.setattr(files, "_IN_NO_NAME", '/\\<>:"|?*')
+    assert "leave out" in name_fault("12:30") and "leave out" in name_fault("what?")
+
+
+def test_names_that_are_no_utf8_can_be_shown():
+    name = os.fsdecode(b"caf\xe9.jpg")
+    assert not is_utf8(name) and printable(name) == r"caf\xe9.jpg"
+    assert is_utf8("café.jpg") and printable("café.jpg") == "café.jpg"
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "byte-order mark"])
+def test_text_with_and_without_a_mark(tmp_path, mark):
+    path = tmp_path / "list.txt"
+    path.write_bytes(mark + "größe\r\n".encode())
+    assert read_text(path) == "größe\r\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("a\nb\n".encode("utf-16"), "not UTF-8 text but UTF-16"),
+        ("a\nb\n".encode("utf-16-le"), "not UTF-8 text but UTF-16"),
+        ("a\ngröße\n".encode("latin-1"), r"not UTF-8 text \(line 2\); save it as UTF-8"),
+        (None, r"cannot be read \(No such file"),
+    ],
+)
+def test_what_is_no_text_is_refused_by_name(tmp_path, content, words):
+    path = tmp_path / "list.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"^--list \S*list\.txt: {words}"):
+        read_text(path, "--list ")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from utils.errors import UserError
+from utils.option_types import path_option
 from utils.report.page import write_report
 from utils.report.reading import find_runs, read_run
 from utils.report.tables import comparison
@@ -23,11 +24,15 @@ def main(argv: list[str] | None = None) -> int:
         description="Compare runs: a table here, and a page with figures and tables that needs no network.",
     )
     parser.add_argument(
-        "folders", nargs="+", type=Path, metavar="LOGDIR", help="the folder of a run, or one above several"
+        "folders",
+        nargs="+",
+        type=path_option,
+        metavar="LOGDIR",
+        help="the folder of a run, or one above several",
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=path_option,
         metavar="DIR",
         help="folder of report.html and what lies beside it (default: report in the common LOGDIR)",
     )
