@@ -4,8 +4,8 @@
 
 MIB runs twice with ``--deterministic``: once to its end, once with SIGKILL in the middle of step 1 and
 started again; every tensor of the last checkpoints must be the same, bit for bit, and ``--test`` must give
-the numbers that training ended with. SDR, PLOP and SATS run two steps, FT with ``--compile``. The cases run
-side by side. Exit code 1 if one of them fails or differs.
+the numbers that training ended with; ``--predict`` and t-SNE read the checkpoint. SDR, PLOP, SATS, EWC and
+SSUL-M run two steps, FT with ``--compile``. The cases run side by side. Exit code 1 if one fails or differs.
 """
 
 from __future__ import annotations
@@ -73,19 +73,29 @@ class Runs:
         """The command line of a run."""
         return [sys.executable, "run.py", *self.words, "--name", name, *words]
 
-    def complete(self, name: str, *words: str) -> dict[str, Any]:
-        """Run to the end; returns the results of step 1.
+    def checkpoint(self, name: str) -> Path:
+        """That of step 1."""
+        return self.folder(name) / f"{TASK}-{self.dataset}_{name}_1.pth"
+
+    def execute(self, name: str, command: list[str]) -> None:
+        """Run a command to its end.
 
         Raises:
             Failed: the exit code is not 0.
         """
         log = self.logs / f"{name}.txt"
         with log.open("ab") as file:
-            code = subprocess.run(
-                self.command(name, *words), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT
-            ).returncode
+            code = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT).returncode
         if code != 0:
             raise Failed(f"exit code {code}: {log.read_text(errors='replace')[-3000:]}")
+
+    def complete(self, name: str, *words: str) -> dict[str, Any]:
+        """Run to the end; returns the results of step 1.
+
+        Raises:
+            Failed: the exit code is not 0.
+        """
+        self.execute(name, self.command(name, *words))
         return dict(json.loads((self.folder(name) / "results_1.json").read_text(encoding="utf-8")))
 
     def kill(self, name: str, *words: str) -> None:
@@ -95,7 +105,7 @@ class Runs:
             Failed: it ended before.
         """
         log = self.logs / f"{name}.txt"
-        checkpoint = self.folder(name) / f"{TASK}-{self.dataset}_{name}_1.pth"
+        checkpoint = self.checkpoint(name)
         with log.open("ab") as file:
             process = subprocess.Popen(
                 self.command(name, *words), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT
@@ -112,28 +122,33 @@ class Runs:
 
     def resumed(self) -> dict[str, Any]:
         """An unbroken run and one that is killed and resumed: the same bits; ``--test``: the same numbers."""
-        words = (*self.deeplab, "--method", "MIB", "--deterministic")
+        words = (*self.deeplab, "--method", "MIB", "--deterministic", "--sample_num", "2")
         with ThreadPoolExecutor() as pool:
             whole = pool.submit(self.complete, "whole", *words)
             pool.submit(self.kill, "killed", *words).result()
             results = whole.result()
         resumed = self.complete("killed", *words)
-        weights = [
-            load_checkpoint(self.folder(name) / f"{TASK}-{self.dataset}_{name}_1.pth")["model_state"]
-            for name in ("whole", "killed")
-        ]
+        weights = [load_checkpoint(self.checkpoint(name))["model_state"] for name in ("whole", "killed")]
         differing = [k for k in weights[0] if not torch.equal(weights[0][k], weights[1][k])]
         if differing or resumed != results:
             raise Failed(f"the resumed run differs in {len(differing)} tensors: {differing[:5]}")
         tested = self.complete("whole", *words, "--test")
         if tested["class_iou"] != results["class_iou"]:
             raise Failed("--test gives other numbers than the end of training")
+        ckpt = ("--ckpt", str(self.checkpoint("whole")))
+        masks = self.folder("whole") / "masks"
+        picture = str(self.folder("whole") / "predictions_1.png")
+        self.execute("predict", [sys.executable, "run.py", "--predict", picture, *ckpt, "--out", str(masks)])
+        self.execute(
+            "tsne", [sys.executable, "-m", "utils.tsne", *ckpt, "--images", "8", "--per_class", "20"]
+        )
         return results
 
     def method(self, name: str) -> Callable[[], dict[str, Any]]:
         """Two steps of a method on the network that it needs."""
         network = self.segformer if name == "SATS" else self.deeplab
-        return lambda: self.complete(name, *network, "--method", name)
+        memory = ("--memory", "20") if name == "SSUL-M" else ()
+        return lambda: self.complete(name, *network, "--method", name, *memory)
 
     def compiled(self) -> dict[str, Any]:
         """Two steps through ``torch.compile``."""
@@ -141,7 +156,7 @@ class Runs:
 
     def cases(self) -> dict[str, Callable[[], dict[str, Any]]]:
         """Every case by its name."""
-        methods = {name: self.method(name) for name in ("SDR", "PLOP", "SATS")}
+        methods = {name: self.method(name) for name in ("SDR", "PLOP", "SATS", "EWC", "SSUL-M")}
         return {"MIB killed and resumed": self.resumed, **methods, "FT --compile": self.compiled}
 
 
@@ -164,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--weights", type=Path, help="MobileNetV2's; random without")
     parser.add_argument("--logs", type=Path, default=Path("build/real_runs"), help="emptied by nobody")
     parser.add_argument("--num_workers", type=int, default=1)
-    parser.add_argument("--side_by_side", type=int, default=5, help="cases at a time")
+    parser.add_argument("--side_by_side", type=int, default=7, help="cases at a time")
     parser.add_argument("--only", default="", help="cases whose name contains this text")
     parser.add_argument("--small", action="store_true", help="one short epoch per step")
     parser.add_argument("--out", type=Path, help="write the outcome as JSON")
