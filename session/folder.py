@@ -69,6 +69,7 @@ class RunFolder:
             backbone=opts.backbone,
             norm_act=opts.norm_act,
             decoder=opts.decoder,
+            head=opts.head,
         )
         return content
 

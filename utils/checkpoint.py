@@ -113,6 +113,7 @@ def make_manifest(
     decoder: str,
     norm_act: str,
     options: Mapping[str, Any],
+    head: str = "mib",
 ) -> dict[str, Any]:
     """What a checkpoint belongs to, in JSON types: task, networks, options, git commit, library versions.
 
@@ -120,7 +121,7 @@ def make_manifest(
         task, dataset: names.
         steps: dataset class ids of every step of the task.
         step: number of the step whose network it is.
-        model, backbone, decoder, norm_act: options that shape the network.
+        model, backbone, decoder, norm_act, head: options that shape the network.
         options: all options of the run.
     """
     return {
@@ -132,6 +133,7 @@ def make_manifest(
         "backbone": backbone,
         "decoder": decoder,
         "norm_act": norm_act,
+        "head": head,
         "options": {str(key): _plain(value) for key, value in options.items()},
         "git_commit": _git_commit(),
         "versions": {
@@ -346,6 +348,7 @@ def check_fits(
     backbone: str,
     norm_act: str,
     decoder: str,
+    head: str = "mib",
 ) -> None:
     """Raise unless the checkpoint is of this task's step and of this network.
 
@@ -358,7 +361,7 @@ def check_fits(
         task, dataset: names.
         class_order: dataset class ids of every step of the task.
         step: number of the step that the checkpoint must be of.
-        model, backbone, norm_act, decoder: options that shape the network.
+        model, backbone, norm_act, decoder, head: options that shape the network.
 
     Raises:
         UserError: says everything that does not fit.
@@ -369,8 +372,12 @@ def check_fits(
     elif isinstance(manifest, Mapping):
         misfits = _task_misfits(manifest, task, dataset, class_order, step)
         wanted = {"model": model}
-        wanted |= {"backbone": backbone, "norm_act": norm_act} if model == "deeplab" else {"decoder": decoder}
-        misfits += _network_misfits(manifest, wanted)
+        if model == "deeplab":
+            wanted |= {"backbone": backbone, "norm_act": norm_act, "head": head}
+        else:
+            wanted["decoder"] = decoder
+        # The option is younger than some checkpoints.
+        misfits += _network_misfits({"head": "mib", **manifest}, wanted)
     else:
         misfits = ["its manifest is no dictionary"]
     if misfits:

@@ -559,7 +559,7 @@ def test_local_pod_gradient(monkeypatch, prepro, difference, per_scale, layout, 
 @pytest.mark.parametrize("per_scale", POD_DIVISORS)
 @pytest.mark.parametrize("size", [(12, 14), (14, 12), (9, 10), (10, 9), (13, 13), (4, 15), (15, 4)])
 def test_local_pod_of_any_size(size, per_scale, norm, layout):
-    """Square cells by the width; the released loop slices, so lower cells are cut off or, left out here, empty."""
+    """Square cells by the width; the released loop slices, so lower ones are cut off. Empty: left out."""
     old, new = (randn(2, 3, *size, seed=s).detach().contiguous(memory_format=layout) for s in (5, 6))
 
     def numbers(image):
