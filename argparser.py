@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from methods import METHODS, REGISTRY, load_method_file, preset
-from methods.presets import FAMILY_PLOP, preset_note
+from methods.presets import FAMILY_PLOP, preset_note, released_ssul_options
 from tasks import Task, get_task, read_class_order
 from utils.errors import UserError
 from utils.files import name_fault, printable
@@ -38,6 +38,11 @@ class Options(argparse.Namespace):
     protocol: str
     notes: list[str]
     typed: set[str]
+
+    @property
+    def released_ssul(self) -> bool:
+        """Whether schedule, exemplars and batches are those of SSUL's released program."""
+        return bool(self.unknown and self.fidelity == "released")
 
     def as_dict(self) -> dict[str, Any]:
         """The options as plain values, for the log and for checkpoints."""
@@ -214,6 +219,13 @@ def _add_task(group: argparse._ActionsContainer) -> None:
         help="what void is in training: ignored (PLOP, SATS, SSUL) or background (MiB, SDR)",
     )
     group.add_argument("--crop_size", type=positive_int, default=512, help="side of the crops, in pixels")
+    group.add_argument(
+        "--augmentation",
+        choices=("resized_crop", "scale_crop"),
+        default="resized_crop",
+        help="of training images, beside flips; resized_crop: RandomResizedCrop of 0.5 to 2 times the area; "
+        "scale_crop: resized by 0.5 to 2, padded, and a random crop (SSUL)",
+    )
     group.add_argument("--crop_val", action="store_false", help="evaluate on whole images, one by one")
     group.add_argument("--cross_val", action="store_true", help="validate on 20 %% of the training images")
     group.add_argument(
@@ -285,6 +297,13 @@ def _add_model(group: argparse._ActionsContainer) -> None:
         "--pooling", type=int, default=32, help="window of the head's pooling at evaluation, 0: global"
     )
     group.add_argument(
+        "--head",
+        choices=("mib", "aspp"),
+        default="mib",
+        help="head of deeplab; mib: one norm over all branches (MiB, PLOP, SDR); aspp: five branches with "
+        "norms of their own and dropout (SSUL, torchvision)",
+    )
+    group.add_argument(
         "--decoder", choices=("sats", "segformer"), default="sats", help="head of the SegFormer models"
     )
     group.add_argument(
@@ -317,6 +336,7 @@ def _add_training(group: argparse._ActionsContainer) -> None:
     group.add_argument("--weight_decay", type=float, default=1e-4, help="of SGD, on all weights")
     group.add_argument("--lr_policy", choices=("poly", "step"), default="poly", help="how the rate falls")
     group.add_argument("--lr_power", type=float, default=0.9, help="exponent of the poly policy")
+    group.add_argument("--min_lr", type=float, default=0.0, help="smallest rate of the poly policy")
     group.add_argument("--lr_decay_step", type=positive_int, default=5000, help="iterations (step policy)")
     group.add_argument("--lr_decay_factor", type=float, default=0.1, help="factor (step policy)")
     group.add_argument("--warmup", type=float, default=0.0, help="share of the iterations that warm up")
@@ -521,6 +541,8 @@ def _apply_preset(opts: Options) -> None:
         chosen.update(preset(opts.method, dataset=opts.dataset, task=opts.task, fidelity=opts.fidelity))
         if note := preset_note(opts.method, opts.fidelity):
             opts.notes.append(note)
+    if opts.fidelity == "released" and (opts.unknown or chosen.get("unknown")):
+        chosen.update(released_ssul_options(opts))
     for name, value in chosen.items():
         if not hasattr(opts, name):
             raise UserError(f"--method {opts.method} sets --{name}, which is no option; mend its preset")
@@ -577,6 +599,7 @@ def _check(opts: Options) -> None:
     if opts.pretrained_path is not None and opts.no_pretrained:
         raise UserError("--pretrained_path and --no_pretrained exclude each other; give one")
     _check_prediction(opts)
+    _check_unused(opts)
     trains = not (opts.test or opts.check_data or opts.predict is not None)
     fixed = opts.fix_bn and opts.fidelity == "paper"  # released: the statistics move all the same
     own_statistics = opts.model == "deeplab" and opts.norm_act in ("std", "abn", "iabn") and not fixed
@@ -599,6 +622,7 @@ def _check(opts: Options) -> None:
         raise UserError(f"--crop_size {opts.crop_size} is below the networks' stride of 32")
     for name in (
         "lr_power",
+        "min_lr",
         "momentum",
         "weight_decay",
         "num_workers",
@@ -626,6 +650,18 @@ def _check(opts: Options) -> None:
             f"--date, --task and --name stand together in file names, with {len(together.encode())} bytes; "
             "use at most 180"
         )
+
+
+def _check_unused(opts: Options) -> None:
+    """Typed options that another option leaves without effect."""
+    if "head" in opts.typed and opts.model != "deeplab":
+        raise UserError(f"--head is deeplab's, --model {opts.model} has --decoder; drop it")
+    if "pooling" in opts.typed and opts.pooling and opts.head == "aspp":
+        raise UserError(f"--pooling {opts.pooling}: --head aspp pools over the whole map; drop one of them")
+    if "min_lr" in opts.typed and opts.min_lr and opts.lr_policy != "poly":
+        raise UserError(f"--min_lr is the poly policy's, not --lr_policy {opts.lr_policy}'s; drop one")
+    if "min_lr" in opts.typed and opts.min_lr > min(opts.lrs):
+        raise UserError(f"--min_lr {opts.min_lr:g} is above --lr {min(opts.lrs):g}; give less")
 
 
 def _check_prediction(opts: Options) -> None:

@@ -177,7 +177,7 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], *, may_miss: str 
         if keys:
             raise UserError(
                 f"the checkpoint {what} {len(keys)} weights ({keys[0]}, ...): it belongs to another network; "
-                "give the --model, --backbone, --norm_act, --decoder and --task that it was trained with"
+                "give --model, --backbone, --norm_act, --head, --decoder and --task as it was trained with"
             )
     module.load_state_dict(state, strict=False)
 
@@ -187,17 +187,25 @@ def make_model(opts: Any, classes: Sequence[int]) -> IncrementalSegmentationModu
 
     Args:
         opts: options ``model``, ``backbone``, ``norm_act``, ``output_stride``, ``pooling``, ``decoder``,
-            ``unknown``; ``grad_checkpointing`` and ``fidelity`` may be missing.
+            ``unknown``; ``head``, ``grad_checkpointing`` and ``fidelity`` may be missing.
         classes: number of classes of each step up to the present one.
     """
+    head = getattr(opts, "head", "mib")
     network = build_network(
         opts.model,
         backbone=opts.backbone,
         norm_act=opts.norm_act,
         output_stride=opts.output_stride,
         pooling=opts.pooling,
+        head=head,
         decoder=opts.decoder,
         checkpointing=getattr(opts, "grad_checkpointing", False),
         sdr=is_sdr_network(vars(opts)),
     )
-    return IncrementalSegmentationModule(network, classes, unknown=opts.unknown)
+    model = IncrementalSegmentationModule(network, classes, unknown=opts.unknown)
+    if head == "aspp" and model.unknown is not None:
+        # As SSUL does, whose classifiers are part of this head.
+        for module in (*model.cls.modules(), *model.unknown.modules()):
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+    return model

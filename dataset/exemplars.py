@@ -36,6 +36,8 @@ def select_exemplars(
     memory: int,
     seed: int,
     candidates: Sequence[Sequence[int]],
+    *,
+    in_turn: bool = False,
 ) -> list[Exemplar]:
     """At most ``memory`` images for use at a step; the same for the same arguments.
 
@@ -46,6 +48,8 @@ def select_exemplars(
         memory: number of images.
         seed: seed of the run.
         candidates: training images of the steps 0, 1, ..., at least up to ``step - 1``.
+        in_turn: the classes take a random image of theirs in turn, whatever else it shows (SSUL-M's released
+            code); else the class that has fewest is next.
 
     Raises:
         UserError: unknown step, or a negative ``memory``.
@@ -58,7 +62,8 @@ def select_exemplars(
         # An image that the previous step trained on again is known with that step's classes.
         pool = kept | dict.fromkeys(candidates[current - 1], current - 1)
         known = {i: _known(presence[i], task, stored) for i, stored in pool.items()}
-        chosen = _pick_balanced(known, memory, np.random.RandomState([seed % 2**32, current]))
+        pick = _pick_in_turn if in_turn else _pick_balanced
+        chosen = pick(known, memory, np.random.RandomState([seed % 2**32, current]))
         kept = {i: pool[i] for i in chosen}
     return [Exemplar(i, stored) for i, stored in sorted(kept.items())]
 
@@ -104,6 +109,20 @@ def _pick_balanced(known: Mapping[int, set[int]], memory: int, rng: np.random.Ra
     return chosen
 
 
+def _pick_in_turn(known: Mapping[int, set[int]], memory: int, rng: np.random.RandomState) -> list[int]:
+    """Images one by one, each at random for the next class of a random order, round and round."""
+    left = [images for images in rng.permutation(sorted(known)).tolist() if known[images]]
+    classes = rng.permutation(sorted(set().union(*known.values()))).tolist()
+    chosen: list[int] = []
+    while left and len(chosen) < memory:
+        for c in classes:
+            found = next((image for image in left if c in known[image]), None)
+            if found is not None and len(chosen) < memory:
+                left.remove(found)
+                chosen.append(found)
+    return chosen
+
+
 def exemplar_origin(
     presence: Sequence[Collection[int]],
     task: Task,
@@ -111,6 +130,8 @@ def exemplar_origin(
     memory: int,
     seed: int,
     candidates: Sequence[Sequence[int]],
+    *,
+    in_turn: bool = False,
 ) -> dict[str, Any]:
     """What a list was computed from, as plain values: equal origins mean equal lists."""
     return {
@@ -120,6 +141,7 @@ def exemplar_origin(
         "step": step,
         "memory": memory,
         "seed": seed,
+        "rule": "in turn" if in_turn else "fewest first",
         "candidates": [list_digest(indices) for indices in candidates[:step]],
         "presence": hashlib.sha256(json.dumps([sorted(ids) for ids in presence]).encode()).hexdigest(),
     }

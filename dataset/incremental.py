@@ -120,6 +120,8 @@ class IncrementalDataset(Dataset[Sample]):
         seed: seed of the run.
         saliency: one map per picture of ``dataset`` (PNG, above 0 where something stands out); samples then
             end with ``{"saliency": bool H×W}``, cropped as the image is.
+        tell_exemplars: samples end with ``{"exemplar": bool}`` (beside the saliency), true of entries whose
+            table is not the first.
         skip_corrupt: so many unreadable samples in a row are passed over for the next one that can be read.
         void_instead: pass over them for a black picture labelled void, which no evaluation counts.
     """
@@ -133,6 +135,7 @@ class IncrementalDataset(Dataset[Sample]):
         seed: int = 0,
         saliency: Sequence[Path] | None = None,
         *,
+        tell_exemplars: bool = False,
         skip_corrupt: int = 0,
         void_instead: bool = False,
     ) -> None:
@@ -141,6 +144,7 @@ class IncrementalDataset(Dataset[Sample]):
         self.transform = transform
         self.seed = seed
         self.saliency = saliency
+        self.tell_exemplars = tell_exemplars
         self.skip_corrupt = skip_corrupt
         self.void_instead = void_instead
         self._tables = [lookup.numpy() for lookup in lookups]
@@ -202,9 +206,13 @@ class IncrementalDataset(Dataset[Sample]):
             # Only the CPU's generator: torch.manual_seed would also restart the GPU's, and with it dropout.
             torch.default_generator.manual_seed(self._seed_of(key))
             image, target = self.transform(image.as_subclass(Tensor), target)
-        if self.saliency is None:
-            return image.contiguous(), target[0].contiguous()
-        return image.contiguous(), target[0].contiguous(), {"saliency": target[1] > 0}
+        extras: dict[str, Tensor] = {}
+        if self.saliency is not None:
+            extras["saliency"] = target[1] > 0
+        if self.tell_exemplars:
+            extras["exemplar"] = torch.tensor(entry.lookup > 0)
+        pair = image.contiguous(), target[0].contiguous()
+        return (*pair, extras) if extras else pair
 
     def _saliency(self, index: int, size: torch.Size) -> Tensor:
         assert self.saliency is not None

@@ -111,10 +111,8 @@ class MemoryMixSampler(EpochSampler):
         super().__init__(num_samples, **kwargs)
 
     def _count_batches(self) -> int:
-        memory_half = self.total_batch // 2
-        if memory_half == 0:
-            raise UserError("--batch_size 1 leaves no place for exemplars; use 2 or more, or --memory 0")
-        own_half = self.total_batch - memory_half
+        _check_half(self.total_batch)
+        own_half = self.total_batch - self.total_batch // 2
         if self.num_samples < own_half:
             raise _too_few(self.num_samples, self.batch_size, self.world_size, 2 * self.num_samples)
         return self.num_samples // own_half
@@ -134,6 +132,42 @@ class MemoryMixSampler(EpochSampler):
             order += own[batch * own_half : (batch + 1) * own_half]
             order += memory[batch * memory_half : (batch + 1) * memory_half]
         return order
+
+
+class MemoryOverwriteSampler(EpochSampler):
+    """Batches of the step's own samples, of which exemplars take the place of half (SSUL-M as released).
+
+    So an epoch has as many batches as without exemplars, and every second own sample is passed over. The
+    places are drawn for each batch. Exemplars are drawn in batches too, of which only those at these places
+    are used; a memory smaller than a batch is repeated until it fills one.
+
+    Args:
+        num_samples: number of the step's own entries, which come first in the dataset's ``entries``.
+        num_memory: number of exemplar entries, which follow.
+        kwargs: as for :class:`EpochSampler`.
+
+    Raises:
+        UserError: too few samples for one batch, or a total batch of 1, which has no second half.
+    """
+
+    def __init__(self, num_samples: int, num_memory: int, **kwargs: Any) -> None:
+        super().__init__(num_samples, **kwargs)
+        _check_half(self.total_batch)
+        self.memory = [num_samples + i for i in range(num_memory)]
+        while len(self.memory) < self.total_batch:
+            self.memory *= 2
+
+    def _epoch_order(self) -> list[int]:
+        order = np.array(super()._epoch_order())
+        batches_per_pass = len(self.memory) // self.total_batch
+        generator = np.random.default_rng((self.seed, self.epoch, 1))
+        for batch in range(self.batches_per_epoch):
+            if batch % batches_per_pass == 0:
+                memory = generator.permutation(self.memory)
+            places = generator.permutation(self.total_batch)[: self.total_batch // 2]
+            first = batch % batches_per_pass * self.total_batch
+            order[batch * self.total_batch + places] = memory[first + places]
+        return order.tolist()
 
 
 class EvalBatchSampler(Sampler[list[SampleKey]]):
@@ -289,6 +323,7 @@ def make_train_loader(
     batch_size: int,
     *,
     num_memory: int = 0,
+    memory_overwrites: bool = False,
     seed: int = 0,
     rank: int = 0,
     world_size: int = 1,
@@ -302,6 +337,7 @@ def make_train_loader(
         dataset: the step's samples, :class:`dataset.incremental.IncrementalDataset`.
         batch_size: samples per process.
         num_memory: how many of the dataset's last entries are exemplars; they fill half of each batch.
+        memory_overwrites: they take the place of own samples there (:class:`MemoryOverwriteSampler`).
         seed: seed of the order.
         rank: this process.
         world_size: number of processes.
@@ -320,7 +356,8 @@ def make_train_loader(
         "world_size": world_size,
     }
     if num_memory:
-        sampler: EpochSampler = MemoryMixSampler(num_samples, num_memory, **settings)
+        kind = MemoryOverwriteSampler if memory_overwrites else MemoryMixSampler
+        sampler: EpochSampler = kind(num_samples, num_memory, **settings)
     else:
         sampler = EpochSampler(num_samples, **settings)
     return Loader(
@@ -361,6 +398,11 @@ def collate(samples: list[Any]) -> Any:
     reasons = tuple(r for sample in samples if isinstance(sample, Substitute) for r in sample.reasons)
     batch = default_collate([s.sample if isinstance(s, Substitute) else s for s in samples])
     return _Patched(batch, reasons) if reasons else batch
+
+
+def _check_half(total_batch: int) -> None:
+    if total_batch < 2:
+        raise UserError("--batch_size 1 leaves no place for exemplars; use 2 or more, or --memory 0")
 
 
 def _too_few(num_samples: int, batch_size: int, world_size: int, largest: int) -> UserError:

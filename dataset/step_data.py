@@ -120,14 +120,16 @@ def step_data(opts: Any, step: int, *, exemplar_list: Path, is_main: bool) -> St
     entries = [Entry(i) for i in indices] + [Entry(e.index, 1 + e.step) for e in exemplars]
     # Look-up 0 is the step's own; 1 + s shows the classes that were known when step s stored an exemplar.
     lookups = [_train_table(opts, step, opts.data_masking)]
-    lookups += [_train_table(opts, earlier, "current+old") for earlier in range(step)]
+    # SSUL's release lets them show the classes of this step too.
+    lookups += [_train_table(opts, step if opts.released_ssul else s, "current+old") for s in range(step)]
     train = IncrementalDataset(
         dataset,
         entries,
         lookups,
-        train_transform(opts.crop_size),
+        train_transform(opts.crop_size, opts.augmentation, released=opts.fidelity == "released"),
         opts.random_seed,
         saliency=_saliency_maps(dataset) if opts.unknown else None,
+        tell_exemplars=opts.released_ssul and bool(exemplars),
         skip_corrupt=opts.skip_corrupt,
     )
     return StepData(**vars(final), train=train, num_memory=len(exemplars), val=val)
@@ -232,7 +234,7 @@ def _exemplars(opts: Any, step: int, lists: _StepLists, path: Path, is_main: boo
     """Exemplars of the earlier steps: the list on disk if it was made from the same choices, or a new one."""
     candidates = [lists.indices(earlier) for earlier in range(step)]
     choices = (lists.presence, opts.task_, step, opts.memory, opts.random_seed, candidates)
-    origin = exemplar_origin(*choices)
+    origin = exemplar_origin(*choices, in_turn=opts.released_ssul)
     exemplars: list[Exemplar] | None = None
     if path.is_file():
         try:
@@ -241,7 +243,7 @@ def _exemplars(opts: Any, step: int, lists: _StepLists, path: Path, is_main: boo
         except UserError as error:
             log.info("%s; it is made again", error)
     if exemplars is None:
-        exemplars = select_exemplars(*choices)
+        exemplars = select_exemplars(*choices, in_turn=opts.released_ssul)
         if is_main:
             save_exemplars(path, exemplars, origin)
     counts = class_counts(exemplars, lists.presence, opts.task_)

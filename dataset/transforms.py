@@ -15,6 +15,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
+from dataset.base import VOID
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -46,6 +48,68 @@ class RandomCropFlip:
         return image, mask
 
 
+class ScaleCropFlip:
+    """Training as SSUL does it: random size, random crop at that size, then a flip of every second sample.
+
+    Height and width are multiplied by one factor, uniform in ``scale``; where a side is shorter than the crop
+    then, black and void are put at both its ends. The crop's place is uniform. All draws come from torch's
+    global generator.
+
+    Args:
+        crop: side of the crop in pixels.
+        scale: smallest and largest factor.
+        flip: share of flipped samples.
+        released: as SSUL's program does it: a short side lengthens all four sides, and what was put there is
+            background instead of void.
+    """
+
+    def __init__(
+        self, crop: int, scale: tuple[float, float] = (0.5, 2.0), flip: float = 0.5, *, released: bool = False
+    ) -> None:
+        self.crop = crop
+        self.scale = scale
+        self.flip = flip
+        self.released = released
+
+    def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """(3×H×W, C×H×W) → (3×crop×crop, C×crop×crop), uint8; of the mask, channel 0 has the labels."""
+        factor = float(torch.empty(()).uniform_(*self.scale))
+        size = [max(int(side * factor), 1) for side in image.shape[-2:]]
+        image = F.resize_image(image, size, antialias=True)
+        mask = F.resize_image(mask, size, interpolation=_EXACT)
+        rows, columns = self._padding(*size)
+        image = _padded(image, rows, columns)
+        mask = _padded(mask, rows, columns, first=0 if self.released else VOID)
+        top, left = (int(torch.randint(side - self.crop + 1, ())) for side in image.shape[-2:])
+        inside = (..., slice(top, top + self.crop), slice(left, left + self.crop))
+        image, mask = image[inside], mask[inside]
+        if torch.rand(()) < self.flip:
+            image, mask = image.flip(-1), mask.flip(-1)
+        return image, mask
+
+    def _padding(self, height: int, width: int) -> tuple[int, int]:
+        """Rows above and below, columns to the left and right."""
+        columns = self._half_of_what_lacks(width)
+        if not self.released:
+            return self._half_of_what_lacks(height), columns
+        around = columns + self._half_of_what_lacks(height + 2 * columns)
+        return around, around
+
+    def _half_of_what_lacks(self, side: int) -> int:
+        return max(self.crop - side + 1, 0) // 2
+
+
+def _padded(pixels: Tensor, rows: int, columns: int, first: int = 0) -> Tensor:
+    """C×H×W with rows and columns of zeros at all ends, in channel 0 of ``first``."""
+    if rows == columns == 0:
+        return pixels
+    channels, height, width = pixels.shape
+    padded = pixels.new_zeros(channels, height + 2 * rows, width + 2 * columns)
+    padded[0] = first
+    padded[:, rows : rows + height, columns : columns + width] = pixels
+    return padded
+
+
 class ResizeCenterCrop:
     """Validation: short side to ``crop``, then the square in the middle."""
 
@@ -64,8 +128,18 @@ def whole_image(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return image, mask
 
 
-def train_transform(crop: int) -> PairTransform:
-    """The published training augmentation at one crop size in pixels."""
+def train_transform(
+    crop: int, augmentation: str = "resized_crop", *, released: bool = False
+) -> PairTransform:
+    """A published training augmentation at one crop size in pixels.
+
+    Args:
+        crop: side of the crops.
+        augmentation: ``resized_crop`` (:class:`RandomCropFlip`) or ``scale_crop`` (:class:`ScaleCropFlip`).
+        released: of ``scale_crop``: pad as the released program does.
+    """
+    if augmentation == "scale_crop":
+        return ScaleCropFlip(crop, released=released)
     return RandomCropFlip(crop)
 
 

@@ -41,7 +41,8 @@ class Batch:
         features_old: the teacher's intermediates by name.
         image_weights: B; factor on each image's classification loss (PLOP's adaptive factor), or None.
         pixel_weights: B×H×W; factor on each pixel's classification loss (pseudo-label confidence), or None.
-        extras: further per-image tensors of the data set, by name (SSUL's saliency maps).
+        extras: further per-image tensors of the data set, by name (SSUL's saliency maps; for its
+            released form "exemplar", B, true of exemplars).
         epoch: number of the epoch, from 0.
     """
 

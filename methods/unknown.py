@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from methods.base import Batch, Context, Method
+from modules.norm import norm_layers
 from segmentation_module import IncrementalSegmentationModule, freeze
-from utils.loss import BCEWithLogitsLossWithIgnoreIndex, sigmoid_pseudo_labels
+from utils.loss import VOID, BCEWithLogitsLossWithIgnoreIndex, sigmoid_pseudo_labels
 
 BODY_LR_FACTOR = 0.1  # step 0: SSUL trains the body at 1e-3 and the heads at 1e-2
 BACKGROUND_LR_FACTOR = 1e-4  # later steps: the background's head hardly moves
+RELEASED_BODY_MOMENTUM = 0.01  # of the running statistics in the body's norm layers
 log = logging.getLogger(__name__)
 
 
@@ -52,19 +54,27 @@ class UnknownClass(Method):
     def begin_step(self, context: Context) -> None:
         """Later steps: the new head starts from unknown's; only it, unknown's and background's learn.
 
-        Released: norm layers of the heads that train are frozen too (the published runs' ``--bn_freeze``).
-        A network of another kind has no heads to start and freeze: that is left to who made it.
+        Released: norm layers of the heads that train are frozen too (the published runs' ``--bn_freeze``);
+        else frozen parts stay in training mode, so that the head's dropout goes on; at step 0 the body's
+        running statistics move by 1 %. A network of another kind has no heads to start and freeze: that is
+        left to who made it.
         """
         self.step = context.step
         model = context.model
-        if context.step == 0 or not isinstance(model, IncrementalSegmentationModule):
+        if not isinstance(model, IncrementalSegmentationModule):
+            return
+        if context.step == 0:
+            for layer in norm_layers(model.network.body) if self.released else ():
+                layer.momentum = RELEASED_BODY_MOMENTUM  # type: ignore[assignment]
             return
         model.init_from_unknown()
         if self.released:
             model.fix_bn()
-        freeze(model.network)
-        for head in model.cls[1:-1]:
-            freeze(head)
+        for part in (model.network, *model.cls[1:-1]):
+            if self.released:
+                part.requires_grad_(False)
+            else:
+                freeze(part)
 
     def lr_factor(self, parameter: str) -> float:
         """The body learns slower at step 0, the background's head hardly at all later."""
@@ -73,15 +83,24 @@ class UnknownClass(Method):
         return BACKGROUND_LR_FACTOR if parameter.startswith("cls.0.") else 1.0
 
     def relabel(self, batch: Batch) -> None:
-        """Confident old classes take the background's place; what is left and salient becomes unknown."""
+        """Confident old classes take the background's place; what is left and salient becomes unknown.
+
+        Released: an exemplar's labels are not shifted to make room for "unknown", which is class 0 there and
+        the background 1. So its background is unknown, its class 1 the background, any other class the one
+        before.
+        """
         targets = batch.targets
-        if batch.outputs_old is not None:
-            # The teacher's last channel is its unknown class, which is not handed on.
-            targets = sigmoid_pseudo_labels(batch.outputs_old, targets, self.threshold, end=batch.classes_old)
         hidden = targets == 0
         if (salient := batch.extras.get("saliency")) is not None:
             hidden &= salient.bool()
-        batch.targets = torch.where(hidden, batch.classes_old + batch.classes_new, targets)
+        if self.released and (exemplar := batch.extras.get("exemplar")) is not None:
+            exemplar = exemplar[:, None, None]
+            hidden |= exemplar & (targets == 0)
+            targets = targets - (exemplar & (targets > 0) & (targets != VOID)).long()
+        if batch.outputs_old is not None:
+            # The teacher's last channel is its unknown class, which is not handed on.
+            targets = sigmoid_pseudo_labels(batch.outputs_old, targets, self.threshold, end=batch.classes_old)
+        batch.targets = torch.where(hidden & (targets == 0), batch.classes_old + batch.classes_new, targets)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Binary cross entropy over classes and "unknown", void left out."""

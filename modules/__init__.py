@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from modules.deeplab import DILATIONS, DeepLabHead, DeepLabV3
+from modules.deeplab import DILATIONS, HEADS, ASPPHead, DeepLabHead, DeepLabV3
 from modules.mobilenet import MobileNetV2Body
 from modules.network import Network
 from modules.norm import NormAct
@@ -24,6 +24,7 @@ def build_network(
     norm_act: str = "iabn_sync",
     output_stride: int = 16,
     pooling: int = 32,
+    head: str = "mib",
     decoder: str = "sats",
     drop_path: float = 0.1,
     checkpointing: bool = False,
@@ -36,7 +37,8 @@ def build_network(
         backbone: of DeepLab: ``resnet50``, ``resnet101`` or ``mobilenet_v2``.
         norm_act: of DeepLab, see :mod:`modules.norm`.
         output_stride: of DeepLab, 16 or 8.
-        pooling: of DeepLab: window of the evaluation pooling in features, 0 for the whole map.
+        pooling: of DeepLab's ``mib`` head: window of the evaluation pooling in features, 0 for the whole map.
+        head: of DeepLab: ``mib`` (MiB, PLOP, SDR) or ``aspp`` (SSUL, torchvision).
         decoder: of SegFormer: ``sats`` or ``segformer``.
         drop_path: of SegFormer: largest stochastic depth rate.
         checkpointing: compute the activations inside the body's stages anew in the backward pass.
@@ -53,6 +55,8 @@ def build_network(
         raise UserError(f"--backbone {backbone}: unknown, choose one of {', '.join(BACKBONES)}")
     if output_stride not in DILATIONS:
         raise UserError(f"--output_stride {output_stride}: must be 8 or 16")
+    if head not in HEADS:
+        raise UserError(f"--head {head}: unknown, choose one of {', '.join(HEADS)}")
     if pooling < 0:
         raise UserError(f"--pooling {pooling}: must be a number of features, or 0 for the whole map")
     norms = NormAct(norm_act)
@@ -67,4 +71,6 @@ def build_network(
             "would compute from: drop it, or take --norm_act abn"
         )
     body.checkpointing = checkpointing
+    if head == "aspp":
+        return DeepLabV3(body, ASPPHead(body.out_channels, norms, output_stride))
     return DeepLabV3(body, DeepLabHead(body.out_channels, norms, output_stride, pooling, sdr=sdr))

@@ -1,4 +1,4 @@
-"""DeepLabV3: a dilated body and the atrous pyramid head that MiB, SDR and PLOP share.
+"""DeepLabV3: a dilated body and the atrous pyramid head that MiB, SDR and PLOP share, or SSUL's.
 
 Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation", 2017 (arXiv 1706.05587).
 """
@@ -15,7 +15,9 @@ from modules.network import Features, Network
 from modules.norm import NormAct
 
 HIDDEN_CHANNELS = 256
-DILATIONS = {16: (6, 12, 18), 8: (12, 24, 32)}
+DILATIONS = {16: (6, 12, 18), 8: (12, 24, 32)}  # of DeepLabHead
+ASPP_DILATIONS = {16: (6, 12, 18), 8: (12, 24, 36)}
+ASPP_DROPOUT = 0.1
 
 
 class AtrousConv2d(nn.Conv2d):
@@ -103,8 +105,51 @@ class DeepLabHead(nn.Module):
         return F.avg_pool2d(features, (height, width), stride=1), padding
 
 
+class ASPPHead(nn.Module):
+    """Atrous spatial pyramid pooling as in the DeepLabV3 paper, in SSUL and in torchvision.
+
+    Five branches (1×1, three 3×3 atrous, global average pooling), each with a norm of its own, concatenated,
+    then 1×1, norm and dropout. The pooling is global in evaluation too.
+
+    Parameters are named as in the released code of SSUL and in torchvision.
+
+    Args:
+        in_channels: channels of the body's features.
+        norm_act: norm layers and activations.
+        output_stride: of the body, 16 or 8; sets the dilations (6, 12, 18) or (12, 24, 36).
+    """
+
+    out_channels = HIDDEN_CHANNELS
+
+    def __init__(self, in_channels: int, norm_act: NormAct, output_stride: int = 16) -> None:
+        super().__init__()
+        width = HIDDEN_CHANNELS
+
+        def normed(*layers: nn.Module) -> nn.Sequential:
+            return nn.Sequential(*layers, norm_act(width), norm_act.activation())
+
+        branches = [normed(nn.Conv2d(in_channels, width, 1, bias=False))]
+        for d in ASPP_DILATIONS[output_stride]:
+            branches.append(normed(AtrousConv2d(in_channels, width, 3, padding=d, dilation=d, bias=False)))
+        branches.append(normed(nn.AdaptiveAvgPool2d(1), nn.Conv2d(in_channels, width, 1, bias=False)))
+        self.convs = nn.ModuleList(branches)
+        self.project = normed(nn.Conv2d(width * len(branches), width, 1, bias=False))
+        self.project.append(nn.Dropout(ASPP_DROPOUT))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """B×D×h×w → B×256×h×w, activated."""
+        *maps, pooled = (branch(features) for branch in self.convs)
+        return self.project(torch.cat([*maps, pooled.expand_as(maps[0])], dim=1))
+
+
+HEADS = ("mib", "aspp")
+
+
 class DeepLabV3(Network):
-    """A dilated body and :class:`DeepLabHead`.
+    """A dilated body and :class:`DeepLabHead` or :class:`ASPPHead`.
 
     Args:
         body: returns features B×D×h×w and, if asked, a list of its stages'; has ``out_channels``.
@@ -113,7 +158,7 @@ class DeepLabV3(Network):
 
     intermediates = frozenset({"body", "pre_logits", "attentions"})
 
-    def __init__(self, body: Any, head: DeepLabHead) -> None:
+    def __init__(self, body: Any, head: DeepLabHead | ASPPHead) -> None:
         super().__init__()
         self.body = body
         self.head = head

@@ -77,6 +77,7 @@ class RunFolder:
             norm_act=opts.norm_act,
             decoder=opts.decoder,
             sdr=is_sdr_network(vars(opts)),
+            head=opts.head,
         )
         return content
 

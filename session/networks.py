@@ -275,6 +275,7 @@ def schedule(
     opts: Options, optimizer: torch.optim.Optimizer, iterations: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """Learning-rate schedule of the options over a step's iterations."""
+    warmup = opts.warmup * iterations
     return make_scheduler(
         optimizer,
         opts.lr_policy,
@@ -282,7 +283,9 @@ def schedule(
         lr_power=opts.lr_power,
         lr_decay_step=opts.lr_decay_step,
         lr_decay_factor=opts.lr_decay_factor,
-        warmup_iters=round(opts.warmup * iterations),
+        warmup_iters=int(warmup) if opts.released_ssul else round(warmup),
+        warmup_multiplies=opts.released_ssul,
+        min_lr=opts.min_lr,
     )
 
 

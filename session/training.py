@@ -183,6 +183,7 @@ class StepTraining:
             self.data.train,
             opts.batch_size,
             num_memory=self.data.num_memory,
+            memory_overwrites=opts.released_ssul,
             seed=opts.random_seed,
             rank=world.rank,
             world_size=world.size,
@@ -425,6 +426,7 @@ class StepTraining:
             model=opts.model,
             backbone=opts.backbone,
             decoder=opts.decoder,
+            head=opts.head,
             norm_act=opts.norm_act,
             options=self.folder.options,
         )

@@ -73,6 +73,7 @@ class Sight:
     out_old: Tensor
     maps_old: dict[str, Any]
     saliency: Tensor | None
+    exemplar: Tensor | None = None
 
 
 Terms = Callable[[Sight], list[Tensor]]
@@ -87,11 +88,14 @@ def run_released(
     lr: float,
     iterations: int,
     lr_factor: Callable[[str], float] = lambda name: 1.0,
+    floor: float = 0.0,
     train_mode: Callable[[nn.Module], Any] = lambda student: student.train(),
     regulariser: Any = None,
     importance: float = 0.0,
 ) -> list[float]:
     """Train the student in place; SGD with Nesterov momentum 0.9, weight decay 1e-4, poly 0.9 per iteration.
+
+    No weight's rate falls below ``floor``.
 
     Returns:
         The sum of the terms at each step.
@@ -105,8 +109,8 @@ def run_released(
             with torch.no_grad():
                 out_old, maps_old = teacher(images)
         out, maps = student(images)
-        saliency = more[0]["saliency"] if more else None
-        loss = sum(terms(Sight(images, labels.clone(), out, maps, out_old, maps_old, saliency)))
+        extras = [more[0].get(name) if more else None for name in ("saliency", "exemplar")]
+        loss = sum(terms(Sight(images, labels.clone(), out, maps, out_old, maps_old, *extras)))
         for parameter in student.parameters():
             parameter.grad = None
         loss.backward()
@@ -115,14 +119,15 @@ def run_released(
             penalty = importance * regulariser.penalty()
             if penalty != 0:
                 penalty.backward()
-        rate = lr * (1 - iteration / iterations) ** 0.9
+        curve = (1 - iteration / iterations) ** 0.9
         with torch.no_grad():
             for name, parameter in student.named_parameters():
                 if parameter.grad is None:
                     continue
                 slope = parameter.grad + 1e-4 * parameter
                 velocity[name] = 0.9 * velocity.get(name, torch.zeros_like(slope)) + slope
-                parameter -= rate * lr_factor(name) * (slope + 0.9 * velocity[name])
+                rate = max(lr * lr_factor(name) * curve, floor)
+                parameter -= rate * (slope + 0.9 * velocity[name])
         totals.append(loss.item())
     return totals
 
@@ -534,7 +539,10 @@ def sats_terms(
 
 
 def ssul_terms(*, threshold: float = 0.7) -> Terms:
-    """SSUL counts unknown as 0 and background as 1; our network's unknown is its last channel."""
+    """SSUL counts unknown as 0 and background as 1; our network's unknown is its last channel.
+
+    Its data set shifts the labels of the step's own images alone: an exemplar's stay as they are.
+    """
 
     def unknown_first(out: Tensor) -> Tensor:
         return torch.cat([out[:, -1:], out[:, :-1]], dim=1)
@@ -543,6 +551,8 @@ def ssul_terms(*, threshold: float = 0.7) -> Terms:
         labels = torch.where(s.labels == VOID, VOID, s.labels + 1)
         hidden = labels == 1 if s.saliency is None else (labels == 1) & (s.saliency > 0)
         labels[hidden] = 0
+        if s.exemplar is not None:
+            labels[s.exemplar] = s.labels[s.exemplar]
         if s.out_old.numel():
             score, guess = torch.sigmoid(unknown_first(s.out_old)).max(dim=1)
             taken = (labels <= 1) & (guess > 1) & (score >= threshold)

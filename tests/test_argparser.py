@@ -54,6 +54,24 @@ def test_void_and_unseen_follow_the_family_of_the_method() -> None:
     assert (by_options.void_label, by_options.unseen_label) == ("ignore", "background")
 
 
+def test_released_ssul_brings_its_head_augmentation_and_floor() -> None:
+    def chosen(*words: str) -> tuple[str, str, float]:
+        opts = parse_options([*words, "--task", "15-5"])
+        return opts.head, opts.augmentation, opts.min_lr
+
+    plain = ("mib", "resized_crop", 0.0)
+    released = ("--fidelity", "released")
+    assert chosen() == chosen("--method", "SSUL-M") == chosen("--method", "PLOP", *released) == plain
+    for words in (["--method", "SSUL"], ["--method", "SSUL-M"], ["--unknown"]):
+        assert chosen(*words, *released) == ("aspp", "scale_crop", 1e-6)
+    assert chosen("--method", "SSUL", *released, "--warmup", "0.1") == ("aspp", "scale_crop", 0.0)
+    assert chosen("--method", "SSUL", *released, "--model", "segformer_b0")[0] == "mib"
+    typed = ("--head", "mib", "--augmentation", "resized_crop", "--min_lr", "0")
+    assert chosen("--method", "SSUL", *released, *typed) == plain
+    notes = parse_options(["--unknown", *released, *typed]).notes
+    assert "--head mib was typed and wins over aspp" in notes
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [
@@ -100,6 +118,13 @@ def test_steps_and_learning_rates() -> None:
         (["--name", "n" * 150, "--date", "d" * 40], ["--date, --task and --name", "at most 180"]),
         (["--step_ckpt", "x.pth"], ["--step_ckpt", "step 0"]),
         (["--batch_size", "1"], ["--batch_size 1"]),
+        (["--head", "unet"], ["--head", "aspp"]),
+        (["--head", "aspp", "--model", "segformer_b0"], ["--head", "--decoder"]),
+        (["--head", "aspp", "--pooling", "16"], ["--pooling 16", "--head aspp"]),
+        (["--augmentation", "crop"], ["--augmentation", "scale_crop"]),
+        (["--min_lr", "-1"], ["--min_lr"]),
+        (["--min_lr", "0.1", "--lr", "0.01"], ["--min_lr 0.1", "--lr 0.01"]),
+        (["--min_lr", "1e-6", "--lr_policy", "step"], ["--min_lr", "--lr_policy step"]),
     ],
 )
 def test_faults_are_one_line_that_names_the_option(arguments: list[str], words: list[str]) -> None:

@@ -28,9 +28,8 @@ from argparser import Options, parse_options
 from methods import Context, Method, build_methods
 from modules.network import Network
 from segmentation_module import IncrementalSegmentationModule
-from session.networks import make_optimizer
+from session.networks import make_optimizer, schedule
 from train import Trainer
-from utils.scheduler import make_scheduler
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 STEPS, ITERATIONS, LR = 4, 10, 0.01
@@ -266,15 +265,7 @@ def run_ours(opts: Options, start: Start, carried: dict[str, Any] | None = None)
     for method in methods.values():
         method.begin_step(context)
     optimizer = make_optimizer(opts, student, methods, opts.lrs[0])
-    scheduler = make_scheduler(
-        optimizer,
-        opts.lr_policy,
-        max_iters=ITERATIONS,
-        lr_power=opts.lr_power,
-        lr_decay_step=opts.lr_decay_step,
-        lr_decay_factor=opts.lr_decay_factor,
-        warmup_iters=0,
-    )
+    scheduler = schedule(opts, optimizer, ITERATIONS)
     terms = Trainer(context, methods, optimizer, scheduler).train_epoch(start.batches, 0)
     states = {name: method.state_dict() for name, method in methods.items()}
     return Ours(student, methods, terms, through_a_file(states))
@@ -644,6 +635,25 @@ def ssul_start(step: int, saliency: bool) -> Start:
     return Start(1, grow(student, teacher), teacher.requires_grad_(False).eval(), batches)
 
 
+def with_exemplars(start: Start) -> Start:
+    """The same batches with one exemplar in each, whose labels show old classes too, the first among them."""
+    visible = draw_batches(1, 6, old_visible=True)
+    for place, ((_, labels, extras), (_, seen)) in enumerate(zip(start.batches, visible, strict=True)):
+        extras["exemplar"] = torch.arange(IMAGES) == place % IMAGES
+        seen[(seen > 0) & (seen < OLD // 2)] = 1
+        labels[extras["exemplar"]] = seen[extras["exemplar"]]
+        assert {0, 1, VOID} < set(labels[extras["exemplar"]].unique().tolist())
+    return start
+
+
+def slow_statistics(student: nn.Module) -> None:
+    """Training mode; the body's running statistics move by 1 %."""
+    student.train()
+    for module in student.network.body.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.01
+
+
 def freeze_as_ssul(student: nn.Module) -> None:
     """The published runs' --freeze --bn_freeze: every norm layer rests, all but three heads are frozen."""
     for name, parameter in student.named_parameters():
@@ -661,9 +671,16 @@ def start_from_unknown(student: nn.Module) -> None:
         new[name].copy_(torch.stack([value[0]] * NEW) if name.startswith("3.") else value)
 
 
-@pytest.mark.parametrize("saliency", [True, False], ids=["saliency maps", "no maps"])
-def test_ssul(saliency: bool) -> None:
+SSUL_FLOOR = 1e-6
+
+
+@pytest.mark.parametrize(
+    ("saliency", "memory"), [(True, False), (False, False), (True, True)], ids=["maps", "no maps", "SSUL-M"]
+)
+def test_ssul(saliency: bool, memory: bool) -> None:
     start = ssul_start(1, saliency)
+    if memory:
+        start = with_exemplars(start)
     theirs = copy.deepcopy(start.student)
     start_from_unknown(theirs)
     released.run_released(
@@ -674,9 +691,10 @@ def test_ssul(saliency: bool) -> None:
         lr=LR,
         iterations=ITERATIONS,
         lr_factor=lambda name: 1e-4 if name.startswith("cls.0.") else 1.0,
+        floor=SSUL_FLOOR,
         train_mode=freeze_as_ssul,
     )
-    ours = run_ours(options("--method", "SSUL", "--overlap"), start)
+    ours = run_ours(options("--method", "SSUL-M" if memory else "SSUL", "--overlap"), start)
     fresh = Start(1, copy.deepcopy(start.student), start.teacher, start.batches)
     start_from_unknown(fresh.student)
     assert_same(fresh, ours.student, theirs)
@@ -684,6 +702,7 @@ def test_ssul(saliency: bool) -> None:
     assert 0.01 < float((scores >= 0.7).double().mean()) < 0.99, "the pseudo-labels are no choice"
     paper = run_ours(options("--method", "SSUL", "--overlap", fidelity="paper"), start)
     assert all(math.isfinite(value) for value in paper.terms.values())
+    assert not torch.allclose(paper.student.cls[2][3].weight, theirs.cls[2][3].weight, atol=1e-6)
 
 
 def test_ssul_at_step_0() -> None:
@@ -692,5 +711,7 @@ def test_ssul_at_step_0() -> None:
         start,
         released.ssul_terms(),
         lr_factor=lambda name: 0.1 if name.startswith("network.body.") else 1.0,
+        floor=SSUL_FLOOR,
+        train_mode=slow_statistics,
     )
     assert_same(start, run_ours(options("--method", "SSUL", "--overlap"), start).student, theirs)

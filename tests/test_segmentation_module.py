@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
+from methods.base import Context
+from methods.unknown import UnknownClass
 from segmentation_module import IncrementalSegmentationModule, freeze, load_state, make_model
+from tasks import get_task
 from utils.errors import UserError
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -124,6 +128,29 @@ def test_released_networks_with_batch_norm_and_relu_are_sdrs(
 ) -> None:
     net = model([16], **{"backbone": "resnet50", "fidelity": "released", **options})
     assert isinstance(net.network.head.activation, torch.nn.Identity) == expected
+
+
+def test_ssuls_classifiers_start_as_its_head_does() -> None:
+    """He's initialisation with its head, torch's own without; weights of a uniform draw have an end."""
+    for head, std, end in (("aspp", (2 / 256) ** 0.5, 2.5), ("mib", (1 / 3 / 256) ** 0.5, 1.74)):
+        weight = model([16], unknown=True, head=head).cls[1][3].weight.detach()
+        assert abs(float(weight.std()) / std - 1) < 0.05
+        assert (float(weight.abs().max()) / std > end) == (head == "aspp")
+
+
+@pytest.mark.parametrize("fidelity", ["paper", "released"])
+def test_frozen_head_of_ssul_keeps_its_dropout_when_released(fidelity: str) -> None:
+    net = model([16, 5], unknown=True, head="aspp")
+    task = get_task("voc", "15-5")
+    UnknownClass(0.7, fidelity=fidelity).begin_step(Context(task, 1, net, fidelity=fidelity))
+    net.train()
+    assert net.network.head.project[3].training == (fidelity == "released")
+    learns = {name for name, p in net.named_parameters() if p.requires_grad}
+    assert all(name.startswith(("cls.0.", "cls.2.", "unknown.")) for name in learns)
+    norms = [m for m in net.network.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms and not any(norm.training for norm in norms)
+    assert net.cls[2][1].training == net.unknown[1].training == (fidelity == "paper")  # type: ignore[index]
+    assert not net.cls[1][1].training
 
 
 def test_unknown_counts_as_background_and_new_heads_start_from_it() -> None:

@@ -113,6 +113,7 @@ def make_manifest(
     decoder: str,
     norm_act: str,
     options: Mapping[str, Any],
+    head: str = "mib",
 ) -> dict[str, Any]:
     """What a checkpoint belongs to, in JSON types: task, networks, options, git commit, library versions.
 
@@ -120,7 +121,7 @@ def make_manifest(
         task, dataset: names.
         steps: dataset class ids of every step of the task.
         step: number of the step whose network it is.
-        model, backbone, decoder, norm_act: options that shape the network.
+        model, backbone, decoder, norm_act, head: options that shape the network.
         options: all options of the run.
     """
     return {
@@ -133,6 +134,7 @@ def make_manifest(
         "decoder": decoder,
         "norm_act": norm_act,
         "sdr_network": is_sdr_network(options),
+        "head": head,
         "options": {str(key): _plain(value) for key, value in options.items()},
         "git_commit": _git_commit(),
         "versions": {
@@ -363,6 +365,7 @@ def check_fits(
     norm_act: str,
     decoder: str,
     sdr: bool = False,
+    head: str = "mib",
 ) -> None:
     """Raise unless the checkpoint is of this task's step and of this network.
 
@@ -375,7 +378,7 @@ def check_fits(
         task, dataset: names.
         class_order: dataset class ids of every step of the task.
         step: number of the step that the checkpoint must be of.
-        model, backbone, norm_act, decoder: options that shape the network.
+        model, backbone, norm_act, decoder, head: options that shape the network.
         sdr: the network is that of SDR's program; see ``is_sdr_network``.
 
     Raises:
@@ -387,8 +390,12 @@ def check_fits(
     elif isinstance(manifest, Mapping):
         misfits = _task_misfits(manifest, task, dataset, class_order, step)
         wanted = {"model": model}
-        wanted |= {"backbone": backbone, "norm_act": norm_act} if model == "deeplab" else {"decoder": decoder}
-        misfits += _network_misfits(manifest, wanted)
+        if model == "deeplab":
+            wanted |= {"backbone": backbone, "norm_act": norm_act, "head": head}
+        else:
+            wanted["decoder"] = decoder
+        # The option is younger than some checkpoints.
+        misfits += _network_misfits({"head": "mib", **manifest}, wanted)
         if manifest.get("sdr_network", False) != sdr:
             theirs, ours = ("paper", "released") if sdr else ("released", "paper")
             misfits.append(f"it has the network of --fidelity {theirs}, not {ours}")

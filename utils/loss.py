@@ -1075,7 +1075,9 @@ class LocalPODLoss(nn.Module):
     Every map is preprocessed (squared), averaged over rows and columns of the cells of an s×s grid for each
     scale s, and compared by the L2 norm over all these numbers of an image; mean over the batch, times a
     factor, times sqrt(classes now / new classes), mean over maps. In the last pair the student may have more
-    channels: the new classes' are added to the background's, or cut off.
+    channels: the new classes' are added to the background's, or cut off. Cells are squares of side
+    width // s, as in the published code: what lies to the right of the grid or below it takes no part, and
+    maps wider than high have lower cells that are cut off at the edge.
 
     Args:
         pod_factor: factor of every map.
@@ -1362,7 +1364,6 @@ def _pool(maps: Tensor, options: dict[str, Any]) -> list[Tensor]:
 
 def _pool_local(maps: Tensor, levels: list[tuple[int, float]]) -> list[Tensor]:
     """Means over the rows and over the columns of each cell of the s×s grids."""
-    width = maps.shape[-1]
     finest = max(scale for scale, _ in levels)
     nested = _nested(maps, [scale for scale, _ in levels])
     if nested:
@@ -1373,12 +1374,27 @@ def _pool_local(maps: Tensor, levels: list[tuple[int, float]]) -> list[Tensor]:
         if nested:
             rows, columns = _means(fine_rows, 3, scale), _means(fine_columns, 2, scale)
         else:
-            # The published code sizes square cells by the width and leaves the remainder out.
-            side = width // scale
-            cells = maps[..., : side * scale, : side * scale]
-            rows, columns = _means(cells, 3, scale), _means(cells, 2, cells.shape[2] // side)
+            rows, columns = _square_cell_means(maps, scale)
         parts += [part if divisor == 1.0 else part / divisor for part in (rows, columns)]
     return parts
+
+
+def _square_cell_means(maps: Tensor, scale: int) -> tuple[Tensor, Tensor]:
+    """Means over the rows and over the columns of the cells of one grid on maps of any height and width.
+
+    The published code sizes square cells by the width and leaves out what lies beyond the grid. On maps wider
+    than high the lower cells are cut off at the edge, and those that begin below it hold nothing (there their
+    means over no row are NaN).
+    """
+    side = maps.shape[-1] // scale
+    if side == 0:
+        raise ValueError(f"a {scale}×{scale} grid does not fit maps of width {maps.shape[-1]}")
+    cells = maps[..., : side * scale, : side * scale]
+    whole = cells.shape[2] // side
+    columns = [_means(cells[:, :, : whole * side], 2, whole)] if whole else []
+    if cells.shape[2] > whole * side:
+        columns.append(cells[:, :, whole * side :].mean(dim=2, keepdim=True))
+    return _means(cells, 3, scale), torch.cat(columns, dim=2)
 
 
 def _nested(maps: Tensor, scales: Sequence[int]) -> bool:

@@ -22,7 +22,9 @@ log = logging.getLogger(__name__)
 
 # What a checkpoint brings along unless the user types it: options that shape the network, and those that say
 # which images it is evaluated on and how.
-_NETWORK = ("model", "backbone", "norm_act", "output_stride", "pooling", "decoder", "unknown", "fidelity")
+_NETWORK = (
+    *("model", "backbone", "norm_act", "output_stride", "pooling", "head", "decoder", "unknown", "fidelity"),
+)
 _DATA = (
     *("dataset", "data_root", "crop_size", "crop_val", "val_on_trainset", "test_on_val"),
     *("unseen_label", "skip_corrupt", "random_seed"),
@@ -85,6 +87,7 @@ def model_from_checkpoint(path: Path, opts: Options) -> TrainedNetwork:
         norm_act=opts.norm_act,
         decoder=opts.decoder,
         sdr=is_sdr_network(vars(opts)),
+        head=opts.head,
     )
     model = load_model(opts, content, path, task.classes_per_step(step))
     names = _class_names(task, opts.data_root)
@@ -140,7 +143,7 @@ def _task_and_step(opts: Options, content: Mapping[str, Any], path: Path) -> tup
         if typed_task is None or typed_step is None:
             raise UserError(
                 f"{path}: has no manifest that says what it is of; type --dataset, --task and --step, and "
-                "--model, --backbone, --norm_act and --decoder where they differ from the defaults"
+                "--model, --backbone, --norm_act, --head and --decoder where they differ from the defaults"
             )
         return typed_task, typed_step
     if not isinstance(manifest, Mapping):

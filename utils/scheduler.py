@@ -7,6 +7,36 @@ from torch.optim.lr_scheduler import LinearLR, LRScheduler, PolynomialLR, Sequen
 
 from utils.errors import UserError
 
+WARMUP_FROM = 1e-3  # share of the poly curve that SSUL's warm-up begins with
+
+
+class FlooredPolyLR(LRScheduler):
+    """Poly schedule with a smallest rate, and SSUL's warm-up, which multiplies it.
+
+    lr·w(i)·(1 − i/max_iters)^power, but at least ``min_lr`` in every parameter group, whatever its own rate;
+    w rises along a line from 0.001 to 1 over the first ``warmup_iters`` iterations.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        max_iters: int,
+        power: float,
+        min_lr: float = 0.0,
+        warmup_iters: int = 0,
+    ) -> None:
+        self.max_iters, self.power = max_iters, power
+        self.min_lr, self.warmup_iters = min_lr, warmup_iters
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float]:  # type: ignore[override]  # float | Tensor in newer versions of torch
+        """The rates of the iteration that ``step()`` has come to."""
+        factor = max(1 - self.last_epoch / self.max_iters, 0.0) ** self.power
+        if self.last_epoch < self.warmup_iters:
+            factor *= WARMUP_FROM + (1 - WARMUP_FROM) * self.last_epoch / self.warmup_iters
+        return [max(lr * factor, self.min_lr) for lr in self.base_lrs]
+
 
 def make_scheduler(
     optimizer: Optimizer,
@@ -17,6 +47,8 @@ def make_scheduler(
     lr_decay_step: int = 5000,
     lr_decay_factor: float = 0.1,
     warmup_iters: int = 0,
+    warmup_multiplies: bool = False,
+    min_lr: float = 0.0,
 ) -> LRScheduler:
     """Make the schedule of ``--lr_policy``; call ``step()`` after every optimiser step.
 
@@ -28,6 +60,9 @@ def make_scheduler(
         lr_decay_step: iterations between two drops of ``step``.
         lr_decay_factor: the drop.
         warmup_iters: iterations of linear warm-up; the policy has the rest (SSUL on ADE20K).
+        warmup_multiplies: the warm-up multiplies the first part of ``poly``'s curve, which then has all
+            iterations (SSUL's released code).
+        min_lr: ``poly`` never falls below it, in any group.
 
     Raises:
         UserError: an unknown policy, or no iteration left after the warm-up.
@@ -41,7 +76,13 @@ def make_scheduler(
             "use more --epochs or a smaller --batch_size"
         )
     main: LRScheduler
-    if policy == "poly":
+    if policy == "poly" and warmup_multiplies:
+        return FlooredPolyLR(
+            optimizer, max_iters=max_iters, power=lr_power, min_lr=min_lr, warmup_iters=warmup_iters
+        )
+    if policy == "poly" and min_lr > 0:
+        main = FlooredPolyLR(optimizer, max_iters=remaining, power=lr_power, min_lr=min_lr)
+    elif policy == "poly":
         main = PolynomialLR(optimizer, total_iters=remaining, power=lr_power)
     else:
         main = StepLR(optimizer, step_size=lr_decay_step, gamma=lr_decay_factor)

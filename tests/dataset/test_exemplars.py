@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataset.exemplars import (
@@ -43,16 +43,18 @@ def lists_of(presence: list[set[int]], protocol: str = "overlapped") -> list[lis
     return [task_indices("voc", TASK, step, protocol, presence) for step in range(TASK.num_steps)]
 
 
+@settings(deadline=None)
 @given(
     seed=st.integers(0, 50),
     memory=st.integers(0, 60),
     step=st.integers(0, 5),
     protocol=st.sampled_from(["overlapped", "disjoint"]),
+    in_turn=st.booleans(),
 )
-def test_properties(seed, memory, step, protocol):
+def test_properties(seed, memory, step, protocol, in_turn):
     presence = random_presence(150, seed)
     lists = lists_of(presence, protocol)
-    exemplars = select_exemplars(presence, TASK, step, memory, seed, lists)
+    exemplars = select_exemplars(presence, TASK, step, memory, seed, lists, in_turn=in_turn)
     assert len(exemplars) <= memory
     assert len({exemplar.index for exemplar in exemplars}) == len(exemplars)
     for exemplar in exemplars:
@@ -60,7 +62,7 @@ def test_properties(seed, memory, step, protocol):
         assert exemplar.index in lists[exemplar.step]
         assert presence[exemplar.index] & set(TASK.seen_classes(exemplar.step))
     # Neither this step's images nor later ones matter: they need not even be known.
-    assert exemplars == select_exemplars(presence, TASK, step, memory, seed, lists[:step])
+    assert exemplars == select_exemplars(presence, TASK, step, memory, seed, lists[:step], in_turn=in_turn)
     if step >= 1 and memory <= len(lists[0]):
         assert len(exemplars) == memory
 
@@ -107,6 +109,51 @@ def test_balance_on_voc():
     assert max(counts.values()) <= 8
 
 
+def released_choice(known, memory, rng):
+    """SSUL-M's rule, restated: shuffled images and classes, one image for each class in turn."""
+    images, classes = sorted(known), sorted(set().union(*known.values()))
+    rng.shuffle(images)
+    rng.shuffle(classes)
+    chosen = {c: [] for c in classes}
+    while sum(map(len, chosen.values())) < memory and any(known[i] for i in images):
+        for c in classes:
+            for place, image in enumerate(images):
+                if c in known[image]:
+                    chosen[c].append(image)
+                    del images[place]
+                    break
+            if sum(map(len, chosen.values())) >= memory:
+                break
+    return sorted(image for images in chosen.values() for image in images)
+
+
+@pytest.mark.parametrize("memory", [0, 7, 30, 200])
+def test_released_rule(memory):
+    presence = random_presence(150, 4)
+    lists = lists_of(presence, "disjoint")
+    first = {i: presence[i] & set(range(1, 16)) for i in lists[0]}
+    chosen = released_choice(first, memory, np.random.RandomState([5, 1]))
+    found = select_exemplars(presence, TASK, 1, memory, 5, lists, in_turn=True)
+    assert [e.index for e in found] == chosen
+    second = {i: first[i] for i in chosen}
+    second |= {i: presence[i] & set(range(1, 17)) for i in lists[1]}
+    chosen = released_choice(second, memory, np.random.RandomState([5, 2]))
+    found = select_exemplars(presence, TASK, 2, memory, 5, lists, in_turn=True)
+    assert [e.index for e in found] == chosen
+    assert memory != 30 or found != select_exemplars(presence, TASK, 2, memory, 5, lists)
+
+
+def test_a_class_beside_many_others_fills_the_memory_in_turn_only():
+    """The release counts an image for the class that it was drawn for, whatever else it shows."""
+    presence = [{c} for c in range(1, 15) for _ in range(9)] + [{15, c} for c in range(1, 15)] * 9
+    lists = lists_of(presence)
+    fewest, in_turn = (
+        class_counts(select_exemplars(presence, TASK, 1, 45, 0, lists, in_turn=rule), presence, TASK)
+        for rule in (False, True)
+    )
+    assert fewest[15] <= 4 < 10 < in_turn[15]
+
+
 def test_classes_unknown_when_stored_do_not_count():
     presence = [{1, 16}, {2, 16}, {16}, {17}]
     exemplars = [Exemplar(0, 0), Exemplar(2, 1)]
@@ -138,6 +185,8 @@ def test_list_on_disk(tmp_path):
     save_exemplars(path, exemplars, origin)
     assert load_exemplars(path, origin) == exemplars
     assert json.loads(path.read_text())["origin"]["memory"] == 10
+    with pytest.raises(UserError, match="made from another rule"):
+        load_exemplars(path, exemplar_origin(presence, TASK, 2, 10, 7, lists, in_turn=True))
 
     changed = [lists[0][1:], *lists[1:]]
     with pytest.raises(UserError, match="made from another seed, candidates"):

@@ -14,6 +14,7 @@ from dataset.loaders import (
     EvalBatchSampler,
     Loader,
     MemoryMixSampler,
+    MemoryOverwriteSampler,
     choose_samples,
     cross_val_split,
     make_eval_loader,
@@ -120,9 +121,58 @@ def test_exemplars_fill_half_of_each_batch(samples: int, memory: int, per_rank: 
     assert [keys_of(batch) for batch in batches(alone)] == [keys_of(batch) for batch in joined]
 
 
+@pytest.mark.parametrize(
+    ("samples", "memory", "per_rank", "ranks"), [(23, 5, 4, 2), (40, 40, 6, 1), (60, 13, 5, 1), (9, 3, 3, 1)]
+)
+def test_released_exemplars_take_the_place_of_half_of_each_batch(
+    samples: int, memory: int, per_rank: int, ranks: int
+) -> None:
+    """As many batches as without exemplars; the drawing is restated from what SSUL's program does."""
+    total = per_rank * ranks
+    parts, plain = [], EpochSampler(samples, batch_size=total, seed=2)
+    for rank in range(ranks):
+        sampler = MemoryOverwriteSampler(
+            samples, memory, batch_size=per_rank, seed=2, rank=rank, world_size=ranks
+        )
+        sampler.set_epoch(1)
+        parts.append(batches(sampler))
+    plain.set_epoch(1)
+    joined = [[0] * total for _ in parts[0]]
+    for rank, own in enumerate(parts):
+        for batch, keys in zip(joined, own, strict=True):
+            batch[rank::ranks] = [key.index for key in keys]
+    assert len(joined) == samples // total
+    places = set()
+    used: Counter[int] = Counter()
+    for batch, before in zip(joined, batches(plain), strict=True):
+        taken = [place for place, index in enumerate(batch) if index >= samples]
+        assert len(taken) == total // 2, "half, rounded down"
+        kept = [(batch[i], before[i].index) for i in range(total) if i not in taken]
+        assert all(found == expected for found, expected in kept), "the others stay where they were"
+        places.add(tuple(taken))
+        used.update(batch[place] for place in taken)
+    assert len(places) > 1 or len(joined) == 1
+    assert all(samples <= index < samples + memory for index in used)
+    repeated = memory
+    while repeated < total:  # the released list, doubled until it fills a batch
+        repeated *= 2
+    passes = -(-len(joined) // (repeated // total))
+    assert max(used.values()) <= passes * (repeated // memory)
+
+
+def test_released_exemplars_are_all_used_in_time() -> None:
+    used = set()
+    for epoch in range(30):
+        sampler = MemoryOverwriteSampler(50, 7, batch_size=6, seed=3)
+        sampler.set_epoch(epoch)
+        used |= {key.index - 50 for key in sampler if key.index >= 50}
+    assert used == set(range(7))
+
+
 def test_exemplars_need_two_places_in_a_batch() -> None:
-    with pytest.raises(UserError, match="--batch_size 1 leaves no place for exemplars"):
-        MemoryMixSampler(10, 5, batch_size=1)
+    for kind in (MemoryMixSampler, MemoryOverwriteSampler):
+        with pytest.raises(UserError, match="--batch_size 1 leaves no place for exemplars"):
+            kind(10, 5, batch_size=1)
     with pytest.raises(UserError, match=r"2 training images.*--batch_size 2 or less"):
         MemoryMixSampler(2, 5, batch_size=4, world_size=2)
 
@@ -203,6 +253,9 @@ def test_exemplars_in_a_loader(shapes_root: Path) -> None:
     loader = make_train_loader(make(shapes_root), 4, num_memory=8, num_workers=0)
     assert isinstance(loader.sampler, MemoryMixSampler)
     assert len(list(loader)) == len(loader) == 20
+    loader = make_train_loader(make(shapes_root), 4, num_memory=8, memory_overwrites=True, num_workers=0)
+    assert isinstance(loader.sampler, MemoryOverwriteSampler)
+    assert len(list(loader)) == len(loader) == 10
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -8,12 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from small_data import make_ade, make_own
 
 from argparser import Options, parse_options
 from dataset import step_data as module
 from dataset.step_data import StepData, evaluation_data, step_data
+from dataset.transforms import ScaleCropFlip, whole_image
+from methods.base import Batch
+from methods.unknown import UnknownClass
 from utils.errors import DataError, UserError
 
 NAMES = ["background", *(f"class {i}" for i in range(1, 13))]
@@ -82,6 +86,54 @@ def test_exemplars_keep_the_labels_of_their_time(own: Path, caplog: pytest.LogCa
         known = set(range(1 + 4 * (1 + step)))
         mask = data.train.dataset.read_mask(index)
         assert set(data.train[place][1].unique().tolist()) <= known & ({0} | set(mask.unique().tolist()))
+
+
+@pytest.mark.parametrize("saliency", [False, True])
+def test_labels_of_ssuls_released_program(own: Path, saliency: bool) -> None:
+    """Its own indices are unknown 0, background 1, classes from 2; exemplars' labels are not shifted to them.
+
+    They show every class up to this step's. From files to what the loss is given, against the masks.
+    """
+    words = ("--task", "4-4", "--overlap", "--method", "SSUL-M", "--memory", "6", "--fidelity", "released")
+    opts = options("folder", own, *words)
+    if saliency:
+        (own / "images" / "saliency_map").mkdir()
+        for image in (own / "images" / "train").iterdir():
+            half = np.zeros((64, 64), np.uint8)
+            half[:, :32] = 255
+            Image.fromarray(half).save(own / "images" / "saliency_map" / f"{image.stem}.png")
+    step = 2
+    data = data_of(opts, step)
+    crop = data.train.transform
+    assert isinstance(crop, ScaleCropFlip) and crop.released
+    data.train.transform = whole_image
+    method = UnknownClass.from_options(opts)
+    old, new, unknown = 9, 4, 13
+    assert method is not None and data.num_memory == 6
+    of_this_step = 0
+    for place, entry in enumerate(data.train.entries):
+        image, target, extras = data.train[place]
+        exemplar = place >= len(data.train) - 6
+        assert bool(extras["exemplar"]) == exemplar
+        batch = Batch(
+            *(image[None], target[None].long(), target[None].long(), step, old, new, torch.empty(0), {}),
+            extras={name: extra[None] for name, extra in extras.items()},
+        )
+        method.relabel(batch)
+        found = batch.targets[0]
+        theirs = torch.where(found == unknown, 0, found + 1)
+        mask = data.train.dataset.read_mask(entry.index)[0].long()
+        if exemplar:
+            # Classes are in the data set's order here, all of 0 to 12 seen.
+            expected = mask
+            of_this_step += int((mask > 8).any())
+        else:
+            expected = torch.where(mask > 8, mask + 1, 1)
+            salient = torch.zeros_like(mask, dtype=torch.bool)
+            salient[:, : 32 if saliency else None] = True
+            expected = torch.where((expected == 1) & salient, 0, expected)
+        assert torch.equal(theirs, expected)
+    assert of_this_step, "no exemplar shows a class of this step: the case is empty"
 
 
 def test_exemplar_list_is_kept_until_something_changes(own: Path, caplog: pytest.LogCaptureFixture) -> None:

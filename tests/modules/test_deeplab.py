@@ -1,9 +1,12 @@
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torchvision.models.segmentation.deeplabv3 import ASPP
 
 from modules import build_network
-from modules.deeplab import AtrousConv2d, DeepLabHead
+from modules.deeplab import ASPPHead, AtrousConv2d, DeepLabHead
 from modules.norm import NormAct
 from utils.errors import UserError
 
@@ -79,6 +82,49 @@ def test_training_pools_globally():
     torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("output_stride", [16, 8])
+@pytest.mark.parametrize("training", [False, True])
+def test_aspp_head_is_torchvisions(output_stride, training):
+    """Same names of the weights, same outputs, gradients and statistics, with the same dropout."""
+    torch.manual_seed(0)
+    theirs = ASPP(12, [6, 12, 18] if output_stride == 16 else [12, 24, 36]).double()
+    ours = ASPPHead(12, NormAct("std"), output_stride).double()
+    for layer in theirs.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            for values in (layer.weight.data, layer.bias.data, layer.running_mean):
+                values.normal_(1, 0.3)
+    ours.load_state_dict(theirs.state_dict())
+    theirs.project[3].p = ours.project[3].p
+    found = []
+    for head in (theirs, ours):
+        torch.manual_seed(1)  # dropout
+        x = torch.randn(3, 12, 9, 14, dtype=torch.float64, requires_grad=True)
+        out = head.train(training)(x)
+        (out * torch.linspace(0, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+        found.append([out, x.grad, *(p.grad for p in head.parameters()), *head.buffers()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    torch.manual_seed(1)
+    assert ours.project[3].p == 0.1 and torch.equal(ours(x.detach()), ours(x.detach())) != training
+
+
+def test_aspp_head_has_the_weights_of_ssuls_release(shared):
+    """Keys and shapes of a released checkpoint, after its name of this part."""
+    listed = json.loads((shared / "released" / "checkpoint_keys_SSUL.json").read_text(encoding="utf-8"))
+    prefix = "classifier.aspp."
+    theirs = {k.removeprefix(prefix): v[0] for k, v in listed["state"].items() if k.startswith(prefix)}
+    head = build_network("deeplab", backbone="resnet50", norm_act="std", head="aspp").head
+    assert {name: list(value.shape) for name, value in head.state_dict().items()} == theirs
+
+
+@pytest.mark.parametrize("kind", ["std", "abn", "iabn_sync_test"])
+def test_aspp_head_follows_norm_act(kind):
+    head = ASPPHead(12, NormAct(kind)).eval()
+    out = head(torch.randn(2, 12, 5, 5))
+    assert out.shape == (2, 256, 5, 5)
+    assert bool((out < 0).any()) == (kind != "std"), "leaky ReLU but for std"
+
+
 @pytest.fixture(scope="module")
 def network():
     torch.manual_seed(0)
@@ -128,6 +174,7 @@ def test_autocast_and_channels_last(backbone):
         ({"norm_act": "group"}, "--norm_act"),
         ({"output_stride": 32}, "--output_stride"),
         ({"pooling": -1}, "--pooling"),
+        ({"head": "unet"}, "--head"),
         ({"model": "segformer_b0", "decoder": "unet"}, "--decoder"),
     ],
 )

@@ -436,6 +436,16 @@ def test_decoder_matters_to_segformer():
         check_fits(segformer, **{**WANTED, "model": "segformer_b0", "decoder": "segformer"})
 
 
+def test_head_matters_to_deeplab():
+    check_fits(content(), **WANTED, head="mib")
+    with pytest.raises(UserError, match="--head mib, not aspp"):
+        check_fits(content(), **WANTED, head="aspp")
+    older = {key: value for key, value in manifest().items() if key != "head"}
+    check_fits(content(manifest=older), **WANTED, head="mib")
+    segformer = content(manifest=manifest(model="segformer_b0"))
+    check_fits(segformer, **{**WANTED, "model": "segformer_b0"}, head="aspp")
+
+
 def test_released_checkpoints_are_judged_by_their_classifiers():
     state = {f"module.cls.{i}.weight": torch.zeros(n, 8, 1, 1) for i, n in enumerate([3, 1])}
     check_fits({"model_state": state}, **WANTED)

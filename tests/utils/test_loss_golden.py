@@ -203,7 +203,7 @@ def test_sdr_prototypes(name, fidelity, device):
     assert torch.equal(table.count_features, z["count_features"])
 
 
-@pytest.mark.parametrize("name", cases("plop_local_pod-*"))
+@pytest.mark.parametrize("name", cases("plop_local_pod-*") + cases("plop_local_pod_wide-*"))
 def test_plop_local_pod(name, device):
     z, meta = load(name, device)
     old = [z[f"old_{i}"] for i in range(meta["n"])]

@@ -567,6 +567,41 @@ def test_local_pod_gradient(monkeypatch, prepro, difference, per_scale, layout, 
     assert_matches(lambda f: criterion([old.float()], [f], 6, 2, 4), slow, [new.requires_grad_()])
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("per_scale", POD_DIVISORS)
+@pytest.mark.parametrize("size", [(12, 14), (14, 12), (9, 10), (10, 9), (13, 13), (4, 15), (15, 4)])
+def test_local_pod_of_any_size(size, per_scale, norm, layout):
+    """Square cells by the width; the released loop slices, so lower ones are cut off. Empty: left out."""
+    old, new = (randn(2, 3, *size, seed=s).detach().contiguous(memory_format=layout) for s in (5, 6))
+
+    def numbers(image):
+        parts = []
+        for s, divisor in POD_DIVISORS[per_scale].items():
+            k = size[1] // s
+            for i in range(s):
+                for j in range(s):
+                    cell = image.square()[:, i * k : (i + 1) * k, j * k : (j + 1) * k]
+                    if cell.shape[1]:
+                        parts += [cell.mean(2).flatten() / divisor, cell.mean(1).flatten() / divisor]
+        joined = torch.cat(parts)
+        return joined / joined.norm() if norm else joined
+
+    def slow(new):
+        return torch.stack([(numbers(n) - numbers(o)).norm() for n, o in zip(new, old, strict=True)]).mean()
+
+    criterion = L.LocalPODLoss(
+        pod_options=pod_options(per_scale, "frobenius", norm=norm), use_pod_schedule=False
+    )
+    assert_matches(lambda f: criterion([old.float()], [f], 6, 2, 4), slow, [new.requires_grad_()])
+
+
+def test_local_pod_grid_finer_than_the_map():
+    maps = torch.zeros(1, 2, 9, 3)
+    with pytest.raises(ValueError, match="4×4 grid does not fit maps of width 3"):
+        L.LocalPODLoss()([maps], [maps], 2, 1, 1)
+
+
 @pytest.mark.parametrize("difference", ["frobenius", "l1"])
 @pytest.mark.parametrize("prepro", POD_PREPROS)
 @pytest.mark.parametrize("scales", [(1, 2, 4), (2,), (4, 1, 1), (1, 3)])  # the last: grids that do not nest

@@ -50,12 +50,44 @@ def test_warm_up(policy):
     np.testing.assert_allclose(found[4:], rates({**options, "max_iters": 16}, 16)[:, 0], rtol=1e-6)
 
 
-def test_state_resumes():
+def ssul_rates(lr, iterations, warmup):
+    """SSUL's released schedules, restated: poly with a floor, or a warm-up times poly without one."""
+    for i in range(iterations):
+        curve = lr * (1 - i / iterations) ** 0.9
+        if warmup == 0:
+            yield max(curve, 1e-6)
+        else:
+            line = 1.0 if i >= warmup else 0.001 * (1 - i / warmup) + i / warmup
+            yield line * curve
+
+
+@pytest.mark.parametrize("warmup", [0, 6])
+def test_ssul_released(warmup):
+    """Rates of the new head, the background's (1e-6, which never decays on VOC) and one below the floor."""
+    lrs = (0.01, 0.01 * 1e-4, 1e-8)
+    floor = {} if warmup else {"min_lr": 1e-6}
+    options = {"policy": "poly", "max_iters": 60, "warmup_iters": warmup, "warmup_multiplies": True, **floor}
+    found = rates(options, 60, lrs)
+    for group, lr in enumerate(lrs):
+        np.testing.assert_allclose(found[:, group], list(ssul_rates(lr, 60, warmup)), rtol=1e-12)
+
+
+def test_floor_after_the_warm_up():
+    """Beside the paper's warm-up the floor holds for the policy's part alone."""
+    options = {"policy": "poly", "max_iters": 20, "warmup_iters": 4}
+    plain, floored = rates(options, 20, (0.01,)), rates({**options, "min_lr": 2e-3}, 20, (0.01,))
+    np.testing.assert_allclose(floored[:4], plain[:4])
+    np.testing.assert_allclose(floored[4:], np.maximum(plain[4:], 2e-3))
+    assert floored[-1, 0] == 2e-3 > plain[-1, 0]
+
+
+@pytest.mark.parametrize("more", [{}, {"min_lr": 1e-3}, {"min_lr": 1e-6, "warmup_multiplies": True}])
+def test_state_resumes(more):
     parameter = torch.nn.Parameter(torch.zeros(1))
 
     def make():
         optimizer = torch.optim.SGD([parameter], lr=0.01)
-        return optimizer, make_scheduler(optimizer, "poly", max_iters=20, warmup_iters=3)
+        return optimizer, make_scheduler(optimizer, "poly", max_iters=20, warmup_iters=3, **more)
 
     optimizer, scheduler = make()
     for _ in range(7):
