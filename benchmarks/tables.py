@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from utils.option_types import positive_int
+
 
 def run(module: str, *words: str) -> None:
     """Run a benchmark; ends with its exit status if it fails."""
@@ -39,8 +41,8 @@ def main(argv: list[str] | None = None) -> None:
     """Parse the options and run all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("/tmp/benchmarks"), help="folder of the results")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=positive_int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=positive_int, default=7)
     parser.add_argument("--toy", action="store_true", help="the smallest sizes, once")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)

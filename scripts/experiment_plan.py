@@ -17,6 +17,7 @@ from tasks import Task
 from utils.checkpoint import checkpoint_path
 from utils.errors import UserError
 from utils.history import read_options_by_step
+from utils.option_types import SEEDS
 
 _KEYS = ("logdir", "processes", "gpus", "seeds", "tasks", "common", "step_0", "runs", "slurm")
 # What the runner gives to every command itself.
@@ -154,8 +155,8 @@ def check_content(content: object) -> Experiment:
         raise UserError("runs: give at least one, e.g. FT: {method: FT}")
     experiment = Experiment(
         logdir=Path(content["logdir"]),
-        processes=_numbers(content.get("processes", 1), "processes", single=True, least=1)[0],
-        gpus=_numbers(content.get("gpus", []), "gpus"),
+        processes=_numbers(content.get("processes", 1), "processes", single=True, least=1, most=1024)[0],
+        gpus=_numbers(content.get("gpus", []), "gpus", most=1023),
         seeds=_numbers(content.get("seeds", [42]), "seeds", required=True),
         tasks=_tasks(content),
         common=_options(content.get("common"), "common"),
@@ -199,13 +200,19 @@ def _options(value: object, where: str) -> dict[str, Any]:
 
 
 def _numbers(
-    value: object, key: str, *, single: bool = False, required: bool = False, least: int = 0
+    value: object,
+    key: str,
+    *,
+    single: bool = False,
+    required: bool = False,
+    least: int = 0,
+    most: int = SEEDS,
 ) -> tuple[int, ...]:
     numbers = value if isinstance(value, list) and not single else [value]
-    wrong = [n for n in numbers if type(n) is not int or n < least]
+    wrong = [n for n in numbers if type(n) is not int or not least <= n <= most]
     if wrong or len(set(numbers)) < len(numbers) or (required and not numbers):
         kind = "a number" if single else "different numbers, e.g. [1, 2, 3]"
-        raise UserError(f"{key}: expected {kind}, at least {least}; got {value!r}")
+        raise UserError(f"{key}: expected {kind}, at least {least} and at most {most}; got {value!r}")
     return tuple(numbers)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import signal
@@ -175,7 +176,7 @@ def test_the_experiment_of_shapes_is_in_order() -> None:
         ({"runs": {"FT": {"method": "FTT"}}}, "runs: FT: argument --method: unknown method 'FTT'"),
         ({"runs": {"a/b": {}}}, "runs: a/b: --name a/b_1"),
         ({"runs": {"FT": {"name": "x"}}}, "runs: FT: name is given by the experiment itself"),
-        ({"step_0": {"epochs": 0}}, "runs: FT: argument --epochs: must be at least 1"),
+        ({"step_0": {"epochs": 0}}, "runs: FT: argument --epochs: 0 is not a whole number of at least 1"),
         ({"common": {"dataset": "shapes", "task": "30-1"}}, "common: --task '30-1'"),
         ({"common": {"from": "FT"}}, "common: 'from' belongs to one of the runs"),
         ({"common": ["lr"]}, "common: expected options"),
@@ -188,7 +189,14 @@ def test_the_experiment_of_shapes_is_in_order() -> None:
         ({"seeds": 3.5}, "seeds: expected different numbers"),
         ({"seeds": [1, 1]}, "seeds: expected different numbers"),
         ({"seeds": []}, "seeds: expected different numbers"),
-        ({"processes": 0}, "processes: expected a number, at least 1"),
+        (
+            {"seeds": [2**32]},
+            "seeds: expected different numbers, e.g. [1, 2, 3], at least 0 and at most 4294967295",
+        ),
+        ({"processes": 0}, "processes: expected a number, at least 1 and at most 1024"),
+        ({"processes": 10**9}, "processes: expected a number, at least 1 and at most 1024"),
+        ({"step_0": {"timeout": math.inf}}, "argument --timeout: inf is not a number of at least 1"),
+        ({"step_0": {"lr": [math.nan]}}, "argument --lr: nan is not a number"),
         ({"processes": 2, "gpus": [0, 1, 2]}, "gpus: 3 cannot be shared by 2 processes"),
         ({"slurm": "gpu"}, "slurm: expected options of sbatch"),
         ({"slurm": {"dependency": "x"}}, "slurm: dependency is given by the experiment itself"),
