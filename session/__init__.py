@@ -57,6 +57,8 @@ class Session:
             setup_logging(world, self.folder.path, debug=opts.debug)
             if world.is_main and not opts.test:
                 write_run_facts(self.folder.path, self.folder.options, opts.task_.steps)
+        if self._lock is not None and self._lock.warning is not None:
+            log.warning("%s", self._lock.warning)
         log.info("%s", opts.summary())
         log.info("%s", world.description)
         for note in opts.notes:
