@@ -105,9 +105,13 @@ class FolderLock:
                 owner = self._owner()
                 self._file.close()
                 raise UserError(
-                    f"{folder}: another run is at work there ({owner}); wait for its end or give another --name"
+                    f"{folder}: another run is at work there ({owner}); wait for its end or give another "
+                    "--name"
                 ) from error
-            self.warning = f"{no_locks(path, error)}, and nothing keeps a second run from this folder: start one at a time"
+            self.warning = (
+                f"{no_locks(path, error)}, and nothing keeps a second run from this folder: "
+                "start one at a time"
+            )
         with contextlib.suppress(OSError):  # a full disk: the lock holds all the same, only nameless
             self._file.truncate(0)
             self._file.write(f"process {os.getpid()} on {platform.node()}\n")
