@@ -89,9 +89,9 @@ class Session:
         self.stop.end_if_told()
         facts = self.folder.facts(step, lr)
         with distributed.shared_errors():
-            resumed = self.folder.begun(step, facts)
-        self.folder.check_same_file(resumed, step)
-        if resumed is not None and self.folder.is_done(resumed, step):
+            begun = self.folder.begun(step, facts)
+        self.folder.check_same_file(begun, step)
+        if begun is not None and self.folder.is_done(begun, step):
             log.info("step %d is done (%s); --fresh starts it over", step, self.folder.checkpoint(step))
             return
         with distributed.shared_errors():
@@ -108,7 +108,7 @@ class Session:
             step=step,
             lr=lr,
             facts=facts,
-            resumed=resumed,
+            begun=begun,
         )
         try:
             training.run()

@@ -259,6 +259,38 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     _fill_momentum(optimizer)
 
 
+def weight_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
+    """Names of the weights in the order in which the optimiser's state counts them."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def take_momentum(optimizer: torch.optim.Optimizer, model: nn.Module, content: Mapping[str, Any]) -> int:
+    """Give an optimiser only the momentum that a checkpoint holds, by the weights' names; rates stay its own.
+
+    A checkpoint without names (of a release or an early version) must have as many weights in each group.
+
+    Returns:
+        How many weights had none there that fits, and begin with zeros.
+    """
+    names, saved = weight_names(optimizer, model), content["optimizer_state"]
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    alike = sizes == [len(group["params"]) for group in saved["param_groups"]]
+    known = content.get("optimizer_weights", names if alike else [])
+    found = {name: saved["state"].get(i, {}).get("momentum_buffer") for i, name in enumerate(known)}
+    parameters = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+    missing = 0
+    for name, (parameter, group) in zip(names, parameters, strict=True):
+        buffer = found.get(name)
+        if group["momentum"] == 0:
+            continue
+        if buffer is None or buffer.shape != parameter.shape:
+            missing += 1
+        else:
+            optimizer.state[parameter]["momentum_buffer"].copy_(buffer)
+    return missing
+
+
 def _fill_momentum(optimizer: torch.optim.Optimizer) -> None:
     """Begin with a momentum of zeros where there is none.
 

@@ -17,8 +17,8 @@ from dataset.splits import list_digest
 from dataset.step_data import StepData, step_data
 from methods import Context
 from session.evaluation import Evaluation
-from session.folder import RunFolder
-from session.networks import StepNetworks, load_optimizer, schedule
+from session.folder import Begun, RunFolder
+from session.networks import StepNetworks, load_optimizer, schedule, take_momentum, weight_names
 from train import NonFiniteLoss, Precision, Trainer, map_tensors, to_device
 from utils import distributed
 from utils.checkpoint import make_manifest, save_checkpoint
@@ -27,7 +27,8 @@ from utils.errors import UserError
 from utils.history import History
 from utils.logger import RunLogger, progress
 from utils.randomness import rng_state, set_rng_state
-from utils.resume import Progress, job_id, rng_of_rank
+from utils.resume import Progress, has_same_batches, is_within_epoch, job_id, rng_of_rank
+from utils.scheduler import advance
 from utils.signals import Stopped, StopRequest
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class StepTraining:
         step: the step.
         lr: its learning rate.
         facts: what its checkpoint must agree with beside the options (``RunFolder.facts``).
-        resumed: the checkpoint that it goes on from, None at its start.
+        begun: the checkpoint that it goes on from, None at its start.
 
     Raises:
         UserError: data, previous step or checkpoint do not fit.
@@ -66,7 +67,7 @@ class StepTraining:
         step: int,
         lr: float,
         facts: dict[str, Any],
-        resumed: dict[str, Any] | None,
+        begun: Begun | None,
     ) -> None:
         self.opts = opts
         self.world = world
@@ -80,7 +81,7 @@ class StepTraining:
         self.precision = Precision(opts.opt_level, world.device)
         torch.manual_seed(opts.random_seed + step)
         with distributed.shared_errors():
-            self.data = self._step_data(resumed)
+            self.data = self._step_data(begun)
         self.loader = self._train_loader()
         assert isinstance(self.loader.sampler, EpochSampler)
         self.sampler = self.loader.sampler
@@ -88,11 +89,11 @@ class StepTraining:
         self.context: Context = networks.context
         self.context.batches = self._training_pass
         networks.begin()
-        if resumed is not None:
-            networks.restore(resumed)
+        if begun is not None:
+            networks.restore(begun.content)
         forward, optimizer = networks.wrapped(), networks.optimizer(lr)
-        updates = math.ceil(self.sampler.batches_per_epoch / opts.accumulate)
-        self.scheduler = schedule(opts, optimizer, opts.epochs * updates)
+        self.updates_per_epoch = math.ceil(self.sampler.batches_per_epoch / opts.accumulate)
+        self.scheduler = schedule(opts, optimizer, opts.epochs * self.updates_per_epoch)
         self.trainer = Trainer(
             self.context,
             networks.methods,
@@ -106,14 +107,15 @@ class StepTraining:
         self.progress = Progress()
         self._rng: dict[str, Tensor] | None = None
         self._saved: tuple[int, int] | None = None  # epoch and batch of the checkpoint on the disk
-        if resumed is not None:
-            self._go_on(resumed)
+        if begun is not None:
+            self._go_on(begun)
+        self._check_rate()
         iteration = self._iteration(self.progress.batch)
         self.board = RunLogger(
             world,
             folder.path / f"step_{step}",
             enabled=opts.visualize,
-            begins_at=0 if resumed is None else iteration + 1,
+            begins_at=0 if begun is None else iteration + 1,
         )
         self.board.options(folder.options)
         self.history = History(
@@ -144,16 +146,16 @@ class StepTraining:
 
     # ── start ────────────────────────────────────────────────────────────────────────────────────
 
-    def _step_data(self, resumed: dict[str, Any] | None) -> StepData:
-        """The step's images. From now on its results tell that it is done, so that old ones go."""
+    def _step_data(self, begun: Begun | None) -> StepData:
+        """The step's images, once the checkpoint to go on from is known to fit them."""
         opts, step = self.opts, self.step
         exemplar_list = self.folder.path / f"exemplars_{step}.json"
         data = step_data(opts, step, exemplar_list=exemplar_list, is_main=self.world.is_main)
         self.facts["list of training images"] = list_digest([entry.index for entry in data.train.entries])
-        if resumed is not None and opts.ckpt is None:
-            self.folder.check_same_run(step, resumed, self.facts)
-        if self.world.is_main:
-            self.folder.results(step).unlink(missing_ok=True)
+        if begun is not None and begun.own:
+            self.folder.check_same_run(step, begun.content, self.facts)
+        elif begun is not None and (differing := self.folder.differences(begun.content, self.facts)):
+            log.warning("%s was trained otherwise: %s", begun.path, "; ".join(differing))
         log.info(
             "step %d of task %s: %d training images, %d for the final evaluation, %d classes, total batch %d",
             step,
@@ -185,26 +187,25 @@ class StepTraining:
         for images, targets, *_ in self.loader:
             yield to_device(images, self.world.device), targets.to(self.world.device).long()
 
-    def _go_on(self, resumed: dict[str, Any]) -> None:
+    def _go_on(self, begun: Begun) -> None:
         """Stand where a checkpoint stands."""
-        batches = self.sampler.batches_per_epoch
-        progress = self.progress = Progress.of(resumed, batches)
+        batches, content = self.sampler.batches_per_epoch, begun.content
+        progress = self.progress = Progress.of(content, batches)
+        if not begun.own and not has_same_batches(content, self.folder.options, self.facts, batches):
+            # The batches that are done had other images than this run's.
+            progress.batch = 0 if is_within_epoch(content) else batches
         self.tolerance.reasons |= progress.unreadable
-        if "optimizer_state" in resumed:
-            try:
-                load_optimizer(self.trainer.optimizer, resumed["optimizer_state"])
-            except ValueError as error:
-                raise UserError(
-                    f"{self.folder.checkpoint(self.step)}: its optimiser trained other weights ({error}); "
-                    "--fresh starts the step over"
-                ) from error
-            self.scheduler.load_state_dict(resumed["scheduler_state"])
+        if "optimizer_state" in content:
+            if begun.is_exact:
+                self._restore_optimizer(content)
+            else:
+                self._lay_schedule(begun)
             # Empty where the checkpoint was trained without a scaler: on the CPU, or at another --opt_level.
-            if resumed["scaler_state"]:
-                self.precision.scaler.load_state_dict(resumed["scaler_state"])
+            if content.get("scaler_state"):
+                self.precision.scaler.load_state_dict(content["scaler_state"])
         if 0 < progress.batch < batches:
-            self._rng = rng_of_rank(resumed, self.world.rank)
-        self._saved = progress.epoch, progress.batch
+            self._rng = rng_of_rank(content, self.world.rank)
+        self._saved = (progress.epoch, progress.batch) if begun.own else None
         log.info(
             "step %d goes on at epoch %d of %d, after batch %d of %d",
             self.step,
@@ -213,6 +214,45 @@ class StepTraining:
             progress.batch,
             batches,
         )
+
+    def _restore_optimizer(self, content: dict[str, Any]) -> None:
+        """Rates, momentum and schedule as this run left them."""
+        try:
+            load_optimizer(self.trainer.optimizer, content["optimizer_state"])
+        except ValueError as error:
+            raise UserError(
+                f"{self.folder.checkpoint(self.step)}: its optimiser trained other weights ({error}); "
+                "--fresh starts the step over"
+            ) from error
+        self.scheduler.load_state_dict(content["scheduler_state"])
+
+    def _lay_schedule(self, begun: Begun) -> None:
+        """Another run's momentum, and this command's schedule as if it had held from the step's start."""
+        progress, updates = self.progress, self.updates_per_epoch
+        optimizer = self.trainer.optimizer
+        missing = take_momentum(optimizer, self.model, begun.content)
+        whole = progress.batch == self.sampler.batches_per_epoch
+        done = progress.epoch * updates + (updates if whole else progress.batch // self.opts.accumulate)
+        advance(self.scheduler, done)
+        log.info(
+            "%s gives the weights and their momentum%s; the schedule is this command's: %d of %d updates are "
+            "done, the learning rate is %.3g",
+            begun.path,
+            f" (none for {missing})" if missing else "",
+            done,
+            self.opts.epochs * updates,
+            max(group["lr"] for group in optimizer.param_groups),
+        )
+
+    def _check_rate(self) -> None:
+        """Refuse to train what is left of the step at a learning rate of 0."""
+        progress = self.progress
+        left = progress.epoch + 1 < self.opts.epochs or progress.batch < self.sampler.batches_per_epoch
+        if left and not any(group["lr"] for group in self.trainer.optimizer.param_groups):
+            raise UserError(
+                f"step {self.step}: the learning rate is 0 in all that is left to train; give another --lr "
+                "or --lr_old, or start the step over with --fresh"
+            )
 
     # ── epochs ───────────────────────────────────────────────────────────────────────────────────
 
@@ -224,6 +264,9 @@ class StepTraining:
             NonFiniteLoss: a loss or a weight is not finite.
         """
         opts, progress, batches = self.opts, self.progress, self.sampler.batches_per_epoch
+        if self.world.is_main:
+            # They tell that the step is done.
+            self.folder.results(self.step).unlink(missing_ok=True)
         for epoch in range(progress.epoch, opts.epochs):
             if epoch > progress.epoch:
                 progress.epoch, progress.batch = epoch, 0
@@ -358,6 +401,7 @@ class StepTraining:
             "batches_per_epoch": self.sampler.batches_per_epoch,
             "model_state": self.model.state_dict(),
             "optimizer_state": self.trainer.optimizer.state_dict(),
+            "optimizer_weights": weight_names(self.trainer.optimizer, self.model),
             "scheduler_state": self.scheduler.state_dict(),
             "scaler_state": self.precision.scaler.state_dict(),
             "facts": self.facts,

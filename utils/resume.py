@@ -62,8 +62,32 @@ class Progress:
 
 def is_trained(content: Mapping[str, Any], epochs: int) -> bool:
     """Whether a checkpoint stands at the end of its step's last epoch."""
-    last = int(content["epoch"]) + 1 >= epochs
-    return last and content.get("batch", None) in (None, content.get("batches_per_epoch"))
+    return int(content["epoch"]) + 1 >= epochs and not is_within_epoch(content)
+
+
+def is_within_epoch(content: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint stands between two batches of an epoch."""
+    return content.get("batch", None) not in (None, content.get("batches_per_epoch"))
+
+
+def has_same_batches(
+    content: Mapping[str, Any], options: Mapping[str, Any], facts: Mapping[str, Any], batches_per_epoch: int
+) -> bool:
+    """Whether the epoch of a checkpoint has the same images in the same order as this run's.
+
+    Args:
+        content: of the checkpoint.
+        options: this run's, in JSON types.
+        facts: this run's.
+        batches_per_epoch: this run's.
+    """
+    saved, known = saved_options(content), content.get("facts", {})
+    decide = ("total batch", "list of training images")
+    return (
+        content.get("batches_per_epoch") == batches_per_epoch
+        and saved.get("random_seed") == options["random_seed"]
+        and all(known.get(name) == facts[name] for name in decide)
+    )
 
 
 def differences(
