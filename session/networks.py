@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from argparser import Options
@@ -20,7 +18,7 @@ from segmentation_module import IncrementalSegmentationModule, freeze, load_stat
 from session.folder import RunFolder
 from train import Precision
 from utils import distributed
-from utils.checkpoint import load_checkpoint, model_state, save_checkpoint
+from utils.checkpoint import model_state
 from utils.distributed import World
 from utils.errors import UserError
 from utils.restore import load_model
@@ -69,7 +67,6 @@ class StepNetworks:
             protocol=opts.protocol,
             fidelity=opts.fidelity,
             reduce=distributed.all_reduce_sum,
-            recall=self._recall,
             autocast=precision.network,
         )
 
@@ -156,42 +153,6 @@ class StepNetworks:
         for name, method in self.methods.items():
             if name in states:
                 method.resume(states[name])
-
-    def _recall(
-        self, name: str, inputs: dict[str, Any], compute: Callable[[], dict[str, Tensor]]
-    ) -> dict[str, Tensor]:
-        """Keep what a method computed over the whole training set in the run's folder (Context.recall)."""
-        path = self.folder.path / f"{name}_{self.step}.pth"
-        computed_from = json.dumps({**inputs, **self._computed_from()}, sort_keys=True)
-        # All take what the first process finds: another may not see its file yet.
-        values = distributed.broadcast_object(self._stored(path, computed_from))
-        if values is not None:
-            log.info("%s: taken from %s", name, path)
-            return {k: v.to(self.world.device) for k, v in values.items()}
-        values = compute()
-        with distributed.shared_errors():
-            if self.world.is_main:
-                plain = {k: v.cpu() for k, v in values.items()}
-                save_checkpoint(path, {"computed_from": computed_from, "values": plain})
-        return values
-
-    def _computed_from(self) -> dict[str, Any]:
-        opts = self.opts
-        return {
-            "checkpoint": str(self.folder.previous(self.step)) if self.step else "None",
-            "weights": _fingerprint(model_state(self.previous)) if self.previous else None,
-            "data": [opts.dataset, str(opts.data_root), opts.task, opts.protocol, self.step],
-            "batch": [opts.batch_size, self.world.size, opts.crop_size, opts.random_seed],
-        }
-
-    def _stored(self, path: Path, computed_from: str) -> dict[str, Tensor] | None:
-        """On the first process, values that were computed before from the same."""
-        with distributed.shared_errors():
-            if self.world.is_main and path.is_file():
-                stored = load_checkpoint(path)
-                if stored.get("computed_from") == computed_from:
-                    return dict(stored["values"])
-        return None
 
     # ── what trains them ─────────────────────────────────────────────────────────────────────────
 
@@ -316,9 +277,3 @@ def schedule(
         lr_decay_factor=opts.lr_decay_factor,
         warmup_iters=round(opts.warmup * iterations),
     )
-
-
-def _fingerprint(state: dict[str, Tensor]) -> list[float]:
-    """A few sums that change when any weight of a network does."""
-    tensors = [tensor.double() for tensor in state.values()]
-    return [float(sum(t.sum() for t in tensors)), float(sum(t.square().sum() for t in tensors))]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 import time
@@ -19,6 +21,7 @@ from methods import Context
 from session.evaluation import Evaluation
 from session.folder import Begun, RunFolder
 from session.networks import StepNetworks, load_optimizer, schedule, take_momentum, weight_names
+from session.recall import Recall, weights_digest
 from train import NonFiniteLoss, Precision, Trainer, map_tensors, to_device
 from utils import distributed
 from utils.checkpoint import make_manifest, save_checkpoint
@@ -27,7 +30,7 @@ from utils.errors import UserError
 from utils.history import History
 from utils.logger import RunLogger, progress
 from utils.randomness import rng_state, set_rng_state
-from utils.resume import Progress, has_same_batches, is_within_epoch, job_id, rng_of_rank
+from utils.resume import Progress, deciding_options, has_same_batches, is_within_epoch, job_id, rng_of_rank
 from utils.scheduler import advance
 from utils.signals import Stopped, StopRequest
 
@@ -88,6 +91,7 @@ class StepTraining:
         networks = self.networks = StepNetworks(opts, world, folder, step, self.precision)
         self.context: Context = networks.context
         self.context.batches = self._training_pass
+        self.context.recall = Recall(folder, world, step, self._origin)
         networks.begin()
         if begun is not None:
             networks.restore(begun.content)
@@ -186,6 +190,21 @@ class StepTraining:
         self.sampler.set_epoch(0)
         for images, targets, *_ in self.loader:
             yield to_device(images, self.world.device), targets.to(self.world.device).long()
+
+    def _origin(self) -> dict[str, Any]:
+        """All that what a method computes in ``begin_step`` can depend on."""
+        self.sampler.set_epoch(0)
+        order = [(key.index, key.epoch, key.position) for key in self.sampler]
+        context = self.context
+        return {
+            "student": weights_digest(context.model),
+            "teacher": None if context.model_old is None else weights_digest(context.model_old),
+            "samples": self.data.train.digest(),
+            "order": hashlib.sha256(json.dumps(order).encode()).hexdigest(),
+            "processes": self.world.size,
+            "device": self.world.device.type,
+            "options": deciding_options(self.folder.options),
+        }
 
     def _go_on(self, begun: Begun) -> None:
         """Stand where a checkpoint stands."""

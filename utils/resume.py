@@ -90,6 +90,11 @@ def has_same_batches(
     )
 
 
+def deciding_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that change what is learnt, but for those that are compared by what they stand for."""
+    return {name: value for name, value in options.items() if name not in _INCIDENTAL}
+
+
 def differences(
     content: Mapping[str, Any], options: Mapping[str, Any], facts: Mapping[str, Any]
 ) -> list[str]:
@@ -103,7 +108,7 @@ def differences(
     saved = saved_options(content)
     found = [
         f"--{name} {saved[name]}, now {options[name]}"
-        for name in sorted(saved.keys() & options.keys() - _INCIDENTAL)
+        for name in sorted(saved.keys() & deciding_options(options).keys())
         if saved[name] != options[name]
     ]
     known = content.get("facts", {})
