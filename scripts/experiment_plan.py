@@ -386,7 +386,8 @@ def _commands(run: Run, options: Mapping[str, Any], first: Mapping[str, Any]) ->
 
 
 def check_begun(runs: Iterable[Run]) -> None:
-    """Refuse steps that were trained, or begun, with other options than their command has now.
+    """Refuse steps that were trained, or begun, with other options, or from the step 0 of another method,
+    than their command has now.
 
     What was begun without a checkpoint starts over anyway. Folders of versions that kept no options by step
     are passed over.
@@ -401,7 +402,21 @@ def check_begun(runs: Iterable[Run]) -> None:
             options = parse_options(command)
             for step, lr in zip(options.steps, options.lrs, strict=True):
                 if step in begun:
+                    _check_origin(run, step, recorded[step])
                     _check_step(run, step, recorded[step], {**options.as_json(), "lr": lr})
+
+
+def _check_origin(run: Run, step: int, recorded: Mapping[str, Any]) -> None:
+    """Whose step 0 it began from, by name and seed: which task trained a shared one may change."""
+    path = recorded.get("step_ckpt")
+    own = f"{run.method}_{run.seed}"
+    was = own if path is None else Path(path).parent.name.rpartition(f"-{run.task.dataset}_")[2]
+    says = own if run.begins_from is None else f"{run.begins_from.method}_{run.begins_from.seed}"
+    if step and was != says:
+        raise UserError(
+            f"{run.folder}: step {step} was trained from step 0 of {was}, the file says of {says}; give "
+            "another logdir or name of the run, or put from: back"
+        )
 
 
 def _check_step(run: Run, step: int, recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -196,9 +196,15 @@ class RunFolder:
         return trained and self.results(step).is_file()
 
     def learnt_iou(self, step: int) -> dict[str, float]:
-        """IoU of each class after the step that learnt it, from the results of the earlier steps."""
+        """IoU of each class after the step that learnt it, from the results of the earlier steps.
+
+        Where the previous step is another run's (``--step_ckpt``), its results are in that run's folder.
+        """
         learnt: dict[str, float] = {}
-        for path in map(self.results, range(step)):
+        for earlier in range(step):
+            path = self.results(earlier)
+            if self.opts.step_ckpt is not None and earlier < self.opts.steps[0]:
+                path = self.opts.step_ckpt.parent / path.name
             if path.is_file():
                 for name, iou in json.loads(path.read_text(encoding="utf-8"))["class_iou"].items():
                     if iou is not None:

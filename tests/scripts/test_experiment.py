@@ -404,6 +404,27 @@ def test_a_changed_option_of_what_is_done_is_told_before_anything_runs(
     assert calls(tmp_path) == ["MIB_1 [1, 2] None"]
 
 
+def test_a_changed_origin_of_what_is_done_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs: dict[str, Any] = {"FT": {"method": "FT"}, "other": {"method": "FT", "unce": True}}
+    file = write(tmp_path, seeds=[1], runs={**runs, "MIB": {"method": "MIB", "from": "FT"}})
+    trained(file, "MIB")
+    assert experiment.main([str(file), "--table"]) == 0
+    for begin, word in (({"from": "other"}, "other_1"), ({}, "MIB_1")):
+        write(tmp_path, seeds=[1], runs={**runs, "MIB": {"method": "MIB", **begin}})
+        assert experiment.main([str(file), "--table"]) == 2
+        said = capsys.readouterr().err
+        assert f"MIB_1: step 1 was trained from step 0 of FT_1, the file says of {word};" in said
+        assert said.count("\n") == 1
+
+
+def test_another_task_may_train_the_step_0_that_is_shared(tmp_path: Path) -> None:
+    common = {"dataset": "shapes", "overlap": True}
+    runs = {"FT": {"method": "FT"}}
+    trained(write(tmp_path, seeds=[1], tasks=["15-5", "15-1"], common=common, runs=runs), "FT")
+    file = write(tmp_path, seeds=[1], tasks=["15-1", "15-5"], common=common, runs=runs)
+    assert experiment.main([str(file), "--table"]) == 0
+
+
 def test_every_step_has_its_own_rate_and_flags_are_named_as_typed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

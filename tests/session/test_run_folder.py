@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 
@@ -43,3 +44,12 @@ def test_released_checkpoints_name_body_and_head_without_the_network(tmp_path: P
     loaded = load_model(folder.opts, folder.load_previous(1), path, folder.opts.task_.classes_per_step(0))
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name])
+
+
+def test_forgetting_is_counted_from_the_run_that_trained_the_previous_step(tmp_path: Path) -> None:
+    """Not from a step 0 that this run's folder has of earlier."""
+    folder = folder_of(STEP_1, tmp_path, tmp_path / "other" / "other_0.pth")
+    for path, iou in ((folder.path, 0.1), (tmp_path / "other", 0.7)):
+        path.mkdir()
+        (path / "results_0.json").write_text(json.dumps({"class_iou": {"ball": iou, "moon": None}}))
+    assert folder.learnt_iou(1) == {"ball": 0.7}
