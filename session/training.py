@@ -156,6 +156,8 @@ class StepTraining:
         exemplar_list = self.folder.path / f"exemplars_{step}.json"
         data = step_data(opts, step, exemplar_list=exemplar_list, is_main=self.world.is_main)
         self.facts["list of training images"] = list_digest([entry.index for entry in data.train.entries])
+        names = [data.train.dataset.images[entry.index].name for entry in data.train.entries]
+        self.facts["names of the training images"] = _digest(names)
         if begun is not None and begun.own:
             self.folder.check_same_run(step, begun.content, self.facts)
         elif begun is not None and (differing := self.folder.differences(begun.content, self.facts)):
@@ -200,7 +202,7 @@ class StepTraining:
             "student": weights_digest(context.model),
             "teacher": None if context.model_old is None else weights_digest(context.model_old),
             "samples": self.data.train.digest(),
-            "order": hashlib.sha256(json.dumps(order).encode()).hexdigest(),
+            "order": _digest(order),
             "processes": self.world.size,
             "device": self.world.device.type,
             "options": deciding_options(self.folder.options),
@@ -440,6 +442,11 @@ class StepTraining:
             norm_act=opts.norm_act,
             options=self.folder.options,
         )
+
+
+def _digest(value: Any) -> str:
+    """sha256 of a JSON-like value."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _listed(terms: dict[str, float]) -> str:

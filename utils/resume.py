@@ -82,7 +82,7 @@ def has_same_batches(
         batches_per_epoch: this run's.
     """
     saved, known = saved_options(content), content.get("facts", {})
-    decide = ("total batch", "list of training images")
+    decide = ("total batch", "list of training images", "names of the training images")
     return (
         content.get("batches_per_epoch") == batches_per_epoch
         and saved.get("random_seed") == options["random_seed"]

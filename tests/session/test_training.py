@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,21 @@ def test_ones_own_step_goes_on_with_its_own_options_only(
     said = capsys.readouterr().err
     assert "was trained otherwise" in said and said.count("\n") == 1
     assert whole.read_bytes() == before and (whole.parent / "results_0.json").is_file()
+
+
+def test_other_images_in_the_place_of_the_data_are_told(
+    run: Run, whole: Path, logs: Path, shapes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As many, with the same classes; so their places in the list are the same."""
+    data = Path(shutil.copytree(shapes_root, tmp_path / "shapes"))
+    for file in data.rglob("train_*"):
+        if file.is_file() and file.stem != "train_aug":
+            file.rename(file.with_name(file.name.replace("train_", "photo_")))
+    lines = data / "splits" / "train_aug.txt"
+    lines.write_text(lines.read_text().replace("/train_", "/photo_"))
+    save_checkpoint(checkpoint(logs, "moved"), load_checkpoint(whole.with_name("half.pth")))
+    assert run(f"--name moved --epochs 2 --lr 0.01 --data_root {data}") == 2
+    assert "names of the training images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("start", ["half.pth", "within.pth"])
