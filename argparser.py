@@ -12,15 +12,17 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from methods import METHODS, REGISTRY, load_method_file, preset
 from methods.presets import FAMILY_PLOP, preset_note, released_ssul_options
 from tasks import Task, get_task, read_class_order
 from utils.errors import UserError
 from utils.files import name_fault, printable
-from utils.option_types import path_option, positive_int
+from utils.option_types import Number, Parser, count, path_option, positive_int, seed, share, whole
 
+# Smaller ones change no weight in single precision, larger ones leave none finite.
+LEARNING_RATE = Number(float, 1e-12, 1000)
 NORMS = ("std", "sync", "abn", "iabn", "iabn_sync", "iabn_sync_test")
 
 
@@ -72,13 +74,6 @@ def _plain(value: Any) -> Any:
     return value
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports every fault as a ``UserError``: one line, no usage text around it."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see python run.py --help)")
-
-
 class _HelpFormatter(argparse.HelpFormatter):
     """Help as a user reads it: short names for values, and every default that says something."""
 
@@ -86,9 +81,9 @@ class _HelpFormatter(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=32)
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        if action.type in (int, positive_int):
-            return "N"
-        return {float: "X", path_option: "PATH"}.get(action.type, "NAME")
+        if isinstance(action.type, Number):
+            return action.type.metavar
+        return "PATH" if action.type is path_option else "NAME"
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default
@@ -115,8 +110,8 @@ def _method(word: str) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser with all groups: the general ones, then each method's own options."""
-    parser = _Parser(
-        prog="run.py",
+    parser = Parser(
+        prog="python run.py",
         usage="python run.py [options], or torchrun --nproc_per_node=N run.py [options]",
         description="Continual semantic segmentation: learn classes step by step.",
         epilog="What is typed wins over the preset of --method. README.md has whole commands, "
@@ -161,10 +156,10 @@ def _add_launch(group: argparse._ActionsContainer) -> None:
         help="GPU_server: NCCL; CPU: Gloo; *_windows: one process, no group; default: the machine decides",
     )
     group.add_argument(
-        "--local_rank", "--local-rank", type=int, default=0, help="set by torch.distributed.launch"
+        "--local_rank", "--local-rank", type=count, default=0, help="set by torch.distributed.launch"
     )
-    group.add_argument("--random_seed", type=int, default=42, help="seed of everything drawn")
-    group.add_argument("--num_workers", type=int, default=1, help="loader processes per process")
+    group.add_argument("--random_seed", type=seed, default=42, help="seed of everything drawn")
+    group.add_argument("--num_workers", type=whole(0, 1024), default=1, help="loader processes per process")
     group.add_argument(
         "--deterministic",
         action="store_true",
@@ -172,7 +167,7 @@ def _add_launch(group: argparse._ActionsContainer) -> None:
     )
     group.add_argument(
         "--timeout",
-        type=float,
+        type=Number(float, 1, 1_000_000),  # more milliseconds than poll() counts would wrap round
         default=1800.0,
         metavar="SECONDS",
         help="how long a process waits for the others before that is an error",
@@ -199,7 +194,7 @@ def _add_task(group: argparse._ActionsContainer) -> None:
         help="classes of an A-B task in this order: one name or id per line (own data)",
     )
     group.add_argument(
-        "--class_order_seed", type=int, default=None, help="shuffle the classes of an A-B task by this seed"
+        "--class_order_seed", type=seed, default=None, help="shuffle the classes of an A-B task by this seed"
     )
     group.add_argument("--step", nargs="+", default=["0"], metavar="N", help="steps to run, or 'all'")
     group.add_argument("--no_mask", action="store_true", help="sequential protocol: old labels visible")
@@ -218,7 +213,7 @@ def _add_task(group: argparse._ActionsContainer) -> None:
         default="background",
         help="what void is in training: ignored (PLOP, SATS, SSUL) or background (MiB, SDR)",
     )
-    group.add_argument("--crop_size", type=positive_int, default=512, help="side of the crops, in pixels")
+    group.add_argument("--crop_size", type=whole(32, 16384), default=512, help="side of the crops, in pixels")
     group.add_argument(
         "--augmentation",
         choices=("resized_crop", "scale_crop"),
@@ -238,7 +233,7 @@ def _add_task(group: argparse._ActionsContainer) -> None:
     )
     group.add_argument(
         "--memory",
-        type=int,
+        type=count,
         default=0,
         metavar="N",
         help="exemplars of earlier steps' images, half of each batch",
@@ -248,7 +243,7 @@ def _add_task(group: argparse._ActionsContainer) -> None:
     )
     group.add_argument(
         "--skip_corrupt",
-        type=int,
+        type=count,
         default=0,
         metavar="N",
         help="pass over up to N unreadable images instead of ending; they are listed",
@@ -294,7 +289,10 @@ def _add_model(group: argparse._ActionsContainer) -> None:
         help="file with the backbone's pretrained weights",
     )
     group.add_argument(
-        "--pooling", type=int, default=32, help="window of the head's pooling at evaluation, 0: global"
+        "--pooling",
+        type=whole(0, 16384),
+        default=32,
+        help="window of the head's pooling at evaluation, 0: global",
     )
     group.add_argument(
         "--head",
@@ -307,7 +305,10 @@ def _add_model(group: argparse._ActionsContainer) -> None:
         "--decoder", choices=("sats", "segformer"), default="sats", help="head of the SegFormer models"
     )
     group.add_argument(
-        "--feat_dim", type=float, default=2048, help="channels of the body; checked where it is given"
+        "--feat_dim",
+        type=Number(float, 1, 1e6),
+        default=2048,
+        help="channels of the body; checked where it is given",
     )
     group.add_argument(
         "--fix_bn", action="store_true", help="freeze the norm layers (released: their weights)"
@@ -323,23 +324,45 @@ def _add_training(group: argparse._ActionsContainer) -> None:
     group.add_argument("--batch_size", type=positive_int, default=4, help="images per process")
     group.add_argument(
         "--lr",
-        type=float,
+        type=LEARNING_RATE,
         nargs="+",
         default=[0.007],
         metavar="LR",
         help="one for all steps, or one per step",
     )
     group.add_argument(
-        "--lr_old", type=float, default=None, help="factor on the learning rate of the old classifiers"
+        "--lr_old",
+        type=Number(float, 0, 1000),
+        default=None,
+        help="factor on the learning rate of the old classifiers",
     )
-    group.add_argument("--momentum", type=float, default=0.9, help="of SGD; above 0: Nesterov's")
-    group.add_argument("--weight_decay", type=float, default=1e-4, help="of SGD, on all weights")
+    group.add_argument(
+        "--momentum",
+        type=Number(float, 0, 1, below=True),
+        default=0.9,
+        help="of SGD; above 0: Nesterov's",
+    )
+    group.add_argument("--weight_decay", type=share, default=1e-4, help="of SGD, on all weights")
     group.add_argument("--lr_policy", choices=("poly", "step"), default="poly", help="how the rate falls")
-    group.add_argument("--lr_power", type=float, default=0.9, help="exponent of the poly policy")
-    group.add_argument("--min_lr", type=float, default=0.0, help="smallest rate of the poly policy")
+    group.add_argument(
+        "--lr_power", type=Number(float, 0, 100), default=0.9, help="exponent of the poly policy"
+    )
+    group.add_argument(
+        "--min_lr", type=Number(float, 0, 1000), default=0.0, help="smallest rate of the poly policy"
+    )
     group.add_argument("--lr_decay_step", type=positive_int, default=5000, help="iterations (step policy)")
-    group.add_argument("--lr_decay_factor", type=float, default=0.1, help="factor (step policy)")
-    group.add_argument("--warmup", type=float, default=0.0, help="share of the iterations that warm up")
+    group.add_argument(
+        "--lr_decay_factor",
+        type=Number(float, 0, 1, above=True),
+        default=0.1,
+        help="factor (step policy)",
+    )
+    group.add_argument(
+        "--warmup",
+        type=Number(float, 0, 1, below=True),
+        default=0.0,
+        help="share of the iterations that warm up",
+    )
     group.add_argument(
         "--opt_level",
         choices=("O0", "O1", "O2", "O3"),
@@ -383,7 +406,11 @@ def _add_evaluation(group: argparse._ActionsContainer) -> None:
         help="what classes of later steps count as: ignored (MiB, SDR) or background (PLOP, SATS, SSUL)",
     )
     group.add_argument(
-        "--test_scales", type=float, nargs="+", default=[1.0], help="scales of each image, fused"
+        "--test_scales",
+        type=Number(float, 0.01, 16),
+        nargs="+",
+        default=[1.0],
+        help="scales of each image, fused",
     )
     group.add_argument("--test_flip", action="store_true", help="also predict the mirrored image")
     group.add_argument(
@@ -426,7 +453,7 @@ def _add_logging(group: argparse._ActionsContainer) -> None:
         default=None,
         help="checkpoint of the previous step, if it is another run's",
     )
-    group.add_argument("--sample_num", type=int, default=0, help="validation pictures to show")
+    group.add_argument("--sample_num", type=count, default=0, help="validation pictures to show")
     group.add_argument("--visualize", action="store_false", help="write no TensorBoard file")
     group.add_argument(
         "--print_interval", type=positive_int, default=10, help="batches between two log lines"
@@ -435,7 +462,7 @@ def _add_logging(group: argparse._ActionsContainer) -> None:
     group.add_argument("--ckpt_interval", type=positive_int, default=1, help="epochs between two checkpoints")
     group.add_argument(
         "--ckpt_minutes",
-        type=float,
+        type=Number(float, 0, 1e6),
         default=15.0,
         metavar="M",
         help="also save in the middle of an epoch, when M minutes have passed since the last time; 0: never",
@@ -476,7 +503,7 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
 
 def _parser_for(argv: Sequence[str]) -> argparse.ArgumentParser:
     """The parser with the options of ``--method_file``, where the command line names one."""
-    first = _Parser(add_help=False, allow_abbrev=False)
+    first = Parser(prog="python run.py", add_help=False, allow_abbrev=False)
     first.add_argument("--method_file", type=path_option, default=None)
     path = first.parse_known_args(argv)[0].method_file
     if path is None:
@@ -618,28 +645,6 @@ def _check(opts: Options) -> None:
             f"--opt_level O3 and --norm_act {opts.norm_act} exclude each other: inplace-abn has no bfloat16; "
             "give --opt_level O1, or --norm_act abn"
         )
-    if opts.crop_size < 32:
-        raise UserError(f"--crop_size {opts.crop_size} is below the networks' stride of 32")
-    for name in (
-        "lr_power",
-        "min_lr",
-        "momentum",
-        "weight_decay",
-        "num_workers",
-        "sample_num",
-        "random_seed",
-        "memory",
-        "skip_corrupt",
-        "ckpt_minutes",
-    ):
-        if getattr(opts, name) < 0:
-            raise UserError(f"--{name} {getattr(opts, name)} is negative; give 0 or more")
-    if opts.timeout <= 0:
-        raise UserError(f"--timeout {opts.timeout:g} must be above 0 seconds")
-    if min(opts.lrs) <= 0:
-        raise UserError(f"--lr {min(opts.lrs)} must be above 0")
-    if not 0 <= opts.warmup < 1:
-        raise UserError(f"--warmup {opts.warmup} must lie in [0, 1)")
     for name in ("name", "date"):
         word = getattr(opts, name)
         if (fault := name_fault(word)) and (word or name == "name"):
@@ -665,9 +670,7 @@ def _check_unused(opts: Options) -> None:
 
 
 def _check_prediction(opts: Options) -> None:
-    """Options of ``--predict``, and the scales that it shares with ``--test``."""
-    if min(opts.test_scales) <= 0:
-        raise UserError(f"--test_scales {min(opts.test_scales):g} must be above 0")
+    """Options of ``--predict``."""
     if opts.predict is None:
         if opts.out is not None or opts.raw:
             raise UserError(f"{'--raw' if opts.raw else '--out'} goes with --predict; give it, or drop this")

@@ -28,7 +28,8 @@ from dataset.drawing import SHAPE_CLASSES, draw_sample
 from dataset.incremental import Entry, IncrementalDataset, SampleKey, train_lookup
 from dataset.transforms import normalize, train_transform
 from tasks import get_task
-from utils.option_types import path_option
+from utils.option_types import path_option, positive_int
+from utils.option_types import whole as whole_number
 
 TARGET_MS = 7.0
 
@@ -88,9 +89,9 @@ def main() -> None:
     parser.add_argument(
         "--data_root", type=path_option, help="VOC to read from; generated pictures without it"
     )
-    parser.add_argument("--crop", type=int, default=512)
-    parser.add_argument("--samples", type=int, default=200)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--crop", type=whole_number(32, 16384), default=512)
+    parser.add_argument("--samples", type=positive_int, default=200)
+    parser.add_argument("--repeats", type=positive_int, default=5)
     parser.add_argument("--out", type=path_option, help="write the figures as JSON")
     args = parser.parse_args()
     torch.set_num_threads(1)  # as in a loader's worker

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dataset.splits import default_workers, scan_presence  # noqa: E402
-from utils.option_types import path_option  # noqa: E402
+from utils.option_types import path_option, positive_int  # noqa: E402
 
 VOC = ROOT.parent / "shared" / "voc_masks"
 
@@ -59,8 +59,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("masks", type=path_option, nargs="?", help="folder of PNG masks")
-    parser.add_argument("--limit", type=int, default=None, help="only the first N masks")
-    parser.add_argument("--rounds", type=int, default=3, help="repetitions; medians are shown")
+    parser.add_argument("--limit", type=positive_int, default=None, help="only the first N masks")
+    parser.add_argument("--rounds", type=positive_int, default=3, help="repetitions; medians are shown")
     args = parser.parse_args()
     paths = (sorted(args.masks.glob("*.png")) if args.masks else training_masks())[: args.limit]
     for path in paths:

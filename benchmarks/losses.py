@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from benchmarks.measure import heading, interleaved, write_report
 from utils import loss as L
-from utils.option_types import path_option
+from utils.option_types import path_option, positive_int
 
 
 class Case(NamedTuple):
@@ -206,8 +206,8 @@ def main() -> None:
     """Parse the options, measure, print, and write JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=path_option, help="write the figures as JSON")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--repeats", type=int, default=7, help="timed repeats of each case")
+    parser.add_argument("--threads", type=positive_int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--repeats", type=positive_int, default=7, help="timed repeats of each case")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--only", default="", help="cases whose name contains this text")
     options = parser.parse_args()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from utils.option_types import path_option
+from utils.option_types import path_option, positive_int
 
 
 def run(module: str, *words: str) -> None:
@@ -43,8 +43,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=path_option, default=Path("/tmp/benchmarks"), help="folder of the results"
     )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=positive_int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=positive_int, default=7)
     parser.add_argument("--toy", action="store_true", help="the smallest sizes, once")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from segmentation_module import IncrementalSegmentationModule, freeze, make_mode
 from session.networks import make_optimizer
 from train import Precision, Trainer, to_device
 from utils.memory import keep_freed_memory
+from utils.option_types import positive_int, whole
 
 VOID = 255
 Sample = tuple[Tensor, Tensor, dict[str, Tensor]]
@@ -95,11 +96,11 @@ class Bench:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that the benchmarks of whole steps share."""
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--batch", type=int, help="images per step; default 4, on CUDA 8")
-    parser.add_argument("--crop", type=int, help="pixels; default 128, on CUDA 512")
+    parser.add_argument("--threads", type=positive_int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--batch", type=positive_int, help="images per step; default 4, on CUDA 8")
+    parser.add_argument("--crop", type=whole(32, 16384), help="pixels; default 128, on CUDA 512")
     parser.add_argument("--opt_level", help="as of run.py; default O0, on CUDA O1")
-    parser.add_argument("--repeats", type=int, default=5, help="timed repeats of each case")
+    parser.add_argument("--repeats", type=positive_int, default=5, help="timed repeats of each case")
 
 
 def prepare(args: argparse.Namespace) -> torch.device:

@@ -7,7 +7,6 @@ The folder has VOC's layout; give it, or the folder above it, as `--data_root`. 
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
@@ -17,23 +16,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script 
 
 from dataset.shapes import ShapesConfig, make_shapes
 from utils.errors import UserError
-from utils.option_types import path_option
+from utils.option_types import Parser, path_option, positive_int, seed, whole
 
 
 def main() -> int:
     """Parse the command line, draw, and report. Returns the exit code."""
     defaults = ShapesConfig()
-    parser = argparse.ArgumentParser(description="Draw the generated data set of --dataset shapes.")
+    parser = Parser(prog="make_shapes.py", description="Draw the generated data set of --dataset shapes.")
     parser.add_argument("--out", type=path_option, required=True, help="folder to make")
-    parser.add_argument("--train", type=int, default=defaults.train, help="training pictures (%(default)s)")
-    parser.add_argument("--val", type=int, default=defaults.val, help="validation pictures (%(default)s)")
-    parser.add_argument("--size", type=int, default=defaults.size, help="side in pixels (%(default)s)")
     parser.add_argument(
-        "--seed", type=int, default=defaults.seed, help="another seed, other pictures (%(default)s)"
+        "--train", type=positive_int, default=defaults.train, help="training pictures (%(default)s)"
     )
-    args = parser.parse_args()
+    parser.add_argument(
+        "--val", type=positive_int, default=defaults.val, help="validation pictures (%(default)s)"
+    )
+    parser.add_argument(
+        "--size", type=whole(16, 16384), default=defaults.size, help="side in pixels (%(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=seed, default=defaults.seed, help="another seed, other pictures (%(default)s)"
+    )
     start = time.perf_counter()
     try:
+        args = parser.parse_args()
         make_shapes(args.out, ShapesConfig(args.train, args.val, args.size, args.seed), os.cpu_count() or 1)
     except UserError as error:
         print(f"make_shapes.py: error: {error}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,15 @@ def _table(task: Task, visible: Iterable[int], hidden: int, *, void: int) -> Ten
     return table
 
 
+def _file_state(path: Path) -> str:
+    """Changes with a file's content; a file that cannot be read is told when a sample needs it."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return f"{path.name!r} unreadable"
+    return f"{path.name!r} {stat.st_size} {stat.st_mtime_ns}"
+
+
 class IncrementalDataset(Dataset[Sample]):
     """Samples ``(image uint8 3×H×W, target uint8 H×W)`` of one step; targets are network indices and 255.
 
@@ -151,6 +161,24 @@ class IncrementalDataset(Dataset[Sample]):
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    def digest(self) -> str:
+        """sha256 of all that decides the samples: files by name, size and time, label tables, crop, seed.
+
+        Equal digests mean equal samples for equal keys.
+        """
+        transform = self.transform
+        kind = getattr(transform, "__qualname__", type(transform).__qualname__)
+        plain = (kind, vars(transform), self.seed, self.skip_corrupt, self.void_instead)
+        digest = hashlib.sha256(repr(plain).encode())
+        for table in self._tables:
+            digest.update(table.tobytes())
+        for entry in self.entries:
+            paths = [self.dataset.images[entry.index], self.dataset.masks[entry.index]]
+            if self.saliency is not None:
+                paths.append(self.saliency[entry.index])
+            digest.update(f"{entry.lookup} {' '.join(map(_file_state, paths))}\n".encode())
+        return digest.hexdigest()
 
     def __getitem__(self, key: SampleKey | int) -> Sample | Substitute:  # type: ignore[override]
         """One sample, or a substitute if that cannot be read; a bare number means epoch 0.

@@ -21,7 +21,7 @@ import os
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, get_args
@@ -34,12 +34,7 @@ from tqdm import tqdm
 from dataset.decoding import PNG_SIGNATURE, png_image_data, read_mask
 from tasks import Steps, Task, check_step, get_task, task_names
 from utils.errors import DataError, UserError
-from utils.files import atomic_write
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from utils.files import atomic_write, queue_lock
 
 logger = logging.getLogger(__name__)
 
@@ -238,7 +233,7 @@ def _scan_cached(paths: Sequence[Path], cache_dir: Path, workers: int | None, pr
     with contextlib.ExitStack() as stack:
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(file_lock(path.with_suffix(".lock")))
+            stack.enter_context(queue_lock(path.with_suffix(".lock")))
         except OSError as error:
             logger.warning("presence index is not kept: %s cannot be written (%s)", cache_dir, error.strerror)
             return _scan(paths, workers, progress)
@@ -285,15 +280,6 @@ def _load_cache(path: Path, key: str, num_images: int) -> BoolArray | None:
         logger.warning("presence index %s has an unexpected shape; building it again", path)
         return None
     return np.unpackbits(packed, axis=1).astype(bool)
-
-
-@contextlib.contextmanager
-def file_lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file; the system releases it when the process dies."""
-    with path.open("ab") as file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 # --- protocols ----------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from methods.base import Batch, Context, Method
 from utils.loss import AttentionTransferLoss
+from utils.option_types import loss_weight
 
 OBJECTS = ("sats-selfattn", "sats-selfattn-GP", "sats-selfattn-NP", "sats-feature-CNN")
 
@@ -37,7 +38,9 @@ class AttentionTransfer(Method):
             help="what is transferred: attention of class regions (sats-selfattn), its mean over all "
             "positions (-GP), every position (-NP), or class means of the stages' feature maps",
         )
-        parser.add_argument("--distill_weight_args", type=float, default=10.0, metavar="W", help="weight")
+        parser.add_argument(
+            "--distill_weight_args", type=loss_weight, default=10.0, metavar="W", help="weight"
+        )
 
     @classmethod
     def from_options(cls, opts: Any) -> AttentionTransfer | None:

@@ -77,8 +77,9 @@ class Context:
         batches: iterates once over this step's training images, (images, targets) as the loop sees them.
         reduce: sums a tensor over all processes, in place.
         recall: ``recall(name, inputs, compute)`` returns the dict of tensors that an earlier start of
-            this step stored under ``name`` if it was computed from the same inputs (a JSON-like dict:
-            checkpoint, data, options), else computes and stores it.
+            this step stored under ``name`` if it was computed from the same, else computes and stores it.
+            The networks, the training images in their order and all options are compared anyway;
+            ``inputs`` is a JSON-like dict of what else counts.
         autocast: makes the context in which the loop runs the networks (``Precision.network``).
     """
 

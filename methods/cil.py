@@ -9,6 +9,7 @@ from torch import Tensor
 
 from methods.base import Batch, Method
 from utils.loss import CILDistillationLoss
+from utils.option_types import loss_weight
 
 
 class CIL(Method):
@@ -24,7 +25,7 @@ class CIL(Method):
         """``--loss_CIL``."""
         parser.add_argument(
             "--loss_CIL",
-            type=float,
+            type=loss_weight,
             default=0.0,
             metavar="GS",
             help="gradient scaling by entropy; above 0: on",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from methods.base import Batch, Context, Method
 from utils.loss import BCEWithLogitsLossWithIgnoreIndex, FocalLoss, UnbiasedCrossEntropy
+from utils.option_types import whole
 
 
 class Classification(Method):
@@ -33,7 +34,9 @@ class Classification(Method):
         parser.add_argument("--bce", action="store_true", help="binary cross entropy over classes")
         parser.add_argument("--unce", action="store_true", help="unbiased cross entropy (MiB)")
         parser.add_argument("--focal_loss", action="store_true", help="focal loss")
-        parser.add_argument("--focal_loss_gamma", type=int, default=2, help="exponent of the focal loss")
+        parser.add_argument(
+            "--focal_loss_gamma", type=whole(0, 100), default=2, help="exponent of the focal loss"
+        )
 
     @classmethod
     def from_options(cls, opts: Any) -> Classification | None:

@@ -14,6 +14,7 @@ from utils.loss import (
     KnowledgeDistillationLoss,
     UnbiasedKnowledgeDistillationLoss,
 )
+from utils.option_types import loss_weight
 
 
 class OutputDistillation(Method):
@@ -33,10 +34,15 @@ class OutputDistillation(Method):
     @classmethod
     def add_options(cls, parser: argparse._ActionsContainer) -> None:
         """``--loss_kd``, ``--unkd``, ``--alpha``, ``--kd_scheduling``."""
-        parser.add_argument("--loss_kd", type=float, default=0.0, metavar="W", help="weight of distillation")
+        parser.add_argument(
+            "--loss_kd", type=loss_weight, default=0.0, metavar="W", help="weight of distillation"
+        )
         parser.add_argument("--unkd", action="store_true", help="unbiased distillation (MiB)")
         parser.add_argument(
-            "--alpha", type=float, default=1.0, help="factor on the teacher's logits; focal loss: weight"
+            "--alpha",
+            type=loss_weight,
+            default=1.0,
+            help="factor on the teacher's logits; focal loss: weight",
         )
         parser.add_argument(
             "--kd_scheduling",
@@ -75,7 +81,11 @@ class EncoderDistillation(Method):
     def add_options(cls, parser: argparse._ActionsContainer) -> None:
         """``--loss_de``, ``--loss_de_maskedold``, ``--loss_de_cosine``."""
         parser.add_argument(
-            "--loss_de", type=float, default=0.0, metavar="W", help="weight of feature distillation (ILT)"
+            "--loss_de",
+            type=loss_weight,
+            default=0.0,
+            metavar="W",
+            help="weight of feature distillation (ILT)",
         )
         parser.add_argument(
             "--loss_de_maskedold", action="store_true", help="distil only where the label is an old class"

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from methods.base import Batch, Method
 from utils.loss import IcarlLoss
+from utils.option_types import loss_weight
 
 
 class ICaRL(Method):
@@ -30,7 +31,11 @@ class ICaRL(Method):
         """``--icarl`` and what belongs to it."""
         parser.add_argument("--icarl", action="store_true", help="binary cross entropy with old outputs")
         parser.add_argument(
-            "--icarl_importance", type=float, default=1.0, metavar="W", help="weight of the combined form"
+            "--icarl_importance",
+            type=loss_weight,
+            default=1.0,
+            metavar="W",
+            help="weight of the combined form",
         )
         parser.add_argument(
             "--icarl_disjoint", action="store_true", help="old channels learn from the old network alone"

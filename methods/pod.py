@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -11,17 +12,29 @@ from torch import Tensor
 from methods.base import Batch, Method
 from utils.errors import UserError
 from utils.loss import LocalPODLoss
-from utils.option_types import positive_int
+from utils.option_types import loss_weight, positive_int
 
 
 def _json_object(word: str) -> dict[str, Any]:
     try:
         value = json.loads(word)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"not JSON ({error}): {word}") from error
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"not a JSON object: {word}")
+    for number in _numbers(value):
+        if number not in loss_weight:
+            raise argparse.ArgumentTypeError(f"{number} is not {loss_weight.description}: {word}")
     return value
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """All numbers in a JSON value, which may hold NaN and Infinity."""
+    if isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(item)
+    elif isinstance(value, (int, float)):
+        yield value
 
 
 SEGFORMER_STRIDE = 32
@@ -46,7 +59,7 @@ class PooledOutputDistillation(Method):
             default=None,
             help="how maps are pooled (PLOP: local)",
         )
-        parser.add_argument("--pod_factor", type=float, default=5.0, metavar="W", help="weight")
+        parser.add_argument("--pod_factor", type=loss_weight, default=5.0, metavar="W", help="weight")
         parser.add_argument(
             "--pod_options",
             type=_json_object,

@@ -17,6 +17,7 @@ from utils.loss import (
     FeaturesSparsificationLoss,
     Prototypes,
 )
+from utils.option_types import loss_weight
 
 
 class PrototypeLearning(Method):
@@ -55,7 +56,7 @@ class PrototypeLearning(Method):
             "--lfc_sep_clust": "weight of the repulsion of classes",
         }
         for name, text in weights.items():
-            parser.add_argument(name, type=float, default=0.0, metavar="W", help=text)
+            parser.add_argument(name, type=loss_weight, default=0.0, metavar="W", help=text)
         flags = {
             "--loss_de_prototypes_sumafter": "matching: mean over classes",
             "--lfc_L2normalized": "normalise features and prototypes",
@@ -174,7 +175,7 @@ class FeatureSparsity(Method):
         """``--loss_featspars``, ``--lfs_*``."""
         parser.add_argument(
             "--loss_featspars",
-            type=float,
+            type=loss_weight,
             default=0.0,
             metavar="W",
             help="weight of the sparsity of features",
@@ -229,7 +230,9 @@ class SoftNearestNeighbours(Method):
     @classmethod
     def add_options(cls, parser: argparse._ActionsContainer) -> None:
         """``--loss_SNNL``."""
-        parser.add_argument("--loss_SNNL", type=float, default=0.0, metavar="W", help="weight of the loss")
+        parser.add_argument(
+            "--loss_SNNL", type=loss_weight, default=0.0, metavar="W", help="weight of the loss"
+        )
 
     @classmethod
     def from_options(cls, opts: Any) -> SoftNearestNeighbours | None:

@@ -16,7 +16,7 @@ from utils.loss import (
     probability_pseudo_labels,
     pseudo_label_histogram,
 )
-from utils.option_types import positive_int
+from utils.option_types import Number, share, whole
 
 ENTROPY_BINS = 100
 PROBABILITY_BINS = 20
@@ -72,16 +72,19 @@ class PseudoLabels(Method):
         )
         parser.add_argument(
             "--threshold",
-            type=float,
+            type=share,
             default=0.9,
             help="entropy: floor of the median; median: its ceiling; SSUL: sigmoid to reach",
         )
         parser.add_argument(
-            "--step_threshold", type=float, default=None, help="added to the threshold, once per step"
+            "--step_threshold",
+            type=Number(float, -1, 1),
+            default=None,
+            help="added to the threshold, once per step",
         )
         parser.add_argument(
             "--pseudo_nb_bins",
-            type=positive_int,
+            type=whole(1, 10_000),
             default=None,
             help="bins of the histogram behind the median",
         )
@@ -91,7 +94,7 @@ class PseudoLabels(Method):
             help="scale each image's classification loss by the share of accepted pixels",
         )
         parser.add_argument(
-            "--classif_adaptive_min_factor", type=float, default=0.0, help="smallest such factor"
+            "--classif_adaptive_min_factor", type=share, default=0.0, help="smallest such factor"
         )
 
     @classmethod

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from methods.base import Context, Method
-from utils.option_types import positive_int
+from utils.option_types import loss_weight, positive_int, share
 from utils.regularizer import get_regularizer
 
 
@@ -30,11 +30,11 @@ class Regularization(Method):
             "--regularizer", choices=("ewc", "rw", "pi"), default=None, help="how importance is estimated"
         )
         parser.add_argument(
-            "--reg_importance", type=float, default=1.0, metavar="W", help="weight of the penalty"
+            "--reg_importance", type=loss_weight, default=1.0, metavar="W", help="weight of the penalty"
         )
         parser.add_argument(
             "--reg_alpha",
-            type=float,
+            type=share,
             default=0.9,
             help="weight of the newest gradient in the running Fisher estimate",
         )

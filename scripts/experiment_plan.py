@@ -18,6 +18,7 @@ from utils.checkpoint import checkpoint_path
 from utils.errors import UserError
 from utils.files import given_path, read_text
 from utils.history import read_options_by_step
+from utils.option_types import SEEDS
 
 _KEYS = ("logdir", "processes", "gpus", "seeds", "tasks", "common", "step_0", "runs", "slurm")
 # What the runner gives to every command itself.
@@ -152,8 +153,8 @@ def check_content(content: object) -> Experiment:
         raise UserError("runs: give at least one, e.g. FT: {method: FT}")
     experiment = Experiment(
         logdir=given_path(content["logdir"]),
-        processes=_numbers(content.get("processes", 1), "processes", single=True, least=1)[0],
-        gpus=_numbers(content.get("gpus", []), "gpus"),
+        processes=_numbers(content.get("processes", 1), "processes", single=True, least=1, most=1024)[0],
+        gpus=_numbers(content.get("gpus", []), "gpus", most=1023),
         seeds=_numbers(content.get("seeds", [42]), "seeds", required=True),
         tasks=_tasks(content),
         common=_options(content.get("common"), "common"),
@@ -197,13 +198,19 @@ def _options(value: object, where: str) -> dict[str, Any]:
 
 
 def _numbers(
-    value: object, key: str, *, single: bool = False, required: bool = False, least: int = 0
+    value: object,
+    key: str,
+    *,
+    single: bool = False,
+    required: bool = False,
+    least: int = 0,
+    most: int = SEEDS,
 ) -> tuple[int, ...]:
     numbers = value if isinstance(value, list) and not single else [value]
-    wrong = [n for n in numbers if type(n) is not int or n < least]
+    wrong = [n for n in numbers if type(n) is not int or not least <= n <= most]
     if wrong or len(set(numbers)) < len(numbers) or (required and not numbers):
         kind = "a number" if single else "different numbers, e.g. [1, 2, 3]"
-        raise UserError(f"{key}: expected {kind}, at least {least}; got {value!r}")
+        raise UserError(f"{key}: expected {kind}, at least {least} and at most {most}; got {value!r}")
     return tuple(numbers)
 
 
@@ -377,7 +384,8 @@ def _commands(run: Run, options: Mapping[str, Any], first: Mapping[str, Any]) ->
 
 
 def check_begun(runs: Iterable[Run]) -> None:
-    """Refuse steps that were trained, or begun, with other options than their command has now.
+    """Refuse steps that were trained, or begun, with other options, or from the step 0 of another method,
+    than their command has now.
 
     What was begun without a checkpoint starts over anyway. Folders of versions that kept no options by step
     are passed over.
@@ -392,7 +400,21 @@ def check_begun(runs: Iterable[Run]) -> None:
             options = parse_options(command)
             for step, lr in zip(options.steps, options.lrs, strict=True):
                 if step in begun:
+                    _check_origin(run, step, recorded[step])
                     _check_step(run, step, recorded[step], {**options.as_json(), "lr": lr})
+
+
+def _check_origin(run: Run, step: int, recorded: Mapping[str, Any]) -> None:
+    """Whose step 0 it began from, by name and seed: which task trained a shared one may change."""
+    path = recorded.get("step_ckpt")
+    own = f"{run.method}_{run.seed}"
+    was = own if path is None else Path(path).parent.name.rpartition(f"-{run.task.dataset}_")[2]
+    says = own if run.begins_from is None else f"{run.begins_from.method}_{run.begins_from.seed}"
+    if step and was != says:
+        raise UserError(
+            f"{run.folder}: step {step} was trained from step 0 of {was}, the file says of {says}; give "
+            "another logdir or name of the run, or put from: back"
+        )
 
 
 def _check_step(run: Run, step: int, recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -57,6 +57,8 @@ class Session:
             setup_logging(world, self.folder.path, debug=opts.debug)
             if world.is_main and not opts.test:
                 write_run_facts(self.folder.path, self.folder.options, opts.task_.steps)
+        if self._lock is not None and self._lock.warning is not None:
+            log.warning("%s", self._lock.warning)
         log.info("%s", opts.summary())
         log.info("%s", world.description)
         for note in opts.notes:
@@ -87,9 +89,9 @@ class Session:
         self.stop.end_if_told()
         facts = self.folder.facts(step, lr)
         with distributed.shared_errors():
-            resumed = self.folder.begun(step, facts)
-        self.folder.check_same_file(resumed, step)
-        if resumed is not None and self.folder.is_done(resumed, step):
+            begun = self.folder.begun(step, facts)
+        self.folder.check_same_file(begun, step)
+        if begun is not None and self.folder.is_done(begun, step):
             log.info("step %d is done (%s); --fresh starts it over", step, self.folder.checkpoint(step))
             return
         with distributed.shared_errors():
@@ -106,7 +108,7 @@ class Session:
             step=step,
             lr=lr,
             facts=facts,
-            resumed=resumed,
+            begun=begun,
         )
         try:
             training.run()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,26 @@ from utils.distributed import World
 from utils.errors import UserError
 from utils.resume import differences, is_trained, job_id, restarted
 
-log = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class Begun:
+    """A checkpoint that a step goes on from.
+
+    Attributes:
+        path: its file.
+        content: what it holds.
+        own: this run wrote it; else it is that of ``--ckpt``.
+    """
+
+    path: Path
+    content: dict[str, Any]
+    own: bool
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether it is known to be trained with this run's options, so that its optimiser and schedule go on
+        as they are. One of a release or of an early version does not say at which rate it was trained."""
+        return self.own and "facts" in self.content
 
 
 class RunFolder:
@@ -111,7 +130,7 @@ class RunFolder:
             "previous step's checkpoint": None if step == 0 else save_id(self.previous(step)),
         }
 
-    def begun(self, step: int, facts: dict[str, Any]) -> dict[str, Any] | None:
+    def begun(self, step: int, facts: dict[str, Any]) -> Begun | None:
         """The checkpoint that a step goes on from: this run's own, or ``--ckpt``, or none.
 
         Raises:
@@ -121,13 +140,21 @@ class RunFolder:
         content = self._own(path, step)
         if content is not None:
             self.check_same_run(step, content, facts)
+            begun = Begun(path, content, own=True)
         elif opts.ckpt is not None:
-            path, content = opts.ckpt, self.load(opts.ckpt, step)
-            if differing := self.differences(content, facts):
-                log.warning("%s was trained otherwise: %s", path, "; ".join(differing))
-        if content is not None and "optimizer_state" not in content and not is_trained(content, opts.epochs):
-            raise UserError(f"{path} holds no optimiser state to continue from; give it to --step_ckpt")
-        return content
+            begun = Begun(opts.ckpt, self.load(opts.ckpt, step), own=False)
+        else:
+            return None
+        epoch = int(begun.content["epoch"])
+        trained = is_trained(begun.content, opts.epochs)
+        if not begun.own and (trained or epoch >= opts.epochs):
+            raise UserError(
+                f"--ckpt {begun.path} stands in epoch {epoch + 1} and --epochs is {opts.epochs}: nothing is "
+                "left to train; give more --epochs, counted from the step's start, or --test to evaluate it"
+            )
+        if "optimizer_state" not in begun.content and not trained:
+            raise UserError(f"{begun.path} holds no optimiser state to continue from; give it to --step_ckpt")
+        return begun
 
     def _own(self, path: Path, step: int) -> dict[str, Any] | None:
         """This run's checkpoint of a step if it goes on with it."""
@@ -159,28 +186,34 @@ class RunFolder:
                 "options to go on, --fresh to start the step over, or another --name"
             )
 
-    def check_same_file(self, content: dict[str, Any] | None, step: int) -> None:
+    def check_same_file(self, begun: Begun | None, step: int) -> None:
         """Refuse to go on where processes see different files. Every process must call it.
 
         Raises:
             UserError: on every process.
         """
-        seen = distributed.gather_objects(None if content is None else content.get("save_id", ""))
+        seen = distributed.gather_objects(None if begun is None else begun.content.get("save_id", ""))
         if len(set(seen)) > 1:
             raise UserError(
                 f"{self.checkpoint(step)}: not the same file for every process; --logdir must be a folder "
                 "that all machines share"
             )
 
-    def is_done(self, content: dict[str, Any], step: int) -> bool:
+    def is_done(self, begun: Begun, step: int) -> bool:
         """Whether a step is trained and evaluated."""
-        own = self.opts.ckpt is None or self._is_own(content)
-        return own and is_trained(content, self.opts.epochs) and self.results(step).is_file()
+        trained = begun.own and is_trained(begun.content, self.opts.epochs)
+        return trained and self.results(step).is_file()
 
     def learnt_iou(self, step: int) -> dict[str, float]:
-        """IoU of each class after the step that learnt it, from the results of the earlier steps."""
+        """IoU of each class after the step that learnt it, from the results of the earlier steps.
+
+        Where the previous step is another run's (``--step_ckpt``), its results are in that run's folder.
+        """
         learnt: dict[str, float] = {}
-        for path in map(self.results, range(step)):
+        for earlier in range(step):
+            path = self.results(earlier)
+            if self.opts.step_ckpt is not None and earlier < self.opts.steps[0]:
+                path = self.opts.step_ckpt.parent / path.name
             if path.is_file():
                 for name, iou in json.loads(path.read_text(encoding="utf-8"))["class_iou"].items():
                     if iou is not None:

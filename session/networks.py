@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from argparser import Options
@@ -20,7 +18,7 @@ from segmentation_module import IncrementalSegmentationModule, freeze, load_stat
 from session.folder import RunFolder
 from train import Precision
 from utils import distributed
-from utils.checkpoint import load_checkpoint, model_state, save_checkpoint
+from utils.checkpoint import model_state
 from utils.distributed import World
 from utils.errors import UserError
 from utils.restore import load_model
@@ -69,7 +67,6 @@ class StepNetworks:
             protocol=opts.protocol,
             fidelity=opts.fidelity,
             reduce=distributed.all_reduce_sum,
-            recall=self._recall,
             autocast=precision.network,
         )
 
@@ -157,42 +154,6 @@ class StepNetworks:
             if name in states:
                 method.resume(states[name])
 
-    def _recall(
-        self, name: str, inputs: dict[str, Any], compute: Callable[[], dict[str, Tensor]]
-    ) -> dict[str, Tensor]:
-        """Keep what a method computed over the whole training set in the run's folder (Context.recall)."""
-        path = self.folder.path / f"{name}_{self.step}.pth"
-        computed_from = json.dumps({**inputs, **self._computed_from()}, sort_keys=True)
-        # All take what the first process finds: another may not see its file yet.
-        values = distributed.broadcast_object(self._stored(path, computed_from))
-        if values is not None:
-            log.info("%s: taken from %s", name, path)
-            return {k: v.to(self.world.device) for k, v in values.items()}
-        values = compute()
-        with distributed.shared_errors():
-            if self.world.is_main:
-                plain = {k: v.cpu() for k, v in values.items()}
-                save_checkpoint(path, {"computed_from": computed_from, "values": plain})
-        return values
-
-    def _computed_from(self) -> dict[str, Any]:
-        opts = self.opts
-        return {
-            "checkpoint": str(self.folder.previous(self.step)) if self.step else "None",
-            "weights": _fingerprint(model_state(self.previous)) if self.previous else None,
-            "data": [opts.dataset, str(opts.data_root), opts.task, opts.protocol, self.step],
-            "batch": [opts.batch_size, self.world.size, opts.crop_size, opts.random_seed],
-        }
-
-    def _stored(self, path: Path, computed_from: str) -> dict[str, Tensor] | None:
-        """On the first process, values that were computed before from the same."""
-        with distributed.shared_errors():
-            if self.world.is_main and path.is_file():
-                stored = load_checkpoint(path)
-                if stored.get("computed_from") == computed_from:
-                    return dict(stored["values"])
-        return None
-
     # ── what trains them ─────────────────────────────────────────────────────────────────────────
 
     def wrapped(self) -> nn.Module:
@@ -259,6 +220,38 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     _fill_momentum(optimizer)
 
 
+def weight_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
+    """Names of the weights in the order in which the optimiser's state counts them."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def take_momentum(optimizer: torch.optim.Optimizer, model: nn.Module, content: Mapping[str, Any]) -> int:
+    """Give an optimiser only the momentum that a checkpoint holds, by the weights' names; rates stay its own.
+
+    A checkpoint without names (of a release or an early version) must have as many weights in each group.
+
+    Returns:
+        How many weights had none there that fits, and begin with zeros.
+    """
+    names, saved = weight_names(optimizer, model), content["optimizer_state"]
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    alike = sizes == [len(group["params"]) for group in saved["param_groups"]]
+    known = content.get("optimizer_weights", names if alike else [])
+    found = {name: saved["state"].get(i, {}).get("momentum_buffer") for i, name in enumerate(known)}
+    parameters = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+    missing = 0
+    for name, (parameter, group) in zip(names, parameters, strict=True):
+        buffer = found.get(name)
+        if group["momentum"] == 0:
+            continue
+        if buffer is None or buffer.shape != parameter.shape:
+            missing += 1
+        else:
+            optimizer.state[parameter]["momentum_buffer"].copy_(buffer)
+    return missing
+
+
 def _fill_momentum(optimizer: torch.optim.Optimizer) -> None:
     """Begin with a momentum of zeros where there is none.
 
@@ -287,9 +280,3 @@ def schedule(
         warmup_multiplies=opts.released_ssul,
         min_lr=opts.min_lr,
     )
-
-
-def _fingerprint(state: dict[str, Tensor]) -> list[float]:
-    """A few sums that change when any weight of a network does."""
-    tensors = [tensor.double() for tensor in state.values()]
-    return [float(sum(t.sum() for t in tensors)), float(sum(t.square().sum() for t in tensors))]

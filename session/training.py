@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import logging
 import math
 import time
@@ -19,8 +21,9 @@ from dataset.step_data import StepData, step_data
 from methods import Context
 from segmentation_module import load_state
 from session.evaluation import Evaluation
-from session.folder import RunFolder
-from session.networks import StepNetworks, load_optimizer, schedule
+from session.folder import Begun, RunFolder
+from session.networks import StepNetworks, load_optimizer, schedule, take_momentum, weight_names
+from session.recall import Recall, weights_digest
 from train import NonFiniteLoss, Precision, Trainer, map_tensors, to_device
 from utils import distributed
 from utils.checkpoint import make_manifest, save_checkpoint
@@ -29,7 +32,8 @@ from utils.errors import UserError
 from utils.history import History
 from utils.logger import RunLogger, progress
 from utils.randomness import rng_state, set_rng_state
-from utils.resume import Progress, job_id, rng_of_rank
+from utils.resume import Progress, deciding_options, has_same_batches, is_within_epoch, job_id, rng_of_rank
+from utils.scheduler import advance
 from utils.signals import Stopped, StopRequest
 
 log = logging.getLogger(__name__)
@@ -50,7 +54,7 @@ class StepTraining:
         step: the step.
         lr: its learning rate.
         facts: what its checkpoint must agree with beside the options (``RunFolder.facts``).
-        resumed: the checkpoint that it goes on from, None at its start.
+        begun: the checkpoint that it goes on from, None at its start.
 
     Raises:
         UserError: data, previous step or checkpoint do not fit.
@@ -68,7 +72,7 @@ class StepTraining:
         step: int,
         lr: float,
         facts: dict[str, Any],
-        resumed: dict[str, Any] | None,
+        begun: Begun | None,
     ) -> None:
         self.opts = opts
         self.world = world
@@ -82,12 +86,12 @@ class StepTraining:
         self.precision = Precision(opts.opt_level, world.device)
         torch.manual_seed(opts.random_seed + step)
         with distributed.shared_errors():
-            self.data = self._step_data(resumed)
+            self.data = self._step_data(begun)
         with contextlib.ExitStack() as opened:
-            self._prepare(opened, lr, resumed)
+            self._prepare(opened, lr, begun)
             self._opened = opened.pop_all()  # from here on ``close`` closes them
 
-    def _prepare(self, opened: contextlib.ExitStack, lr: float, resumed: dict[str, Any] | None) -> None:
+    def _prepare(self, opened: contextlib.ExitStack, lr: float, begun: Begun | None) -> None:
         """Loader, networks, trainer and the files of the course."""
         opts, world, folder, step = self.opts, self.world, self.folder, self.step
         self.loader = opened.enter_context(self._train_loader())
@@ -96,12 +100,13 @@ class StepTraining:
         networks = self.networks = StepNetworks(opts, world, folder, step, self.precision)
         self.context: Context = networks.context
         self.context.batches = self._training_pass
+        self.context.recall = Recall(folder, world, step, self._origin)
         networks.begin()
-        if resumed is not None:
-            networks.restore(resumed)
+        if begun is not None:
+            networks.restore(begun.content)
         forward, optimizer = networks.wrapped(), networks.optimizer(lr)
-        updates = math.ceil(self.sampler.batches_per_epoch / opts.accumulate)
-        self.scheduler = schedule(opts, optimizer, opts.epochs * updates)
+        self.updates_per_epoch = math.ceil(self.sampler.batches_per_epoch / opts.accumulate)
+        self.scheduler = schedule(opts, optimizer, opts.epochs * self.updates_per_epoch)
         self.trainer = Trainer(
             self.context,
             networks.methods,
@@ -117,14 +122,15 @@ class StepTraining:
         self._saved: tuple[int, int] | None = None  # epoch and batch of the checkpoint on the disk
         self._best: dict[str, Any] | None = None  # with --keep best: the best epoch so far and its states
         self._chosen = opts.keep == "last"  # whether the weights in the model are the step's result
-        if resumed is not None:
-            self._go_on(resumed)
+        if begun is not None:
+            self._go_on(begun)
+        self._check_rate()
         iteration = self._iteration(self.progress.batch)
         self.board = RunLogger(
             world,
             folder.path / f"step_{step}",
             enabled=opts.visualize,
-            begins_at=0 if resumed is None else iteration + 1,
+            begins_at=0 if begun is None else iteration + 1,
         )
         opened.callback(self.board.close)
         self.board.options(folder.options)
@@ -156,16 +162,18 @@ class StepTraining:
 
     # ── start ────────────────────────────────────────────────────────────────────────────────────
 
-    def _step_data(self, resumed: dict[str, Any] | None) -> StepData:
-        """The step's images. From now on its results tell that it is done, so that old ones go."""
+    def _step_data(self, begun: Begun | None) -> StepData:
+        """The step's images, once the checkpoint to go on from is known to fit them."""
         opts, step = self.opts, self.step
         exemplar_list = self.folder.path / f"exemplars_{step}.json"
         data = step_data(opts, step, exemplar_list=exemplar_list, is_main=self.world.is_main)
         self.facts["list of training images"] = list_digest([entry.index for entry in data.train.entries])
-        if resumed is not None and opts.ckpt is None:
-            self.folder.check_same_run(step, resumed, self.facts)
-        if self.world.is_main:
-            self.folder.results(step).unlink(missing_ok=True)
+        names = [data.train.dataset.images[entry.index].name for entry in data.train.entries]
+        self.facts["names of the training images"] = _digest(names)
+        if begun is not None and begun.own:
+            self.folder.check_same_run(step, begun.content, self.facts)
+        elif begun is not None and (differing := self.folder.differences(begun.content, self.facts)):
+            log.warning("%s was trained otherwise: %s", begun.path, "; ".join(differing))
         log.info(
             "step %d of task %s: %d training images, %d for the final evaluation, %d classes, total batch %d",
             step,
@@ -198,28 +206,42 @@ class StepTraining:
         for images, targets, *_ in self.loader:
             yield to_device(images, self.world.device), targets.to(self.world.device).long()
 
-    def _go_on(self, resumed: dict[str, Any]) -> None:
+    def _origin(self) -> dict[str, Any]:
+        """All that what a method computes in ``begin_step`` can depend on."""
+        self.sampler.set_epoch(0)
+        order = [(key.index, key.epoch, key.position) for key in self.sampler]
+        context = self.context
+        return {
+            "student": weights_digest(context.model),
+            "teacher": None if context.model_old is None else weights_digest(context.model_old),
+            "samples": self.data.train.digest(),
+            "order": _digest(order),
+            "processes": self.world.size,
+            "device": self.world.device.type,
+            "options": deciding_options(self.folder.options),
+        }
+
+    def _go_on(self, begun: Begun) -> None:
         """Stand where a checkpoint stands."""
-        batches = self.sampler.batches_per_epoch
-        progress = self.progress = Progress.of(resumed, batches)
+        batches, content = self.sampler.batches_per_epoch, begun.content
+        progress = self.progress = Progress.of(content, batches)
+        if not begun.own and not has_same_batches(content, self.folder.options, self.facts, batches):
+            # The batches that are done had other images than this run's.
+            progress.batch = 0 if is_within_epoch(content) else batches
         self.tolerance.reasons |= progress.unreadable
-        if "optimizer_state" in resumed:
-            try:
-                load_optimizer(self.trainer.optimizer, resumed["optimizer_state"])
-            except ValueError as error:
-                raise UserError(
-                    f"{self.folder.checkpoint(self.step)}: its optimiser trained other weights ({error}); "
-                    "--fresh starts the step over"
-                ) from error
-            self.scheduler.load_state_dict(resumed["scheduler_state"])
+        if "optimizer_state" in content:
+            if begun.is_exact:
+                self._restore_optimizer(content)
+            else:
+                self._lay_schedule(begun)
             # Empty where the checkpoint was trained without a scaler: on the CPU, or at another --opt_level.
-            if resumed["scaler_state"]:
-                self.precision.scaler.load_state_dict(resumed["scaler_state"])
+            if content.get("scaler_state"):
+                self.precision.scaler.load_state_dict(content["scaler_state"])
         if 0 < progress.batch < batches:
-            self._rng = rng_of_rank(resumed, self.world.rank)
-        self._saved = progress.epoch, progress.batch
-        self._best = resumed.get("best")
-        self._chosen = self._chosen or "kept_epoch" in resumed
+            self._rng = rng_of_rank(content, self.world.rank)
+        self._saved = (progress.epoch, progress.batch) if begun.own else None
+        self._best = content.get("best")
+        self._chosen = self._chosen or "kept_epoch" in content
         log.info(
             "step %d goes on at epoch %d of %d, after batch %d of %d",
             self.step,
@@ -228,6 +250,45 @@ class StepTraining:
             progress.batch,
             batches,
         )
+
+    def _restore_optimizer(self, content: dict[str, Any]) -> None:
+        """Rates, momentum and schedule as this run left them."""
+        try:
+            load_optimizer(self.trainer.optimizer, content["optimizer_state"])
+        except ValueError as error:
+            raise UserError(
+                f"{self.folder.checkpoint(self.step)}: its optimiser trained other weights ({error}); "
+                "--fresh starts the step over"
+            ) from error
+        self.scheduler.load_state_dict(content["scheduler_state"])
+
+    def _lay_schedule(self, begun: Begun) -> None:
+        """Another run's momentum, and this command's schedule as if it had held from the step's start."""
+        progress, updates = self.progress, self.updates_per_epoch
+        optimizer = self.trainer.optimizer
+        missing = take_momentum(optimizer, self.model, begun.content)
+        whole = progress.batch == self.sampler.batches_per_epoch
+        done = progress.epoch * updates + (updates if whole else progress.batch // self.opts.accumulate)
+        advance(self.scheduler, done)
+        log.info(
+            "%s gives the weights and their momentum%s; the schedule is this command's: %d of %d updates are "
+            "done, the learning rate is %.3g",
+            begun.path,
+            f" (none for {missing})" if missing else "",
+            done,
+            self.opts.epochs * updates,
+            max(group["lr"] for group in optimizer.param_groups),
+        )
+
+    def _check_rate(self) -> None:
+        """Refuse to train what is left of the step at a learning rate of 0."""
+        progress = self.progress
+        left = progress.epoch + 1 < self.opts.epochs or progress.batch < self.sampler.batches_per_epoch
+        if left and not any(group["lr"] for group in self.trainer.optimizer.param_groups):
+            raise UserError(
+                f"step {self.step}: the learning rate is 0 in all that is left to train; give another --lr "
+                "or --lr_old, or start the step over with --fresh"
+            )
 
     # ── epochs ───────────────────────────────────────────────────────────────────────────────────
 
@@ -239,6 +300,9 @@ class StepTraining:
             NonFiniteLoss: a loss or a weight is not finite.
         """
         opts, progress, batches = self.opts, self.progress, self.sampler.batches_per_epoch
+        if self.world.is_main:
+            # They tell that the step is done.
+            self.folder.results(self.step).unlink(missing_ok=True)
         for epoch in range(progress.epoch, opts.epochs):
             if epoch > progress.epoch:
                 progress.epoch, progress.batch = epoch, 0
@@ -411,6 +475,7 @@ class StepTraining:
         """What only a run that goes on needs."""
         return {
             "optimizer_state": self.trainer.optimizer.state_dict(),
+            "optimizer_weights": weight_names(self.trainer.optimizer, self.model),
             "scheduler_state": self.scheduler.state_dict(),
             "scaler_state": self.precision.scaler.state_dict(),
             **({} if self._chosen else {"best": self._best}),
@@ -435,6 +500,11 @@ class StepTraining:
 def _copied(tensor: Tensor) -> Tensor:
     """A copy on the CPU."""
     return tensor.detach().to("cpu", copy=True)
+
+
+def _digest(value: Any) -> str:
+    """sha256 of a JSON-like value."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _listed(terms: dict[str, float]) -> str:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from argparser import build_parser, parse_options
 from methods import METHODS
 from utils.errors import UserError
+from utils.option_types import Number
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -110,7 +114,10 @@ def test_steps_and_learning_rates() -> None:
         (["--reg_iterations", "0"], ["--reg_iterations", "at least 1"]),
         (["--opt_level", "O3", "--norm_act", "iabn_sync"], ["--opt_level O3", "bfloat16", "O1"]),
         (["--pseudo", "entropie"], ["--pseudo", "entropy"]),
-        (["--crop_size", "16"], ["--crop_size 16"]),
+        (["--crop_size", "16"], ["--crop_size", "16", "at least 32"]),
+        (["--pod_options", '{"switch": {"after": {"factor": Infinity}}}'], ["--pod_options", "inf"]),
+        (["--pod_options", '{"switch": {"before": {"factor": 1e999}}}'], ["--pod_options", "inf"]),
+        (["--pod_options", '{"switch": {"after": {"spp_scales": [1, -2]}}}'], ["--pod_options", "-2"]),
         (["--name", "a/b"], ["--name a/b"]),
         (["--name", ""], ["--name", "empty"]),
         (["--name", ".."], ["--name ..", "dot"]),
@@ -134,6 +141,64 @@ def test_faults_are_one_line_that_names_the_option(arguments: list[str], words: 
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+def _numeric() -> list[argparse.Action]:
+    """Every option whose default or type is a number."""
+    return [
+        action
+        for action in build_parser()._actions
+        if isinstance(action.type, Number)
+        or action.type in (int, float)
+        or any(type(value) in (int, float) for value in _listed(action.default))
+    ]
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _beyond(number: Number) -> list[str]:
+    """Words for what lies outside a range on both sides."""
+    away = 1 if number.kind is int else 0.5
+    outside = [number.low if number.above else number.low - away]
+    outside.append(number.high if number.below else number.high * (1 + 1e-9) + away)
+    return [repr(number.kind(value)) for value in outside]
+
+
+@pytest.mark.parametrize("action", _numeric(), ids=lambda action: action.option_strings[0])
+def test_every_number_has_a_range_that_is_told(action: argparse.Action) -> None:
+    """A bare ``int`` or ``float`` as the type of an option fails here; utils.option_types has ranges."""
+    name = action.option_strings[0]
+    words = ["nan", "inf", "-inf", "-Infinity", "1e999", "-1e999", "9" * 5000, "x", ""]
+    if isinstance(action.type, Number):
+        assert math.isfinite(action.type.low) and math.isfinite(action.type.high)
+        assert all(value is None or value in action.type for value in _listed(action.default))
+        words += _beyond(action.type)
+        if -1 not in action.type:
+            words.append("-1")
+    else:
+        assert action.choices, f"{name} is a number without a range"
+        words.append("-1")
+    for word in words:
+        for arguments in ([f"{name}={word}"], [name, word]):
+            with pytest.raises(UserError) as caught:
+                build_parser().parse_args(arguments)
+            message = str(caught.value)
+            assert name in message and "\n" not in message
+            if isinstance(action.type, Number):
+                assert action.type.description in message and len(message) < 300, message
+
+
+def test_numbers_at_the_ends_of_their_ranges_are_taken() -> None:
+    for action in _numeric():
+        if isinstance(action.type, Number):
+            low, high = (action.type.kind(end) for end in (action.type.low, action.type.high))
+            ends = [end for end, open_ in ((low, action.type.above), (high, action.type.below)) if not open_]
+            for end in ends:
+                found = build_parser().parse_args([action.option_strings[0], repr(end)])
+                assert _listed(getattr(found, action.dest)) == [end]
+    assert parse_options(["--step_threshold", "-1e-3"]).step_threshold == -1e-3
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import re
+import socket
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,6 +27,8 @@ from utils.errors import Fault, UserError
 from utils.memory import is_out_of_memory, keep_freed_memory
 
 PLACES = ("GPU_server", "GPU_windows", "CPU", "CPU_windows")
+
+_NAME_LOOKUPS = 5
 
 # How Gloo and NCCL say that a process is gone, in RuntimeErrors of no class of their own.
 _LOST = ("connection closed by peer", "connection reset by peer", "timed out waiting", "gloo", "nccl")
@@ -67,8 +72,16 @@ class World:
 
 def launch_rank() -> int:
     """Rank that the launcher gave to this process, before ``start``; 0 without a launcher."""
-    word = os.environ.get("RANK", "0")
-    return int(word) if word.isdigit() else 0
+    return _number("RANK") or 0
+
+
+def speaks() -> bool:
+    """Whether this process tells what all of them meet: the first one, and until they have found each other
+    the first one of each machine, as the other machines may have another environment."""
+    if _grouped():
+        return dist.get_rank() == 0
+    local_rank = _number("LOCAL_RANK")
+    return (launch_rank() if local_rank is None else local_rank) == 0
 
 
 def start(where: str | None = None, local_rank: int | None = None, timeout_s: float = 1800.0) -> World:
@@ -86,6 +99,8 @@ def start(where: str | None = None, local_rank: int | None = None, timeout_s: fl
     if where is not None and where not in PLACES:
         raise UserError(f"--where_to_sim {where}: unknown; choose from {', '.join(PLACES)}")
     rank, size = _from_environment("RANK", 0), _from_environment("WORLD_SIZE", 1)
+    if rank >= size:
+        raise UserError(f"RANK is {rank} but WORLD_SIZE {size}: start with torchrun, or unset both")
     local_rank = _from_environment("LOCAL_RANK", local_rank or 0)
     if size > 1 and where in ("GPU_windows", "CPU_windows"):
         raise UserError(
@@ -201,8 +216,10 @@ class Vote:
     """
 
     def __init__(self, timeout_s: float = 1800.0) -> None:
-        timeout = timedelta(seconds=timeout_s)
-        self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if _grouped() else None
+        self._group: Any = None
+        if _grouped():
+            with _told_interfaces():
+                self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         self._pending: tuple[dist.Work, Tensor] | None = None
 
     def cast(self, ballot: int) -> int:
@@ -308,14 +325,20 @@ def _collective_device() -> torch.device:
 
 
 def _from_environment(name: str, default: int) -> int:
-    word = os.environ.get(name)
-    if word is None:
+    if name not in os.environ:
         return default
-    if not word.isdigit():
+    value = _number(name)
+    if value is None:
         raise UserError(
-            f"environment variable {name}={word!r} is no number; start with torchrun, or unset it"
+            f"environment variable {name}={os.environ[name]!r} is no number; start with torchrun, or unset it"
         )
-    return int(word)
+    return value
+
+
+def _number(name: str) -> int | None:
+    """The whole number that a variable of the environment holds; None without it, or where it is none."""
+    word = os.environ.get(name, "")
+    return int(word) if word.isascii() and word.isdigit() and len(word) < 10 else None
 
 
 def _choose_device(where: str | None, local_rank: int, size: int) -> torch.device:
@@ -355,25 +378,97 @@ def _join(backend: str, rank: int, size: int, device: torch.device, timeout_s: f
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(f"WORLD_SIZE is {size} but {', '.join(missing)} is not set; start with torchrun")
+    _check_address()
+    _check_interfaces(backend)
     timeout = timedelta(seconds=timeout_s)
     try:
         store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=timeout))
         store.set_timeout(timeout)
         # torchrun keeps its store when it starts processes again, and with it the addresses of the dead ones.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        dist.init_process_group(
-            backend,
-            store=dist.PrefixStore(f"attempt_{attempt}", store),
-            rank=rank,
-            world_size=size,
-            timeout=timeout,
-            # Names the GPU, which barriers would otherwise guess from the rank.
-            device_id=device if backend == "nccl" else None,
-        )
+        with _told_interfaces():
+            dist.init_process_group(
+                backend,
+                store=dist.PrefixStore(f"attempt_{attempt}", store),
+                rank=rank,
+                world_size=size,
+                timeout=timeout,
+                # Names the GPU, which barriers would otherwise guess from the rank.
+                device_id=device if backend == "nccl" else None,
+            )
     except dist.DistError as error:
         reason = _one_line(str(error).split("Last error:", 1)[-1].strip())
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
             f"rank {rank} of {size} finds no group at {place} "
-            f"({reason}); see that every process was started and that --master_port is free"
+            f"({reason}); see that every process was started and that --master_port (MASTER_PORT) is free"
         ) from error
+
+
+def _check_address() -> None:
+    """The place where the processes meet, before torch waits --timeout seconds for it.
+
+    Raises:
+        UserError: MASTER_PORT is no port, or MASTER_ADDR no name of a machine.
+    """
+    address, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT")
+    if port is None or not 1 <= port <= 65535:
+        raise UserError(
+            f"environment variable MASTER_PORT={os.environ['MASTER_PORT']!r} is no port; "
+            "give a free one of 1 to 65535 (--master_port), or start with torchrun"
+        )
+    for attempt in reversed(range(_NAME_LOOKUPS)):
+        try:
+            socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
+            return
+        except (OSError, UnicodeError) as error:
+            if attempt and getattr(error, "errno", None) == socket.EAI_AGAIN:
+                time.sleep(1)  # the name server may be busy: many processes start at once
+                continue
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(
+                f"environment variable MASTER_ADDR={address!r} is not the address of a machine ({reason}); "
+                "give the first machine's name or IP address (--master_addr), or --local_addr to torchrun"
+            ) from error
+
+
+def _check_interfaces(backend: str) -> None:
+    """The networks that GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name; Gloo carries the votes in any case.
+
+    Raises:
+        UserError: this machine has none of them.
+    """
+    here = [name for _, name in socket.if_nameindex()]
+    gloo = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    # An alias, eth0:1, is an address of eth0.
+    wrong = [name for name in gloo.split(",") if gloo and name.split(":")[0] not in here]
+    if wrong:
+        raise _no_interface("GLOO_SOCKET_IFNAME", here)
+    nccl = os.environ.get("NCCL_SOCKET_IFNAME", "")
+    if backend == "nccl" and nccl:
+        # NCCL's rule: beginnings of names, whole names after "=", all but these after "^".
+        bare = nccl.removeprefix("^")
+        names = tuple(name.split(":")[0] for name in bare.removeprefix("=").split(",") if name)
+        meant = [name for name in here if (name in names if bare[:1] == "=" else name.startswith(names))]
+        if not (set(here) - set(meant) if nccl[0] == "^" else meant):
+            raise _no_interface("NCCL_SOCKET_IFNAME", here)
+
+
+@contextlib.contextmanager
+def _told_interfaces() -> Iterator[None]:
+    """A network without an address, which only Gloo finds out, as bad input."""
+    try:
+        yield
+    except dist.DistError:
+        raise
+    except RuntimeError as error:
+        if "GLOO_SOCKET_IFNAME" not in os.environ or "Unable to find address" not in str(error):
+            raise
+        raise _no_interface("GLOO_SOCKET_IFNAME", [name for _, name in socket.if_nameindex()]) from error
+
+
+def _no_interface(variable: str, here: list[str]) -> UserError:
+    return UserError(
+        f"environment variable {variable}={os.environ[variable]!r} names no network with an address on "
+        f"{platform.node()}, which has {', '.join(here)}; give the one between the machines, or unset it"
+    )

@@ -6,6 +6,8 @@ A file is written beside its place, flushed to the disk, then renamed.
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import os
 import platform
 from collections.abc import Iterator
@@ -19,6 +21,12 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+log = logging.getLogger(__name__)
+
+# How a lock says that another process has it (the last one on Windows); any other error means: no locks here.
+_HELD = {errno.EACCES, errno.EAGAIN, errno.EDEADLK}
+# How network file systems say that folders need no flushing there.
+_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF}
 _NAME_BYTES = 150  # a file's name may have 255: the others are for the step and the writer's number
 _IN_NO_NAME = '/\\<>:"|?*' if os.name == "nt" else "/\\"  # a backslash would be a folder on another system
 
@@ -147,9 +155,15 @@ def cannot_write(path: Path, error: OSError, remedy: str) -> UserError:
 class FolderLock:
     """A folder that is one process's own until the process ends, however it ends.
 
+    Some file systems have no locks (Lustre mounted without ``flock``, NFS without its lock service). There
+    the folder is anyone's, as ``warning`` says.
+
     Args:
         folder: made if missing; it gets a file ``.lock`` that names the owner.
         remedy: last part of the message where the folder cannot be written.
+
+    Attributes:
+        warning: for the log where the file system has no locks, else None.
 
     Raises:
         UserError: another process has the folder, or it cannot be written.
@@ -162,14 +176,21 @@ class FolderLock:
             self._file = path.open("a+", encoding="utf-8")
         except OSError as error:
             raise cannot_write(path, error, remedy) from error
+        self.warning: str | None = None
         try:
             self._lock()
         except OSError as error:
-            owner = self._owner()
-            self._file.close()
-            raise UserError(
-                f"{folder}: another run is at work there ({owner}); wait for its end or give another --name"
-            ) from error
+            if error.errno in _HELD:
+                owner = self._owner()
+                self._file.close()
+                raise UserError(
+                    f"{folder}: another run is at work there ({owner}); wait for its end or give another "
+                    "--name"
+                ) from error
+            self.warning = (
+                f"{no_locks(path, error)}, and nothing keeps a second run from this folder: "
+                "start one at a time"
+            )
         with contextlib.suppress(OSError):  # a full disk: the lock holds all the same, only nameless
             self._file.truncate(0)
             self._file.write(f"process {os.getpid()} on {platform.node()}\n")
@@ -198,6 +219,29 @@ class FolderLock:
         self._file.close()
 
 
+@contextlib.contextmanager
+def queue_lock(path: Path) -> Iterator[None]:
+    """Wait for a lock on a file and hold it; the system releases it when the process dies.
+
+    Where the file system has no locks nobody waits, and the log says so.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with path.open("ab") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                log.warning("%s", no_locks(path, error))
+        yield
+
+
+def no_locks(path: Path, error: OSError) -> str:
+    """Says that a file system has no locks."""
+    return f"{path}: the file system has no locks ({error.strerror or error})"
+
+
 def _sync_folder(folder: Path) -> None:
     """Make a rename outlast a power cut."""
     if os.name == "nt":  # Windows cannot open folders
@@ -205,5 +249,8 @@ def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
     finally:
         os.close(handle)

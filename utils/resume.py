@@ -70,8 +70,41 @@ def is_trained(content: Mapping[str, Any], epochs: int) -> bool:
 
     As long as ``--keep best`` has not chosen, the checkpoint holds ``best`` beside the latest weights.
     """
-    last = int(content["epoch"]) + 1 >= epochs and "best" not in content
-    return last and content.get("batch", None) in (None, content.get("batches_per_epoch"))
+    return int(content["epoch"]) + 1 >= epochs and not is_within_epoch(content) and "best" not in content
+
+
+def is_within_epoch(content: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint stands between two batches of an epoch."""
+    return content.get("batch", None) not in (None, content.get("batches_per_epoch"))
+
+
+def has_same_batches(
+    content: Mapping[str, Any], options: Mapping[str, Any], facts: Mapping[str, Any], batches_per_epoch: int
+) -> bool:
+    """Whether the epoch of a checkpoint has the same images in the same order as this run's.
+
+    Args:
+        content: of the checkpoint.
+        options: this run's, in JSON types.
+        facts: this run's.
+        batches_per_epoch: this run's.
+    """
+    saved, known = saved_options(content), content.get("facts", {})
+    decide = ("total batch", "list of training images", "names of the training images")
+    return (
+        content.get("batches_per_epoch") == batches_per_epoch
+        and saved.get("random_seed") == options["random_seed"]
+        and all(known.get(name) == facts[name] for name in decide)
+    )
+
+
+def deciding_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that change what is learnt, but for those that are compared by what they stand for.
+
+    With ``--keep best`` those of the validation are among them.
+    """
+    incidental = _INCIDENTAL - _VALIDATION if options.get("keep") == "best" else _INCIDENTAL
+    return {name: value for name, value in options.items() if name not in incidental}
 
 
 def differences(
@@ -85,10 +118,9 @@ def differences(
         facts: this run's, by the words that the message shall use.
     """
     saved = saved_options(content)
-    incidental = _INCIDENTAL - _VALIDATION if options.get("keep") == "best" else _INCIDENTAL
     found = [
         f"--{name} {saved[name]}, now {options[name]}"
-        for name in sorted(saved.keys() & options.keys() - incidental)
+        for name in sorted(saved.keys() & deciding_options(options).keys())
         if saved[name] != options[name]
     ]
     known = content.get("facts", {})

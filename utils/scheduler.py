@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+
+import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LinearLR, LRScheduler, PolynomialLR, SequentialLR, StepLR
 
@@ -65,7 +68,8 @@ def make_scheduler(
         min_lr: ``poly`` never falls below it, in any group.
 
     Raises:
-        UserError: an unknown policy, or no iteration left after the warm-up.
+        UserError: an unknown policy, no iteration left after the warm-up, or a rate that falls to 0 before
+            the end.
     """
     if policy not in ("poly", "step"):
         raise UserError(f"--lr_policy {policy}: unknown; use poly or step")
@@ -75,6 +79,13 @@ def make_scheduler(
             f"{max_iters} iterations with {warmup_iters} of warm-up leave nothing to train: "
             "use more --epochs or a smaller --batch_size"
         )
+    if policy == "poly":
+        last, how = (1 / remaining) ** lr_power, "a smaller --lr_power"
+    else:
+        last = lr_decay_factor ** ((remaining - 1) // lr_decay_step)
+        how = "a larger --lr_decay_step or --lr_decay_factor"
+    if max(group["lr"] for group in optimizer.param_groups) * last < torch.finfo(torch.float32).tiny:
+        raise UserError(f"the learning rate falls to 0 within the {max_iters} iterations; give {how}")
     main: LRScheduler
     if policy == "poly" and warmup_multiplies:
         return FlooredPolyLR(
@@ -90,3 +101,12 @@ def make_scheduler(
         return main
     warmup = LinearLR(optimizer, start_factor=1.0 / (warmup_iters + 1), total_iters=warmup_iters)
     return SequentialLR(optimizer, [warmup, main], milestones=[warmup_iters])
+
+
+def advance(scheduler: LRScheduler, steps: int) -> None:
+    """Bring a new schedule to where it stands after some optimiser steps, to the last bit."""
+    with warnings.catch_warnings():
+        # That no optimiser step came before.
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+        for _ in range(steps):
+            scheduler.step()

@@ -41,7 +41,7 @@ from utils.distributed import World
 from utils.errors import UserError
 from utils.files import atomic_write, atomic_write_text
 from utils.logger import progress, setup_logging
-from utils.option_types import path_option
+from utils.option_types import Parser, path_option, positive_int, seed
 from utils.restore import TrainedNetwork, model_from_checkpoint
 from utils.visualize import VOID, palette
 
@@ -278,23 +278,22 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Options]:
     Raises:
         UserError: an option is wrong or ``--ckpt`` is missing.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m utils.tsne",
         description="t-SNE picture of a checkpoint's features.",
         epilog="and options of run.py, e.g. --ckpt FILE (needed), --data_root, --where_to_sim",
         allow_abbrev=False,
     )
-    parser.add_argument("--images", type=int, default=200, help="evaluation images (%(default)s)")
-    parser.add_argument("--per_class", type=int, default=100, help="positions per class (%(default)s)")
+    parser.add_argument("--images", type=positive_int, default=200, help="evaluation images (%(default)s)")
+    parser.add_argument(
+        "--per_class", type=positive_int, default=100, help="positions per class (%(default)s)"
+    )
     parser.add_argument(
         "--layer", choices=LAYERS, default=LAYERS[0], help="pre_logits: before the classifier"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of images, positions and t-SNE (%(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="of images, positions and t-SNE (%(default)s)")
     parser.add_argument("--out", type=path_option, help="PNG file to write (<checkpoint>_tsne.png)")
     args, rest = parser.parse_known_args(argv)
-    for name, least in (("images", 1), ("per_class", 1), ("seed", 0)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} {getattr(args, name)} must be at least {least}")
     if args.out is not None and args.out.suffix.lower() != ".png":
         raise UserError(f"--out {args.out}: the picture is a PNG file; give a name that ends in .png")
     opts = parse_options(rest)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from methods import Batch, Method
+from utils.option_types import loss_weight
 
 PRESETS = {"COSINE": {"loss_cosine": 10.0, "unce": True, "init_balanced": True}}
 
@@ -42,7 +43,9 @@ class CosineDistillation(Method):
     @classmethod
     def add_options(cls, parser: argparse._ActionsContainer) -> None:
         """``--loss_cosine``."""
-        parser.add_argument("--loss_cosine", type=float, default=0.0, metavar="W", help="weight of the loss")
+        parser.add_argument(
+            "--loss_cosine", type=loss_weight, default=0.0, metavar="W", help="weight of the loss"
+        )
 
     @classmethod
     def from_options(cls, opts: Any) -> CosineDistillation | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from PIL import Image
 
 from dataset import splits
 from dataset.splits import scan_presence
+from utils import files
 
 ROOT = Path(__file__).resolve().parents[2]
 VOC = ROOT.parent / "shared" / "voc_masks"
@@ -144,7 +146,23 @@ def test_read_only_place_is_a_warning(tmp_path, caplog):
     assert "cannot be written" in caplog.text
 
 
-@pytest.mark.skipif(splits.fcntl is None, reason="file locks need POSIX")
+@pytest.mark.skipif(files.fcntl is None, reason="file locks need POSIX")
+def test_without_locks_the_index_is_kept_all_the_same(tmp_path, monkeypatch, caplog, reads):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", none)
+    paths = make_masks(tmp_path / "masks", 2)
+    assert scan(paths, tmp_path / "cache") == [{1}, {2}]
+    assert [line.getMessage().endswith("has no locks (No locks available)") for line in caplog.records] == [
+        True
+    ]
+    reads.clear()
+    assert scan(paths, tmp_path / "cache") == [{1}, {2}]
+    assert not reads
+
+
+@pytest.mark.skipif(files.fcntl is None, reason="file locks need POSIX")
 def test_processes_that_start_together_read_once(tmp_path):
     make_masks(tmp_path / "masks", 6)
     processes = [start_scanner(tmp_path, 0.4) for _ in range(2)]

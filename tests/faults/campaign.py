@@ -28,6 +28,7 @@ import fuzz  # noqa: E402
 
 from dataset.shapes import ShapesConfig, make_shapes  # noqa: E402
 from utils.checkpoint import load_checkpoint  # noqa: E402
+from utils.option_types import count, seed  # noqa: E402
 
 METHODS = {
     "FT": [],
@@ -116,9 +117,9 @@ def kills(number: int, seed: int, folder: Path) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--fuzz", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kills", type=count, default=30)
+    parser.add_argument("--fuzz", type=count, default=2000)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--folder", type=Path, default=None)
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="campaign-"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import signal
@@ -175,7 +176,7 @@ def test_the_experiment_of_shapes_is_in_order() -> None:
         ({"runs": {"FT": {"method": "FTT"}}}, "runs: FT: argument --method: unknown method 'FTT'"),
         ({"runs": {"a/b": {}}}, "runs: a/b: --name a/b_1"),
         ({"runs": {"FT": {"name": "x"}}}, "runs: FT: name is given by the experiment itself"),
-        ({"step_0": {"epochs": 0}}, "runs: FT: argument --epochs: must be at least 1"),
+        ({"step_0": {"epochs": 0}}, "runs: FT: argument --epochs: 0 is not a whole number of at least 1"),
         ({"common": {"dataset": "shapes", "task": "30-1"}}, "common: --task '30-1'"),
         ({"common": {"from": "FT"}}, "common: 'from' belongs to one of the runs"),
         ({"common": ["lr"]}, "common: expected options"),
@@ -188,7 +189,14 @@ def test_the_experiment_of_shapes_is_in_order() -> None:
         ({"seeds": 3.5}, "seeds: expected different numbers"),
         ({"seeds": [1, 1]}, "seeds: expected different numbers"),
         ({"seeds": []}, "seeds: expected different numbers"),
-        ({"processes": 0}, "processes: expected a number, at least 1"),
+        (
+            {"seeds": [2**32]},
+            "seeds: expected different numbers, e.g. [1, 2, 3], at least 0 and at most 4294967295",
+        ),
+        ({"processes": 0}, "processes: expected a number, at least 1 and at most 1024"),
+        ({"processes": 10**9}, "processes: expected a number, at least 1 and at most 1024"),
+        ({"step_0": {"timeout": math.inf}}, "argument --timeout: inf is not a number of at least 1"),
+        ({"step_0": {"lr": [math.nan]}}, "argument --lr: nan is not a number"),
         ({"processes": 2, "gpus": [0, 1, 2]}, "gpus: 3 cannot be shared by 2 processes"),
         ({"slurm": "gpu"}, "slurm: expected options of sbatch"),
         ({"slurm": {"dependency": "x"}}, "slurm: dependency is given by the experiment itself"),
@@ -394,6 +402,27 @@ def test_a_changed_option_of_what_is_done_is_told_before_anything_runs(
     write(tmp_path, seeds=[1], runs={**runs, "MIB": mib}, common=harmless)
     assert experiment.main([str(file)]) == 0
     assert calls(tmp_path) == ["MIB_1 [1, 2] None"]
+
+
+def test_a_changed_origin_of_what_is_done_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs: dict[str, Any] = {"FT": {"method": "FT"}, "other": {"method": "FT", "unce": True}}
+    file = write(tmp_path, seeds=[1], runs={**runs, "MIB": {"method": "MIB", "from": "FT"}})
+    trained(file, "MIB")
+    assert experiment.main([str(file), "--table"]) == 0
+    for begin, word in (({"from": "other"}, "other_1"), ({}, "MIB_1")):
+        write(tmp_path, seeds=[1], runs={**runs, "MIB": {"method": "MIB", **begin}})
+        assert experiment.main([str(file), "--table"]) == 2
+        said = capsys.readouterr().err
+        assert f"MIB_1: step 1 was trained from step 0 of FT_1, the file says of {word};" in said
+        assert said.count("\n") == 1
+
+
+def test_another_task_may_train_the_step_0_that_is_shared(tmp_path: Path) -> None:
+    common = {"dataset": "shapes", "overlap": True}
+    runs = {"FT": {"method": "FT"}}
+    trained(write(tmp_path, seeds=[1], tasks=["15-5", "15-1"], common=common, runs=runs), "FT")
+    file = write(tmp_path, seeds=[1], tasks=["15-1", "15-5"], common=common, runs=runs)
+    assert experiment.main([str(file), "--table"]) == 0
 
 
 def test_every_step_has_its_own_rate_and_flags_are_named_as_typed(

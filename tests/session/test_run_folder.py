@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 
@@ -68,3 +69,12 @@ def test_the_network_of_sdr_is_not_taken_for_torchvisions(tmp_path: Path) -> Non
     save_untrained(path, resnet)
     with pytest.raises(UserError, match="it has the network of --fidelity paper, not released"):
         RunFolder(parse_options([*shlex.split(resnet), "--fidelity", "released"]), WORLD).load(path, 0)
+
+
+def test_forgetting_is_counted_from_the_run_that_trained_the_previous_step(tmp_path: Path) -> None:
+    """Not from a step 0 that this run's folder has of earlier."""
+    folder = folder_of(STEP_1, tmp_path, tmp_path / "other" / "other_0.pth")
+    for path, iou in ((folder.path, 0.1), (tmp_path / "other", 0.7)):
+        path.mkdir()
+        (path / "results_0.json").write_text(json.dumps({"class_iou": {"ball": iou, "moon": None}}))
+    assert folder.learnt_iou(1) == {"ball": 0.7}

@@ -1,6 +1,7 @@
 """Real Gloo processes, started as torchrun starts them (rank, size and address in the environment)."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from metrics.stream_metrics import StreamSegMetrics
+from run import main
 from utils import distributed
 from utils.errors import UserError
 
@@ -58,6 +60,7 @@ def run_processes(size, code, timeout=90, folder=None, **environment):
 
 COLLECTIVES = """
 import os
+import re
 import torch
 from utils import distributed as d
 world = d.start("CPU", timeout_s=60)
@@ -81,6 +84,7 @@ d.barrier()
 """
 
 CONFUSION = """
+from run import main
 from metrics.stream_metrics import StreamSegMetrics
 data = torch.load("data.pt", weights_only=True)
 bounds = [0, 6, 7, 7][:size] + [7]  # uneven, and the third process has no image at all
@@ -243,3 +247,86 @@ def test_unwrap():
     assert distributed.unwrap(plain) is plain
     assert distributed.unwrap(nn.DataParallel(plain)) is plain
     assert distributed.unwrap(nn.DataParallel(torch.compile(plain))) is plain
+
+
+WRONG_PLACES = [
+    ({"GLOO_SOCKET_IFNAME": "nosuch0"}, "GLOO_SOCKET_IFNAME='nosuch0' names no network .* unset it"),
+    ({"GLOO_SOCKET_IFNAME": "lo,nosuch0"}, "GLOO_SOCKET_IFNAME='lo,nosuch0' names no network"),
+    ({"MASTER_PORT": "abc"}, "MASTER_PORT='abc' is no port; give a free one of 1 to 65535"),
+    ({"MASTER_PORT": "65536"}, "MASTER_PORT='65536' is no port"),
+    ({"MASTER_PORT": "0"}, "MASTER_PORT='0' is no port"),
+    ({"MASTER_ADDR": "no such host"}, "MASTER_ADDR='no such host' is not the address of a machine"),
+    ({"MASTER_ADDR": "a" * 64}, "MASTER_ADDR='a+' is not the address of a machine"),
+    ({"RANK": "2"}, "RANK is 2 but WORLD_SIZE 2"),
+    ({"WORLD_SIZE": "²"}, "WORLD_SIZE='²' is no number"),
+]
+
+
+@pytest.mark.parametrize(("environment", "told"), WRONG_PLACES)
+def test_a_wrong_place_to_meet_is_told_at_once(monkeypatch, capsys, environment, told):
+    """By the first process of each machine, in one line and with exit code 2; the others say nothing."""
+    monkeypatch.setattr(distributed, "_NAME_LOOKUPS", 1)
+    for rank, lines in ((0, 1), (1, 0)):
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+        for name, value in ({"RANK": str(rank), "LOCAL_RANK": str(rank)} | place | environment).items():
+            monkeypatch.setenv(name, value)
+        assert main(["--where_to_sim", "CPU", "--timeout", "3"]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == lines
+        assert lines == 0 or re.match(f"run.py: error: .*{told}", said)
+
+
+def test_the_first_process_of_another_machine_tells_of_its_own_environment(monkeypatch, capsys):
+    environment = {"RANK": "4", "LOCAL_RANK": "0", "WORLD_SIZE": "8", "GLOO_SOCKET_IFNAME": "nosuch0"}
+    for name, value in ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"} | environment).items():
+        monkeypatch.setenv(name, value)
+    assert main(["--where_to_sim", "CPU"]) == 2
+    assert "GLOO_SOCKET_IFNAME" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("value", "taken"),
+    [
+        *[("eth", True), ("=eth0", True), ("eth0:5000", True), ("ib,eth1", True), ("^lo", True)],
+        *[("ib", False), ("=eth", False), ("^lo,eth", False), ("^=lo,eth0,eth1", False)],
+    ],
+)
+def test_interfaces_by_the_rule_of_nccl(monkeypatch, value, taken):
+    monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0"), (3, "eth1")])
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", value)
+    distributed._check_interfaces("gloo")  # which does not read it
+    if taken:
+        distributed._check_interfaces("nccl")
+        return
+    with pytest.raises(UserError, match=r"NCCL_SOCKET_IFNAME.* has lo, eth0, eth1"):
+        distributed._check_interfaces("nccl")
+
+
+def test_a_network_without_an_address_is_bad_input(monkeypatch):
+    """As Gloo tells it; the network is there, so that no look at the names finds it out."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    text = (
+        "[enforce fail at gloo/transport/tcp/device.cc:84] ifa != nullptr. Unable to find address for: eth7"
+    )
+    with pytest.raises(UserError, match="GLOO_SOCKET_IFNAME='eth7'"), distributed._told_interfaces():
+        raise RuntimeError(text)
+    with pytest.raises(RuntimeError, match="shapes"), distributed._told_interfaces():
+        raise RuntimeError("shapes differ")
+
+
+def test_torchrun_with_a_wrong_interface_names_it(tmp_path):
+    run = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"),
+            *(f"--master_port={free_port()}", "run.py", "--where_to_sim", "CPU", "--logdir", str(tmp_path)),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "nosuch0"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    told = [line for line in run.stderr.splitlines() if line.startswith("run.py: ")]
+    assert len(told) == 1 and told[0].startswith("run.py: error: environment variable GLOO_SOCKET_IFNAME=")
+    assert re.search(r"exitcode\s*: 2\b", run.stderr)  # torchrun's own is 1 whatever its processes' are

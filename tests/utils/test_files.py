@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from utils import files
 from utils.errors import DataError, UserError
-from utils.files import atomic_write_text, is_utf8, name_fault, printable, read_text
+from utils.files import FolderLock, atomic_write_text, is_utf8, name_fault, printable, read_text
+
+ROOT = Path(__file__).resolve().parents[2]
+NO_LOCKS = ("ENOSYS", "ENOLCK", "EOPNOTSUPP", "EINVAL")
 
 
 def test_a_failure_keeps_the_old_file(tmp_path, monkeypatch):
@@ -84,3 +92,67 @@ def test_what_is_no_text_is_refused_by_name(tmp_path, content, words):
         path.write_bytes(content)
     with pytest.raises(DataError, match=rf"^--list \S*list\.txt: {words}"):
         read_text(path, "--list ")
+
+
+def test_a_folder_that_cannot_be_flushed_holds_files_all_the_same(tmp_path, monkeypatch):
+    real = os.fsync
+
+    def only_files(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", only_files)
+    atomic_write_text(tmp_path / "file", "new")
+    assert (tmp_path / "file").read_text() == "new"
+
+
+@pytest.mark.skipif(files.fcntl is None, reason="file locks need POSIX")
+@pytest.mark.parametrize("name", NO_LOCKS)
+def test_a_file_system_without_locks_is_no_other_run(tmp_path, monkeypatch, name):
+    number = getattr(errno, name)
+
+    def none(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.fcntl, "lockf", none)
+    lock = FolderLock(tmp_path / "run")
+    assert lock.warning is not None and f"has no locks ({os.strerror(number)})" in lock.warning
+    assert str(os.getpid()) in (tmp_path / "run" / ".lock").read_text()
+    lock.release()
+
+
+@pytest.mark.skipif(files.fcntl is None, reason="file locks need POSIX")
+@pytest.mark.parametrize("name", ["EACCES", "EAGAIN"])
+def test_a_lock_that_is_held_is_another_run(tmp_path, monkeypatch, name):
+    def held(*_):
+        raise OSError(getattr(errno, name), "held")
+
+    monkeypatch.setattr(files.fcntl, "lockf", held)
+    with pytest.raises(UserError, match="another run is at work there"):
+        FolderLock(tmp_path / "run")
+
+
+def test_the_command_warns_and_goes_on_without_locks(tmp_path):
+    """In a real process; the missing data that ends it comes after the lock."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import errno, fcntl\n"
+        "def none(*_):\n"
+        "    raise OSError(errno.ENOLCK, 'No locks available')\n"
+        "fcntl.lockf = fcntl.flock = none\n"
+    )
+    words = ("--dataset", "shapes", "--data_root", "none", "--task", "15-5", "--logdir", tmp_path / "logs")
+    run = subprocess.run(
+        [sys.executable, "run.py", *map(str, words)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 2
+    assert run.stderr.startswith("run.py: error: --data_root none: no such folder")
+    log = (tmp_path / "logs" / "15-5-shapes_Experiment" / "train.log").read_text()
+    assert [line.split()[2] for line in log.splitlines() if "has no locks (No locks available)" in line] == [
+        "WARNING"
+    ]

@@ -150,7 +150,8 @@ def test_segformer_and_a_missing_data_set(shapes_root: Path, tmp_path: Path, cap
     ("argv", "words"),
     [
         ("", "--ckpt FILE is needed"),
-        ("--ckpt a.pth --images 0", "--images 0 must be at least 1"),
+        ("--ckpt a.pth --images 0", "--images: 0 is not .* at least 1"),
+        ("--ckpt a.pth --per_class inf", "--per_class: inf is not a whole number"),
         ("--ckpt a.pth --out a.jpg", r"--out a\.jpg: .* \.png"),
         ("--ckpt a.pth --imags 3", "unknown option --imags"),
     ],

@@ -1,0 +1,72 @@
+"""What methods compute over a step's whole training set, kept for the next start of the step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from session.folder import RunFolder
+from utils import distributed
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.distributed import World
+
+log = logging.getLogger(__name__)
+
+
+class Recall:
+    """``Context.recall``: takes what an earlier start of the step computed from the same, or computes it.
+
+    Args:
+        folder: of the run; it gets a file ``<name>_<step>.pth``.
+        world: this process among the others.
+        step: the step.
+        origin: all that can have gone into it, in JSON types; asked only on the first process. Whatever a
+            method reads must show here, so it holds digests of things themselves and not some options' names.
+    """
+
+    def __init__(
+        self, folder: RunFolder, world: World, step: int, origin: Callable[[], dict[str, Any]]
+    ) -> None:
+        self.folder = folder
+        self.world = world
+        self.step = step
+        self.origin = origin
+
+    def __call__(
+        self, name: str, inputs: dict[str, Any], compute: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """The tensors of ``compute``, on this process's device. Every process must call it."""
+        path = self.folder.path / f"{name}_{self.step}.pth"
+        computed_from, values = "", None
+        with distributed.shared_errors():
+            if self.world.is_main:
+                computed_from = json.dumps({"inputs": inputs, **self.origin()}, sort_keys=True, default=str)
+                stored = load_checkpoint(path) if path.is_file() else {}
+                if stored.get("computed_from") == computed_from:
+                    values = dict(stored["values"])
+        # All take what the first process finds: another may not see its file yet.
+        values = distributed.broadcast_object(values)
+        if values is not None:
+            log.info("%s: taken from %s", name, path)
+            return {k: v.to(self.world.device) for k, v in values.items()}
+        values = compute()
+        with distributed.shared_errors():
+            if self.world.is_main:
+                plain = {k: v.cpu() for k, v in values.items()}
+                save_checkpoint(path, {"computed_from": computed_from, "values": plain})
+        return values
+
+
+def weights_digest(network: nn.Module) -> str:
+    """sha256 of all weights and buffers of a network, with their names, types and shapes."""
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
