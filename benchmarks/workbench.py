@@ -108,7 +108,9 @@ def prepare(args: argparse.Namespace) -> torch.device:
     cuda = device.type == "cuda"
     args.batch = args.batch or (8 if cuda else 4)
     args.crop = args.crop or (512 if cuda else 128)
-    args.opt_level = args.opt_level or ("O1" if cuda else "O0")
+    typed, args.opt_level = args.opt_level, Precision(args.opt_level or ("O1" if cuda else "O0"), device).used
+    if typed not in (None, args.opt_level):
+        print(f"--opt_level {typed}: no fast bfloat16 here, where it means {args.opt_level}")
     torch.set_num_threads(args.threads)
     if not cuda:
         keep_freed_memory()
@@ -132,8 +134,8 @@ def options(
 def bench(opts: Options, device: torch.device, *, step: int = 1) -> Bench:
     """Networks with random weights, methods and optimiser of a step."""
     torch.manual_seed(0)
-    precision = Precision(opts.opt_level, device)
-    student = _placed(make_model(opts, opts.task_.classes_per_step(step)), precision)
+    precision = Precision.of(opts, device)
+    student = precision.place(make_model(opts, opts.task_.classes_per_step(step)))
     context = Context(
         task=opts.task_,
         step=step,
@@ -147,7 +149,7 @@ def bench(opts: Options, device: torch.device, *, step: int = 1) -> Bench:
     context.batches = lambda: [(to_device(sample[0], device), sample[1].to(device).long())]
     state: dict[str, Any] = {}
     if step:
-        teacher = _placed(make_model(opts, opts.task_.classes_per_step(step - 1)), precision)
+        teacher = precision.place(make_model(opts, opts.task_.classes_per_step(step - 1)))
         state = _state_before(opts, replace(context, step=step - 1, model=teacher))
         context.model_old = freeze(teacher).eval()
     methods = _begun(opts, context, state)
@@ -162,10 +164,6 @@ def bench(opts: Options, device: torch.device, *, step: int = 1) -> Bench:
     )
     trainer.model.train()
     return Bench(opts, trainer, sample)
-
-
-def _placed(model: IncrementalSegmentationModule, precision: Precision) -> IncrementalSegmentationModule:
-    return precision.cast(model.to(precision.device).to(memory_format=torch.channels_last))
 
 
 def _state_before(opts: Options, context: Context) -> dict[str, Any]:

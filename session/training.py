@@ -77,7 +77,7 @@ class StepTraining:
         self.step = step
         self.facts = facts
         self.vote = distributed.Vote(opts.timeout)
-        self.precision = Precision(opts.opt_level, world.device)
+        self.precision = Precision.of(opts, world.device, world.bfloat16)
         torch.manual_seed(opts.random_seed + step)
         with distributed.shared_errors():
             self.data = self._step_data(resumed)
@@ -199,7 +199,7 @@ class StepTraining:
                     "--fresh starts the step over"
                 ) from error
             self.scheduler.load_state_dict(resumed["scheduler_state"])
-            # Empty where the checkpoint was trained without a scaler: on the CPU, or at another --opt_level.
+            # Empty where the checkpoint was trained without a scaler, on the CPU or in bfloat16.
             if resumed["scaler_state"]:
                 self.precision.scaler.load_state_dict(resumed["scaler_state"])
         if 0 < progress.batch < batches:
@@ -376,6 +376,7 @@ class StepTraining:
             decoder=opts.decoder,
             norm_act=opts.norm_act,
             options=self.folder.options,
+            precision=self.precision.description,
         )
 
 

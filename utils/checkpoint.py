@@ -113,6 +113,7 @@ def make_manifest(
     decoder: str,
     norm_act: str,
     options: Mapping[str, Any],
+    precision: str = "float32",
 ) -> dict[str, Any]:
     """What a checkpoint belongs to, in JSON types: task, networks, options, git commit, library versions.
 
@@ -122,6 +123,7 @@ def make_manifest(
         step: number of the step whose network it is.
         model, backbone, decoder, norm_act: options that shape the network.
         options: all options of the run.
+        precision: in which it was trained, at the end; ``--opt_level`` means another one on another device.
     """
     return {
         "task": task,
@@ -133,6 +135,7 @@ def make_manifest(
         "decoder": decoder,
         "norm_act": norm_act,
         "options": {str(key): _plain(value) for key, value in options.items()},
+        "precision": precision,
         "git_commit": _git_commit(),
         "versions": {
             "python": platform.python_version(),
