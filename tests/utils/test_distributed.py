@@ -153,11 +153,14 @@ def test_missing_rank_is_a_user_error():
     assert "rank 0 of 2 finds no group at 127.0.0.1" in output
 
 
-def test_torchrun_starts_it(tmp_path):
+@pytest.mark.parametrize(("environment", "threads"), [({"OMP_NUM_THREADS": "1"}, 1), ({}, 3)])
+def test_torchrun_starts_it(tmp_path, environment, threads):
+    """Without a number from the user torchrun says 1, on any number of cores."""
     script = tmp_path / "script.py"
     script.write_text(
         "import os, torch\n"
         "from utils import distributed as d\n"
+        "d.available_cores = lambda: 6\n"
         "world = d.start('CPU')\n"
         "total = d.all_reduce_sum(torch.ones(()))\n"
         "line = f'total {int(total)} {torch.get_num_threads()}\\n'\n"
@@ -172,11 +175,11 @@ def test_torchrun_starts_it(tmp_path):
         "--nproc_per_node=2",
         str(script),
     ]
-    environment = {name: value for name, value in os.environ.items() if name not in LAUNCH}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    base = {name: value for name, value in os.environ.items() if name not in (*LAUNCH, "OMP_NUM_THREADS")}
+    environment = {**base, "PYTHONPATH": str(ROOT), **environment}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("total 2 1") == 2
+    assert done.stdout.count(f"total 2 {threads}\n") == 2
 
 
 @pytest.mark.parametrize("where", [None, "CPU", "CPU_windows"])
@@ -239,10 +242,32 @@ def test_processes_share_the_cores_unless_told_otherwise(monkeypatch, environmen
         monkeypatch.setenv(name, value)
     calls = []
     monkeypatch.setattr(torch, "set_num_threads", calls.append)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(9)), raising=False)
+    monkeypatch.setattr(distributed, "available_cores", lambda: 9)
     with pytest.raises(UserError, match="MASTER_ADDR"):  # no group is wanted here
         distributed.start("CPU")
     assert calls == expected
+
+
+@pytest.mark.parametrize(("cores", "expected"), [(2, [2]), (16, [])])
+def test_one_process_takes_what_its_container_has(monkeypatch, cores, expected):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    calls = []
+    monkeypatch.setattr(torch, "set_num_threads", calls.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(distributed, "available_cores", lambda: cores)
+    distributed.start("CPU")
+    assert calls == expected
+
+
+def test_all_processes_agree_on_bfloat16():
+    code = """
+    from utils import distributed as d
+    d.fast_bfloat16 = lambda device: os.environ["RANK"] != "1"
+    print("bfloat16", d.start("CPU").bfloat16)
+    """
+    for returncode, output in run_processes(2, f"import os\n{textwrap.dedent(code)}"):
+        assert returncode == 0, output
+        assert output.endswith("bfloat16 False\n")
 
 
 def test_unwrap():
