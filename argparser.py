@@ -368,7 +368,7 @@ def _add_training(group: argparse._ActionsContainer) -> None:
         choices=("O0", "O1", "O2", "O3"),
         default="O0",
         help="O0: fp32 (on CUDA TF32 in convolutions); O1: autocast of the network; O2: of the losses too; "
-        "O3: weights in half precision",
+        "O3: weights in half precision; on processors without bfloat16 all are O0",
     )
     group.add_argument(
         "--accumulate",

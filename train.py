@@ -11,10 +11,11 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import itertools
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,12 @@ from methods.base import Batch, Context, Method
 from metrics.stream_metrics import StreamSegMetrics
 from utils.distributed import unwrap
 from utils.errors import Fault, UserError
+from utils.processor import fast_bfloat16
+
+if TYPE_CHECKING:
+    from argparser import Options
+
+log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module)
 Predict = Callable[[nn.Module, Tensor], Tensor]
@@ -38,32 +45,78 @@ class Precision:
     """What ``--opt_level`` means on a device.
 
     O0: float32. O1: the networks run under autocast, losses in float32. O2: losses under autocast too.
-    O3: the student's and teacher's weights themselves are in half precision. Half precision is float16
-    with loss scaling on CUDA for O1 and O2, bfloat16 on the CPU and for O3 (no loss scaling there).
+    O3: the student's and teacher's weights themselves are in half precision. Half precision is bfloat16 where
+    the device has arithmetic for it. Elsewhere it is float16 with loss scaling on CUDA (bfloat16 for O3,
+    which has no scaling), and on the CPU, where emulating it takes many times as long, every level is O0.
+
+    Args:
+        level: as typed.
+        device: where the networks run.
+        bfloat16: whether the device computes bfloat16 fast, and those of all other processes; None: ask this
+            process's device.
+
+    Attributes:
+        used: the level that applies, ``level`` or O0.
     """
 
-    def __init__(self, level: str, device: torch.device) -> None:
+    def __init__(self, level: str, device: torch.device, bfloat16: bool | None = None) -> None:
         self.level = level
         self.device = device
-        scaled = device.type == "cuda" and level in ("O1", "O2")
+        if bfloat16 is None:
+            bfloat16 = level != "O0" and fast_bfloat16(device)
+        on_cuda = device.type == "cuda"
+        self.used = level if bfloat16 or on_cuda else "O0"
+        scaled = on_cuda and level in ("O1", "O2") and not bfloat16
         self.dtype = torch.float16 if scaled else torch.bfloat16
         self.scaler = GradScaler(device.type, enabled=scaled)
 
+    @classmethod
+    def of(cls, opts: Options, device: torch.device, bfloat16: bool | None = None) -> Precision:
+        """That of a run's options. In-place norms have kernels for float16 on CUDA, but not for bfloat16."""
+        in_place = opts.norm_act.startswith("iabn") and device.type == "cuda"
+        return cls(opts.opt_level, device, False if in_place else bfloat16)
+
+    @property
+    def description(self) -> str:
+        """What is computed in, for logs and manifests."""
+        if self.used == "O0":
+            return "float32"
+        name = str(self.dtype).removeprefix("torch.")
+        return {"O1": f"{name} autocast", "O2": f"{name} autocast, losses too", "O3": f"{name} weights"}[
+            self.used
+        ]
+
+    def tell(self, typed: bool) -> None:
+        """One line in the log: what is computed in; a warning where that is not what the user typed."""
+        if self.used == self.level:
+            log.info("precision: %s", self.description)
+            return
+        log.log(
+            logging.WARNING if typed else logging.INFO,
+            "--opt_level %s is computed in float32: this processor (or another process's) has no bfloat16 "
+            "arithmetic, and without it a step takes 2 to 12 times as long as in float32",
+            self.level,
+        )
+
+    def place(self, model: M) -> M:
+        """Move a network to the device, channels last (what convolutions are fastest on), and ``cast`` it."""
+        return self.cast(model.to(self.device).to(memory_format=torch.channels_last))
+
     def cast(self, model: M) -> M:
         """Lower the weights for O3, before the optimiser is made."""
-        return model.to(self.dtype) if self.level == "O3" else model
+        return model.to(self.dtype) if self.used == "O3" else model
 
     def network(self) -> contextlib.AbstractContextManager[Any]:
         """Context of a network's forward pass."""
-        return self._autocast(self.level in ("O1", "O2", "O3"))
+        return self._autocast(self.used in ("O1", "O2", "O3"))
 
     def losses(self) -> contextlib.AbstractContextManager[Any]:
         """Context of the losses."""
-        return self._autocast(self.level in ("O2", "O3"))
+        return self._autocast(self.used in ("O2", "O3"))
 
     def loss_input(self, value: Any) -> Any:
         """What the losses see of a network's output: float32 unless they run in half precision too."""
-        return value if self.level in ("O2", "O3") else map_tensors(_single, value)
+        return value if self.used in ("O2", "O3") else map_tensors(_single, value)
 
     def _autocast(self, on: bool) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=on)

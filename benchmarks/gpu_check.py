@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import device_name, write_report
+from utils.option_types import Number, path_option
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -165,12 +166,12 @@ def run_part(part: Part, report: Report, left: float) -> bool:
 def main(argv: list[str] | None = None) -> int:
     """Run the parts that the time allows; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the reports")
-    parser.add_argument("--logs", type=Path, required=True, help="folder of the real runs")
-    parser.add_argument("--shapes", type=Path, help="generated data set")
-    parser.add_argument("--photos", type=Path, help="data root of VOC photos")
-    parser.add_argument("--weights", type=Path, help="MobileNetV2's pretrained weights")
-    parser.add_argument("--minutes", type=float, default=9.0, help="in all")
+    parser.add_argument("--out", type=path_option, required=True, help="folder of the reports")
+    parser.add_argument("--logs", type=path_option, required=True, help="folder of the real runs")
+    parser.add_argument("--shapes", type=path_option, help="generated data set")
+    parser.add_argument("--photos", type=path_option, help="data root of VOC photos")
+    parser.add_argument("--weights", type=path_option, help="MobileNetV2's pretrained weights")
+    parser.add_argument("--minutes", type=Number(float, 0, 1440, above=True), default=9.0, help="in all")
     parser.add_argument("--pytest", default="", help="more words for pytest, e.g. '-n 8'")
     parser.add_argument("--small", action="store_true", help="the rehearsal: small sizes, any device")
     parser.add_argument("--only", default="", help="parts whose name contains this text")

@@ -25,6 +25,7 @@ import torch
 
 from benchmarks.measure import write_report
 from utils.checkpoint import load_checkpoint
+from utils.option_types import count, path_option, positive_int
 
 ROOT = Path(__file__).resolve().parent.parent
 TASK = "15-5"
@@ -174,15 +175,15 @@ def measure(case: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     """Run the cases, print and write what came out; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--data_root", type=Path, required=True)
+    parser.add_argument("--data_root", type=path_option, required=True)
     parser.add_argument("--dataset", default="voc", choices=("voc", "shapes"))
-    parser.add_argument("--weights", type=Path, help="MobileNetV2's; random without")
-    parser.add_argument("--logs", type=Path, default=Path("build/real_runs"), help="emptied by nobody")
-    parser.add_argument("--num_workers", type=int, default=1)
-    parser.add_argument("--side_by_side", type=int, default=7, help="cases at a time")
+    parser.add_argument("--weights", type=path_option, help="MobileNetV2's; random without")
+    parser.add_argument("--logs", type=path_option, default=Path("build/real_runs"), help="emptied by nobody")
+    parser.add_argument("--num_workers", type=count, default=1)
+    parser.add_argument("--side_by_side", type=positive_int, default=7, help="cases at a time")
     parser.add_argument("--only", default="", help="cases whose name contains this text")
     parser.add_argument("--small", action="store_true", help="one short epoch per step")
-    parser.add_argument("--out", type=Path, help="write the outcome as JSON")
+    parser.add_argument("--out", type=path_option, help="write the outcome as JSON")
     options = parser.parse_args(argv)
     options.logs.mkdir(parents=True, exist_ok=True)
     cases = {k: v for k, v in Runs(options, options.logs).cases().items() if options.only in k}

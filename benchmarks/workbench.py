@@ -109,7 +109,9 @@ def prepare(args: argparse.Namespace) -> torch.device:
     cuda = device.type == "cuda"
     args.batch = args.batch or (8 if cuda else 4)
     args.crop = args.crop or (512 if cuda else 128)
-    args.opt_level = args.opt_level or ("O1" if cuda else "O0")
+    typed, args.opt_level = args.opt_level, Precision(args.opt_level or ("O1" if cuda else "O0"), device).used
+    if typed not in (None, args.opt_level):
+        print(f"--opt_level {typed}: no fast bfloat16 here, where it means {args.opt_level}")
     torch.set_num_threads(args.threads)
     if not cuda:
         keep_freed_memory()
@@ -133,7 +135,7 @@ def options(
 def bench(opts: Options, device: torch.device, *, step: int = 1, channels_last: bool = True) -> Bench:
     """Networks with random weights, methods and optimiser of a step; in plain memory if not channels-last."""
     torch.manual_seed(0)
-    precision = Precision(opts.opt_level, device)
+    precision = Precision.of(opts, device)
     student = _placed(make_model(opts, opts.task_.classes_per_step(step)), precision, channels_last)
     context = Context(
         task=opts.task_,
@@ -169,7 +171,7 @@ def _placed(
     model: IncrementalSegmentationModule, precision: Precision, channels_last: bool
 ) -> IncrementalSegmentationModule:
     if channels_last:
-        return precision.cast(model.to(precision.device).to(memory_format=torch.channels_last))
+        return precision.place(model)
     model.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
     return precision.cast(model.to(precision.device))
 

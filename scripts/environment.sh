@@ -1,10 +1,17 @@
 # Sourced by the other scripts: a virtual environment with the packages of a requirements file.
 #   . scripts/environment.sh requirements.txt
 # VENV names another folder than .venv. What is installed already for the same file is left alone.
-VENV=${VENV:-.venv}
-case $VENV in "~/"*) VENV="$HOME/${VENV#\~/}" ;; esac  # in quotes, no shell has put the home folder in
+# REQUIREMENTS=oldest takes the lowest releases that requirements.txt allows (Python 3.10 or 3.11), in .venv-oldest.
 requirements=$1
-stamp="$VENV/.installed-$(cat requirements*.txt | cksum | cut -d' ' -f1)-$(basename "$requirements" .txt)"
+if [ "${REQUIREMENTS:-newest}" = oldest ]; then
+    VENV=${VENV:-.venv-oldest}
+    bounds=$(sed -n 's/>=/==/p' requirements.txt)
+else
+    VENV=${VENV:-.venv}
+    bounds=
+fi
+case $VENV in "~/"*) VENV="$HOME/${VENV#\~/}" ;; esac # in quotes, no shell has put the home folder in
+stamp="$VENV/.installed-$({ cat requirements*.txt; echo "$bounds"; } | cksum | cut -d' ' -f1)-$(basename "$requirements" .txt)"
 if [ ! -e "$stamp" ]; then
     python=${PYTHON:-python3}
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
@@ -12,7 +19,8 @@ if [ ! -e "$stamp" ]; then
     [ -x "$VENV/bin/python" ] || "$python" -m venv "$VENV" ||
         { echo "cannot make a virtual environment; on Debian: apt-get install python3-venv" >&2; exit 2; }
     echo "installing $requirements into $VENV (a few minutes the first time)"
-    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements"
+    echo "$bounds" >"$VENV/bounds.txt"
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements" -c "$VENV/bounds.txt"
     touch "$stamp"
 fi
 # shellcheck disable=SC2034  # used by the scripts that source this file

@@ -1,12 +1,18 @@
 #!/usr/bin/env bash
 # Sets up and runs everything that is checked: linter, formatter, types, tests. Arguments go to pytest.
+# REQUIREMENTS=oldest PYTHON=python3.10 runs the tests with the oldest packages instead of the newest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh requirements-dev.txt
-ruff check .
-ruff format --check .
-mypy
-python scripts/check_collected.py
+python -c 'import platform, numpy, torch, torchvision; from utils.processor import description
+print("python", platform.python_version(), *(f"{m.__name__} {m.__version__}" for m in (torch, torchvision, numpy)), sep=", ")
+print("processor:", description())'
+if [ "${REQUIREMENTS:-newest}" = newest ]; then  # linters and types follow the newest packages
+    ruff check .
+    ruff format --check .
+    mypy
+    python scripts/check_collected.py
+fi
 # The test of the report's page looks at it in a real browser; without one it is skipped, and says so.
 if ! command -v chromium chromium-browser google-chrome >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     { apt-get update && apt-get install -y --no-install-recommends chromium; } >/dev/null ||

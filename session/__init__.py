@@ -61,6 +61,8 @@ class Session:
             log.warning("%s", self._lock.warning)
         log.info("%s", opts.summary())
         log.info("%s", world.description)
+        if world.is_main:
+            Precision.of(opts, world.device, world.bfloat16).tell("opt_level" in opts.typed)
         for note in opts.notes:
             log.info(note)
 
@@ -73,8 +75,8 @@ class Session:
         path = self.opts.ckpt or self.folder.checkpoint(step)
         content = self.folder.load(path, step)
         model = load_model(self.opts, content, path, self.opts.task_.classes_per_step(step))
-        precision = Precision(self.opts.opt_level, self.world.device)
-        model = precision.cast(model.to(self.world.device))
+        precision = Precision.of(self.opts, self.world.device, self.world.bfloat16)
+        model = precision.place(model)
         data = evaluation_data(self.opts, step)
         log.info("testing %s on %d images", path, len(data.test))
         metrics = self.evaluation.run(model, data.test, len(data.class_names), precision)

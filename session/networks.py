@@ -122,7 +122,7 @@ class StepNetworks:
 
     def place(self, model: IncrementalSegmentationModule) -> IncrementalSegmentationModule:
         """A network on this process's device, in the precision and memory layout that it computes in."""
-        return self.precision.cast(model.to(self.world.device).to(memory_format=torch.channels_last))
+        return self.precision.place(model)
 
     # ── methods ──────────────────────────────────────────────────────────────────────────────────
 

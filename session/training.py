@@ -83,7 +83,7 @@ class StepTraining:
         self.step = step
         self.facts = facts
         self.vote = distributed.Vote(opts.timeout)
-        self.precision = Precision(opts.opt_level, world.device)
+        self.precision = Precision.of(opts, world.device, world.bfloat16)
         torch.manual_seed(opts.random_seed + step)
         with distributed.shared_errors():
             self.data = self._step_data(begun)
@@ -234,7 +234,7 @@ class StepTraining:
                 self._restore_optimizer(content)
             else:
                 self._lay_schedule(begun)
-            # Empty where the checkpoint was trained without a scaler: on the CPU, or at another --opt_level.
+            # Empty where the checkpoint was trained without a scaler, on the CPU or in bfloat16.
             if content.get("scaler_state"):
                 self.precision.scaler.load_state_dict(content["scaler_state"])
         if 0 < progress.batch < batches:
@@ -494,6 +494,7 @@ class StepTraining:
             head=opts.head,
             norm_act=opts.norm_act,
             options=self.folder.options,
+            precision=self.precision.description,
         )
 
 

@@ -73,7 +73,7 @@ def test_released_ssul_brings_its_head_augmentation_and_floor() -> None:
     typed = ("--head", "mib", "--augmentation", "resized_crop", "--min_lr", "0")
     assert chosen("--method", "SSUL", *released, *typed) == plain
     notes = parse_options(["--unknown", *released, *typed]).notes
-    assert "--head mib was typed and wins over aspp" in notes
+    assert "--head mib was typed and wins over aspp of the other options" in notes
 
 
 @pytest.mark.parametrize(

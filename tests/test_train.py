@@ -406,7 +406,10 @@ def test_the_teacher_runs_in_inference_mode_and_its_outputs_can_be_saved(level: 
     made, modes = context(), []
     made.model_old.register_forward_pre_hook(lambda *_: modes.append(torch.is_inference_mode_enabled()))  # type: ignore[union-attr]
     trainer = Trainer(
-        made, {"a": SavesTheTeacher()}, sgd(made.model), precision=Precision(level, made.device)
+        made,
+        {"a": SavesTheTeacher()},
+        sgd(made.model),
+        precision=Precision(level, made.device, bfloat16=True),
     )
     images, targets = batches(1)[0]
     trainer.train_step(images, targets)
@@ -587,7 +590,7 @@ class Types(Method):
 )
 def test_what_the_levels_lower(level: str, weights: torch.dtype, losses: torch.dtype) -> None:
     made, method = context(), Types()
-    precision = Precision(level, made.device)
+    precision = Precision(level, made.device, bfloat16=True)
     made.model, made.model_old = precision.cast(made.model), precision.cast(made.model_old)  # type: ignore[type-var]
     convolved = []
     made.model.stem[0].register_forward_hook(lambda *found: convolved.append(found[2].dtype))  # type: ignore[union-attr, index]
@@ -595,6 +598,63 @@ def test_what_the_levels_lower(level: str, weights: torch.dtype, losses: torch.d
     assert {p.dtype for p in made.model.parameters()} == {weights}
     assert method.seen == {losses}
     assert set(convolved) == {torch.float32 if level == "O0" else torch.bfloat16}
+
+
+@pytest.mark.parametrize("level", ["O1", "O2", "O3"])
+def test_every_level_is_single_precision_where_the_processor_would_emulate_bfloat16(level: str) -> None:
+    found = {}
+    for chosen, bfloat16 in (("O0", True), (level, False)):
+        made, method = context(), Types()
+        precision = Precision(chosen, made.device, bfloat16)
+        made.model, made.model_old = precision.place(made.model), precision.place(made.model_old)  # type: ignore[type-var]
+        Trainer(made, {"a": method}, sgd(made.model), precision=precision).train_epoch(batches(), 0)
+        assert method.seen == {torch.float32}
+        assert (precision.level, precision.description) == (chosen, "float32")
+        found[chosen] = made.model.state_dict()
+    assert all(torch.equal(value, found["O0"][name]) for name, value in found[level].items())
+
+
+@pytest.mark.parametrize(
+    ("device", "level", "bfloat16", "description", "scaled"),
+    [
+        ("cpu", "O0", True, "float32", False),
+        ("cpu", "O1", True, "bfloat16 autocast", False),
+        ("cpu", "O2", True, "bfloat16 autocast, losses too", False),
+        ("cpu", "O3", True, "bfloat16 weights", False),
+        ("cuda", "O0", True, "float32", False),
+        ("cuda", "O1", True, "bfloat16 autocast", False),
+        ("cuda", "O1", False, "float16 autocast", True),
+        ("cuda", "O2", False, "float16 autocast, losses too", True),
+        ("cuda", "O3", False, "bfloat16 weights", False),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available:UserWarning")
+def test_what_a_level_means_on_a_device(
+    device: str, level: str, bfloat16: bool, description: str, scaled: bool
+) -> None:
+    precision = Precision(level, torch.device(device), bfloat16)
+    assert precision.description == description
+    assert precision.scaler.is_enabled() is (scaled and torch.cuda.is_available())
+    # In-place norms have no kernels for bfloat16 on CUDA.
+    opts = parse_options(["--opt_level", level, "--norm_act", "abn"])
+    assert Precision.of(opts, torch.device(device), bfloat16).description == description
+    opts.norm_act = "iabn_sync"
+    own = Precision.of(opts, torch.device(device), bfloat16)
+    assert own.description == (
+        description.replace("bfloat16 a", "float16 a") if device == "cuda" else description
+    )
+
+
+@pytest.mark.parametrize("typed", [True, False])
+def test_a_level_that_is_not_used_is_told(typed: bool, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        Precision("O1", torch.device("cpu"), bfloat16=False).tell(typed)
+        Precision("O1", torch.device("cpu"), bfloat16=True).tell(typed)
+    (told, used) = caplog.records
+    assert told.levelname == ("WARNING" if typed else "INFO")
+    assert told.getMessage().startswith("--opt_level O1 is computed in float32: ")
+    assert "2 to 12 times as long" in told.getMessage()
+    assert (used.levelname, used.getMessage()) == ("INFO", "precision: bfloat16 autocast")
 
 
 @pytest.mark.parametrize("level", ["O1", "O2", "O3"])
@@ -610,7 +670,7 @@ def test_every_level_gives_finite_losses_near_those_of_single_precision(
     for chosen in ("O0", level):
         made = context(attention=True)
         made.fidelity = fidelity
-        precision = Precision(chosen, made.device)
+        precision = Precision(chosen, made.device, bfloat16=True)
         made.model, made.model_old = precision.cast(made.model), precision.cast(made.model_old)  # type: ignore[type-var]
         made.batches, made.autocast = batches, precision.network
         methods = build_methods(parse_options(words), 1)
@@ -639,7 +699,7 @@ class Gradients(Method):
 
 def test_a_step_whose_scaled_gradients_overflow_leaves_no_trace() -> None:
     made, method = context(), Gradients()
-    precision = Precision("O1", made.device)
+    precision = Precision("O1", made.device, bfloat16=True)
     precision.scaler = torch.amp.GradScaler("cpu", init_scale=1e38, backoff_factor=1e-36)
     trainer = Trainer(made, {"a": method}, sgd(made.model), precision=precision)
     before = copy.deepcopy(list(made.model.parameters()))

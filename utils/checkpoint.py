@@ -114,6 +114,7 @@ def make_manifest(
     norm_act: str,
     options: Mapping[str, Any],
     head: str = "mib",
+    precision: str = "float32",
 ) -> dict[str, Any]:
     """What a checkpoint belongs to, in JSON types: task, networks, options, git commit, library versions.
 
@@ -123,6 +124,7 @@ def make_manifest(
         step: number of the step whose network it is.
         model, backbone, decoder, norm_act, head: options that shape the network.
         options: all options of the run.
+        precision: in which it was trained, at the end; ``--opt_level`` means another one on another device.
     """
     return {
         "task": task,
@@ -136,6 +138,7 @@ def make_manifest(
         "sdr_network": is_sdr_network(options),
         "head": head,
         "options": {str(key): _plain(value) for key, value in options.items()},
+        "precision": precision,
         "git_commit": _git_commit(),
         "versions": {
             "python": platform.python_version(),

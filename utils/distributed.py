@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from utils.errors import Fault, UserError
 from utils.memory import is_out_of_memory, keep_freed_memory
+from utils.processor import available_cores, fast_bfloat16
 
 PLACES = ("GPU_server", "GPU_windows", "CPU", "CPU_windows")
 
@@ -48,6 +50,7 @@ class World:
         size: number of processes.
         device: where this process computes.
         backend: "nccl", "gloo", or None without a process group.
+        bfloat16: whether the devices of all processes compute bfloat16 fast; None: nobody asked.
     """
 
     rank: int
@@ -55,6 +58,7 @@ class World:
     size: int
     device: torch.device
     backend: str | None
+    bfloat16: bool | None = None
 
     @property
     def description(self) -> str:
@@ -117,7 +121,9 @@ def start(where: str | None = None, local_rank: int | None = None, timeout_s: fl
     if size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         _join(backend, rank, size, device, timeout_s)
-    return World(rank, local_rank, size, device, backend)
+    # Agreed on: gradients that one process scales, or holds in another type, cannot be summed.
+    bfloat16 = not any_rank(not fast_bfloat16(device))
+    return World(rank, local_rank, size, device, backend, bfloat16)
 
 
 def stop(others_lost: bool = False) -> None:
@@ -366,12 +372,26 @@ def _choose_device(where: str | None, local_rank: int, size: int) -> torch.devic
 
 
 def _share_cores(size: int) -> None:
-    """Divide the cores among the processes of this machine, unless OMP_NUM_THREADS says otherwise."""
-    processes = _from_environment("LOCAL_WORLD_SIZE", size)
-    if processes < 2 or "OMP_NUM_THREADS" in os.environ:
+    """Divide the cores among the processes of this machine, unless the user set OMP_NUM_THREADS."""
+    if "OMP_NUM_THREADS" in os.environ and not _launcher_chose_threads():
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(1, cores // processes))
+    processes = _from_environment("LOCAL_WORLD_SIZE", size)
+    share = max(1, available_cores() // processes)
+    # For one process PyTorch's own number stays, except in a container that has less than these cores.
+    if processes > 1 or share < torch.get_num_threads():
+        torch.set_num_threads(share)
+
+
+def _launcher_chose_threads() -> bool:
+    """Whether OMP_NUM_THREADS is torchrun's: it gives several processes one thread each where the user gives
+    no number, with which all other cores would idle. The environment it was started with tells."""
+    if os.environ["OMP_NUM_THREADS"] != "1" or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return False
+    try:
+        variables = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+    except OSError:  # no Linux
+        return False
+    return not any(variable.startswith(b"OMP_NUM_THREADS=") for variable in variables)
 
 
 def _join(backend: str, rank: int, size: int, device: torch.device, timeout_s: float) -> None:

@@ -56,9 +56,8 @@ class Predictor:
     def __init__(self, network: TrainedNetwork, device: torch.device) -> None:
         opts = network.opts
         self.device = device
-        self.precision = Precision(opts.opt_level, device)
-        model = network.model.to(device).to(memory_format=torch.channels_last)
-        self.model = self.precision.cast(model)
+        self.precision = Precision.of(opts, device)
+        self.model = self.precision.place(network.model)
         self.predict = predictor(opts.test_scales, opts.test_flip, opts.fusion_mode)
         self.class_ids = torch.tensor(network.class_ids, dtype=torch.uint8)
 
@@ -92,6 +91,8 @@ def predict(opts: Options, world: World) -> int:
         own = pictures[world.rank :: world.size]
         shown = progress(own, total=len(own), desc="pictures", world=world, interval=opts.print_interval)
         predictor = Predictor(network, world.device)
+        if world.is_main:
+            predictor.precision.tell("opt_level" in opts.typed)
         failed = sum(not _predict_one(picture, predictor, network, opts) for picture in shown)
     failed = sum(distributed.gather_objects(failed))
     seconds = time.perf_counter() - began

@@ -144,8 +144,10 @@ def _forward(
     network: TrainedNetwork, data: EvaluationData, world: World, chosen: Sequence[int], layer: str
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Place in the list, features D×h×w and labels H×W of each chosen image."""
-    precision = Precision(network.opts.opt_level, world.device)
-    model = precision.cast(network.model.to(world.device).to(memory_format=torch.channels_last))
+    precision = Precision.of(network.opts, world.device)
+    if world.is_main:
+        precision.tell("opt_level" in network.opts.typed)
+    model = precision.place(network.model)
     model.intermediates = frozenset({layer})
     for image in chosen:
         sample = data.test[image]

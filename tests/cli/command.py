@@ -59,7 +59,7 @@ def start(*arguments: str | Path, launcher: str = "python", processes: int = 1) 
 
 
 def launch(
-    *arguments: str | Path, launcher: str = "python", processes: int = 1, timeout: float = 400
+    *arguments: str | Path, launcher: str = "python", processes: int = 1, timeout: float | None = None
 ) -> Outcome:
     """Run ``run.py`` to its end."""
     process = start(*arguments, launcher=launcher, processes=processes)

@@ -18,7 +18,6 @@ def test_help_fits_the_screen_and_shows_defaults() -> None:
         env={**os.environ, "COLUMNS": "100"},
         capture_output=True,
         text=True,
-        timeout=100,
         check=True,
     )
     lines = done.stdout.splitlines()

@@ -129,7 +129,6 @@ def run(mirror: Mirror, data: str, *arguments: str | Path, **environment: str):
         env={**mirror.environment, **environment},
         capture_output=True,
         text=True,
-        timeout=60,
         check=False,
     )
 

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -166,7 +165,7 @@ def test_without_locks_the_index_is_kept_all_the_same(tmp_path, monkeypatch, cap
 def test_processes_that_start_together_read_once(tmp_path):
     make_masks(tmp_path / "masks", 6)
     processes = [start_scanner(tmp_path, 0.4) for _ in range(2)]
-    last_lines = [process.communicate(timeout=300)[0].splitlines()[-1] for process in processes]
+    last_lines = [process.communicate()[0].splitlines()[-1] for process in processes]
     read = sorted(int(line.split()[1]) for line in last_lines)
     assert read == [0, 6]
     assert len({line.split("presence")[1] for line in last_lines}) == 1
@@ -178,20 +177,20 @@ def test_kill_in_the_middle_leaves_no_half_file(tmp_path):
     assert process.stdout is not None
     assert process.stdout.readline() == "reading\n"
     process.send_signal(signal.SIGKILL)
-    process.wait(timeout=30)
+    process.wait()
     process.stdout.close()
     assert not list((tmp_path / "cache").glob("*.npz"))
 
     again = start_scanner(tmp_path, 0.0)  # the dead process's lock does not hold it up
-    last = again.communicate(timeout=300)[0].splitlines()[-1]
+    last = again.communicate()[0].splitlines()[-1]
     assert last.startswith("read 200 ")
 
 
 @pytest.mark.skipif(not VOC.is_dir(), reason="the VOC masks in shared/voc_masks are not there")
-def test_second_start_on_all_masks_takes_under_a_second(tmp_path):
+def test_second_start_on_all_masks_decodes_none(tmp_path, reads):
     lines = (VOC / "splits" / "train_aug.txt").read_text().splitlines()
     paths = [VOC / line.split()[1].lstrip("/") for line in lines]
     first = scan(paths, tmp_path)
-    start = time.process_time()
+    assert len(reads) == len(paths)
     assert scan(paths, tmp_path) == first
-    assert time.process_time() - start < 1
+    assert len(reads) == len(paths)

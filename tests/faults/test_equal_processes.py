@@ -68,7 +68,7 @@ def _process(rank: int, size: int, port: int, folder: str) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
-    distributed.start("CPU", timeout_s=60)
+    distributed.start("CPU")
     bounds = {2: [0, 3, 7], 3: [0, 1, 5, 7]}[size]
     torch.save(_prototypes(slice(bounds[rank], bounds[rank + 1]), reduce=True), f"{folder}/{rank}.pth")
     # An evaluation begins so: running statistics differ after training, the first process's count.

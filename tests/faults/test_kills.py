@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +69,8 @@ def test_one_of_two_processes_killed(tiny_data: Path, tmp_path: Path) -> None:
     with running(broken, tmp_path / "out", 2) as run:
         run.wait_for("step 1 epoch 1/1: 1/")
         run.kill([1])
-        began = time.monotonic()
         codes = run.wait(BOUND)
         assert codes == [1, -9]
-        assert time.monotonic() - began < BOUND
         assert "run.py: fault: rank 0: another process ended" in run.output()
         assert "Traceback" not in run.output()
     assert_whole(run_dir)

@@ -80,7 +80,6 @@ def test_slurm_script_saves_requeues_and_goes_on(tiny_data: Path, tmp_path: Path
             env={**environment, "SLURM_RESTART_COUNT": str(start)},
             capture_output=True,
             text=True,
-            timeout=300,
         )
         codes.append(job.returncode)
         if not requeued.exists():
@@ -108,11 +107,10 @@ def test_torchrun_starts_killed_processes_again(tiny_data: Path, tmp_path: Path)
             stderr=subprocess.STDOUT,
         )
     try:
-        deadline = time.monotonic() + 120
-        while not (run_dir / "15-5-shapes_job_0.json").exists() and time.monotonic() < deadline:
+        while not (run_dir / "15-5-shapes_job_0.json").exists() and process.poll() is None:
             time.sleep(0.01)
         os.kill(children(process.pid)[0], signal.SIGKILL)
-        assert process.wait(240) == 0, output.read_text()[-3000:]
+        assert process.wait() == 0, output.read_text()[-3000:]
     finally:
         process.kill()
     assert "step 0 goes on at epoch" in output.read_text()

@@ -53,7 +53,7 @@ def test_released_numbers(path):
 
 
 @given(classes=st.integers(2, 40), void=st.sampled_from([0.0, 0.3, 1.0]), seed=st.integers(0, 2**31))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_equals_sklearn(classes, void, seed):
     preds, targets = random_batch(classes, void, seed=seed)
     metrics = StreamSegMetrics(classes)

@@ -93,5 +93,5 @@ def test_what_it_does_not_go_with(monkeypatch):
     monkeypatch.setattr("modules.norm._in_place_layers", dict)
     with pytest.raises(UserError, match="--grad_checkpointing does not go with --norm_act iabn"):
         # The layers themselves need a package: the refusal comes before anything trains.
-        monkeypatch.setattr("modules.ResNetBody", lambda *_: None)
+        monkeypatch.setattr("modules.ResNetBody", lambda *_, **__: None)
         build_network("deeplab", backbone="resnet50", norm_act="iabn", checkpointing=True)

@@ -16,7 +16,6 @@ def test_demo_ends_with_a_table_and_a_picture(shapes_root: Path, tmp_path: Path)
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=500,
         check=False,
         env={
             **os.environ,

@@ -109,7 +109,6 @@ def calls(
         },
         capture_output=True,
         text=True,
-        timeout=60,
         check=False,
     )
     assert done.returncode == code and said in done.stderr, done.stderr

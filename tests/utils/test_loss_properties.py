@@ -135,7 +135,7 @@ def close(actual, expected):
 
 
 @pytest.mark.parametrize("name", ALL)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(seed=seeds, batch=batches)
 def test_order_of_images_does_not_matter(name, seed, batch):
     order = torch.randperm(batch, generator=torch.Generator().manual_seed(seed))
@@ -146,7 +146,7 @@ def test_order_of_images_does_not_matter(name, seed, batch):
 
 
 @pytest.mark.parametrize("name", MEANS)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(seed=seeds, batch=batches)
 def test_twice_the_images_is_the_same_mean(name, seed, batch):
     twice = torch.arange(batch).repeat(2)
@@ -157,7 +157,7 @@ def test_twice_the_images_is_the_same_mean(name, seed, batch):
 
 
 @pytest.mark.parametrize("name", sorted(ALL.keys() - VOID_COUNTS))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(seed=seeds, batch=batches)
 def test_void_has_no_gradient_and_no_influence(name, seed, batch):
     problem = Problem(seed, batch, void=0.4)
@@ -176,7 +176,7 @@ def test_void_has_no_gradient_and_no_influence(name, seed, batch):
 
 
 @pytest.mark.parametrize("name", sorted(RELABELLED))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(seed=seeds, batch=batches)
 def test_names_of_classes_do_not_matter(name, seed, batch):
     """Class c becomes order[c] in labels, channels and prototypes alike."""
@@ -194,7 +194,7 @@ def test_names_of_classes_do_not_matter(name, seed, batch):
 @pytest.mark.parametrize(
     "name", ["ce", "kd", "unkd", "cil", "matching", "matching sumafter", "sats-selfattn"]
 )
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(seed=seeds, batch=batches)
 def test_names_of_old_classes_do_not_matter(name, seed, batch):
     """Old classes other than the background change places."""
@@ -208,7 +208,7 @@ def test_names_of_old_classes_do_not_matter(name, seed, batch):
     close(differentiate(name, other)[0], value)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=seeds, batch=batches)
 def test_unbiased_is_plain_where_there_is_nothing_to_unbias(seed, batch):
     p = Problem(seed, batch, void=0.1)
@@ -225,7 +225,7 @@ def test_unbiased_is_plain_where_there_is_nothing_to_unbias(seed, batch):
     )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=seeds, parts=st.lists(st.integers(1, 3), min_size=1, max_size=3))
 def test_prototypes_do_not_depend_on_the_batches(seed, parts):
     problem = Problem(seed, sum(parts))

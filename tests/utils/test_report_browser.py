@@ -51,7 +51,7 @@ def browse(page: Path, profile: Path, *flags: str) -> tuple[dict, str]:
         *(f"--user-data-dir={profile}", "--host-resolver-rules=MAP * ~NOTFOUND", *flags, "--dump-dom"),
         page.as_uri(),
     ]
-    outcome = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    outcome = subprocess.run(command, capture_output=True, text=True, check=True)
     found = re.search(r'<pre id="found">([A-Za-z0-9+/=]+)</pre>', outcome.stdout)
     assert found is not None, outcome.stderr
     return json.loads(base64.b64decode(found[1])), outcome.stderr
