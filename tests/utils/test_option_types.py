@@ -23,7 +23,17 @@ from utils.report import command as report
 from utils.restore import _value
 
 ROOT = Path(__file__).resolve().parents[2]
-BENCHMARKS = ("data", "data_index", "losses", "profile", "scaling", "step", "tables")
+BENCHMARKS = (
+    "data",
+    "data_index",
+    "gpu_check",
+    "losses",
+    "profile",
+    "real_runs",
+    "scaling",
+    "step",
+    "tables",
+)
 
 
 class Parsed(Exception):
