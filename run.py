@@ -19,7 +19,7 @@ from __future__ import annotations
 import signal
 import sys
 
-if __name__ == "__main__":
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     # The imports take seconds, in which Ctrl-C shall not print where they stand.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -86,5 +86,6 @@ def run(opts: Options) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

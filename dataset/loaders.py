@@ -271,7 +271,8 @@ class Loader(DataLoader[Sample]):
 
     def close(self) -> None:
         """End the worker processes and wait for them. Another loop starts new ones."""
-        iterator, self._iterator = self._iterator, None
+        iterator: Any = self._iterator
+        self._iterator = None
         if iterator is None:
             return
         self._unwanted.value = True

@@ -11,9 +11,8 @@ TASK=${TASK:-15-5}
 [ -d "$DATA" ] || python data/make_shapes.py --out "$DATA"
 
 common=(--dataset shapes --data_root "$DATA" --task "$TASK" --overlap --logdir "$LOGDIR"
-    --backbone mobilenet_v2 --no_pretrained --crop_size 96 --pooling 0 --where_to_sim CPU --opt_level O0
-    --batch_size "${BATCH:-12}" --num_workers 0 --val_interval 100 --print_interval 50 --void_label ignore
-    --sample_num 6 --visualize --fresh)
+    --backbone mobilenet_v2 --no_pretrained --crop_size 96 --pooling 0 --batch_size "${BATCH:-12}"
+    --where_to_sim CPU --val_interval 100 --print_interval 50 --void_label ignore --sample_num 6 --fresh)
 export OMP_NUM_THREADS=1
 train() { python -m torch.distributed.run --standalone --nproc_per_node=2 run.py "${common[@]}" "$@"; }
 

@@ -33,7 +33,7 @@ report of what is there; give it again for newer ones. ``--local`` runs here wha
 submit.
 
 Exit code 0: all done, or submitted; 1: a run failed; 2: a wrong file, with one line that says what to change;
-75: a signal came, the runs are saved.
+75: a signal or Ctrl-C came, the runs are saved; 130: Ctrl-C while none was under way, or a second one.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from tasks import Task
 from utils.errors import UserError
 from utils.logger import format_table
 from utils.option_types import path_option
-from utils.signals import EXIT_STOPPED, StopRequest
+from utils.signals import EXIT_INTERRUPTED, EXIT_STOPPED, StopRequest
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.2
@@ -88,7 +88,7 @@ class Runner:
     def execute(self, runs: Iterable[Run]) -> list[Run]:
         """Run what has no results yet; returns the runs that have none in the end.
 
-        After SIGTERM, SIGUSR1 or an interrupt the runs under way save and end.
+        After SIGTERM, SIGUSR1 or Ctrl-C the runs under way save and end.
         """
         waiting = [run for run in runs if not run.is_done]
         self.stop.listen()
@@ -294,6 +294,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"scripts.experiment: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("scripts.experiment: interrupted; runs under way save and end", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 def _submit(experiment: Experiment, runs: Sequence[Run], sbatch: dict[str, str]) -> int:
@@ -305,11 +308,7 @@ def _submit(experiment: Experiment, runs: Sequence[Run], sbatch: dict[str, str])
 
 def _run_here(experiment: Experiment, runs: Sequence[Run]) -> int:
     runner = Runner(experiment.processes, experiment.gpus)
-    try:
-        missing = runner.execute(runs)
-    except KeyboardInterrupt:
-        print("interrupted: the runs are saved; the same command goes on", file=sys.stderr)
-        return EXIT_STOPPED
+    missing = runner.execute(runs)
     print(table(runs))
     if runner.stop:
         print(f"{runner.stop.signal}: the runs are saved; the same command goes on", file=sys.stderr)

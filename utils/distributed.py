@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from utils.errors import Fault, UserError
-from utils.memory import is_out_of_memory, keep_freed_memory
+from utils.memory import SHARED_MEMORY_REMEDY, is_out_of_memory, keep_freed_memory
 from utils.processor import available_cores, fast_bfloat16
 
 PLACES = ("GPU_server", "GPU_windows", "CPU", "CPU_windows")
@@ -289,7 +289,7 @@ def loader_fault(error: BaseException) -> Fault:
     if any(mark in text.lower() for mark in _SHARED_MEMORY_FULL):
         return Fault(
             f"the shared memory is full through which loader processes hand over their batches ({reason}); "
-            "enlarge /dev/shm (Docker: --shm-size 8g), or give --num_workers 0, and start again to go on"
+            f"{SHARED_MEMORY_REMEDY}, or give --num_workers 0, and start again to go on"
         )
     if caught is None:
         return Fault(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import sys
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from utils.distributed import World
 from utils.files import cannot_write
 from utils.history import Record
+from utils.memory import SHARED_MEMORY_REMEDY, is_shared_memory_full
 from utils.visualize import confusion_figure
 
 if TYPE_CHECKING:  # at run time that module imports this one
@@ -111,7 +113,10 @@ class RunLogger:
                 suffix = f".{time.time_ns()}"
                 self._writer = SummaryWriter(str(run_dir), purge_step=begins_at, filename_suffix=suffix)
             except OSError as error:
-                raise cannot_write(run_dir, error, "choose another --logdir, or give --visualize") from error
+                # Its queue needs a little shared memory.
+                full = error.errno == errno.ENOSPC and is_shared_memory_full()
+                remedy = SHARED_MEMORY_REMEDY if full else "choose another --logdir"
+                raise cannot_write(run_dir, error, f"{remedy}, or give --visualize") from error
 
     def _open(self) -> SummaryWriter | None:
         """The writer, as long as its thread lives: to a dead one's queue this process would wait forever."""

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import shutil
 
 import torch
 
 # Numbers of mallopt's parameters in glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _LARGEST = 2**31 - 1
+
+# What helps where /dev/shm is full: containers get little of it.
+SHARED_MEMORY_REMEDY = "enlarge /dev/shm (Docker: --shm-size 8g)"
 
 
 def keep_freed_memory() -> bool:
@@ -29,3 +33,11 @@ def keep_freed_memory() -> bool:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: CUDA has an error of its own for it, the processor only a text."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def is_shared_memory_full(places: int = 16) -> bool:
+    """Whether /dev/shm has no room for so many locks, a page each, which queues between processes need."""
+    try:
+        return shutil.disk_usage("/dev/shm").free < places * 4096
+    except OSError:  # a system without it
+        return False

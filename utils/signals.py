@@ -110,4 +110,7 @@ def outlive_signals(unwanted: Flag, worker: int = 0) -> None:
 
 
 def _signals() -> list[signal.Signals]:
-    return [signal.Signals[name] for name in _NAMES if hasattr(signal, name)]
+    """The signals to listen to; a background job ignores Ctrl-C, and goes on doing so."""
+    numbers = [signal.Signals[name] for name in _NAMES if hasattr(signal, name)]
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    return [number for number in numbers if not (ignored and number == signal.SIGINT)]

@@ -43,6 +43,7 @@ from utils.files import atomic_write, atomic_write_text
 from utils.logger import progress, setup_logging
 from utils.option_types import Parser, path_option, positive_int, seed
 from utils.restore import TrainedNetwork, model_from_checkpoint
+from utils.signals import EXIT_INTERRUPTED
 from utils.visualize import VOID, palette
 
 LAYERS = ("pre_logits", "body")
@@ -305,12 +306,15 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Options]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw what the command line asks for; exit code 0 or 2."""
+    """Draw what the command line asks for; exit code 0, 2, or 130 after Ctrl-C."""
     try:
         run(*parse(argv))
     except UserError as error:
         print(f"utils.tsne: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("utils.tsne: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
     return 0
 
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from command import SMALL, Launch, launch, start
+from command import ROOT, SMALL, Launch, launch, start
 from PIL import Image
 from tensorboard_events import values
+
+from dataset.shapes import ShapesConfig, make_shapes
 
 
 def results(run_dir: Path, step: int) -> dict[str, object]:
@@ -43,6 +48,23 @@ def test_two_steps_under_torchrun_then_test_gives_the_same_digits(cli: Launch, t
         rows = list(csv.reader(file))
     assert [row[0] for row in rows] == ["0", "1"], "a step tested again replaces its row"
     assert rows[0][17:22] == ["x"] * 5, "classes that step 0 does not know"
+
+
+def test_the_defaults_themselves(tmp_path: Path) -> None:
+    """VOC's layout in ./data, results in ./logs: only what would take hours or the network is given."""
+    make_shapes(tmp_path / "data", ShapesConfig(train=6, val=1, size=64, seed=3), num_workers=1)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), "--no_pretrained", "--crop_size", "64", "--epochs", "1"],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    run_dir = tmp_path / "logs" / "19-1-voc_Experiment"
+    assert len(results(run_dir, 0)["class_iou"]) == 20
 
 
 def test_distributed_launch_and_all_steps(cli: Launch, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from command import SMALL, Launch
 
 SEGFORMER = (
     *("--model", "segformer_b0", "--no_pretrained", "--crop_size", "64"),
-    *("--batch_size", "4", "--epochs", "1", "--num_workers", "0"),
+    *("--batch_size", "4", "--epochs", "1"),
 )
 # (method, network, further options, processes): each network, precision, protocol and number of processes
 # meets many methods, each method runs twice.

@@ -37,7 +37,7 @@ def test_two_launchers_train_one_run(shapes_root: Path, tmp_path: Path) -> None:
     launcher.append("--local_addr=127.0.0.1")  # a container's own name may not resolve
     run = [
         *("--dataset", "shapes", "--data_root", str(shapes_root), *SMALL, "--task", "15-5", "--step", "0"),
-        *("--lr", "0.01", "--logdir", str(tmp_path), "--name", "two", "--where_to_sim", "CPU"),
+        *("--lr", "0.01", "--logdir", str(tmp_path), "--name", "two"),
     ]
     processes = []
     for machine in range(2):

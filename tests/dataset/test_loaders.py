@@ -1,5 +1,11 @@
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +28,9 @@ from dataset.loaders import (
 )
 from dataset.transforms import eval_transform, train_transform
 from tasks import get_task
-from utils.errors import DataError, UserError
+from utils.errors import DataError, Fault, UserError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def batches(sampler: EpochSampler) -> list[list[SampleKey]]:
@@ -247,6 +255,99 @@ def test_workers_live_through_epochs(shapes_root: Path) -> None:
     for _ in loader:  # a loop that ends early does not disturb the next one
         break
     assert same(list(loader), epoch_of(make(shapes_root), 0, workers=0))
+
+
+def workers_of(loader: Loader) -> list[Any]:
+    return list(loader._iterator._workers)
+
+
+def test_a_closed_loader_leaves_no_process_and_begins_again(shapes_root: Path) -> None:
+    whole = epoch_of(make(shapes_root), 0, workers=0)
+    with make_train_loader(make(shapes_root), 8, seed=4, num_workers=2) as loader:
+        for _ in range(2):
+            assert same(list(loader), whole)
+            workers = workers_of(loader)
+            assert all(worker.is_alive() for worker in workers)
+            loader.close()
+            assert not any(worker.is_alive() for worker in workers)
+        with pytest.raises(ZeroDivisionError), loader:
+            for _ in loader:
+                workers = workers_of(loader)
+                raise ZeroDivisionError
+        assert not any(worker.is_alive() for worker in workers)
+    loader.close()
+    assert multiprocessing.active_children() == []
+
+
+def test_workers_outlive_signals_while_they_are_wanted(shapes_root: Path) -> None:
+    with make_train_loader(make(shapes_root), 8, seed=4, num_workers=1) as loader:
+        read = []
+        for batch in loader:
+            read.append(batch)
+            (worker,) = workers_of(loader)
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGTERM):
+                os.kill(worker.pid, number)
+        assert same(read, epoch_of(make(shapes_root), 0, workers=0))
+        loader._unwanted.value = True
+        os.kill(worker.pid, signal.SIGTERM)
+        worker.join(60)
+        assert worker.exitcode == 0
+
+
+def test_python_ends_though_a_loader_was_not_closed(shapes_root: Path) -> None:
+    code = """
+import sys
+sys.path.insert(0, "tests/dataset")
+from pathlib import Path
+from test_loaders import make, make_train_loader
+loader = make_train_loader(make(Path(sys.argv[1])), 8, num_workers=2)
+batches = iter(loader)
+next(batches)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(shapes_root)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+class Odd(Exception):
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(f"{reason}\nand more")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ZeroDivisionError("division by zero"), "(ZeroDivisionError: division by zero); --num_workers 0"),
+        (KeyError("cat"), "(KeyError: 'cat'); --num_workers 0"),
+        (Odd(3, "the file is odd"), "Odd: the file is odd); --num_workers 0"),
+        (MemoryError(), "(MemoryError); give fewer --num_workers"),
+        (OSError(28, "No space left on device"), "--shm-size 8g), or give --num_workers 0"),
+    ],
+)
+def test_an_error_in_a_worker_keeps_its_reason(shapes_root: Path, error: Exception, words: str) -> None:
+    def fail(*image_and_mask: Tensor) -> None:
+        raise error
+
+    dataset = make(shapes_root)
+    dataset.transform = fail
+    with make_eval_loader(dataset, 8, num_workers=1) as loader:
+        try:
+            list(loader)
+        except Fault as fault:
+            text = str(fault)
+    assert words in text and "\n" not in text
+    with pytest.raises(type(error)):
+        list(make_eval_loader(dataset, 8, num_workers=0))
+
+
+def test_loaders_that_cannot_start_are_told(shapes_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_more(self: Loader) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(Loader, "_get_iterator", no_more)
+    with pytest.raises(Fault, match=r"BlockingIOError: .*unavailable\): .* fewer --num_workers"):
+        list(make_train_loader(make(shapes_root), 8, num_workers=1))
 
 
 def test_exemplars_in_a_loader(shapes_root: Path) -> None:

@@ -25,10 +25,7 @@ COMMANDS = [
     for command in block.replace("\\\n", " ").strip().splitlines()
 ]
 # The last value of an option counts: a network and a length for seconds on one core.
-SMALL = (
-    "--backbone mobilenet_v2 --no_pretrained --crop_size 64 --pooling 0 --batch_size 4 --epochs 1 "
-    "--num_workers 0 --opt_level O0"
-)
+SMALL = "--backbone mobilenet_v2 --no_pretrained --crop_size 64 --batch_size 4 --epochs 1"
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,11 +22,11 @@ from utils.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Trains in seconds on one core; saves after almost every batch.
+# Trains in seconds on one core; saves after almost every batch. Everything else is as a user gets it.
 TINY = (
     *("--dataset", "shapes", "--backbone", "mobilenet_v2", "--no_pretrained", "--crop_size", "64"),
-    *("--pooling", "0", "--batch_size", "4", "--num_workers", "0", "--lr", "0.01", "--where_to_sim", "CPU"),
-    *("--task", "15-5", "--overlap", "--visualize", "--print_interval", "1", "--ckpt_minutes", "0.01"),
+    *("--batch_size", "4", "--lr", "0.01", "--task", "15-5", "--overlap"),
+    *("--print_interval", "1", "--ckpt_minutes", "0.01"),
 )
 BOUND = 600.0  # seconds after which a process is taken to hang: the slowest machine needs less
 _LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -50,14 +49,37 @@ Start = Callable[[Sequence[str], dict[str, str], Path], Process]
 
 def start_command(arguments: Sequence[str], environment: dict[str, str], output: Path) -> Process:
     """``python run.py`` with the arguments; what it prints is appended to a file."""
+    return start_words([sys.executable, "-u", "run.py", *arguments], environment, output)
+
+
+def start_words(words: Sequence[str], environment: dict[str, str], output: Path) -> subprocess.Popen[bytes]:
+    """A command in a process group of its own, as a shell starts it in the foreground."""
     with output.open("ab") as file:
         return subprocess.Popen(
-            [sys.executable, "-u", "run.py", *arguments],
+            words,
             cwd=ROOT,
             env=environment,
             stdout=file,
             stderr=subprocess.STDOUT,
+            preexec_fn=_to_foreground,
         )
+
+
+def _to_foreground() -> None:
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job would ignore
+
+
+def living_in_group(leader: int) -> list[int]:
+    """The processes of a group; those that have ended and wait for their parent's notice do not count."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            # pid (name, which may hold anything) state parent group ...
+            state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(group) == leader and state not in "ZX":
+                found.append(int(stat.parent.name))
+    return found
 
 
 class Fork:
@@ -95,23 +117,19 @@ def _run_main(
 ) -> None:
     import run
 
+    _to_foreground()
     with output.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(environment)
-    code = 1
-    try:
-        if prepare is not None:
-            prepare()
-        code = run.main(arguments)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    # Its loaders are forked too; it has inherited the fork server's way, by which each run had a server more.
+    multiprocessing.set_start_method("fork", force=True)
+    if prepare is not None:
+        prepare()
+    # The exit of a multiprocessing process waits for its children, as Python's own does.
+    sys.exit(run.main(arguments))
 
 
 def free_port() -> int:

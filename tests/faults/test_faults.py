@@ -132,7 +132,7 @@ def test_skip_corrupt_passes_over_images_lists_them_and_has_a_limit(own_data: Pa
 
 
 def test_killed_loader_process(tiny_data: Path, tmp_path: Path) -> None:
-    words = command(tiny_data, tmp_path, "--num_workers", "1")
+    words = command(tiny_data, tmp_path)
     with running(words, tmp_path / "out", 1, start_command) as run:
         run.wait_for("step 0 epoch 1/2: 2/")
         for pid in children(run.processes[0].pid):

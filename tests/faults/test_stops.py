@@ -44,7 +44,7 @@ def test_one_process_of_two_is_told_and_both_save_and_end(tiny_data: Path, tmp_p
 
 
 def test_signals_to_the_whole_process_group_spare_the_loaders(tiny_data: Path, tmp_path: Path) -> None:
-    broken = command(tiny_data, tmp_path, "broken", "--num_workers", "1")
+    broken = command(tiny_data, tmp_path, "broken")
     with running(broken, tmp_path / "out", 1, start_command) as run:
         run.wait_for("step 0 epoch 1/2: 1/")
         pid = run.processes[0].pid
@@ -52,8 +52,8 @@ def test_signals_to_the_whole_process_group_spare_the_loaders(tiny_data: Path, t
             os.kill(process, signal.SIGTERM)
         assert run.wait(BOUND) == [75], run.output()[-2000:]
     # Between processes and epochs nothing may depend on the number of loader processes.
-    completed(command(tiny_data, tmp_path, "broken", "--num_workers", "1"), tmp_path / "out")
-    completed(command(tiny_data, tmp_path, "whole"), tmp_path / "whole")
+    completed(broken, tmp_path / "out")
+    completed(command(tiny_data, tmp_path, "whole", "--num_workers", "0"), tmp_path / "whole")
     left = [left_by(tmp_path / f"15-5-shapes_{name}") for name in ("whole", "broken")]
     assert differences(*left) == []
 

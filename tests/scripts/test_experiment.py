@@ -329,9 +329,9 @@ def test_several_gpus_per_run_are_started_by_torchrun(
     assert not (tmp_path / "logs").exists()
 
 
-@pytest.mark.parametrize(("sent", "word"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "interrupted")])
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_handed_on_and_the_runs_save(
-    tmp_path: Path, fails: Callable[[dict[str, object]], None], sent: signal.Signals, word: str
+    tmp_path: Path, fails: Callable[[dict[str, object]], None], sent: signal.Signals
 ) -> None:
     file = write(tmp_path, seeds=[1], runs={"FT": {}})
     fails({"FT_1": "wait"})
@@ -353,7 +353,7 @@ def test_a_signal_is_handed_on_and_the_runs_save(
     finally:
         process.kill()
     assert process.returncode == 75, error
-    assert f"{word}: the runs are saved; the same command goes on" in error
+    assert f"{sent.name}: the runs are saved; the same command goes on" in error
     assert "Traceback" not in error
 
 
@@ -684,8 +684,7 @@ def test_ades_other_is_in_no_mean(tmp_path: Path) -> None:
 def test_real_runs_end_with_table_and_report(shapes_root: Path, tmp_path: Path) -> None:
     common = {
         **{"dataset": "shapes", "data_root": str(shapes_root), "task": "10-10", "overlap": True, "lr": 0.01},
-        **{"backbone": "mobilenet_v2", "no_pretrained": True, "crop_size": 64, "pooling": 0, "epochs": 1},
-        **{"batch_size": 4, "num_workers": 0, "where_to_sim": "CPU", "visualize": True},
+        **{"backbone": "mobilenet_v2", "no_pretrained": True, "crop_size": 64, "epochs": 1, "batch_size": 4},
     }
     file = write(tmp_path, common=common, seeds=[1], step_0=None, processes=2)
     done = subprocess.run(

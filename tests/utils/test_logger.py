@@ -1,7 +1,9 @@
+import errno
 import logging
 import math
 import sys
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -93,6 +95,17 @@ def test_tensorboard_events(tmp_path):
     (image,) = [value.image for _, value in found if value.HasField("image")]
     assert (image.height, image.width) == (4, 6)
     assert any(value.tag.startswith("options") for _, value in found)
+
+
+def test_full_shared_memory_is_not_told_as_a_full_disk(tmp_path, monkeypatch):
+    def no_room(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("utils.logger.SummaryWriter", no_room)
+    for free, remedy in ((0, r"/dev/shm \(Docker: --shm-size"), (1 << 30, "choose another --logdir")):
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        with pytest.raises(UserError, match=rf"No space left on device\); .*{remedy}"):
+            RunLogger(MAIN, tmp_path)
 
 
 def test_course_options_and_results_in_tensorboard(tmp_path):

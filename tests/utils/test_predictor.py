@@ -36,7 +36,7 @@ def write_picture(path: Path, height: int, width: int, seed: int = 0) -> Path:
 def run(folder: Path, ckpt: Path, *more: str) -> tuple[int, Path]:
     """Predict a picture or folder; the exit code and the folder of results."""
     out = folder.parent / "out"
-    argv = ["--predict", folder, "--out", out, "--ckpt", ckpt, "--where_to_sim", "CPU", *more]
+    argv = ["--predict", folder, "--out", out, "--ckpt", ckpt, *more]
     return predict(parse_options([str(word) for word in argv]), ALONE), out
 
 

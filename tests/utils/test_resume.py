@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from utils.errors import Fault, UserError
 from utils.files import FolderLock
 from utils.randomness import rng_state, set_rng_state
 from utils.resume import Progress, differences, is_trained, restarted, rng_of_rank
-from utils.signals import StopRequest, outlive_first_signal
+from utils.signals import StopRequest
 
 
 def checkpoint(**changes: object) -> dict[str, object]:
@@ -95,16 +96,25 @@ def test_a_folder_has_one_owner(tmp_path: Path) -> None:
     FolderLock(tmp_path / "run").release()
 
 
-def test_a_signal_leaves_a_note() -> None:
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+def test_a_signal_leaves_a_note_and_a_second_ctrl_c_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         stop = StopRequest().listen()
         assert not stop
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN, "a background job's"
         os.kill(os.getpid(), signal.SIGUSR1)
         assert stop and stop.signal == "SIGUSR1"
-        outlive_first_signal()
-        os.kill(os.getpid(), signal.SIGTERM)  # outlived
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        stop = StopRequest().listen()
+        clock = iter([100.0, 100.1, 100.9, 103.0])
+        monkeypatch.setattr("utils.signals.time", SimpleNamespace(monotonic=lambda: next(clock)))
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         thread = threading.Thread(target=StopRequest().listen)
         thread.start()
         thread.join()
@@ -127,6 +137,8 @@ def test_faults_of_others_are_told_from_own_ones() -> None:
     assert lost is not None and "--timeout" in str(lost)
     worker = as_fault(RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed."))
     assert worker is not None and "--num_workers" in str(worker)
+    full = as_fault(RuntimeError("DataLoader worker (pid 3) is killed by signal: Bus error. It is"))
+    assert full is not None and "--shm-size" in str(full) and "--num_workers 0" in str(full)
     own = Fault("a loss is not finite")
     assert as_fault(own) is own
     assert as_fault(RuntimeError("shapes differ")) is None

@@ -45,8 +45,7 @@ def test_the_command_writes_a_picture_and_its_points_again_the_same(
 
     def command(name: str, seed: int) -> list[str]:
         return shlex.split(
-            f"--ckpt {path} --out {tmp_path / name}.png --seed {seed} --images 12 --per_class 6 "
-            "--where_to_sim CPU"
+            f"--ckpt {path} --out {tmp_path / name}.png --seed {seed} --images 12 --per_class 6"
         )
 
     done = subprocess.run(
@@ -139,7 +138,7 @@ def test_legend_names_every_class_under_old_or_new(old: int) -> None:
 def test_segformer_and_a_missing_data_set(shapes_root: Path, tmp_path: Path, capsys) -> None:
     path = tmp_path / "step.pth"
     save_untrained(path, f"{SEGFORMER} --data_root {tmp_path / 'gone'} --crop_size 64")
-    common = ["--ckpt", str(path), "--images", "4", "--per_class", "3", "--where_to_sim", "CPU"]
+    common = ["--ckpt", str(path), "--images", "4", "--per_class", "3"]
     assert main(common) == 2
     assert f"--data_root {tmp_path / 'gone'}: no such folder" in capsys.readouterr().err
     assert main([*common, "--data_root", str(shapes_root)]) == 0
