@@ -10,13 +10,14 @@ The data set:       --check_data
 
 ``--batch_size`` is per process. Exit code 0: done; 1: a fault of the program or the machine; 2: bad input,
 with one line that says what to change; 75: a signal (SIGTERM, SIGUSR1) ended the run after it was saved, and
-the same command goes on from there (docs/long_runs.md).
+the same command goes on from there (docs/long_runs.md); 130: Ctrl-C.
 """
 
 from __future__ import annotations
 
 import sys
 
+import utils.command  # first: it answers Ctrl-C while the rest is imported
 from argparser import Options, parse_options
 from utils import distributed
 from utils.errors import DataError, UserError
@@ -76,4 +77,4 @@ def run(opts: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(utils.command.run_command("run.py", main))

@@ -13,6 +13,7 @@ fp32 without channels-last.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from benchmarks.workbench import (
     prepare,
     set_forward_contiguous,
 )
+from utils.command import run_command
 
 METHODS = ("FT", "MIB", "SDR", "PLOP", "SATS")
 TARGET = 0.10
@@ -139,4 +141,4 @@ def main(argv: list[str] | None = None) -> list[Row]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("benchmarks.step", main))

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from utils.command import run_command
+
 
 def run(module: str, *words: str) -> None:
     """Run a benchmark; ends with its exit status if it fails."""
@@ -67,4 +69,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("benchmarks.tables", main))

@@ -33,7 +33,7 @@ report of what is there; give it again for newer ones. ``--local`` runs here wha
 submit.
 
 Exit code 0: all done, or submitted; 1: a run failed; 2: a wrong file, with one line that says what to change;
-75: a signal came, the runs are saved.
+75: a signal or Ctrl-C came, the runs are saved; 130: Ctrl-C while nothing ran.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ from pathlib import Path
 from scripts.experiment_plan import Experiment, Run, check_begun, plan, read_experiment
 from scripts.experiment_slurm import job_script, submit
 from tasks import Task
+from utils.command import run_command
 from utils.errors import UserError
 from utils.logger import format_table
 from utils.signals import EXIT_STOPPED, StopRequest
@@ -266,31 +267,31 @@ def _print_plan(experiment: Experiment, runs: Sequence[Run], sbatch: dict[str, s
 
 def main(argv: list[str] | None = None) -> int:
     """Run the experiment of a file, or what the options say; returns the exit code."""
-    options = _options(argv)
+    return run_command("scripts.experiment", lambda: _experiment(_options(argv)))
+
+
+def _experiment(options: argparse.Namespace) -> int:
+    """The exit code."""
+    experiment = read_experiment(options.file)
     try:
-        experiment = read_experiment(options.file)
-        try:
-            runs = plan(experiment)
-        except UserError as error:
-            raise UserError(f"{options.file}: {error}") from error
-        check_begun(runs)
-        sbatch = {} if options.slurm and experiment.slurm is None else experiment.slurm
-        if options.local:
-            sbatch = None
-        if options.table:
-            print(table(runs))
-            return 0
-        if sbatch is not None and (experiment.gpus or experiment.processes > 1):
-            print(f"{options.file}: {_NOT_WITH_SLURM}", file=sys.stderr)
-        if options.dry_run:
-            _print_plan(experiment, runs, sbatch)
-            return 0
-        if sbatch is not None:
-            return _submit(experiment, runs, sbatch)
-        return _run_here(experiment, runs)
+        runs = plan(experiment)
     except UserError as error:
-        print(f"scripts.experiment: error: {error}", file=sys.stderr)
-        return 2
+        raise UserError(f"{options.file}: {error}") from error
+    check_begun(runs)
+    sbatch = {} if options.slurm and experiment.slurm is None else experiment.slurm
+    if options.local:
+        sbatch = None
+    if options.table:
+        print(table(runs))
+        return 0
+    if sbatch is not None and (experiment.gpus or experiment.processes > 1):
+        print(f"{options.file}: {_NOT_WITH_SLURM}", file=sys.stderr)
+    if options.dry_run:
+        _print_plan(experiment, runs, sbatch)
+        return 0
+    if sbatch is not None:
+        return _submit(experiment, runs, sbatch)
+    return _run_here(experiment, runs)
 
 
 def _submit(experiment: Experiment, runs: Sequence[Run], sbatch: dict[str, str]) -> int:

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 ruff check .
 ruff format --check .
 mypy
-python scripts/check_collected.py
+python -m scripts.check_collected
 # The test of the report's page looks at it in a real browser; without one it is skipped, and says so.
 if ! command -v chromium chromium-browser google-chrome >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     { apt-get update && apt-get install -y --no-install-recommends chromium; } >/dev/null ||

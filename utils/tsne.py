@@ -37,9 +37,11 @@ from dataset.loaders import choose_samples
 from dataset.step_data import EvaluationData, evaluation_data
 from train import Precision, to_device
 from utils import distributed
+from utils.command import run_command
 from utils.distributed import World
 from utils.errors import UserError
 from utils.files import atomic_write, atomic_write_text
+from utils.inference import pad_to
 from utils.logger import progress, setup_logging
 from utils.restore import TrainedNetwork, model_from_checkpoint
 from utils.visualize import VOID, palette
@@ -149,9 +151,11 @@ def _forward(
     for image in chosen:
         sample = data.test[image]
         picture, labels, *_ = sample.sample if isinstance(sample, Substitute) else sample
+        images = pad_to(to_device(picture[None], world.device))  # as evaluation does; what is added is void
+        below, right = (new - own for new, own in zip(images.shape[-2:], labels.shape, strict=True))
         with precision.network():
-            _, found = model(to_device(picture[None], world.device))
-        yield image, found[layer][0].float().cpu(), labels
+            _, found = model(images)
+        yield image, found[layer][0].float().cpu(), F.pad(labels, (0, right, 0, below), value=VOID)
 
 
 def embed(vectors: Array, seed: int) -> Array:
@@ -303,13 +307,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Options]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw what the command line asks for; exit code 0 or 2."""
-    try:
-        run(*parse(argv))
-    except UserError as error:
-        print(f"utils.tsne: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Draw what the command line asks for; returns the exit code."""
+    return run_command("utils.tsne", lambda: run(*parse(argv)))
 
 
 if __name__ == "__main__":
