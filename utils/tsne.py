@@ -39,6 +39,7 @@ from train import Precision, to_device
 from utils import distributed
 from utils.command import run_command
 from utils.distributed import World
+from utils.drawing import drawable
 from utils.errors import UserError
 from utils.files import atomic_write, atomic_write_text
 from utils.inference import pad_to
@@ -186,7 +187,7 @@ def draw(
     columns = -(-(len(shown) + 2) // _LEGEND_LINES)
     figure = Figure(figsize=(8 + 1.9 * columns, 7.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    axes.set_title(title, fontsize=11)
+    axes.set_title(drawable(title), fontsize=11)
     axes.set_xticks([])
     axes.set_yticks([])
     colours = palette() / 255
@@ -195,7 +196,7 @@ def draw(
         xy = points[classes == index]
         look = {"color": colours[ids[index]], "edgecolors": "white", "linewidths": 0.3}
         axes.scatter(xy[:, 0], xy[:, 1], s=26 if marker == _NEW else 20, marker=marker, **look)
-    _add_legend(axes, shown, names, [colours[c] for c in ids], old)
+    _add_legend(axes, shown, [drawable(name) for name in names], [colours[c] for c in ids], old)
     return figure
 
 
