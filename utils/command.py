@@ -66,7 +66,7 @@ def set_up_output() -> None:
     for name in ("stdout", "stderr"):
         stream, own = getattr(sys, name), getattr(sys, f"__{name}__")
         if stream is None:  # closed by the caller: the next file that is opened would get the descriptor
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8", errors="replace"))  # noqa: SIM115, PTH123
         elif stream is own:
             setattr(sys, name, _patient(stream))
 

@@ -112,7 +112,8 @@ def _stem(*parts: str) -> str:
     plain = re.sub(r"[^\w.-]+", "-", text).strip("-")
     if plain == text and len(text) <= _LONGEST:
         return text
-    return f"{plain[:_LONGEST]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    digest = hashlib.sha256(text.encode(errors="surrogatepass"))  # a folder's name may be no UTF-8
+    return f"{plain[:_LONGEST]}-{digest.hexdigest()[:8]}"
 
 
 def _listed(path: Path) -> list[str]:
