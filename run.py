@@ -16,17 +16,13 @@ saved, and the same command goes on from there; 130: Ctrl-C where there is nothi
 
 from __future__ import annotations
 
-import signal
 import sys
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # The imports take seconds, in which Ctrl-C shall not print where they stand.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
+import utils.command  # first: it answers Ctrl-C while the rest is imported
 from argparser import Options, parse_options
 from utils import distributed
 from utils.errors import DataError, UserError
-from utils.signals import EXIT_INTERRUPTED, EXIT_STOPPED, Stopped
+from utils.signals import EXIT_STOPPED, Stopped
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         if rank == 0:
             print("run.py: interrupted; what was written before is whole", file=sys.stderr, flush=True)
-        return EXIT_INTERRUPTED
+        return utils.command.EXIT_INTERRUPTED
     except RuntimeError as error:
         fault = distributed.as_fault(error)
         if fault is None:
@@ -86,6 +82,4 @@ def run(opts: Options) -> int:
 
 
 if __name__ == "__main__":
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.exit(main())
+    sys.exit(utils.command.run_command("run.py", main))

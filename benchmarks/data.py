@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from dataset.drawing import SHAPE_CLASSES, draw_sample
 from dataset.incremental import Entry, IncrementalDataset, SampleKey, train_lookup
 from dataset.transforms import normalize, train_transform
 from tasks import get_task
+from utils.command import run_command
 from utils.option_types import path_option, positive_int
 from utils.option_types import whole as whole_number
 
@@ -115,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("benchmarks.data", main))

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import device_name, write_report
+from utils.command import run_command
 from utils.option_types import Number, path_option
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -191,4 +192,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("benchmarks.gpu_check", main))

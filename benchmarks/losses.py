@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 
 from benchmarks.measure import heading, interleaved, write_report
 from utils import loss as L
+from utils.command import run_command
 from utils.option_types import path_option, positive_int
 
 
@@ -220,4 +222,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("benchmarks.losses", main))

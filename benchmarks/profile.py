@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measure import Row, heading, markdown, synchronise, write_report
 from benchmarks.workbench import ALL_METHODS, MODELS, Bench, add_options, bench, options, prepare
+from utils.command import run_command
 from utils.files import atomic_write
 from utils.option_types import path_option
 
@@ -196,4 +198,4 @@ def main(argv: list[str] | None = None) -> list[Row]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("benchmarks.profile", main))

@@ -25,6 +25,7 @@ import torch
 
 from benchmarks.measure import write_report
 from utils.checkpoint import load_checkpoint
+from utils.command import run_command
 from utils.option_types import count, path_option, positive_int
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -199,4 +200,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("benchmarks.real_runs", main))

@@ -12,6 +12,7 @@ at three crop sizes, interleaved; each as a ratio to the first.
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.measure import Row, heading, interleaved, markdown, write_report
 from benchmarks.workbench import ALL_METHODS, MODELS, Bench, add_options, bench, options, prepare
 from train import Trainer
+from utils.command import run_command
 from utils.memory import keep_freed_memory
 from utils.option_types import path_option
 
@@ -155,4 +157,4 @@ def growth(args: argparse.Namespace, device: torch.device) -> list[Row]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("benchmarks.scaling", main))

@@ -13,6 +13,7 @@ fp32 without channels-last.
 from __future__ import annotations
 
 import argparse
+import sys
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,6 +28,7 @@ from benchmarks.workbench import (
     options,
     prepare,
 )
+from utils.command import run_command
 from utils.option_types import path_option
 
 METHODS = ("FT", "MIB", "SDR", "PLOP", "SATS")
@@ -136,4 +138,4 @@ def main(argv: list[str] | None = None) -> list[Row]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("benchmarks.step", main))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from utils.command import run_command
 from utils.option_types import path_option, positive_int
 
 
@@ -71,4 +72,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("benchmarks.tables", main))

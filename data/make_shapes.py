@@ -14,13 +14,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script from anywhere
 
+import utils.command  # first: it answers Ctrl-C while the rest is imported
 from dataset.shapes import ShapesConfig, make_shapes
-from utils.errors import UserError
 from utils.option_types import Parser, path_option, positive_int, seed, whole
 
 
 def main() -> int:
     """Parse the command line, draw, and report. Returns the exit code."""
+    return utils.command.run_command("make_shapes.py", _draw)
+
+
+def _draw() -> None:
     defaults = ShapesConfig()
     parser = Parser(prog="make_shapes.py", description="Draw the generated data set of --dataset shapes.")
     parser.add_argument("--out", type=path_option, required=True, help="folder to make")
@@ -37,15 +41,10 @@ def main() -> int:
         "--seed", type=seed, default=defaults.seed, help="another seed, other pictures (%(default)s)"
     )
     start = time.perf_counter()
-    try:
-        args = parser.parse_args()
-        make_shapes(args.out, ShapesConfig(args.train, args.val, args.size, args.seed), os.cpu_count() or 1)
-    except UserError as error:
-        print(f"make_shapes.py: error: {error}", file=sys.stderr)
-        return 2
+    args = parser.parse_args()
+    make_shapes(args.out, ShapesConfig(args.train, args.val, args.size, args.seed), os.cpu_count() or 1)
     seconds = time.perf_counter() - start
     print(f"{args.out}: {args.train} training and {args.val} validation pictures, {seconds:.1f} s")
-    return 0
 
 
 if __name__ == "__main__":

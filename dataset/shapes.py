@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -61,8 +62,13 @@ def make_shapes(out: Path, config: ShapesConfig, num_workers: int = 2) -> None:
         for name in (IMAGES, MASKS, "splits"):
             (folder / name).mkdir()
         jobs = [(split, number) for split in _LISTS for number in range(getattr(config, split))]
-        with ProcessPoolExecutor(max(1, num_workers)) as pool:
+        # Ctrl-C goes to the whole process group; this process answers it for all.
+        ignore = (signal.SIGINT, signal.SIG_IGN)
+        pool = ProcessPoolExecutor(max(1, num_workers), initializer=signal.signal, initargs=ignore)
+        try:
             list(pool.map(partial(_write_sample, folder, config), jobs, chunksize=16))
+        finally:
+            pool.shutdown(cancel_futures=True)
         for split, name in _LISTS.items():
             stems = (_stem(split, number) for number in range(getattr(config, split)))
             lines = (f"/{IMAGES}/{stem}.jpg /{MASKS}/{stem}.png\n" for stem in stems)

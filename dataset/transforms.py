@@ -20,6 +20,7 @@ from dataset.base import VOID
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+_LONGEST = 16  # times its width that a picture is resized whole
 _EXACT = InterpolationMode.NEAREST_EXACT
 
 PairTransform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -111,13 +112,22 @@ def _padded(pixels: Tensor, rows: int, columns: int, first: int = 0) -> Tensor:
 
 
 class ResizeCenterCrop:
-    """Validation: short side to ``crop``, then the square in the middle."""
+    """Validation: short side to ``crop``, then the square in the middle.
+
+    Of a picture more than 16 times as long as wide only the middle is resized: a row of 1×5000 pixels would
+    need gigabytes.
+    """
 
     def __init__(self, crop: int) -> None:
         self.crop = crop
 
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """(3×H×W, 1×H×W) → (3×crop×crop, 1×crop×crop), uint8."""
+        height, width = image.shape[-2:]
+        most = _LONGEST * min(height, width)
+        if max(height, width) > most:
+            middle = [min(height, most), min(width, most)]
+            image, mask = F.center_crop_image(image, middle), F.center_crop_image(mask, middle)
         image = F.resize_image(image, [self.crop], antialias=True)
         mask = F.resize_image(mask, [self.crop], interpolation=_EXACT)
         return F.center_crop_image(image, [self.crop]), F.center_crop_image(mask, [self.crop])

@@ -348,7 +348,7 @@ class SegFormer(Network):
             height, width = images.shape[2:]
             raise UserError(
                 f"SegFormer needs images of {MIN_SIZE}×{MIN_SIZE} pixels at least, got {height}×{width}: "
-                "raise --crop_size"
+                "enlarge or pad them"
             )
         features, maps = self.body(images, keep_maps="self_attention" in needs)
         pre_logits = self.head(features)

@@ -1,1 +1,5 @@
 """Experiments and project checks."""
+
+from utils.command import interrupts_in_one_line
+
+interrupts_in_one_line()

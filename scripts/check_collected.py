@@ -8,6 +8,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from utils.command import run_command
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -34,8 +36,8 @@ def collected() -> set[str]:
     return {line.split("[")[0] for line in output.stdout.splitlines() if "::" in line}
 
 
-def main() -> None:
-    """Compare what is written with what is collected."""
+def main() -> int:
+    """Compare what is written with what is collected; returns the exit code."""
     tests: Counter[str] = Counter()
     for path in sorted((ROOT / "tests").rglob("*.py")):
         tests += written(path)
@@ -46,9 +48,10 @@ def main() -> None:
     for name in lost:
         print(f"collected nowhere: {name}", file=sys.stderr)
     if lost or twice:
-        sys.exit(1)
+        return 1
     print(f"{len(tests)} test functions, all collected")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("scripts.check_collected", main))

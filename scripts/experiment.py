@@ -55,10 +55,11 @@ from pathlib import Path
 from scripts.experiment_plan import Experiment, Run, check_begun, plan, read_experiment
 from scripts.experiment_slurm import job_script, submit
 from tasks import Task
+from utils.command import run_command
 from utils.errors import UserError
 from utils.logger import format_table
 from utils.option_types import path_option
-from utils.signals import EXIT_INTERRUPTED, EXIT_STOPPED, StopRequest
+from utils.signals import EXIT_STOPPED, StopRequest
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.2
@@ -269,34 +270,31 @@ def _print_plan(experiment: Experiment, runs: Sequence[Run], sbatch: dict[str, s
 
 def main(argv: list[str] | None = None) -> int:
     """Run the experiment of a file, or what the options say; returns the exit code."""
-    options = _options(argv)
+    return run_command("scripts.experiment", lambda: _experiment(_options(argv)))
+
+
+def _experiment(options: argparse.Namespace) -> int:
+    """The exit code."""
+    experiment = read_experiment(options.file)
     try:
-        experiment = read_experiment(options.file)
-        try:
-            runs = plan(experiment)
-        except UserError as error:
-            raise UserError(f"{options.file}: {error}") from error
-        check_begun(runs)
-        sbatch = {} if options.slurm and experiment.slurm is None else experiment.slurm
-        if options.local:
-            sbatch = None
-        if options.table:
-            print(table(runs))
-            return 0
-        if sbatch is not None and (experiment.gpus or experiment.processes > 1):
-            print(f"{options.file}: {_NOT_WITH_SLURM}", file=sys.stderr)
-        if options.dry_run:
-            _print_plan(experiment, runs, sbatch)
-            return 0
-        if sbatch is not None:
-            return _submit(experiment, runs, sbatch)
-        return _run_here(experiment, runs)
+        runs = plan(experiment)
     except UserError as error:
-        print(f"scripts.experiment: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("scripts.experiment: interrupted; runs under way save and end", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        raise UserError(f"{options.file}: {error}") from error
+    check_begun(runs)
+    sbatch = {} if options.slurm and experiment.slurm is None else experiment.slurm
+    if options.local:
+        sbatch = None
+    if options.table:
+        print(table(runs))
+        return 0
+    if sbatch is not None and (experiment.gpus or experiment.processes > 1):
+        print(f"{options.file}: {_NOT_WITH_SLURM}", file=sys.stderr)
+    if options.dry_run:
+        _print_plan(experiment, runs, sbatch)
+        return 0
+    if sbatch is not None:
+        return _submit(experiment, runs, sbatch)
+    return _run_here(experiment, runs)
 
 
 def _submit(experiment: Experiment, runs: Sequence[Run], sbatch: dict[str, str]) -> int:

@@ -11,7 +11,7 @@ if [ "${REQUIREMENTS:-newest}" = newest ]; then  # linters and types follow the 
     ruff check .
     ruff format --check .
     mypy
-    python scripts/check_collected.py
+    python -m scripts.check_collected
 fi
 # The test of the report's page looks at it in a real browser; without one it is skipped, and says so.
 if ! command -v chromium chromium-browser google-chrome >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then

@@ -122,13 +122,14 @@ class Session:
             log.warning("%d unreadable images were passed over: %s", len(self.tolerance.reasons), listed)
 
     def _finish(self, training: StepTraining) -> None:
-        """Evaluate a trained step; the results come last, for they tell that it is done."""
+        """Evaluate a trained step. The results come first, for they tell that it is done; then pictures."""
         step, data = training.step, training.data
         model, precision = training.model, training.precision
         metrics = self.evaluation.run(model, data.test, len(data.class_names), precision)
         with distributed.shared_errors():
+            results = self.evaluation.report(step, data, metrics)
+        training.board.results(results, self.opts.epochs, metrics.confusion_matrix)
+        with distributed.shared_errors():
             if self.opts.sample_num and self.world.is_main:
                 old_model = training.old_model()
                 self.evaluation.pictures(step, data, model, old_model, precision, training.board)
-            results = self.evaluation.report(step, data, metrics)
-        training.board.results(results, self.opts.epochs, metrics.confusion_matrix)

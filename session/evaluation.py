@@ -20,6 +20,7 @@ from session.folder import RunFolder
 from train import Precision, evaluate
 from utils import distributed
 from utils.distributed import World
+from utils.drawing import failure_is_a_warning
 from utils.inference import predict_classes, predictor
 from utils.logger import RunLogger, progress
 from utils.signals import StopRequest
@@ -166,12 +167,13 @@ class Evaluation:
         before = None if old_model is None else by_id(predicted(old_model))
         path = self.folder.path / f"predictions_{step}.png"
         names = dict(zip(seen, data.class_names, strict=True))
-        picture = prediction_grid(images, truth, found, names, old_predictions=before, path=path)
-        board.image("predictions", picture, self.opts.epochs)
-        with self._task_board() as whole:
-            whole.image("predictions", picture, step)
-        write_samples(self.folder.path / "samples", images, truth, found, step)
-        log.info("pictures: %s", path)
+        with failure_is_a_warning(f"the pictures of step {step}"):
+            write_samples(self.folder.path / "samples", images, truth, found, step)
+            picture = prediction_grid(images, truth, found, names, old_predictions=before, path=path)
+            board.image("predictions", picture, self.opts.epochs)
+            with self._task_board() as whole:
+                whole.image("predictions", picture, step)
+            log.info("pictures: %s", path)
 
     def _samples(self, data: EvaluationData) -> tuple[list[Tensor], list[Tensor]]:
         """On the first process, the pictures to show with their labels."""

@@ -1,1 +1,5 @@
 """Loss functions, checkpoints, processes, logs and pictures."""
+
+from utils.command import interrupts_in_one_line
+
+interrupts_in_one_line()

@@ -142,9 +142,12 @@ def atomic_write(path: Path, remedy: str = "free some space or choose another fo
 def atomic_write_text(
     path: Path, text: str, remedy: str = "free some space or choose another folder"
 ) -> None:
-    """Write a text file in UTF-8 as ``atomic_write`` does."""
+    """Write a text file in UTF-8 as ``atomic_write`` does.
+
+    Bytes of a file's name that are no UTF-8 become ``\\udcXX``, which JSON reads back.
+    """
     with atomic_write(path, remedy) as file:
-        file.write(text.encode("utf-8"))
+        file.write(text.encode("utf-8", errors="backslashreplace"))
 
 
 def cannot_write(path: Path, error: OSError, remedy: str) -> UserError:

@@ -1,4 +1,4 @@
-"""Prediction at several scales and mirrored, fused to one."""
+"""Prediction of pictures of any size, at several scales and mirrored, fused to one."""
 
 from __future__ import annotations
 
@@ -60,10 +60,45 @@ class FusedPrediction:
         return torch.maximum(fused, view) if self.mode == "max" else fused + view
 
 
+class PaddedPrediction:
+    """Scores of images of any size: what is too small for a network is continued by its border's colours.
+
+    Images of ``least`` pixels and more a side go through as they are.
+
+    Args:
+        predict: predicts them.
+        scales: of the views that it makes; the smallest must have ``MIN_SIDE`` pixels a side.
+    """
+
+    def __init__(self, predict: Predict, scales: Sequence[float] = (1.0,)) -> None:
+        self.predict = predict
+        self.least = _least_side(min(scales))
+
+    def __call__(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Scores B×C×H×W of normalised images B×3×H×W."""
+        height, width = images.shape[-2:]
+        scores = self.predict(model, pad_to(images, self.least))
+        return scores[..., :height, :width]
+
+
+def pad_to(images: Tensor, least: int = MIN_SIDE) -> Tensor:
+    """Images B×3×H×W with at least that many pixels a side: continued at the right and below."""
+    missing = [max(0, least - side) for side in images.shape[-2:]]
+    return F.pad(images, (0, missing[1], 0, missing[0]), mode="replicate") if any(missing) else images
+
+
+def _least_side(scale: float) -> int:
+    """The smallest side that has ``MIN_SIDE`` pixels when scaled (``F.interpolate`` rounds down)."""
+    least = math.ceil(MIN_SIDE / scale)
+    return least if math.floor(least * scale) >= MIN_SIDE else least + 1
+
+
 def predictor(scales: Sequence[float], flip: bool, mode: str) -> Predict:
-    """What predicts with ``--test_scales``, ``--test_flip`` and ``--fusion_mode``: fused where there is more
-    than the image itself."""
-    return FusedPrediction(scales, flip, mode) if flip or list(scales) != [1.0] else class_scores
+    """What predicts with ``--test_scales``, ``--test_flip`` and ``--fusion_mode``, in evaluation and
+    ``--predict`` alike: fused where there is more than the image itself."""
+    if not flip and list(scales) == [1.0]:
+        return PaddedPrediction(class_scores)
+    return PaddedPrediction(FusedPrediction(scales, flip, mode), scales)
 
 
 @torch.no_grad()
@@ -81,12 +116,6 @@ def predict_classes(
     Returns:
         Network indices H×W, int64, on the CPU.
     """
-    height, width = image.shape[-2:]
-    smallest = MIN_SIDE / min(getattr(predict, "scales", [1.0]))
-    missing = [max(0, math.ceil(smallest) - side) for side in (height, width)]
-    images = to_device(image[None], device)
-    if any(missing):
-        images = F.pad(images, (0, missing[1], 0, missing[0]), mode="replicate")
     with precision.network():
-        scores = predict(model, images)
-    return scores[0, :, :height, :width].argmax(dim=0).cpu()
+        scores = predict(model, to_device(image[None], device))
+    return scores[0].argmax(dim=0).cpu()

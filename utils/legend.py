@@ -7,9 +7,9 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
+from utils.drawing import in_one_font
 from utils.visualize import VOID, palette
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -34,9 +34,10 @@ def with_legend(picture: Array, mask: Array, class_names: Sequence[str]) -> Arra
     """
     height, width = picture.shape[:2]
     size = max(_SMALLEST_FONT, width // _WIDTH_OF_FONT)
-    font = _font(size)
     shown = [int(c) for c in np.unique(mask) if c != VOID]
-    lengths = [round(2.5 * size + font.getlength(class_names[c])) for c in shown]
+    names = {c: in_one_font(class_names[c]) for c in shown}
+    fonts = {c: _font(file, size) for c, (_, file) in names.items()}
+    lengths = [round(2.5 * size + fonts[c].getlength(names[c][0])) for c in shown]
     canvas_width = max(width, _NARROWEST, *(size + length for length in lengths))
     places, lines = _flow(lengths, canvas_width, size)
     line_height = round(1.6 * size)
@@ -50,7 +51,8 @@ def with_legend(picture: Array, mask: Array, class_names: Sequence[str]) -> Arra
         draw.rectangle(
             box, fill=tuple(colours[c]) if c else "white", outline=(110, 110, 110), width=1 + size // 24
         )
-        draw.text((left + round(1.4 * size), middle), class_names[c], fill="black", font=font, anchor="lm")
+        place = (left + round(1.4 * size), middle)
+        draw.text(place, names[c][0], fill="black", font=fonts[c], anchor="lm")
     return np.asarray(canvas)
 
 
@@ -67,5 +69,5 @@ def _flow(lengths: Sequence[int], width: int, margin: int) -> tuple[list[tuple[i
 
 
 @cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(findfont("DejaVu Sans"), size)  # comes with matplotlib
+def _font(file: str, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(file, size)

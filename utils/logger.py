@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import logging
 import math
+import re
 import sys
 import time
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,6 +17,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from utils.distributed import World
+from utils.drawing import failure_is_a_warning
 from utils.files import cannot_write
 from utils.history import Record
 from utils.memory import SHARED_MEMORY_REMEDY, is_shared_memory_full
@@ -87,7 +90,8 @@ def _add(root: logging.Logger, name: str, handler: logging.Handler, level: int, 
 def _file_handler(path: Path) -> logging.FileHandler:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return logging.FileHandler(path, mode="a", encoding="utf-8")
+        # A file name that is no UTF-8 must not cost the line that names it.
+        return logging.FileHandler(path, mode="a", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise cannot_write(path, error, "choose another --logdir") from error
 
@@ -178,12 +182,14 @@ class RunLogger:
         means["harmonic"] = results.harmonic_mean
         self.scalars({f"miou/{name}": value for name, value in means.items()}, step)
         self.scalar("mean_forgetting", results.mean_forgetting, step)
-        self.scalars({f"iou/{name}": value for name, value in results.class_iou.items()}, step)
+        tags = _tags(results.class_iou)
+        self.scalars({f"iou/{tags[name]}": value for name, value in results.class_iou.items()}, step)
         self.text("results", "\n\n".join(markdown_table(*table) for table in results.tables()), step)
         if confusion is not None:
             names = {index: name for name, index in results.indices.items()}
             class_names = [names.get(index, "not evaluated") for index in range(len(confusion))]
-            self.figure("confusion", confusion_figure(confusion, class_names), step)
+            with failure_is_a_warning("the confusion matrix in TensorBoard"):
+                self.figure("confusion", confusion_figure(confusion, class_names), step)
 
     def close(self) -> None:
         """Write what is left and close the file."""
@@ -239,12 +245,12 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> st
     columns = list(zip(*shown, strict=True)) if shown else [()] * len(headers)
     if len(columns) != len(headers):
         raise ValueError(f"{len(headers)} headers for {len(columns)} columns")
-    widths = [max(map(len, (header, *column))) for header, column in zip(headers, columns, strict=True)]
+    widths = [max(map(_width, (header, *column))) for header, column in zip(headers, columns, strict=True)]
     right = [bool(column) and all(map(_numeric, column)) for column in columns]
 
     def line(cells: Sequence[str]) -> str:
         padded = (
-            cell.rjust(width) if at_right else cell.ljust(width)
+            " " * (width - _width(cell)) + cell if at_right else cell + " " * (width - _width(cell))
             for cell, width, at_right in zip(cells, widths, right, strict=True)
         )
         return "  ".join(padded).rstrip()
@@ -255,11 +261,38 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> st
 
 def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """The table as ``format_table``'s, in Markdown."""
-    shown = [[_cell(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    shown = [[markdown_text(_cell(cell)) for cell in row] for row in rows]
     columns = list(zip(*shown, strict=True))
     right = [bool(column) and all(map(_numeric, column)) for column in columns] or [False] * len(headers)
     rule = ["---:" if at_right else "---" for at_right in right]
     return "\n".join(f"| {' | '.join(line)} |" for line in [list(headers), rule, *shown])
+
+
+def markdown_text(text: str) -> str:
+    """A text of a user in one line of Markdown, where no letter of it means anything."""
+    plain = re.sub(r"([\\`*<>\[\]|~$&])", r"\\\1", " ".join(text.split("\n")))
+    return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", plain)  # within a word it means nothing
+
+
+def _tags(names: Iterable[str]) -> dict[str, str]:
+    """A TensorBoard tag for each class: its name with "_" for what tags must not hold.
+
+    A slash would put the class into a group of its own. Of two names with one tag the later has its place
+    behind it; classes only join at the end, so every curve keeps its tag.
+    """
+    tags: dict[str, str] = {}
+    for place, name in enumerate(names):
+        tag = re.sub(r"[^-.\w]", "_", name)
+        while tag in tags.values():
+            tag += f"_{place}"
+        tags[name] = tag
+    return tags
+
+
+def _width(text: str) -> int:
+    """Columns of a terminal that a text takes."""
+    wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
+    return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
 
 
 def _cell(value: object) -> str:

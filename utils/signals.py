@@ -19,7 +19,6 @@ from utils import distributed
 
 T = TypeVar("T")
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
-EXIT_INTERRUPTED = 130  # what a shell makes of SIGINT
 _NAMES = ("SIGTERM", "SIGUSR1", "SIGINT")  # Windows has no SIGUSR1
 # Launchers pass a Ctrl-C on that the terminal has sent to their processes already; a hand is slower.
 _ONE_CTRL_C_S = 1.0

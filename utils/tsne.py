@@ -37,13 +37,15 @@ from dataset.loaders import choose_samples
 from dataset.step_data import EvaluationData, evaluation_data
 from train import Precision, to_device
 from utils import distributed
+from utils.command import run_command
 from utils.distributed import World
+from utils.drawing import drawable
 from utils.errors import UserError
 from utils.files import atomic_write, atomic_write_text
+from utils.inference import pad_to
 from utils.logger import progress, setup_logging
 from utils.option_types import Parser, path_option, positive_int, seed
 from utils.restore import TrainedNetwork, model_from_checkpoint
-from utils.signals import EXIT_INTERRUPTED
 from utils.visualize import VOID, palette
 
 LAYERS = ("pre_logits", "body")
@@ -153,9 +155,11 @@ def _forward(
     for image in chosen:
         sample = data.test[image]
         picture, labels, *_ = sample.sample if isinstance(sample, Substitute) else sample
+        images = pad_to(to_device(picture[None], world.device))  # as evaluation does; what is added is void
+        below, right = (new - own for new, own in zip(images.shape[-2:], labels.shape, strict=True))
         with precision.network():
-            _, found = model(to_device(picture[None], world.device))
-        yield image, found[layer][0].float().cpu(), labels
+            _, found = model(images)
+        yield image, found[layer][0].float().cpu(), F.pad(labels, (0, right, 0, below), value=VOID)
 
 
 def embed(vectors: Array, seed: int) -> Array:
@@ -186,7 +190,7 @@ def draw(
     columns = -(-(len(shown) + 2) // _LEGEND_LINES)
     figure = Figure(figsize=(8 + 1.9 * columns, 7.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    axes.set_title(title, fontsize=11)
+    axes.set_title(drawable(title), fontsize=11)
     axes.set_xticks([])
     axes.set_yticks([])
     colours = palette() / 255
@@ -195,7 +199,7 @@ def draw(
         xy = points[classes == index]
         look = {"color": colours[ids[index]], "edgecolors": "white", "linewidths": 0.3}
         axes.scatter(xy[:, 0], xy[:, 1], s=26 if marker == _NEW else 20, marker=marker, **look)
-    _add_legend(axes, shown, names, [colours[c] for c in ids], old)
+    _add_legend(axes, shown, [drawable(name) for name in names], [colours[c] for c in ids], old)
     return figure
 
 
@@ -306,16 +310,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Options]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw what the command line asks for; exit code 0, 2, or 130 after Ctrl-C."""
-    try:
-        run(*parse(argv))
-    except UserError as error:
-        print(f"utils.tsne: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("utils.tsne: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return 0
+    """Draw what the command line asks for; returns the exit code."""
+    return run_command("utils.tsne", lambda: run(*parse(argv)))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from matplotlib.patches import Patch
 from PIL import Image
 from torch import Tensor
 
+from utils.drawing import drawable
 from utils.files import atomic_write
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -102,7 +103,7 @@ def confusion_figure(confusion: Array | Tensor, class_names: Sequence[str]) -> F
     """
     counts = np.asarray(confusion, dtype=np.float64)
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    classes = len(class_names)
+    names, classes = [drawable(name) for name in class_names], len(class_names)
     # 151 names need about 0.11 inch each to be read; few classes get room for a number in every cell.
     side = 2.4 + (0.3 * classes if classes <= _NUMBERED else 0.115 * classes)
     figure = _figure(side + 1, side)
@@ -110,8 +111,8 @@ def confusion_figure(confusion: Array | Tensor, class_names: Sequence[str]) -> F
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
     figure.colorbar(image, ax=axes, label="% of the true class's pixels", fraction=0.04, pad=0.02)
     size = 8 if classes <= _NUMBERED else 5.5
-    axes.set_xticks(range(classes), class_names, rotation=90, fontsize=size)
-    axes.set_yticks(range(classes), class_names, fontsize=size)
+    axes.set_xticks(range(classes), names, rotation=90, fontsize=size)
+    axes.set_yticks(range(classes), names, fontsize=size)
     axes.tick_params(length=2 if classes <= _NUMBERED else 0, pad=2)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
@@ -196,7 +197,7 @@ def _grid_figure(
     colours = palette(max([VOID, *shown]) + 1) / 255
     legend.legend(
         handles=[
-            Patch(facecolor=tuple(colours[c]), edgecolor="0.4", label=names.get(c, f"class {c}"))
+            Patch(facecolor=tuple(colours[c]), edgecolor="0.4", label=drawable(names.get(c, f"class {c}")))
             for c in shown
         ],
         loc="center",

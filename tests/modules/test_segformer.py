@@ -151,7 +151,7 @@ def test_autocast_and_channels_last(decoder):
 
 def test_errors():
     net = SegFormer(TINY)
-    with pytest.raises(UserError, match="--crop_size"):
+    with pytest.raises(UserError, match="enlarge or pad them"):
         net(torch.randn(1, 3, 16, 64))
     with pytest.raises(UserError, match="logits_small"):
         net(torch.randn(1, 3, 64, 64), frozenset({"logits_small"}))

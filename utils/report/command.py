@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from utils.command import run_command
 from utils.errors import UserError
 from utils.option_types import path_option
 from utils.report.page import write_report
@@ -18,7 +18,11 @@ _LISTED = 12  # pictures that are named one by one
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the comparison, write the page, print where it and the pictures lie; exit code 0 or 2."""
+    """Write the page, print the comparison and where page and pictures lie; returns the exit code."""
+    return run_command("utils.report", lambda: _report(argv))
+
+
+def _report(argv: list[str] | None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m utils.report",
         description="Compare runs: a table here, and a page with figures and tables that needs no network.",
@@ -37,13 +41,12 @@ def main(argv: list[str] | None = None) -> int:
         help="folder of report.html and what lies beside it (default: report in the common LOGDIR)",
     )
     args = parser.parse_args(argv)
+    runs = find_runs(args.folders)
+    table = comparison(runs)
     try:
-        runs = find_runs(args.folders)
-        print(comparison(runs))
         page = write_report([read_run(run) for run in runs], args.out or _common(args.folders) / "report")
-    except UserError as error:
-        print(f"utils.report: error: {error}", file=sys.stderr)
-        return 2
+    finally:  # where the page cannot be written, the numbers are all that there is to see
+        print(table)
     pictures = [path for run in runs for path in sorted(run.glob("predictions_*.png"))]
     if len(pictures) > _LISTED:
         print(f"pictures: {len(pictures)}, predictions_<step>.png in the folders of the runs")
@@ -51,7 +54,6 @@ def main(argv: list[str] | None = None) -> int:
         for picture in pictures:
             print(f"picture: {picture}")
     print(f"report: {page}")
-    return 0
 
 
 def _common(folders: Sequence[Path]) -> Path:

@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator, SymmetricalLogLocator
 from PIL import Image
 
 from metrics.continual import Array
+from utils.drawing import drawable
 from utils.errors import UserError
 from utils.report.groups import Group, Method, Stat, stat
 from utils.report.reading import Run
@@ -103,7 +104,7 @@ def _curve(axes: Axes, method: Method, key: str, look: Style, shift: float | Non
     std = 100 * np.array([point.std or 0.0 for point in known.values()])
     low, high = np.maximum(mean - std, 0), np.minimum(mean + std, 100)  # an mIoU is nowhere else
     if shift is None:
-        axes.plot(x, mean, label=method.label, linewidth=1.8, markersize=5, **look)
+        axes.plot(x, mean, label=drawable(method.label), linewidth=1.8, markersize=5, **look)
         axes.fill_between(x, low, high, color=look["color"], alpha=0.12, linewidth=0)
     else:
         style = {**look, "linestyle": "", "markersize": 4, "elinewidth": 1, "clip_on": False}
@@ -136,7 +137,7 @@ def bars(group: Group) -> Figure | None:
         axes.set_xlabel("mIoU (%)")
         _tidy(axes)
         axes.grid(visible=False, axis="y")
-    panels[0].set_yticks(range(len(shown)), [method.label for method in shown])
+    panels[0].set_yticks(range(len(shown)), [drawable(method.label) for method in shown])
     panels[0].invert_yaxis()
     return figure
 
@@ -158,7 +159,9 @@ def _joint_lines(axes: Axes, group: Group) -> None:
     for method in group.methods:
         number = method.stat(lambda run: group.means(run)["all"]) if method.joint else None
         if number is not None:
-            axes.axhline(100 * number.mean, color="black", linestyle="--", linewidth=1.2, label=method.label)
+            axes.axhline(
+                100 * number.mean, color="black", linestyle="--", linewidth=1.2, label=drawable(method.label)
+            )
 
 
 def class_heat_maps(group: Group) -> Figure | None:
@@ -186,7 +189,7 @@ def class_heat_maps(group: Group) -> Figure | None:
             image = _heat(
                 axes, 100 * values, names if position == 0 else None, cmap="viridis", vmin=0, vmax=100
             )
-            axes.set_title(methods[place].label, fontsize=9)
+            axes.set_title(drawable(methods[place].label), fontsize=9)
             axes.set_xlabel("step")
             _mark_new(axes, methods[place], names)
         part.colorbar(image, ax=list(panels), label="IoU (%)", shrink=min(1.0, 3 / height), pad=0.01)
@@ -239,7 +242,8 @@ def forgetting_map(group: Group) -> Figure | None:
         image = _heat(axes, part, [method.label for method in methods], **colours)
         for row, column in np.argwhere(hatched):
             axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, **_HATCHED))
-        axes.set_xticks(range(hatched.shape[1]), names[start : start + columns], rotation=90, fontsize=8)
+        part_names = [drawable(name) for name in names[start : start + columns]]
+        axes.set_xticks(range(hatched.shape[1]), part_names, rotation=90, fontsize=8)
         axes.set_xlim(-0.5, hatched.shape[1] - 0.5 if rows_of == 1 else columns - 0.5)
     bar = figure.colorbar(image, ax=list(panels), pad=0.01, shrink=1 / rows_of)
     bar.set_label("IoU lost since its step (points)", fontsize=9)
@@ -293,7 +297,7 @@ def confusion(method: Method) -> Figure | None:
         return None
     names = read[0][1]
     figure = confusion_figure(np.sum([counts for counts, other in read if other == names], axis=0), names)
-    figure.axes[0].set_title(method.label)
+    figure.axes[0].set_title(drawable(method.label))
     return figure
 
 
@@ -312,7 +316,7 @@ def total_losses(group: Group) -> Figure | None:
                 records = run.courses[step].records
                 x, y = [r.iteration for r in records], [r.losses.get("total", math.nan) for r in records]
                 style = {**look[method.label], "marker": "", "linewidth": 1.4, "alpha": 0.85}
-                axes.plot(*_smooth(x, y), label=method.label if place == 0 else None, **style)
+                axes.plot(*_smooth(x, y), label=drawable(method.label) if place == 0 else None, **style)
         axes.set_title(f"step {step}")
         axes.set_xlabel("iteration")
         _log_if_far(axes)
@@ -341,7 +345,7 @@ def loss_terms(run: Run) -> Figure | None:
                 colour = "black" if name == "total" else _COLOURS[place % len(_COLOURS)]
                 dashes = "-" if place < len(_COLOURS) else "--"
                 panels[0, column].plot(
-                    *_smooth(x, y), label=name, color=colour, linestyle=dashes, linewidth=1.3
+                    *_smooth(x, y), label=drawable(name), color=colour, linestyle=dashes, linewidth=1.3
                 )
         panels[1, column].plot(x, [record.lr for record in records], color="0.35", linewidth=1.3)
         _log_if_far(panels[0, column])
@@ -367,7 +371,7 @@ def cost(lines: Sequence[Line]) -> Figure | None:
     unit, scale = next((unit for unit in units if longest >= 2 * unit[1]), units[-1])
     _bars(left, shown, lambda line: line.seconds, scale, f"wall time of training ({unit})")
     _bars(right, shown, lambda line: line.memory, 1024.0, "peak memory (GiB)")
-    left.set_yticks(range(len(shown)), [line.method.label for line in shown])
+    left.set_yticks(range(len(shown)), [drawable(line.method.label) for line in shown])
     left.invert_yaxis()
     return figure
 
@@ -429,7 +433,7 @@ def _sample_band(
         _show(axes, first.get(key))
         axes.set_title(key, fontsize=9)
     for column, (method, run) in zip(panels.T[1:], having, strict=False):
-        column[0].set_title(method.label, fontsize=9)
+        column[0].set_title(drawable(method.label), fontsize=9)
         for axes, step in zip(column, steps, strict=False):
             # Joint training has one step only: its prediction stands beside the last of the others.
             key = f"step{step}" if not method.joint else "step0" if step == steps[-1] else ""
@@ -459,7 +463,8 @@ def _heat(
     colours = known.with_extremes(bad=_NO_RESULT)
     image = axes.imshow(values, cmap=colours, vmin=vmin, vmax=vmax, aspect="auto", interpolation="nearest")
     many = values.shape[0] > _NUMBERED
-    axes.set_yticks(range(len(values)) if names else [], names or [], fontsize=5.5 if many else 8)
+    shown = [drawable(name) for name in names or ()]
+    axes.set_yticks(range(len(shown)), shown, fontsize=5.5 if many else 8)
     axes.set_xticks(range(values.shape[1]))
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -482,6 +487,7 @@ def _log_if_far(axes: Axes) -> None:
         ticks = SymmetricalLogLocator(base=10, linthresh=usual)
         ticks.set_params(numticks=6)
         axes.yaxis.set_major_locator(ticks)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # its own writes formulas
 
 
 def _smooth(x: Sequence[float], y: Sequence[float]) -> tuple[Array, Array]:
@@ -523,7 +529,7 @@ def _legend(figure: Figure, panels: Sequence[Axes], labels: Sequence[str]) -> No
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    shown = [label for label in labels if label in handles]
+    shown = [label for label in map(drawable, labels) if label in handles]
     # About 14 letters to an inch; a handle must be long enough to tell dashes from a line.
     room = int(14 * figure.get_figwidth() / (8 + max(map(len, shown), default=0)))
     figure.legend(

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from utils.errors import UserError
 from utils.files import atomic_write, atomic_write_text, cannot_write
+from utils.logger import markdown_text
 from utils.report import figures, tables
 from utils.report.groups import JOINT, Group, Stat, arrange, deciding
 from utils.report.published import of_group
@@ -111,7 +112,8 @@ def _stem(*parts: str) -> str:
     plain = re.sub(r"[^\w.-]+", "-", text).strip("-")
     if plain == text and len(text) <= _LONGEST:
         return text
-    return f"{plain[:_LONGEST]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    digest = hashlib.sha256(text.encode(errors="surrogatepass"))  # a folder's name may be no UTF-8
+    return f"{plain[:_LONGEST]}-{digest.hexdigest()[:8]}"
 
 
 def _listed(path: Path) -> list[str]:
@@ -347,9 +349,9 @@ def _spans(steps: Sequence[int]) -> str:
 def _markdown(groups: Sequence[Group], written: Sequence[dict[str, Any]], steps: Table, when: str) -> str:
     parts = ["# Report", f"Made on {when} by `python -m utils.report`; mIoU in percent."]
     for group, content in zip(groups, written, strict=True):
-        parts += [f"## {group.title}", tables.summary_table(group).markdown()]
+        parts += [f"## {markdown_text(group.title)}", tables.summary_table(group).markdown()]
         for section in content["sections"]:
             parts += [f"### {section.title}", section.text]
-            parts += [f"![{picture.alt}]({picture.file})" for picture in section.pictures]
+            parts += [f"![{markdown_text(picture.alt)}]({picture.file})" for picture in section.pictures]
     parts += ["## Every step of every run", steps.markdown()]
     return "\n\n".join(parts) + "\n"
