@@ -175,13 +175,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=Number(float, 0, 1440, above=True), default=9.0, help="in all")
     parser.add_argument("--pytest", default="", help="more words for pytest, e.g. '-n 8'")
     parser.add_argument("--small", action="store_true", help="the rehearsal: small sizes, any device")
-    parser.add_argument("--only", default="", help="parts whose name contains this text")
+    parser.add_argument("--only", nargs="+", default=[""], help="parts whose name contains one of these")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     report = Report(options.out)
     print(device_name(report.device), "torch", torch.__version__, flush=True)
     end = time.monotonic() + 60 * options.minutes
-    chosen = [part for part in parts(options) if options.only in part.name]
+    chosen = [part for part in parts(options) if any(word in part.name for word in options.only)]
     good = True
     for stage in sorted({part.stage for part in chosen}):
         now = [part for part in chosen if part.stage == stage]

@@ -48,7 +48,7 @@ class Runs:
     def __init__(self, options: argparse.Namespace, logs: Path) -> None:
         self.logs = logs
         self.dataset = options.dataset
-        epochs, crop, batch = (1, 64, 4) if options.small else (2, 192, 24)
+        crop, batch = (64, 4) if options.small else (192, 24)
         self.words = [
             *(
                 "--dataset",
@@ -59,9 +59,9 @@ class Runs:
                 TASK,
                 "--overlap",
             ),
-            *("--logdir", str(logs), "--epochs", str(epochs), "--crop_size", str(crop)),
+            *("--logdir", str(logs), "--epochs", "1", "--crop_size", str(crop)),
             *("--batch_size", str(batch), "--step", "0", "1", "--lr", "0.01", "0.001", "--opt_level", "O1"),
-            *("--num_workers", str(options.num_workers), "--ckpt_minutes", "0.05", "--print_interval", "1"),
+            *("--num_workers", str(options.num_workers), "--ckpt_minutes", "0.01", "--print_interval", "1"),
         ]
         weights = ["--pretrained_path", str(options.weights)] if options.weights else ["--no_pretrained"]
         self.deeplab = ["--backbone", "mobilenet_v2", *weights]
@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--num_workers", type=count, default=1)
     parser.add_argument("--side_by_side", type=positive_int, default=7, help="cases at a time")
     parser.add_argument("--only", default="", help="cases whose name contains this text")
-    parser.add_argument("--small", action="store_true", help="one short epoch per step")
+    parser.add_argument("--small", action="store_true", help="small crops and batches")
     parser.add_argument("--out", type=path_option, help="write the outcome as JSON")
     options = parser.parse_args(argv)
     options.logs.mkdir(parents=True, exist_ok=True)
