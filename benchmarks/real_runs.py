@@ -48,7 +48,7 @@ class Runs:
     def __init__(self, options: argparse.Namespace, logs: Path) -> None:
         self.logs = logs
         self.dataset = options.dataset
-        crop, batch = (64, 4) if options.small else (192, 24)
+        crop, batch = (64, 4) if options.small else (192, 8)
         self.words = [
             *(
                 "--dataset",
@@ -134,16 +134,17 @@ class Runs:
         differing = [k for k in weights[0] if not torch.equal(weights[0][k], weights[1][k])]
         if differing or resumed != results:
             raise Failed(f"the resumed run differs in {len(differing)} tensors: {differing[:5]}")
-        tested = self.complete("whole", *words, "--test")
+        ckpt = ("--ckpt", str(self.checkpoint("whole")))
+        masks, picture = self.folder("whole") / "masks", self.folder("whole") / "predictions_1.png"
+        predict = [sys.executable, "run.py", "--predict", str(picture), *ckpt, "--out", str(masks)]
+        tsne = [sys.executable, "-m", "utils.tsne", *ckpt, "--images", "8", "--per_class", "20"]
+        with ThreadPoolExecutor() as pool:
+            others = [pool.submit(self.execute, "predict", predict), pool.submit(self.execute, "tsne", tsne)]
+            tested = self.complete("whole", *words, "--test")
+            for other in others:
+                other.result()
         if tested["class_iou"] != results["class_iou"]:
             raise Failed("--test gives other numbers than the end of training")
-        ckpt = ("--ckpt", str(self.checkpoint("whole")))
-        masks = self.folder("whole") / "masks"
-        picture = str(self.folder("whole") / "predictions_1.png")
-        self.execute("predict", [sys.executable, "run.py", "--predict", picture, *ckpt, "--out", str(masks)])
-        self.execute(
-            "tsne", [sys.executable, "-m", "utils.tsne", *ckpt, "--images", "8", "--per_class", "20"]
-        )
         return results
 
     def method(self, name: str) -> Callable[[], dict[str, Any]]:
