@@ -22,7 +22,9 @@ from utils.option_types import Parser, positive_int, seed, whole
 def main() -> int:
     """Parse the command line, draw, and report. Returns the exit code."""
     defaults = ShapesConfig()
-    parser = Parser(prog="python data/make_shapes.py", description="Draw the generated data set of --dataset shapes.")
+    parser = Parser(
+        prog="python data/make_shapes.py", description="Draw the generated data set of --dataset shapes."
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument(
         "--train", type=positive_int, default=defaults.train, help="training pictures (%(default)s)"
