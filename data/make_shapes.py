@@ -26,7 +26,9 @@ def main() -> int:
 
 def _draw() -> None:
     defaults = ShapesConfig()
-    parser = Parser(prog="make_shapes.py", description="Draw the generated data set of --dataset shapes.")
+    parser = Parser(
+        prog="python data/make_shapes.py", description="Draw the generated data set of --dataset shapes."
+    )
     parser.add_argument("--out", type=path_option, required=True, help="folder to make")
     parser.add_argument(
         "--train", type=positive_int, default=defaults.train, help="training pictures (%(default)s)"

@@ -173,7 +173,8 @@ class StepTraining:
         if begun is not None and begun.own:
             self.folder.check_same_run(step, begun.content, self.facts)
         elif begun is not None and (differing := self.folder.differences(begun.content, self.facts)):
-            log.warning("%s was trained otherwise: %s", begun.path, "; ".join(differing))
+            tell = log.warning if self.world.is_main else log.debug
+            tell("%s was trained otherwise: %s", begun.path, "; ".join(differing))
         log.info(
             "step %d of task %s: %d training images, %d for the final evaluation, %d classes, total batch %d",
             step,
