@@ -94,7 +94,7 @@ def _patient(stream: TextIO) -> TextIO:
         outlet if direct else io.BufferedWriter(outlet),
         encoding=stream.encoding,
         errors="replace" if stream is sys.__stdout__ else stream.errors,
-        line_buffering=stream.line_buffering,
+        line_buffering=bool(stream.line_buffering),
         write_through=direct,
     )
 
