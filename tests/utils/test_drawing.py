@@ -31,7 +31,7 @@ STRANGE = [
     "_hidden",
     "tab\there",
     "100 %",
-    "{x}^2_3",
+    "x^2_3",
     "\\alpha",
 ]
 
@@ -103,7 +103,7 @@ figure = confusion_figure(np.eye(3), names)
 figure.savefig("/dev/null", format="png")
 assert in_one_font("猫") == ("猫", in_one_font("鹰")[1])
 plain = with_legend(np.zeros((9, 9, 3), np.uint8), np.full((9, 9), 1), names)
-assert (plain[9:] < 90).any(), "something black stands beside the box"
+assert (plain[9:].max(axis=2) < 90).any(), "something black stands beside the box"
 """
     done = subprocess.run(
         [sys.executable, "-c", program],
