@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh requirements-dev.txt
 python -c 'import platform, numpy, torch, torchvision; from utils.processor import description
-print("python", platform.python_version(), *(f"{m.__name__} {m.__version__}" for m in (torch, torchvision, numpy)), sep=", ")
+print("versions: python", platform.python_version(), *(f"{m.__name__} {m.__version__}" for m in (torch, torchvision, numpy)))
 print("processor:", description())'
 if [ "${REQUIREMENTS:-newest}" = newest ]; then  # linters and types follow the newest packages
     ruff check .
