@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_STOPPED
     except KeyboardInterrupt:
         if rank == 0:
-            print("run.py: interrupted; what was written before is whole", file=sys.stderr, flush=True)
+            print("run.py: interrupted", file=sys.stderr, flush=True)
         return utils.command.EXIT_INTERRUPTED
     except RuntimeError as error:
         fault = distributed.as_fault(error)

@@ -171,7 +171,7 @@ def test_ctrl_c_where_there_is_nothing_to_save_is_one_line(
 
     monkeypatch.setattr(program, "run", interrupted)
     assert program.main(["--check_data"]) == 130
-    assert capsys.readouterr().err.splitlines() == ["run.py: interrupted; what was written before is whole"]
+    assert capsys.readouterr().err.splitlines() == ["run.py: interrupted"]
 
 
 def test_the_loaders_of_a_killed_process_end(tiny_data: Path, tmp_path: Path) -> None:
