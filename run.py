@@ -67,7 +67,7 @@ def run(opts: Options) -> int:
         return check_data(opts)
     world = distributed.start(opts.where_to_sim, opts.local_rank, opts.timeout)
     if opts.predict is not None:
-        from utils.predict import predict
+        from inference.images import predict
 
         return predict(opts, world)
     from session import Session

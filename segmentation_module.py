@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modules import Network, build_network
+from modules import Network, build_network, is_sdr_network
 from modules.norm import norm_layers
-from utils.checkpoint import is_sdr_network
 from utils.errors import UserError
 
 M = TypeVar("M", bound=nn.Module)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import write_report
-from utils.checkpoint import load_checkpoint
+from runs.checkpoint import load_checkpoint
 from utils.command import run_command
 from utils.option_types import count, path_option, positive_int
 
@@ -137,7 +137,7 @@ class Runs:
         ckpt = ("--ckpt", str(self.checkpoint("whole")))
         masks, picture = self.folder("whole") / "masks", self.folder("whole") / "predictions_1.png"
         predict = [sys.executable, "run.py", "--predict", str(picture), *ckpt, "--out", str(masks)]
-        tsne = [sys.executable, "-m", "utils.tsne", *ckpt, "--images", "8", "--per_class", "20"]
+        tsne = [sys.executable, "-m", "inference.tsne", *ckpt, "--images", "8", "--per_class", "20"]
         with ThreadPoolExecutor() as pool:
             others = [pool.submit(self.execute, "predict", predict), pool.submit(self.execute, "tsne", tsne)]
             tested = self.complete("whole", *words, "--test")

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from argparser import Options, parse_options
 from methods import Context, Method, build_methods
 from segmentation_module import IncrementalSegmentationModule, freeze, make_model
-from session.networks import make_optimizer
+from session.optimizer import make_optimizer
 from train import Precision, Trainer, to_device
 from utils.memory import keep_freed_memory
 from utils.option_types import positive_int, whole

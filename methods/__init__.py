@@ -5,19 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from methods.attention_transfer import AttentionTransfer
 from methods.base import Batch, Context, Method
 from methods.cil import CIL
 from methods.classification import Classification
 from methods.distillation import EncoderDistillation, OutputDistillation
 from methods.icarl import ICaRL
-from methods.own import read_method_file
-from methods.pod import PooledOutputDistillation
+from methods.importance import Regularization
+from methods.plop import PooledOutputDistillation
+from methods.plugin import read_method_file
 from methods.presets import METHODS, add_preset, preset
-from methods.prototypes import FeatureSparsity, PrototypeLearning, SoftNearestNeighbours
 from methods.pseudo_labels import PseudoLabels
-from methods.regularization import Regularization
-from methods.unknown import UnknownClass
+from methods.sats import AttentionTransfer
+from methods.sdr import FeatureSparsity, PrototypeLearning, SoftNearestNeighbours
+from methods.ssul import UnknownClass
 
 # A method of the package is one file and one line here, and a preset if it has a name of its own. A method of
 # one's own is one file anywhere: --method_file adds it to the list.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from modules.deeplab import DILATIONS, HEADS, ASPPHead, DeepLabHead, DeepLabV3
 from modules.mobilenet import MobileNetV2Body
 from modules.network import Network
@@ -14,7 +17,15 @@ from utils.errors import UserError
 MODELS = ("deeplab", *CONFIGS)
 BACKBONES = (*LAYERS, "mobilenet_v2")
 
-__all__ = ["BACKBONES", "MODELS", "LoadReport", "Network", "build_network", "load_pretrained"]
+__all__ = [
+    "BACKBONES",
+    "MODELS",
+    "LoadReport",
+    "Network",
+    "build_network",
+    "is_sdr_network",
+    "load_pretrained",
+]
 
 
 def build_network(
@@ -74,3 +85,18 @@ def build_network(
     if head == "aspp":
         return DeepLabV3(body, ASPPHead(body.out_channels, norms, output_stride))
     return DeepLabV3(body, DeepLabHead(body.out_channels, norms, output_stride, pooling, sdr=sdr))
+
+
+def is_sdr_network(options: Mapping[str, Any]) -> bool:
+    """Whether options ask for the network of SDR's program, whose weights have the same names and shapes.
+
+    It is what ``--fidelity released`` means for ResNet with BatchNorm and ReLU, but for SSUL's, which is
+    torchvision's (docs/fidelity.md).
+    """
+    return (
+        options.get("fidelity") == "released"
+        and options["model"] == "deeplab"
+        and options["backbone"].startswith("resnet")
+        and options["norm_act"] in ("std", "sync")
+        and not options["unknown"]
+    )

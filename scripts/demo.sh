@@ -21,4 +21,4 @@ for method in FT MIB; do
     train --name "$method" --method "$method" --step 1 --lr 0.01 --epochs "${EPOCHS_1:-10}" \
         --step_ckpt "$LOGDIR/$TASK-shapes_FT/$TASK-shapes_FT_0.pth"
 done
-python -m utils.report "$LOGDIR/$TASK-shapes_FT" "$LOGDIR/$TASK-shapes_MIB"
+python -m report "$LOGDIR/$TASK-shapes_FT" "$LOGDIR/$TASK-shapes_MIB"

@@ -1,7 +1,7 @@
 """Methods × tasks × seeds from one file: ``python -m scripts.experiment FILE.yaml``.
 
 Runs what has no results yet, goes on with what broke (give the command again), and ends with a table of
-mean ± standard deviation over seeds and, in ``<logdir>/report``, the report (``utils.report``) of all runs
+mean ± standard deviation over seeds and, in ``<logdir>/report``, the report (``report``) of all runs
 that have begun. The file; only ``logdir`` and ``runs`` must be there::
 
     logdir: logs/voc
@@ -57,9 +57,9 @@ from scripts.experiment_slurm import job_script, submit
 from tasks import Task
 from utils.command import run_command
 from utils.errors import UserError
-from utils.logger import format_table
 from utils.option_types import path_option
 from utils.signals import EXIT_STOPPED, StopRequest
+from utils.tables import format_table
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.2
@@ -217,9 +217,9 @@ def _task_table(runs: Sequence[Run], task: Task) -> str:
 
 
 def _report(runs: Sequence[Run], logdir: Path) -> int:
-    """The page of all runs that have begun, by ``utils.report``; its exit code."""
+    """The page of all runs that have begun, by ``report``; its exit code."""
     # Its libraries take a second that --dry-run and a wrong file need not wait for.
-    from utils import report
+    import report
 
     begun: list[Path] = []
     for run in runs:

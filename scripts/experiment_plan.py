@@ -13,11 +13,11 @@ from typing import Any
 import yaml
 
 from argparser import Options, build_parser, parse_options
+from runs.checkpoint import checkpoint_path
+from runs.history import read_options_by_step
 from tasks import Task
-from utils.checkpoint import checkpoint_path
 from utils.errors import UserError
 from utils.files import given_path, read_text
-from utils.history import read_options_by_step
 from utils.option_types import SEEDS
 
 _KEYS = ("logdir", "processes", "gpus", "seeds", "tasks", "common", "step_0", "runs", "slurm")
@@ -419,7 +419,7 @@ def _check_origin(run: Run, step: int, recorded: Mapping[str, Any]) -> None:
 
 def _check_step(run: Run, step: int, recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     # The report's libraries take a second that an experiment without runs need not wait for.
-    from utils.report.groups import deciding
+    from report.groups import deciding
 
     then, wanted = deciding(recorded), deciding(now)
     names = [

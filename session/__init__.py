@@ -13,6 +13,8 @@ import torch
 from argparser import Options
 from dataset.loaders import Tolerance
 from dataset.step_data import evaluation_data
+from inference.load import load_model
+from runs.history import write_run_facts
 from session.evaluation import Evaluation
 from session.folder import RunFolder
 from session.training import StepTraining
@@ -20,10 +22,8 @@ from train import Precision
 from utils import distributed
 from utils.distributed import World
 from utils.files import FolderLock
-from utils.history import write_run_facts
 from utils.logger import setup_logging
 from utils.randomness import make_deterministic
-from utils.restore import load_model
 from utils.signals import StopRequest
 
 log = logging.getLogger(__name__)

@@ -14,15 +14,17 @@ from argparser import Options
 from dataset.incremental import IncrementalDataset, Substitute
 from dataset.loaders import Tolerance, choose_samples, make_eval_loader
 from dataset.step_data import EvaluationData
-from metrics.continual import Results, summarise, write_results
+from inference.multiscale import predict_classes, predictor
+from metrics.continual import Results, summarise
 from metrics.stream_metrics import StreamSegMetrics
+from runs.results import write_results
 from session.folder import RunFolder
+from session.tensorboard import RunLogger
 from train import Precision, evaluate
 from utils import distributed
 from utils.distributed import World
 from utils.drawing import failure_is_a_warning
-from utils.inference import predict_classes, predictor
-from utils.logger import RunLogger, progress
+from utils.logger import progress
 from utils.signals import StopRequest
 from utils.visualize import VOID, prediction_grid, write_samples
 

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from argparser import Options
-from utils import distributed
-from utils.checkpoint import (
+from modules import is_sdr_network
+from runs.checkpoint import (
     check_fits,
     checkpoint_path,
-    is_sdr_network,
     load_checkpoint,
     save_id,
     saved_options,
 )
+from session.resume import differences, is_trained, job_id, restarted
+from utils import distributed
 from utils.distributed import World
 from utils.errors import UserError
-from utils.resume import differences, is_trained, job_id, restarted
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,17 +11,17 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from argparser import Options
+from inference.load import load_model
 from methods import Context, Method, build_methods
 from modules.pretrained import LoadReport, load_default_pretrained, load_pretrained
+from runs.checkpoint import model_state
 from segmentation_module import IncrementalSegmentationModule, freeze, load_state, make_model
 from session.folder import RunFolder
+from session.optimizer import make_optimizer
 from train import Precision
 from utils import distributed
-from utils.checkpoint import model_state
 from utils.distributed import World
 from utils.errors import UserError
-from utils.restore import load_model
-from utils.scheduler import make_scheduler
 
 log = logging.getLogger(__name__)
 
@@ -175,108 +174,3 @@ class StepNetworks:
     def optimizer(self, lr: float) -> torch.optim.Optimizer:
         """That of the student at a learning rate. See ``make_optimizer``."""
         return make_optimizer(self.opts, self.context.model, self.methods, lr)
-
-
-def make_optimizer(
-    opts: Options, model: nn.Module, methods: Mapping[str, Method], lr: float
-) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum; one group of parameters per learning rate.
-
-    Raises:
-        UserError: no weight is left to train.
-    """
-    newest = f"cls.{len(model.cls) - 1}."  # type: ignore[arg-type]
-    groups: dict[float, list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        factor = math.prod(method.lr_factor(name) for method in methods.values())
-        if opts.lr_old is not None and name.startswith("cls.") and not name.startswith(newest):
-            factor *= opts.lr_old
-        groups.setdefault(factor, []).append(parameter)
-    if not groups:
-        raise UserError("no weight is left to train: drop --freeze or --fix_bn")
-    optimizer = torch.optim.SGD(
-        [{"params": parameters, "lr": lr * factor} for factor, parameters in groups.items()],
-        lr=lr,
-        momentum=opts.momentum,
-        weight_decay=opts.weight_decay,
-        nesterov=opts.momentum > 0,
-        fused=True,
-    )
-    _fill_momentum(optimizer)
-    return optimizer
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Give an optimiser of ``make_optimizer`` the state that a checkpoint holds, whatever form wrote it.
-
-    Raises:
-        ValueError: the state is of other weights.
-    """
-    optimizer.load_state_dict(state)
-    for group in optimizer.param_groups:
-        group["fused"] = True  # not so in checkpoints of earlier versions that the CPU wrote
-    _fill_momentum(optimizer)
-
-
-def weight_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
-    """Names of the weights in the order in which the optimiser's state counts them."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-
-
-def take_momentum(optimizer: torch.optim.Optimizer, model: nn.Module, content: Mapping[str, Any]) -> int:
-    """Give an optimiser only the momentum that a checkpoint holds, by the weights' names; rates stay its own.
-
-    A checkpoint without names (of a release or an early version) must have as many weights in each group.
-
-    Returns:
-        How many weights had none there that fits, and begin with zeros.
-    """
-    names, saved = weight_names(optimizer, model), content["optimizer_state"]
-    sizes = [len(group["params"]) for group in optimizer.param_groups]
-    alike = sizes == [len(group["params"]) for group in saved["param_groups"]]
-    known = content.get("optimizer_weights", names if alike else [])
-    found = {name: saved["state"].get(i, {}).get("momentum_buffer") for i, name in enumerate(known)}
-    parameters = [(p, group) for group in optimizer.param_groups for p in group["params"]]
-    missing = 0
-    for name, (parameter, group) in zip(names, parameters, strict=True):
-        buffer = found.get(name)
-        if group["momentum"] == 0:
-            continue
-        if buffer is None or buffer.shape != parameter.shape:
-            missing += 1
-        else:
-            optimizer.state[parameter]["momentum_buffer"].copy_(buffer)
-    return missing
-
-
-def _fill_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Begin with a momentum of zeros where there is none.
-
-    The fused form would make its own without filling it, and leave it so if a gradient scaler skips the
-    first update.
-    """
-    for group in optimizer.param_groups:
-        for parameter in group["params"] if group["momentum"] > 0 else ():
-            if optimizer.state[parameter].get("momentum_buffer") is None:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-
-
-def schedule(
-    opts: Options, optimizer: torch.optim.Optimizer, iterations: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """Learning-rate schedule of the options over a step's iterations."""
-    warmup = opts.warmup * iterations
-    return make_scheduler(
-        optimizer,
-        opts.lr_policy,
-        max_iters=iterations,
-        lr_power=opts.lr_power,
-        lr_decay_step=opts.lr_decay_step,
-        lr_decay_factor=opts.lr_decay_factor,
-        warmup_iters=int(warmup) if opts.released_ssul else round(warmup),
-        warmup_multiplies=opts.released_ssul,
-        min_lr=opts.min_lr,
-    )

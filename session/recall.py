@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from runs.checkpoint import load_checkpoint, save_checkpoint
 from session.folder import RunFolder
 from utils import distributed
-from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.distributed import World
 
 log = logging.getLogger(__name__)

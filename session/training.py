@@ -19,21 +19,22 @@ from dataset.loaders import EpochSampler, Loader, Tolerance, make_train_loader
 from dataset.splits import list_digest
 from dataset.step_data import StepData, step_data
 from methods import Context
+from runs.checkpoint import make_manifest, save_checkpoint
+from runs.history import History
 from segmentation_module import load_state
 from session.evaluation import Evaluation
 from session.folder import Begun, RunFolder
-from session.networks import StepNetworks, load_optimizer, schedule, take_momentum, weight_names
+from session.networks import StepNetworks
+from session.optimizer import advance, load_optimizer, schedule, take_momentum, weight_names
 from session.recall import Recall, weights_digest
+from session.resume import Progress, deciding_options, has_same_batches, is_within_epoch, job_id, rng_of_rank
+from session.tensorboard import RunLogger
 from train import NonFiniteLoss, Precision, Trainer, map_tensors, to_device
 from utils import distributed
-from utils.checkpoint import make_manifest, save_checkpoint
 from utils.distributed import World
 from utils.errors import UserError
-from utils.history import History
-from utils.logger import RunLogger, progress
+from utils.logger import progress
 from utils.randomness import rng_state, set_rng_state
-from utils.resume import Progress, deciding_options, has_same_batches, is_within_epoch, job_id, rng_of_rank
-from utils.scheduler import advance
 from utils.signals import Stopped, StopRequest
 
 log = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from torch import nn
 
 from argparser import Options, parse_options
 from modules.norm import norm_layers
+from runs.checkpoint import make_manifest, save_checkpoint
 from segmentation_module import IncrementalSegmentationModule, make_model
-from utils.checkpoint import make_manifest, save_checkpoint
 
 DEEPLAB = "--dataset shapes --task 10-5-5 --class_order_seed 3 --step 1 --backbone mobilenet_v2 --pooling 4"
 SEGFORMER = "--dataset shapes --task 10-5-5 --class_order_seed 3 --step 1 --model segformer_b0"

@@ -28,7 +28,7 @@ from argparser import Options, parse_options
 from methods import Context, Method, build_methods
 from modules.network import Network
 from segmentation_module import IncrementalSegmentationModule
-from session.networks import make_optimizer, schedule
+from session.optimizer import make_optimizer, schedule
 from train import Trainer
 
 GOLDEN = Path(__file__).resolve().parent / "golden"

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from methods.base import Context
-from methods.unknown import UnknownClass
+from methods.ssul import UnknownClass
 from segmentation_module import IncrementalSegmentationModule, freeze, load_state, make_model
 from tasks import get_task
 from utils.errors import UserError

@@ -12,8 +12,9 @@ from command import SMALL, launch
 from PIL import Image
 from tensorboard_events import values
 
+import report
 import run
-from utils import report, tsne
+from inference import tsne
 
 NAMES = ["background", "Ba$$in", "a b+c|d", "a b c d", "猫", "_<i>_"]
 SIZES = [(80, 64), (1, 1), (1, 40), (40, 1), (7, 5), (33, 31)]

@@ -17,7 +17,7 @@ from dataset import step_data as module
 from dataset.step_data import StepData, evaluation_data, step_data
 from dataset.transforms import ScaleCropFlip, whole_image
 from methods.base import Batch
-from methods.unknown import UnknownClass
+from methods.ssul import UnknownClass
 from utils.errors import DataError, UserError
 
 NAMES = ["background", *(f"class {i}" for i in range(1, 13))]

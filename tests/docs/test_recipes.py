@@ -12,7 +12,7 @@ from small_checkpoint import DEEPLAB, save_untrained
 
 import run
 from argparser import parse_options
-from utils import tsne
+from inference import tsne
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
 _TRAINING, _PREDICTION = TEXT.split("## Predictions and features")
@@ -67,7 +67,7 @@ def test_commands_on_a_checkpoint_need_nothing_of_its_run(
         assert run.main(words[2:]) == 0
         assert len(list(Path("results/predictions").iterdir())) == 4
     else:
-        assert words[:3] == ["python", "-m", "utils.tsne"]
+        assert words[:3] == ["python", "-m", "inference.tsne"]
         assert tsne.main([*words[3:], "--images", "3"]) == 0
         written = Path("features.png") if "--out" in words else path.with_name("15-5-voc_MIB_1_tsne.png")
         assert written.is_file() and written.with_suffix(".csv").is_file()

@@ -27,7 +27,7 @@ import faults  # noqa: E402
 import fuzz  # noqa: E402
 
 from dataset.shapes import ShapesConfig, make_shapes  # noqa: E402
-from utils.checkpoint import load_checkpoint  # noqa: E402
+from runs.checkpoint import load_checkpoint  # noqa: E402
 from utils.option_types import count, seed  # noqa: E402
 
 METHODS = {

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from utils.checkpoint import load_checkpoint
+from runs.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 

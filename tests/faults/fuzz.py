@@ -25,8 +25,8 @@ from dataset.exemplars import Exemplar, load_exemplars, save_exemplars
 from dataset.folder import read_class_names
 from dataset.splits import load_step_list, mask_values, scan_presence
 from dataset.voc import VOC_CLASSES, open_voc_layout
+from runs.checkpoint import load_checkpoint, model_state, save_checkpoint
 from tasks import get_task
-from utils.checkpoint import load_checkpoint, model_state, save_checkpoint
 from utils.errors import UserError
 
 

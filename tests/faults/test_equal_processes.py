@@ -12,9 +12,9 @@ import torch
 import torch.multiprocessing as mp
 from faults import TINY, completed
 
+from runs.checkpoint import load_checkpoint, save_checkpoint
 from segmentation_module import make_model
 from utils import distributed
-from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.loss import Prototypes
 
 

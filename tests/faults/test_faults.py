@@ -13,7 +13,7 @@ import pytest
 from faults import BOUND, ROOT, TINY, Run, completed, running, start_command
 from test_stops import children
 
-from utils.checkpoint import load_checkpoint
+from runs.checkpoint import load_checkpoint
 
 
 def command(data: Path, logs: Path, *more: object) -> list[object]:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from faults import BOUND, TINY, Fork, completed, differences, left_by, running, saves_now
 
+from runs.checkpoint import load_checkpoint
 from session.training import StepTraining
-from utils.checkpoint import load_checkpoint
 
 SCORES = (30.0, 60.0, 20.0)  # added to each epoch's validation mIoU, which decides nothing then
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from faults import TINY, completed, running
 
+from runs.checkpoint import load_checkpoint
 from train import Precision
-from utils.checkpoint import load_checkpoint
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names an instruction set of x86")

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from metrics.continual import read_confusion, summarise, write_results
+from metrics.continual import summarise
+from runs.results import read_confusion, write_results
 from utils.errors import UserError
 
 NAMES = ["background", "cat", "dog", "sheep"]

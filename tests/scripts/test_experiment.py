@@ -18,12 +18,12 @@ import pytest
 import yaml
 
 from argparser import parse_options
+from report.groups import arrange
+from report.reading import read_run
+from runs.history import write_run_facts
 from scripts import experiment
 from scripts.experiment_plan import Run, check_begun, check_content, plan, read_experiment
 from utils.errors import UserError
-from utils.history import write_run_facts
-from utils.report.groups import arrange
-from utils.report.reading import read_run
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTENT: dict[str, Any] = {

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from argparser import parse_options
-from session.networks import load_optimizer, make_optimizer
+from session.optimizer import load_optimizer, make_optimizer
 
 
 class Network(nn.Module):

@@ -16,9 +16,9 @@ from dataset.loaders import Tolerance
 from dataset.step_data import EvaluationData
 from session.evaluation import Evaluation
 from session.folder import RunFolder
+from session.tensorboard import RunLogger
 from train import Precision
 from utils.distributed import World
-from utils.logger import RunLogger
 from utils.signals import StopRequest
 from utils.visualize import overlay, palette
 

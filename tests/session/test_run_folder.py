@@ -12,10 +12,10 @@ from small_checkpoint import DEEPLAB, save_untrained
 from torch import nn
 
 from argparser import parse_options
+from inference.load import load_model, model_from_checkpoint
 from session.folder import RunFolder
 from utils.distributed import World
 from utils.errors import UserError
-from utils.restore import load_model, model_from_checkpoint
 
 STEP_0 = DEEPLAB.replace("--step 1", "--step 0")
 STEP_1 = DEEPLAB

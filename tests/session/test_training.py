@@ -14,10 +14,10 @@ from torch import nn
 
 from argparser import parse_options
 from run import main
-from session.networks import schedule
+from runs.checkpoint import load_checkpoint, save_checkpoint
+from runs.history import read_history
+from session.optimizer import schedule
 from session.training import StepTraining
-from utils.checkpoint import load_checkpoint, save_checkpoint
-from utils.history import read_history
 from utils.signals import Stopped
 
 BATCHES = 5  # of 8 of the 46 images of step 0

@@ -137,7 +137,7 @@ def test_a_report_is_written_whatever_becomes_of_its_output(tmp_path: Path) -> N
     strange = tmp_path / os.fsdecode(b"15-5-voc_\xc3\xa9\xff")
     shutil.copytree(tmp_path / "15-5-voc_MIB_1", strange)
     page = tmp_path / "out" / "report.html"
-    command = f"python -m utils.report {tmp_path} --out {tmp_path}/out"
+    command = f"python -m report {tmp_path} --out {tmp_path}/out"
     done = bash(f"{command} | (exec <&-; sleep 0.1); exit ${{PIPESTATUS[0]}}")  # nobody reads
     assert (done.returncode, done.stderr) == (0, "")
     assert page.is_file()
@@ -176,9 +176,9 @@ def test_printing_never_ends_a_program(redirect: str, out: str, err: str, tmp_pa
 def test_the_table_is_shown_where_the_page_cannot_be_written(tmp_path: Path) -> None:
     write_run(tmp_path, "MIB", 1, pictures=0)
     (tmp_path / "out").write_text("a file")
-    done = bash(f"python -m utils.report {tmp_path} --out {tmp_path}/out")
+    done = bash(f"python -m report {tmp_path} --out {tmp_path}/out")
     assert done.returncode == 2 and "15-5-voc_MIB_1" in done.stdout
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("utils.report: error:")
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("report: error:")
 
 
 def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:

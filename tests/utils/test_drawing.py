@@ -14,12 +14,13 @@ import pytest
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 
+from inference.legend import with_legend
+from inference.tsne import draw
 from utils import drawing
 from utils.drawing import drawable, failure_is_a_warning, in_one_font
 from utils.errors import UserError
-from utils.legend import with_legend
-from utils.logger import _tags, format_table, markdown_table
-from utils.tsne import draw
+from utils.logger import _tags
+from utils.tables import format_table, markdown_table
 from utils.visualize import confusion_figure, prediction_grid
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,7 +96,7 @@ import warnings
 warnings.simplefilter("error")
 import numpy as np
 from utils.drawing import drawable, in_one_font
-from utils.legend import with_legend
+from inference.legend import with_legend
 from utils.visualize import confusion_figure
 names = ["background", "猫", "big 鹰"]
 assert [drawable(name) for name in names] == names

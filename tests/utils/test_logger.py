@@ -12,10 +12,12 @@ from tensorboard_events import events, values
 from tensorboardX.proto.event_pb2 import SessionLog
 
 from metrics.continual import summarise
+from runs.history import Record
+from session.tensorboard import RunLogger
 from utils.distributed import World
 from utils.errors import UserError
-from utils.history import Record
-from utils.logger import RunLogger, format_table, markdown_table, progress, setup_logging
+from utils.logger import progress, setup_logging
+from utils.tables import format_table, markdown_table
 
 MAIN = World(0, 0, 2, torch.device("cpu"), None)
 OTHER = World(1, 1, 2, torch.device("cpu"), None)

@@ -14,13 +14,13 @@ from typing import NoReturn
 import pytest
 
 from argparser import build_parser, parse_options
+from inference import tsne
+from inference.load import _value
+from report import command as report
 from scripts import experiment
 from scripts.experiment_plan import check_content
-from utils import tsne
 from utils.errors import UserError
 from utils.option_types import path_option
-from utils.report import command as report
-from utils.restore import _value
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = (
@@ -56,8 +56,8 @@ def parsers(monkeypatch: pytest.MonkeyPatch) -> dict[str, argparse.ArgumentParse
     """The parser of every program, by its name."""
     monkeypatch.syspath_prepend(str(ROOT / "data"))
     programs: dict[str, Callable[[], object]] = {
-        "utils.report": report.main,
-        "utils.tsne": lambda: tsne.parse([]),
+        "report": report.main,
+        "inference.tsne": lambda: tsne.parse([]),
         "scripts.experiment": experiment.main,
         "data.make_shapes": lambda: importlib.import_module("make_shapes").main(),
         "--method_file, read first": lambda: parse_options([]),
@@ -87,7 +87,7 @@ def test_every_path_of_every_program_knows_the_home_folder(
                     [Path("/home/someone/x")],
                 )
     assert {"run: logdir", "run: task_file", "run: method_file", "run: ckpt", "run: predict"} <= seen
-    assert {"utils.report: folders", "utils.tsne: out", "scripts.experiment: file"} <= seen
+    assert {"report: folders", "inference.tsne: out", "scripts.experiment: file"} <= seen
     assert {f"benchmarks.{name}" for name in BENCHMARKS} <= {shown.split(":")[0] for shown in seen}
 
 

@@ -1,0 +1,1 @@
+"""From a checkpoint alone: load it, predict images at several scales, show features."""

@@ -1,0 +1,167 @@
+"""``--predict``: masks and overlays of any pictures, from a checkpoint alone.
+
+``<out>/predictions/`` gets a PNG mask per picture, ``<out>/overlays/`` the picture under its classes' colours
+with a legend. Pictures are taken as they are stored, as in training and evaluation: the camera's orientation
+(EXIF) is not applied, so that a mask fits its picture pixel by pixel.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from argparser import Options
+from dataset.base import IMAGE_SUFFIXES
+from dataset.decoding import read_image
+from inference.legend import with_legend
+from inference.load import TrainedNetwork, model_from_checkpoint
+from inference.multiscale import predict_classes, predictor
+from train import Precision
+from utils import distributed
+from utils.distributed import World
+from utils.errors import DataError, UserError
+from utils.files import atomic_write
+from utils.logger import progress, setup_logging
+from utils.memory import is_out_of_memory
+from utils.visualize import overlay, palette
+
+PREDICTIONS, OVERLAYS = "predictions", "overlays"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A file to predict, and the name of what is written for it, below the folders of results."""
+
+    path: Path
+    name: Path
+
+
+class Predictor:
+    """Predicts pictures of any size as dataset class ids, the values of the data set's own masks.
+
+    Args:
+        network: as it comes from its checkpoint; its model is moved to the device.
+        device: where to compute.
+    """
+
+    def __init__(self, network: TrainedNetwork, device: torch.device) -> None:
+        opts = network.opts
+        self.device = device
+        self.precision = Precision.of(opts, device)
+        self.model = self.precision.place(network.model)
+        self.predict = predictor(opts.test_scales, opts.test_flip, opts.fusion_mode)
+        self.class_ids = torch.tensor(network.class_ids, dtype=torch.uint8)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Picture uint8 3×H×W → class ids uint8 H×W, on the CPU."""
+        classes = predict_classes(
+            self.model, image, device=self.device, precision=self.precision, predict=self.predict
+        )
+        return self.class_ids[classes]
+
+
+def predict(opts: Options, world: World) -> int:
+    """Predict ``opts.predict``, a picture or a folder of pictures, into ``opts.out``.
+
+    Several processes share the pictures. An unreadable one is named on the standard error and left out.
+
+    Returns:
+        0, or 2 if a picture could not be predicted.
+
+    Raises:
+        UserError: there is no picture, the checkpoint cannot be used, or results cannot be written.
+    """
+    setup_logging(world, None, debug=opts.debug)
+    pictures = find_pictures(opts.predict, opts.out)
+    network = model_from_checkpoint(opts.ckpt, opts)
+    classes = len(network.class_ids)
+    what = f"step {network.step} of task {network.task.name} on {network.task.dataset}, {classes} classes"
+    log.info("%s: %s; %d pictures", opts.ckpt, what, len(pictures))
+    began = time.perf_counter()
+    with distributed.shared_errors():
+        own = pictures[world.rank :: world.size]
+        shown = progress(own, total=len(own), desc="pictures", world=world, interval=opts.print_interval)
+        predictor = Predictor(network, world.device)
+        if world.is_main:
+            predictor.precision.tell("opt_level" in opts.typed)
+        failed = sum(not _predict_one(picture, predictor, network, opts) for picture in shown)
+    failed = sum(distributed.gather_objects(failed))
+    seconds = time.perf_counter() - began
+    left_out = f", {failed} left out" if failed else ""
+    done = len(pictures) - failed
+    log.info(
+        "%d of %d pictures predicted into %s/{%s,%s}%s (%.1f s)",
+        *(done, len(pictures), opts.out, PREDICTIONS, OVERLAYS, left_out, seconds),
+    )
+    return 2 if failed else 0
+
+
+def find_pictures(path: Path, out: Path) -> list[Picture]:
+    """The picture, or all of a folder and the folders below it, sorted; hidden ones and earlier results not.
+
+    Raises:
+        UserError: no such file or folder, no picture in it, or two pictures would get the same name.
+    """
+    if path.is_file():
+        return [Picture(path, Path(f"{path.stem}.png"))]
+    if not path.is_dir():
+        raise UserError(f"--predict {path}: no such file or folder; check the path")
+    results = [(out / name).resolve() for name in (PREDICTIONS, OVERLAYS)]
+    pictures: dict[Path, Picture] = {}
+    for file in sorted(path.rglob("*")):
+        relative = file.relative_to(path)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if hidden or file.suffix.lower() not in IMAGE_SUFFIXES or not file.is_file():
+            continue
+        if any(folder in file.resolve().parents for folder in results):
+            continue
+        name = relative.with_suffix(".png")
+        if name in pictures:
+            raise UserError(f"{file}: {pictures[name].path.name} would get the same name; rename one of them")
+        pictures[name] = Picture(file, name)
+    if not pictures:
+        raise UserError(f"--predict {path}: holds no picture ({', '.join(IMAGE_SUFFIXES)}); check the path")
+    return list(pictures.values())
+
+
+def _predict_one(picture: Picture, predictor: Predictor, network: TrainedNetwork, opts: Options) -> bool:
+    """Predict one picture and write its results; False, after a line that says why, if that cannot be."""
+    try:
+        image = read_image(picture.path)
+        ids = _within_memory(picture.path, predictor, image).numpy()
+    except DataError as error:
+        print(f"run.py: error: {error}", file=sys.stderr, flush=True)
+        return False
+    mask = Image.fromarray(ids)
+    if not opts.raw:
+        mask.putpalette(palette().tobytes())
+    _save(mask, opts.out / PREDICTIONS / picture.name)
+    shown = with_legend(overlay(image, ids), ids, network.class_names)
+    _save(Image.fromarray(shown), opts.out / OVERLAYS / picture.name)
+    return True
+
+
+def _within_memory(path: Path, predictor: Predictor, image: Tensor) -> Tensor:
+    try:
+        return predictor(image)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        height, width = image.shape[-2:]
+        raise DataError(
+            f"{path}: {width}×{height} pixels need more memory than there is; scale it down"
+        ) from error
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    with atomic_write(path, "free some space or choose another --out") as file:
+        picture.save(file, format="PNG")

@@ -1,0 +1,184 @@
+"""A trained network from its checkpoint alone: the manifest names its options, task and data set."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from argparse import Action
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from argparser import Options, build_parser
+from dataset import class_names
+from modules import is_sdr_network
+from runs.checkpoint import check_fits, load_checkpoint, model_state, saved_options
+from segmentation_module import IncrementalSegmentationModule, load_state, make_model
+from tasks import DATASETS, Task
+from utils.errors import UserError
+from utils.files import given_path
+
+log = logging.getLogger(__name__)
+
+# What a checkpoint brings along unless the user types it: options that shape the network, and those that say
+# which images it is evaluated on and how.
+_NETWORK = (
+    *("model", "backbone", "norm_act", "output_stride", "pooling", "head", "decoder", "unknown", "fidelity"),
+)
+_DATA = (
+    *("dataset", "data_root", "crop_size", "crop_val", "val_on_trainset", "test_on_val"),
+    *("unseen_label", "skip_corrupt", "random_seed"),
+)
+_TASK = {"task", "task_file", "class_order", "class_order_seed"}  # any of them chooses the task
+
+
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """A network and what it was trained for.
+
+    Attributes:
+        model: in evaluation mode, on the CPU, float32.
+        task: class order.
+        step: number of the step that it has learnt.
+        opts: the user's options, completed by those of the checkpoint's manifest.
+        class_names: by dataset class id.
+    """
+
+    model: IncrementalSegmentationModule
+    task: Task
+    step: int
+    opts: Options
+    class_names: tuple[str, ...]
+
+    @property
+    def class_ids(self) -> tuple[int, ...]:
+        """Dataset class id of each of the network's classes."""
+        return self.task.seen_classes(self.step)
+
+
+def model_from_checkpoint(path: Path, opts: Options) -> TrainedNetwork:
+    """Rebuild the network of a checkpoint.
+
+    What the user typed wins over the manifest, and must fit the weights. A checkpoint without manifest (a
+    released one) needs ``--task``, ``--step`` and the network's options typed.
+
+    Args:
+        path: file of the checkpoint.
+        opts: checked options; ``opts.typed`` names those that the user typed.
+
+    Raises:
+        UserError: the file is missing, damaged, has no manifest and too little was typed, or does not fit
+            what was typed.
+    """
+    content = load_checkpoint(path)
+    opts = _completed(opts, saved_options(content), path)
+    task, step = _task_and_step(opts, content, path)
+    opts.task_, opts.task, opts.dataset = task, task.name, task.dataset
+    opts.step, opts.steps = [str(step)], [step]
+    check_fits(
+        content,
+        path=path,
+        task=task.name,
+        dataset=task.dataset,
+        class_order=[list(classes) for classes in task.steps],
+        step=step,
+        model=opts.model,
+        backbone=opts.backbone,
+        norm_act=opts.norm_act,
+        decoder=opts.decoder,
+        sdr=is_sdr_network(vars(opts)),
+        head=opts.head,
+    )
+    model = load_model(opts, content, path, task.classes_per_step(step))
+    names = _class_names(task, opts.data_root)
+    return TrainedNetwork(model.eval(), task, step, opts, names)
+
+
+def load_model(
+    opts: Any, content: Mapping[str, Any], path: Path, classes: list[int]
+) -> IncrementalSegmentationModule:
+    """The network of the options with the weights of a checkpoint, all of them and no others.
+
+    Args:
+        opts: as for ``make_model``.
+        content: of ``load_checkpoint``.
+        path: of the checkpoint, for the message.
+        classes: number of classes of each step up to the present one.
+
+    Raises:
+        UserError: the weights are of another network.
+    """
+    model = make_model(opts, classes)
+    try:
+        load_state(model, model_state(content))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return model
+
+
+def _completed(opts: Options, saved: Mapping[str, Any], path: Path) -> Options:
+    """A copy of the options in which what was not typed is as the manifest has it."""
+    completed = copy.copy(opts)
+    actions = {action.dest: action for action in build_parser()._actions}
+    for name in (*_NETWORK, *_DATA):
+        if name in saved and name not in opts.typed:
+            setattr(completed, name, _value(actions[name], saved[name], path))
+    return completed
+
+
+def _value(action: Action, value: Any, path: Path) -> Any:
+    """A manifest's value of an option, as the parser would have made it."""
+    if isinstance(action.default, Path) and isinstance(value, str):
+        return given_path(value)  # one that an earlier version kept may begin with ~
+    if type(value) is not type(action.default) or (action.choices and value not in action.choices):
+        raise _bad_manifest(path, f"{value!r} for --{action.dest}")
+    return value
+
+
+def _task_and_step(opts: Options, content: Mapping[str, Any], path: Path) -> tuple[Task, int]:
+    typed_task = opts.task_ if opts.typed & _TASK else None
+    typed_step = opts.steps[0] if "step" in opts.typed else None
+    manifest = content.get("manifest")
+    if manifest is None:
+        if typed_task is None or typed_step is None:
+            raise UserError(
+                f"{path}: has no manifest that says what it is of; type --dataset, --task and --step, and "
+                "--model, --backbone, --norm_act, --head and --decoder where they differ from the defaults"
+            )
+        return typed_task, typed_step
+    if not isinstance(manifest, Mapping):
+        raise _bad_manifest(path, "no dictionary")
+    task = typed_task or _manifest_task(manifest, opts, path)
+    step = manifest.get("step") if typed_step is None else typed_step
+    if type(step) is not int or not 0 <= step < task.num_steps:
+        raise _bad_manifest(path, f"{step!r} for --step")
+    return task, step
+
+
+def _manifest_task(manifest: Mapping[str, Any], opts: Options, path: Path) -> Task:
+    name, steps = manifest.get("task"), manifest.get("steps")
+    dataset = opts.dataset if "dataset" in opts.typed else manifest.get("dataset")
+    if dataset not in DATASETS or not isinstance(name, str):
+        raise _bad_manifest(path, f"{dataset!r} for --dataset, {name!r} for --task")
+    if not (isinstance(steps, list) and steps and all(_is_step(step) for step in steps)):
+        raise _bad_manifest(path, "no steps with class ids")
+    return Task(name, dataset, tuple(tuple(classes) for classes in steps))
+
+
+def _is_step(classes: object) -> bool:
+    ids = classes if isinstance(classes, list) else []
+    return bool(ids) and all(type(class_id) is int and 0 <= class_id < 255 for class_id in ids)
+
+
+def _bad_manifest(path: Path, what: str) -> UserError:
+    return UserError(f"{path}: its manifest has {what}; give another checkpoint")
+
+
+def _class_names(task: Task, data_root: Path) -> tuple[str, ...]:
+    try:
+        names = class_names(task.dataset, data_root)
+    except UserError as error:  # own data whose folder is not here
+        log.warning("%s; --data_root names the folder. Until then classes are shown by their ids", error)
+        names = ()
+    return names + tuple(f"class {c}" for c in range(len(names), max(task.order) + 1))

@@ -1,0 +1,318 @@
+"""t-SNE picture of a network's features, with the classes as colours.
+
+    python -m inference.tsne --ckpt FILE [--images 200 --per_class 100 --layer pre_logits --out FILE.png]
+
+Features are taken on the evaluation images of the run that wrote the checkpoint, at random positions, up to a
+number of each class. PCA reduces them to 50 numbers, t-SNE (van der Maaten and Hinton, "Visualizing data
+using t-SNE", JMLR 2008) to two. The picture is written and, beside it, a CSV file with a line per point.
+Options of ``run.py`` (``--data_root``, ``--where_to_sim``, ...) are taken too and win over the checkpoint's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+from torch.nn import functional as F
+
+from argparser import Options, parse_options
+from dataset.incremental import Substitute
+from dataset.loaders import choose_samples
+from dataset.step_data import EvaluationData, evaluation_data
+from inference.load import TrainedNetwork, model_from_checkpoint
+from inference.multiscale import pad_to
+from train import Precision, to_device
+from utils import distributed
+from utils.command import run_command
+from utils.distributed import World
+from utils.drawing import drawable
+from utils.errors import UserError
+from utils.files import atomic_write, atomic_write_text
+from utils.logger import progress, setup_logging
+from utils.option_types import Parser, path_option, positive_int, seed
+from utils.visualize import VOID, palette
+
+LAYERS = ("pre_logits", "body")
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_PER_IMAGE = 20  # positions of a class in one image: more would show objects rather than classes
+_PCA = 50  # numbers that t-SNE gets per point, as its authors advise
+_REMEDY = "free some space or choose another --out"
+_OLD, _NEW = "o", "^"  # markers
+_LEGEND_LINES = 38
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Features:
+    """Features at labelled positions.
+
+    Attributes:
+        vectors: N×D, float32.
+        classes: N network indices.
+        places: N×3: place in the list of evaluation images, row and column on the feature map.
+    """
+
+    vectors: Array
+    classes: Array
+    places: Array
+
+
+@dataclass
+class Reservoir:
+    """A uniform sample of positions of each class, of bounded size, from a stream of any length.
+
+    Every position draws a random key, and the smallest ones stay.
+
+    Args:
+        size: positions to keep per class.
+        rng: draws.
+    """
+
+    size: int
+    rng: np.random.Generator
+    kept: dict[int, list[tuple[float, Array, tuple[int, int, int]]]] = field(default_factory=dict)
+
+    def add(self, image: int, features: Tensor, labels: Tensor) -> None:
+        """Offer the positions of an image.
+
+        Args:
+            image: its place in the list.
+            features: D×h×w, float32.
+            labels: h×w, network indices and 255.
+        """
+        for class_index in np.unique(labels.numpy()).tolist():
+            if class_index == VOID:
+                continue
+            places = torch.nonzero(labels == class_index).numpy()
+            chosen = self.rng.permutation(len(places))[:_PER_IMAGE]
+            for (row, column), key in zip(places[chosen].tolist(), self.rng.random(len(chosen)), strict=True):
+                vector = features[:, row, column].numpy().copy()
+                self.kept.setdefault(class_index, []).append((float(key), vector, (image, row, column)))
+            self.kept[class_index] = sorted(self.kept[class_index], key=lambda entry: entry[0])[: self.size]
+
+    def content(self) -> Features:
+        """What is kept, class by class."""
+        entries = [(c, *entry[1:]) for c in sorted(self.kept) for entry in self.kept[c]]
+        classes, vectors, places = zip(*entries, strict=True) if entries else ((), (), ())
+        return Features(np.array(vectors, np.float32), np.array(classes, int), np.array(places, int))
+
+
+def collect(
+    network: TrainedNetwork, data: EvaluationData, world: World, args: argparse.Namespace
+) -> Features:
+    """Features of a layer on evaluation images, at up to ``args.per_class`` positions of each class.
+
+    A position has the label of the pixel at its centre; void is left out.
+
+    Args:
+        network: its model is moved to the process's device.
+        data: evaluation images.
+        world: this process.
+        args: ``images``, ``per_class``, ``layer``, ``seed``.
+    """
+    reservoir = Reservoir(args.per_class, np.random.default_rng(args.seed))
+    chosen = choose_samples(len(data.test), args.images, args.seed)
+    for image, features, labels in progress(
+        _forward(network, data, world, chosen, args.layer),
+        total=len(chosen),
+        desc="images",
+        world=world,
+        interval=10 * network.opts.print_interval,
+    ):
+        small = F.interpolate(labels[None, None].float(), size=features.shape[1:], mode="nearest-exact")
+        reservoir.add(image, features, small[0, 0].long())
+    return reservoir.content()
+
+
+@torch.no_grad()
+def _forward(
+    network: TrainedNetwork, data: EvaluationData, world: World, chosen: Sequence[int], layer: str
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Place in the list, features D×h×w and labels H×W of each chosen image."""
+    precision = Precision.of(network.opts, world.device)
+    if world.is_main:
+        precision.tell("opt_level" in network.opts.typed)
+    model = precision.place(network.model)
+    model.intermediates = frozenset({layer})
+    for image in chosen:
+        sample = data.test[image]
+        picture, labels, *_ = sample.sample if isinstance(sample, Substitute) else sample
+        images = pad_to(to_device(picture[None], world.device))  # as evaluation does; what is added is void
+        below, right = (new - own for new, own in zip(images.shape[-2:], labels.shape, strict=True))
+        with precision.network():
+            _, found = model(images)
+        yield image, found[layer][0].float().cpu(), F.pad(labels, (0, right, 0, below), value=VOID)
+
+
+def embed(vectors: Array, seed: int) -> Array:
+    """t-SNE of N×D features to N×2, after PCA where D is above 50. Equal for equal input and seed."""
+    count, width = vectors.shape
+    with threadpool_limits(1):  # with several threads, sums depend on which one is ready first
+        if min(count, width) > _PCA:
+            vectors = PCA(_PCA, random_state=seed).fit_transform(vectors)
+        perplexity = min(30.0, (count - 1) / 3)
+        tsne = TSNE(perplexity=perplexity, init="pca", learning_rate="auto", random_state=seed)
+        return np.asarray(tsne.fit_transform(vectors))
+
+
+def draw(
+    points: Array, classes: Array, names: Sequence[str], ids: Sequence[int], *, old: int, title: str = ""
+) -> Figure:
+    """Scatter plot with a legend of the classes.
+
+    Args:
+        points: N×2.
+        classes: N network indices.
+        names: by network index.
+        ids: dataset class id by network index, for VOC's colours.
+        old: number of classes of earlier steps; they are circles, the step's new ones triangles.
+        title: above the plot.
+    """
+    shown = sorted(set(classes.tolist()))
+    columns = -(-(len(shown) + 2) // _LEGEND_LINES)
+    figure = Figure(figsize=(8 + 1.9 * columns, 7.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(drawable(title), fontsize=11)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    colours = palette() / 255
+    for index in shown:
+        marker = _NEW if index >= old > 0 else _OLD
+        xy = points[classes == index]
+        look = {"color": colours[ids[index]], "edgecolors": "white", "linewidths": 0.3}
+        axes.scatter(xy[:, 0], xy[:, 1], s=26 if marker == _NEW else 20, marker=marker, **look)
+    _add_legend(axes, shown, [drawable(name) for name in names], [colours[c] for c in ids], old)
+    return figure
+
+
+def _add_legend(axes: Axes, shown: Sequence[int], names: Sequence[str], colours: Any, old: int) -> None:
+    """Classes at the right, old and new ones under titles of their own."""
+    groups = [("classes", _OLD, shown)]
+    if old:
+        groups = [
+            ("old classes", _OLD, [i for i in shown if i < old]),
+            ("new classes", _NEW, [i for i in shown if i >= old]),
+        ]
+    handles = []
+    for title, marker, members in groups:
+        handles.append(Line2D([], [], linestyle="", label=title))
+        for i in members:
+            handles.append(Line2D([], [], linestyle="", marker=marker, color=colours[i], label=names[i]))
+    legend = axes.legend(
+        handles=handles,
+        loc="upper left",
+        bbox_to_anchor=(1.0, 1.0),
+        ncols=-(-len(handles) // _LEGEND_LINES),
+        fontsize=9,
+        frameon=False,
+        handletextpad=0.3,
+    )
+    for text in legend.get_texts():
+        if text.get_text() in {title for title, *_ in groups}:
+            text.set_fontweight("bold")
+
+
+def write(path: Path, figure: Figure, rows: Sequence[Sequence[object]]) -> Path:
+    """Write the picture, and the points beside it; returns the path of the CSV file.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    picture, table = io.BytesIO(), io.StringIO()
+    figure.savefig(picture, format="png")
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["x", "y", "class_id", "class_name", "new", "image", "row", "column"])
+    writer.writerows(rows)
+    with atomic_write(path, _REMEDY) as file:
+        file.write(picture.getvalue())
+    atomic_write_text(path.with_suffix(".csv"), table.getvalue(), _REMEDY)
+    return path.with_suffix(".csv")
+
+
+def run(args: argparse.Namespace, opts: Options) -> None:
+    """Collect, embed and draw.
+
+    Raises:
+        UserError: the checkpoint or the data set cannot be used, or the results cannot be written.
+    """
+    world = distributed.start(opts.where_to_sim, opts.local_rank, opts.timeout)
+    if world.size > 1:
+        raise UserError("one process draws the picture; start python -m inference.tsne without a launcher")
+    setup_logging(world, None, debug=opts.debug)
+    network = model_from_checkpoint(opts.ckpt, opts)
+    data = evaluation_data(network.opts, network.step)
+    features = collect(network, data, world, args)
+    if len(features.classes) < 4:
+        raise UserError(f"only {len(features.classes)} labelled positions were found; give more --images")
+    log.info("t-SNE of %d positions with %d features", *features.vectors.shape)
+    points = embed(features.vectors, args.seed)
+    old = len(network.task.old_classes(network.step))
+    rows = []
+    for (x, y), index, (image, row, column) in zip(
+        points.tolist(), features.classes.tolist(), features.places.tolist(), strict=True
+    ):
+        name = data.test.dataset.images[data.test.entries[image].index].name
+        is_new = int(index >= old)
+        class_id = network.class_ids[index]
+        rows.append([f"{x:.4f}", f"{y:.4f}", class_id, data.class_names[index], is_new, name, row, column])
+    title = f"{opts.ckpt.stem}: {args.layer}"
+    figure = draw(points, features.classes, data.class_names, network.class_ids, old=old, title=title)
+    path = args.out or opts.ckpt.with_name(f"{opts.ckpt.stem}_tsne.png")
+    log.info("%s and %s", path, write(path, figure, rows))
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Options]:
+    """This program's options, and those of ``run.py`` among the rest.
+
+    Raises:
+        UserError: an option is wrong or ``--ckpt`` is missing.
+    """
+    parser = Parser(
+        prog="python -m inference.tsne",
+        description="t-SNE picture of a checkpoint's features.",
+        epilog="and options of run.py, e.g. --ckpt FILE (needed), --data_root, --where_to_sim",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--images", type=positive_int, default=200, help="evaluation images (%(default)s)")
+    parser.add_argument(
+        "--per_class", type=positive_int, default=100, help="positions per class (%(default)s)"
+    )
+    parser.add_argument(
+        "--layer", choices=LAYERS, default=LAYERS[0], help="pre_logits: before the classifier"
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="of images, positions and t-SNE (%(default)s)")
+    parser.add_argument("--out", type=path_option, help="PNG file to write (<checkpoint>_tsne.png)")
+    args, rest = parser.parse_known_args(argv)
+    if args.out is not None and args.out.suffix.lower() != ".png":
+        raise UserError(f"--out {args.out}: the picture is a PNG file; give a name that ends in .png")
+    opts = parse_options(rest)
+    if opts.ckpt is None:
+        raise UserError("--ckpt FILE is needed: the checkpoint whose features are drawn")
+    return args, opts
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw what the command line asks for; returns the exit code."""
+    return run_command("inference.tsne", lambda: run(*parse(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,605 @@
+"""Importance-weighted penalties on parameters: EWC, PI and RW, as in MiB's released code.
+
+Each estimates, while a task is learnt, how much every parameter matters, and in the next task adds
+Σ importance·(θ − θ_old)² to the loss. In a training step::
+
+    loss.backward()
+    term = regularizer.add_penalty(weight, update=True)
+    optimizer.step()
+
+``update=True`` first takes in the gradients, which are still those of the loss alone; then the penalty's
+gradient 2·weight·importance·(θ − θ_old) is added to them. Memory, not arithmetic, limits both. On the CPU
+they are therefore done block by block, each small enough for the cache of a core, so that every tensor goes
+through memory once; elsewhere in few kernels over all parameters. Nothing is read from the device.
+
+Under DistributedDataParallel the gradients are averaged when ``backward`` returns, so every process computes
+the same importance from them and nothing needs to be sent. Under a gradient scaler, unscale them first. The
+parameters' names are those of the bare module, without ``module.``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from types import SimpleNamespace
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from methods.base import Context, Method
+from utils.errors import UserError
+from utils.option_types import loss_weight, positive_int, share
+
+_EPS = 1e-8
+_WRAPPERS = ("module.", "_orig_mod.")
+# Numbers of each quantity that a thread works on at a time on the CPU: 256 KB in float32. Those that it needs
+# again at once stay in a second-level cache, and the calls cost little beside the arithmetic.
+_BLOCK = 1 << 16
+
+
+class RegularizerOptions(Protocol):
+    """The options that :func:`get_regularizer` reads."""
+
+    regularizer: str | None
+    reg_alpha: float
+    reg_no_normalize: bool
+    reg_iterations: int
+
+
+def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by the names they have in the bare module."""
+    parameters = {}
+    for name, parameter in model.named_parameters():
+        while name.startswith(_WRAPPERS):
+            name = name.split(".", 1)[1]
+        parameters[name] = parameter
+    return parameters
+
+
+def _min_max(tensor: Tensor) -> Tensor:
+    """Scale a tensor to 0..1 by its own smallest and largest entry."""
+    low = tensor.min()
+    return (tensor - low) / (tensor.max() - low + _EPS)
+
+
+@cache
+def _memory_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Strides of the axes longer than 1; None where the tensor does not fill its memory without gaps."""
+    axes = [(stride, size) for size, stride in zip(shape, strides, strict=True) if size > 1]
+    expected = 1
+    for stride, size in sorted(axes):
+        if stride != expected:
+            return None
+        expected *= size
+    return tuple(stride for stride, _ in axes)
+
+
+def _pieces(row: Sequence[Tensor], size: int) -> Iterable[Sequence[Tensor]]:
+    """Tensors of one shape, cut alike into views of at most ``size`` numbers, in the order of memory.
+
+    Tensors that do not lie in memory alike stay whole.
+    """
+    count = row[0].numel()
+    if count <= size:
+        return [row]
+    orders = {_memory_order(tensor.shape, tensor.stride()) for tensor in row}
+    if len(orders) > 1 or None in orders:
+        return [row]
+    return zip(*(tensor.as_strided((count,), (1,)).split(size) for tensor in row), strict=True)
+
+
+def _blocks(rows: Iterable[Sequence[Tensor]], size: int) -> Iterator[list[list[Tensor]]]:
+    """Rows of tensors of one shape as lists for ``torch._foreach_*``, one list per column.
+
+    Large tensors are cut and small ones come together: a block has at most ``size`` numbers of each column
+    (more where a row cannot be cut). Nothing but shapes and strides decides on the blocks.
+    """
+    block: list[Sequence[Tensor]] = []
+    filled = 0
+    for row in rows:
+        for piece in _pieces(row, size):
+            count = piece[0].numel()
+            if block and filled + count > size:
+                yield [list(column) for column in zip(*block, strict=True)]
+                block, filled = [], 0
+            block.append(piece)
+            filled += count
+    if block:
+        yield [list(column) for column in zip(*block, strict=True)]
+
+
+def _pull(
+    factor: float, parameters: list[Tensor], gradients: list[Tensor], old: list[Tensor], roots: list[Tensor]
+) -> tuple[Tensor, ...]:
+    """Add factor·root²·(θ − θ_old) to the gradients; returns the norms of root·(θ − θ_old)."""
+    moved = torch._foreach_sub(parameters, old)
+    torch._foreach_mul_(moved, roots)
+    torch._foreach_addcmul_(gradients, moved, roots, value=factor)
+    return torch._foreach_norm(moved)
+
+
+class Regularizer:
+    """Common part: the model's parameters, the old ones, and the penalty.
+
+    Args:
+        model: the network of this step, possibly wrapped.
+        model_old: that of the last step, None at the first.
+        device: where the importance lives.
+        opts: see :func:`get_regularizer`.
+        state: the last step's ``state_dict()``; empty: no penalty.
+
+    Attributes:
+        name: what ``--regularizer`` calls it.
+        block: numbers of each quantity that are worked on at a time. It changes no bit of gradients and
+            estimates, only the order in which the penalty's value is summed.
+    """
+
+    name = ""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        model_old: nn.Module | None,
+        device: torch.device,
+        opts: RegularizerOptions,
+        state: Mapping[str, Any],
+    ) -> None:
+        self.device = device
+        self.block = _BLOCK * torch.get_num_threads() if device.type == "cpu" else sys.maxsize
+        self.parameters = _named_parameters(model)
+        self.old_parameters: dict[str, Tensor] = {}
+        if model_old is not None:
+            self.old_parameters = {n: p.detach().to(device) for n, p in _named_parameters(model_old).items()}
+        # Roots of the importance: the penalty is the squared norm of root·(θ − θ_old).
+        self._roots: dict[str, Tensor] = {}
+        self._normalize = not opts.reg_no_normalize
+        self._prepare(opts, state)
+
+    @property
+    def penalize(self) -> bool:
+        """Whether there is a penalty: there is an old model and its importance is known."""
+        return bool(self._roots)
+
+    def _prepare(self, opts: RegularizerOptions, state: Mapping[str, Any]) -> None:
+        """Read the options and the last step's importance."""
+        raise NotImplementedError
+
+    def _set_importance(self, importance: Mapping[str, Tensor]) -> None:
+        """Penalise the trainable parameters that the old model has, with this importance."""
+        self._roots = {
+            name: importance[name].sqrt()
+            for name, parameter in self.parameters.items()
+            if parameter.requires_grad and name in self.old_parameters and name in importance
+        }
+
+    def _scaled(self, tensor: Tensor) -> Tensor:
+        """Importance as it enters the penalty: on 0..1 unless ``reg_no_normalize`` is on."""
+        return _min_max(tensor) if self._normalize else tensor
+
+    def _on_device(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Own copies of the tensors on the device, with their memory format."""
+        return {name: tensor.detach().to(self.device, copy=True) for name, tensor in tensors.items()}
+
+    def _filled(self, value: float, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Own copies of the known tensors, and one full of ``value`` for every other trainable parameter."""
+        new = {
+            name: torch.full_like(parameter, value, device=self.device, requires_grad=False)
+            for name, parameter in self.parameters.items()
+            if parameter.requires_grad and name not in known
+        }
+        return {**self._on_device(known), **new}
+
+    def update(self) -> None:
+        """Take in the gradients of one backward pass."""
+        self._sweep(True, {})
+
+    def add_penalty(self, weight: float = 1.0, *, update: bool = False) -> Tensor:
+        """Add the gradient of weight·Σ importance·(θ − θ_old)² to the parameters' ``.grad``.
+
+        A penalised parameter without a gradient gets one. What was frozen meanwhile stays out.
+
+        Args:
+            weight: factor on the penalty.
+            update: before, take in the gradients as they are: ``update()`` in the same pass through memory.
+
+        Returns:
+            The weighted penalty, a scalar on the device, without gradient; 0 where there is no penalty.
+        """
+        pulled = {name: root for name, root in self._roots.items() if self.parameters[name].requires_grad}
+        norms = self._sweep(update, pulled, 2 * weight)
+        if not norms:
+            return torch.zeros((), device=self.device)
+        return weight * torch.stack(norms).square().sum()
+
+    @torch.no_grad()
+    def _sweep(self, update: bool, pulled: Mapping[str, Tensor], factor: float = 0.0) -> list[Tensor]:
+        """Take in the gradients if asked to, then add the penalty's.
+
+        Args:
+            update: whether to take in the gradients.
+            pulled: roots of the importance of the parameters that are penalised, by name.
+            factor: of root²·(θ − θ_old) in the gradient.
+
+        Returns:
+            Norms of root·(θ − θ_old), one for each part of the tensors.
+        """
+        learnt = {name: None for name, p in self.parameters.items() if update and p.grad is not None}
+        for name in pulled:
+            parameter = self.parameters[name]
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        estimates = self._estimates() if update else []
+        norms: list[Tensor] = []
+        for names, learns, pulls in (
+            ([name for name in learnt if name in pulled], True, True),
+            ([name for name in learnt if name not in pulled], True, False),
+            ([name for name in pulled if name not in learnt], False, True),
+        ):
+            columns = [*(estimates if learns else []), *([self.old_parameters, pulled] if pulls else [])]
+            for parameters, gradients, *others in _blocks(self._rows(names, columns), self.block):
+                if learns:
+                    self._learn(parameters, gradients, others[: len(estimates)])
+                if pulls:
+                    norms += _pull(factor, parameters, gradients, *others[-2:])
+        if update:
+            self._end_update([name for name in self.parameters if name not in learnt])
+        return norms
+
+    def _rows(self, names: Iterable[str], columns: Sequence[Mapping[str, Tensor]]) -> Iterator[list[Tensor]]:
+        """Parameter, gradient and what belongs to it in each column, for every name."""
+        for name in names:
+            parameter = self.parameters[name]
+            yield [parameter, cast(Tensor, parameter.grad), *(column[name] for column in columns)]
+
+    def _estimates(self) -> list[Mapping[str, Tensor]]:
+        """What this update reads or changes, by parameter name, as ``_learn`` takes it."""
+        raise NotImplementedError
+
+    def _learn(
+        self, parameters: list[Tensor], gradients: list[Tensor], estimates: list[list[Tensor]]
+    ) -> None:
+        """Take in a block of gradients, in place."""
+        raise NotImplementedError
+
+    def _end_update(self, without_gradient: list[str]) -> None:
+        """Called once all blocks of an update are done."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next task, and a run that resumes this one, need: tensors, numbers and dicts of them."""
+        raise NotImplementedError
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken. The old task's importance stays as constructed.
+
+        Raises:
+            UserError: the state is of another regulariser.
+        """
+        _check_name(self.name, state)
+        self._resume(state)
+
+    def _resume(self, state: Mapping[str, Any]) -> None:
+        raise NotImplementedError
+
+
+def _check_name(name: str, state: Mapping[str, Any]) -> None:
+    if state["name"] != name:
+        raise UserError(
+            f"--regularizer {name}: the checkpoint holds the importance of {state['name']!r}; "
+            f"use --regularizer {state['name']} or a checkpoint that was trained with {name}"
+        )
+
+
+def _update_fisher(fisher: list[Tensor], gradients: list[Tensor], alpha: float) -> None:
+    """F ← α·g² + (1 − α)·F, in place."""
+    torch._foreach_mul_(fisher, 1.0 - alpha)
+    torch._foreach_addcmul_(fisher, gradients, gradients, value=alpha)
+
+
+class EWC(Regularizer):
+    """Elastic weight consolidation (arXiv 1612.00796) with the online Fisher information of RW.
+
+    F ← α·g² + (1 − α)·F at every step, from ones or the old task's F. Importance: the old task's F.
+    """
+
+    name = "ewc"
+
+    def _prepare(self, opts: RegularizerOptions, state: Mapping[str, Any]) -> None:
+        self.alpha = opts.reg_alpha
+        self.fisher = self._filled(1.0, state.get("fisher", {}))
+        if "fisher" in state:
+            self._set_importance({name: self._scaled(self.fisher[name]) for name in state["fisher"]})
+
+    def _estimates(self) -> list[Mapping[str, Tensor]]:
+        return [self.fisher]
+
+    def _learn(
+        self, parameters: list[Tensor], gradients: list[Tensor], estimates: list[list[Tensor]]
+    ) -> None:
+        _update_fisher(estimates[0], gradients, self.alpha)
+
+    def state_dict(self) -> dict[str, Any]:
+        """``fisher`` by parameter name."""
+        return {"name": self.name, "fisher": self.fisher, "alpha": self.alpha}
+
+    def _resume(self, state: Mapping[str, Any]) -> None:
+        self.fisher.update(self._on_device(state["fisher"]))
+        self.alpha = state["alpha"]
+
+
+class _OfPath(Regularizer):
+    """What PI and RW share: an old score, and where the parameters were when the path was last looked at."""
+
+    def _prepare(self, opts: RegularizerOptions, state: Mapping[str, Any]) -> None:
+        self.score_old = self._on_device(state.get("score", {}))
+        self.previous: dict[str, Tensor] = {}
+
+    def _looks_at_path(self) -> bool:
+        """Whether this update does."""
+        return True
+
+    def _end_update(self, without_gradient: list[str]) -> None:
+        if not self._looks_at_path():
+            return
+        if not self.previous:
+            self.previous = self._on_device(self.parameters)
+        elif without_gradient:  # ``_learn`` moved the others on
+            torch._foreach_copy_(
+                [self.previous[name] for name in without_gradient],
+                [self.parameters[name] for name in without_gradient],
+            )
+
+    def _resume(self, state: Mapping[str, Any]) -> None:
+        self.previous = self._on_device(state["previous"])
+
+
+class PI(_OfPath):
+    """Path integral, or synaptic intelligence (arXiv 1703.04200).
+
+    Accumulates gradient × step along the way; at the end the score is that sum over the squared way, where
+    positive, plus the old score. Importance: the old score. Parameters new in this step have none.
+    """
+
+    name = "pi"
+
+    def _prepare(self, opts: RegularizerOptions, state: Mapping[str, Any]) -> None:
+        super()._prepare(opts, state)
+        self._set_importance({name: self._scaled(score) for name, score in self.score_old.items()})
+        new = {name: p for name, p in self.parameters.items() if name not in self.old_parameters}
+        self.start = {**self.old_parameters, **self._on_device(new)}
+        self.delta = {name: torch.zeros_like(value) for name, value in self.start.items()}
+
+    def _estimates(self) -> list[Mapping[str, Tensor]]:
+        return [self.delta, self.previous] if self.previous else []
+
+    def _learn(
+        self, parameters: list[Tensor], gradients: list[Tensor], estimates: list[list[Tensor]]
+    ) -> None:
+        if estimates:
+            delta, previous = estimates
+            torch._foreach_sub_(previous, parameters)  # now the step since then, θ_previous − θ
+            torch._foreach_addcmul_(delta, gradients, previous)
+            torch._foreach_copy_(previous, parameters)
+
+    @torch.no_grad()
+    def score(self) -> dict[str, Tensor]:
+        """Importance of the parameters after this task."""
+        scores = {}
+        for name, parameter in self.parameters.items():
+            way = (parameter - self.start[name]).square()
+            scores[name] = (self.delta[name] / (way + 1e-20)).clamp(min=0.0)
+            if name in self.score_old:
+                scores[name] += self.score_old[name]
+        return scores
+
+    def state_dict(self) -> dict[str, Any]:
+        """``score`` for the next task; ``delta``, ``start`` and ``previous`` to resume."""
+        return {
+            "name": self.name,
+            "score": self.score(),
+            "delta": self.delta,
+            "start": self.start,
+            "previous": self.previous,
+        }
+
+    def _resume(self, state: Mapping[str, Any]) -> None:
+        super()._resume(state)
+        self.delta = self._on_device(state["delta"])
+        self.start = self._on_device(state["start"])
+
+
+class RW(_OfPath):
+    """Riemannian walk (arXiv 1801.10112): EWC's online Fisher information plus a path score.
+
+    Every ``reg_iterations`` steps the score gains gradient × step over the step's length in the metric of the
+    Fisher information. At the end: where positive, averaged with the old score. Importance: the old Fisher
+    information plus the old score, each scaled to 0..1.
+    """
+
+    name = "rw"
+
+    def _prepare(self, opts: RegularizerOptions, state: Mapping[str, Any]) -> None:
+        super()._prepare(opts, state)
+        self.alpha = opts.reg_alpha
+        self.iterations = opts.reg_iterations
+        self.fisher = self._filled(1.0, state.get("fisher", {}))
+        importance = {name: self._scaled(self.fisher[name]) for name in state.get("fisher", {})}
+        for name, score in self.score_old.items():
+            importance[name] = importance[name] + self._scaled(score)
+        self._set_importance(importance)
+        self.running = self._filled(0.0, {})
+        self.count = 0
+
+    def _looks_at_path(self) -> bool:
+        return self.count % self.iterations == 0
+
+    def _estimates(self) -> list[Mapping[str, Tensor]]:
+        if self.previous and self._looks_at_path():
+            return [self.fisher, self.running, self.previous]
+        return [self.fisher]
+
+    def _learn(
+        self, parameters: list[Tensor], gradients: list[Tensor], estimates: list[list[Tensor]]
+    ) -> None:
+        fisher, *path = estimates
+        if path:
+            running, previous = path
+            torch._foreach_sub_(previous, parameters)  # now the step since then, θ_previous − θ
+            length = torch._foreach_mul(previous, previous)
+            torch._foreach_mul_(length, fisher)
+            torch._foreach_mul_(length, 0.5)
+            torch._foreach_add_(length, _EPS)
+            gained = torch._foreach_mul(gradients, previous)
+            torch._foreach_div_(gained, length)
+            torch._foreach_add_(running, gained)
+            torch._foreach_copy_(previous, parameters)
+        _update_fisher(fisher, gradients, self.alpha)
+
+    def _end_update(self, without_gradient: list[str]) -> None:
+        super()._end_update(without_gradient)
+        self.count += 1
+
+    @torch.no_grad()
+    def score(self) -> dict[str, Tensor]:
+        """Path score of the parameters after this task."""
+        scores = {}
+        for name, running in self.running.items():
+            scores[name] = running.clamp(min=0.0)
+            if name in self.score_old:
+                scores[name] = 0.5 * (scores[name] + self.score_old[name])
+        return scores
+
+    def state_dict(self) -> dict[str, Any]:
+        """``score`` and ``fisher`` for the next task; ``running``, ``previous``, ``count`` to resume."""
+        return {
+            "name": self.name,
+            "score": self.score(),
+            "fisher": self.fisher,
+            "alpha": self.alpha,
+            "iterations": self.iterations,
+            "running": self.running,
+            "previous": self.previous,
+            "count": self.count,
+        }
+
+    def _resume(self, state: Mapping[str, Any]) -> None:
+        super()._resume(state)
+        self.alpha, self.iterations, self.count = state["alpha"], state["iterations"], state["count"]
+        self.fisher.update(self._on_device(state["fisher"]))
+        self.running = self._on_device(state["running"])
+
+
+_REGULARIZERS: dict[str, type[Regularizer]] = {kind.name: kind for kind in (EWC, PI, RW)}
+
+
+def get_regularizer(
+    model: nn.Module,
+    model_old: nn.Module | None,
+    device: torch.device,
+    opts: RegularizerOptions,
+    state: Mapping[str, Any] | None = None,
+) -> Regularizer | None:
+    """The regulariser that the options name, or None.
+
+    Args:
+        model: the network of this step, possibly wrapped.
+        model_old: that of the last step, None at the first.
+        device: where the importance lives.
+        opts: ``regularizer`` (``ewc``, ``pi``, ``rw`` or None); ``reg_alpha``, the weight of the newest
+            gradient in the Fisher information (EWC, RW); ``reg_iterations``, the steps between two looks at
+            the path (RW); ``reg_no_normalize``: do not scale each parameter's importance to 0..1.
+        state: the last step's ``state_dict()``; None: importance is estimated, but nothing penalised yet.
+
+    Raises:
+        UserError: an unknown name, or a state of another regulariser.
+    """
+    name = opts.regularizer
+    if name is None:
+        return None
+    if name not in _REGULARIZERS:
+        raise UserError(f"--regularizer {name}: unknown; use ewc, pi or rw")
+    if state is not None:
+        _check_name(name, state)
+    return _REGULARIZERS[name](model, model_old, device, opts, state or {})
+
+
+class Regularization(Method):
+    """Importance of every weight, and a penalty on moving the important ones (EWC, PI, RW)."""
+
+    def __init__(self, options: dict[str, Any], importance: float) -> None:
+        self.options = options
+        self.importance = importance
+        self.state: dict[str, Any] | None = None
+        self.regularizer: Any = None
+        self._backward_done = False
+
+    @classmethod
+    def add_options(cls, parser: argparse._ActionsContainer) -> None:
+        """``--regularizer`` and what belongs to it."""
+        parser.add_argument(
+            "--regularizer", choices=("ewc", "rw", "pi"), default=None, help="how importance is estimated"
+        )
+        parser.add_argument(
+            "--reg_importance", type=loss_weight, default=1.0, metavar="W", help="weight of the penalty"
+        )
+        parser.add_argument(
+            "--reg_alpha",
+            type=share,
+            default=0.9,
+            help="weight of the newest gradient in the running Fisher estimate",
+        )
+        parser.add_argument(
+            "--reg_no_normalize", action="store_true", help="do not scale the importances to [0, 1]"
+        )
+        parser.add_argument(
+            "--reg_iterations",
+            type=positive_int,
+            default=10,
+            help="RW: optimiser steps between two path-integral updates",
+        )
+
+    @property
+    def uses_teacher(self) -> bool:
+        """The old weights are read once, by ``begin_step``; no forward pass of the old network is needed."""
+        return self.regularizer is None
+
+    @classmethod
+    def from_options(cls, opts: Any) -> Regularization | None:
+        """On with ``--regularizer``."""
+        if opts.regularizer is None:
+            return None
+        names = ("regularizer", "reg_alpha", "reg_no_normalize", "reg_iterations")
+        return cls({name: getattr(opts, name) for name in names}, opts.reg_importance)
+
+    def begin_step(self, context: Context) -> None:
+        """Take over the importances of the steps before."""
+        self.regularizer = get_regularizer(
+            context.model, context.model_old, context.device, SimpleNamespace(**self.options), self.state
+        )
+
+    def after_backward(self) -> None:
+        """The gradients count; ``penalty``, which reads them anyway, takes them into the importances."""
+        self._backward_done = True
+
+    def penalty(self) -> dict[str, Tensor]:
+        """Update the importances, then add the gradient of Σ importance·(θ − θ_old)², weighted.
+
+        Every process sees the averaged gradients, so the importances stay equal.
+        """
+        update, self._backward_done = self._backward_done, False
+        term = self.regularizer.add_penalty(self.importance, update=update)
+        return {"reg": term} if self.regularizer.penalize else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The regularizer's own state."""
+        return self.regularizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Kept until ``begin_step`` knows the network."""
+        self.state = state
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """The regularizer's running values; what it penalises stays that of the step before."""
+        self.regularizer.load_state_dict(state)

@@ -1,0 +1,379 @@
+"""Which runs can be compared: groups of one task, methods in a group, seeds of a method, means over seeds."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import os
+import re
+import statistics
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from argparser import build_parser
+from report.reading import Run
+from tasks import DATASETS, get_task
+from utils.errors import UserError
+
+JOINT = "offline"  # the task that learns all classes at once, to which every task is compared
+
+# Options that say where and how fast a run works, or which of several equal runs it is.
+_NOT_THE_METHODS = {
+    *("random_seed", "name", "date", "logdir", "checkpoint", "ckpt", "step_ckpt"),
+    *("step", "steps", "lrs", "resume", "test", "where_to_sim", "local_rank", "num_workers", "timeout"),
+    *("debug", "check_data", "skip_corrupt", "visualize", "sample_num", "print_interval", "val_interval"),
+    *("ckpt_interval", "ckpt_minutes", "compile", "grad_checkpointing", "method_file"),
+    *("predict", "out", "raw"),
+}
+_PATHS = ("data_root", "splits_dir", "pretrained_path", "task_file", "class_order")
+_SEED = re.compile(r"[_-](?:seed|s)?\d+$")
+
+
+@dataclass(frozen=True)
+class Stat:
+    """Mean over runs, and the sample standard deviation where there are several."""
+
+    mean: float
+    std: float | None
+    count: int
+
+    def percent(self) -> str:
+        """``mean ± std`` of fractions, in percent."""
+        mean = f"{100 * self.mean:.2f}"
+        return mean if self.std is None else f"{mean} ± {100 * self.std:.2f}"
+
+
+def stat(values: Iterable[float | None]) -> Stat | None:
+    """Over the values that exist; None where there is none."""
+    kept = [value for value in values if value is not None and not math.isnan(value)]
+    if not kept:
+        return None
+    return Stat(statistics.fmean(kept), statistics.stdev(kept) if len(kept) > 1 else None, len(kept))
+
+
+@dataclass(frozen=True)
+class Method:
+    """Runs that differ by their seed only."""
+
+    label: str
+    runs: list[Run]
+
+    @property
+    def joint(self) -> bool:
+        """Whether it learns all classes at once."""
+        return self.runs[0].task == JOINT
+
+    @property
+    def step(self) -> int | None:
+        """The last step that any of its runs has results of."""
+        return max((run.last_step for run in self.runs if run.last_step is not None), default=None)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Classes of the run that is farthest."""
+        return max((run.class_names for run in self.runs), key=len)
+
+    def introduced(self, name: str) -> int:
+        """The step that brings a class."""
+        return next(run.introduced[name] for run in self.runs if name in run.introduced)
+
+    def stat(self, number: Callable[[Run], float | None]) -> Stat | None:
+        """Mean of a number over the runs that have it."""
+        return stat(number(run) for run in self.runs)
+
+    def latest(self) -> list[Run]:
+        """The runs that have results of ``step``: only these can be averaged."""
+        return [run for run in self.runs if self.step is not None and run.last_step == self.step]
+
+    def published_names(self) -> set[str]:
+        """Names under which the table of published results may have it, in capitals."""
+        options = self.runs[0].options
+        method = options.get("method")
+        names = {str(method or self.label).upper(), self.label.upper()}
+        if self.joint:
+            return {"JOINT"}
+        if method and not method.endswith("-M") and options.get("memory"):
+            names = {f"{method}-M".upper()}
+        return names
+
+
+@dataclass(frozen=True)
+class Group:
+    """Methods that learnt the same task under the same protocol with the same network."""
+
+    dataset: str
+    task: str
+    protocol: str | None
+    backbone: str | None
+    methods: list[Method]
+
+    @property
+    def title(self) -> str:
+        """All of them in one line."""
+        task = "all classes at once" if self.task == JOINT else task_title(self.dataset, self.task)
+        return " · ".join(part for part in (self.dataset.upper(), task, self.protocol, self.backbone) if part)
+
+    @property
+    def slug(self) -> str:
+        """The title as part of a file's name."""
+        parts = (self.dataset, self.task, self.protocol, self.backbone)
+        return re.sub(r"[^\w.-]+", "-", "_".join(part for part in parts if part)) or "runs"
+
+    @property
+    def first_classes(self) -> list[str]:
+        """Classes of the first step, background included: the old ones of the papers' tables."""
+        for method in self.methods:
+            if not method.joint and method.class_names:
+                return [name for name in method.class_names if method.introduced(name) == 0]
+        return []
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the task."""
+        return max(run.num_steps for method in self.methods for run in method.runs)
+
+    def means(self, run: Run, background: bool = True) -> dict[str, float | None]:
+        """mIoU of a run after its last step as the papers count: old, new and all.
+
+        Old are the classes of the first step, new those of all later steps; a results file of step k
+        counts as new the classes of step k only.
+
+        Args:
+            run: one of the group.
+            background: whether it counts among the old classes and in the mean of all.
+        """
+        step = run.last_step
+        if step is None:
+            return dict.fromkeys(("old", "new", "all"))
+        if "class_iou" not in run.results[step]:
+            return {key: run.results[step].get(f"miou_{key}") for key in ("old", "new", "all")}
+        left_out = set() if background else {name for name in run.class_names[:1] if name == "background"}
+        seen = [name for name in run.class_names if name not in left_out]
+        old = [name for name in seen if name in set(self.first_classes)] if step or run.task == JOINT else []
+        new = [name for name in seen if name not in set(old)]
+
+        def mean(names: Sequence[str]) -> float | None:
+            found = stat(run.iou(name, step) for name in names)
+            return None if found is None else found.mean
+
+        if not old:  # a first step, or joint training alone: there is nothing to set apart
+            return {"old": None, "new": None, "all": mean(seen)}
+        return {"old": mean(old), "new": mean(new), "all": mean(seen)}
+
+
+def arrange(runs: Sequence[Run]) -> list[Group]:
+    """Sort runs into groups, best methods first; joint training joins all groups of its data and network."""
+    keys: dict[tuple[Any, ...], list[Run]] = {}
+    joint = [run for run in runs if run.task == JOINT]
+    for run in runs:
+        if run.task != JOINT:
+            keys.setdefault((run.dataset, run.task, run.protocol, run.backbone), []).append(run)
+    placed: set[Any] = set()
+    groups = []
+    for (dataset, task, protocol, backbone), members in keys.items():
+        beside = [run for run in joint if (run.dataset, run.backbone) == (dataset, backbone)]
+        placed.update(run.folder for run in beside)
+        groups.append(_ranked(Group(dataset, task, protocol, backbone, _methods([*members, *beside]))))
+    alone: dict[tuple[Any, ...], list[Run]] = {}
+    for run in joint:
+        if run.folder not in placed:
+            alone.setdefault((run.dataset, run.backbone), []).append(run)
+    groups += [_ranked(Group(key[0], JOINT, None, key[1], _methods(runs))) for key, runs in alone.items()]
+    return groups
+
+
+def _ranked(group: Group) -> Group:
+    """The group with its best method first, by all classes; who is behind comes later, joint last."""
+
+    def place(method: Method) -> tuple[bool, int, float, str]:
+        found = stat(group.means(run)["all"] for run in method.latest())
+        step = -1 if method.step is None else method.step
+        return method.joint, -step, -(found.mean if found else 0.0), method.label
+
+    return dataclasses.replace(group, methods=sorted(group.methods, key=place))
+
+
+def task_title(dataset: str, task: str) -> str:
+    """A task's name, behind the one that papers and users have for it if that is another: 15-1 (15-5s)."""
+    match = re.fullmatch(r"(\d+)-(\d+)s(_?[a-z])?", task)
+    if match and dataset in DATASETS and dataset != "folder":
+        first, rest, letter = match[1], match[2], match[3] or ""
+        for usual in (f"{first}-1{letter}", f"{first}-{rest}-1{letter}"):
+            try:
+                if get_task(dataset, usual).name == task:
+                    return f"{usual} ({task})"
+            except UserError:  # there is no such task
+                continue
+    return task
+
+
+# ── runs of one method ───────────────────────────────────────────────────────────────────────────────
+
+
+def deciding(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that decide what is learnt and which numbers come out, each with its value.
+
+    Options that a run of an earlier version lacks have their default. Those that say where and how fast a
+    run works, or which of several equal runs it is, are left out. The folder of the data counts, by its path
+    as it was given: two folders may hold different pictures, so runs on two of them are different methods
+    even where one data set lies in two places.
+
+    Args:
+        options: of a run, or of one of its steps, as plain JSON types.
+    """
+    kept = {name: value for name, value in {**_defaults(), **options}.items() if name not in _NOT_THE_METHODS}
+    return {
+        name: os.path.normpath(value) if name in _PATHS and isinstance(value, str) else value
+        for name, value in kept.items()
+    }
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    """Every option's default, in JSON types as runs keep them."""
+    defaults = vars(build_parser().parse_args([], namespace=argparse.Namespace()))
+    return dict(json.loads(json.dumps(defaults, default=str)))
+
+
+def _methods(runs: Sequence[Run]) -> list[Method]:
+    members = [part for seeds in _alike(runs) for part in _without_twins(seeds)]
+    labels = [_with_evaluation(_label(runs), runs, members) for runs in members]
+    methods: list[Method] = []
+    for label, runs in zip(labels, members, strict=True):
+        twins = [other for other, text in zip(members, labels, strict=True) if text == label]
+        told = _told_apart(label, runs, twins)
+        known = {method.label for method in methods}
+        methods.append(Method(f"{told} ({runs[0].folder})" if told in known else told, runs))
+    return methods
+
+
+def _alike(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs that differ by their seed only, in the order in which they came."""
+    found: list[list[Run]] = []
+    # Those with most steps first: what is still in its first step fits several, and joins the first of them.
+    for run in sorted(runs, key=lambda run: -len(run.options_by_step)):
+        for others in found:
+            if all(_same_method(run, other) for other in others):
+                others.append(run)
+                break
+        else:
+            found.append([run])
+    place = {run.folder: number for number, run in enumerate(runs)}
+    ordered = [sorted(others, key=lambda run: place[run.folder]) for others in found]
+    return sorted(ordered, key=lambda others: place[others[0].folder])
+
+
+def _same_method(one: Run, other: Run) -> bool:
+    """Whether two runs learn alike at every step that both have, by their options.
+
+    Where one has steps that the other lacks, or the last step is still to come, what differs may not be there
+    yet: their names without seed must be the same then.
+    """
+    if one.task != other.task or bool(one.options) != bool(other.options):
+        return False
+    if None not in (one.evaluation, other.evaluation) and _unusual(one) != _unusual(other):
+        return False
+    same_name = _bare_name(one) == _bare_name(other)
+    if not one.options:
+        return same_name
+    if not one.options_by_step or not other.options_by_step:  # of an earlier version
+        return deciding(one.options) == deciding(other.options)
+    steps = one.options_by_step.keys() & other.options_by_step.keys()
+    whole = one.options_by_step.keys() == other.options_by_step.keys() and one.num_steps - 1 in steps
+    return (whole or same_name) and all(
+        deciding(one.options_by_step[step]) == deciding(other.options_by_step[step]) for step in steps
+    )
+
+
+def _unusual(run: Run) -> dict[str, Any]:
+    """Options of its last evaluation that are not the default."""
+    return {
+        name: value
+        for name, value in sorted((run.evaluation or {}).items())
+        if name not in _defaults() or value != _defaults()[name]
+    }
+
+
+def _without_twins(runs: list[Run]) -> list[list[Run]]:
+    """Parts in which no seed is there twice: by name, else by name and folder, else each run by itself."""
+    ways: tuple[Callable[[Run], Hashable], ...] = (
+        lambda run: "",
+        _bare_name,
+        lambda run: (run.folder.parent, _bare_name(run)),
+    )
+    for way in ways:
+        parts: dict[Hashable, list[Run]] = {}
+        for run in runs:
+            parts.setdefault(way(run), []).append(run)
+        if all(len({_seed(run) for run in part}) == len(part) for part in parts.values()):
+            return list(parts.values())
+    return [[run] for run in runs]
+
+
+def _seed(run: Run) -> Hashable:
+    return run.folder.name if run.seed is None else run.seed
+
+
+def _bare_name(run: Run) -> str:
+    """A run's name without its seed."""
+    return _SEED.sub("", run.name)
+
+
+def _label(runs: Sequence[Run]) -> str:
+    """The common name without seed, else the method's."""
+    names = {_bare_name(run) for run in runs}
+    return names.pop() if len(names) == 1 else str(runs[0].options.get("method") or runs[0].name)
+
+
+def _told_apart(label: str, runs: Sequence[Run], twins: Sequence[Sequence[Run]]) -> str:
+    """A label that several methods would have gets what they differ in: options, else folder, else name."""
+    if len(twins) == 1:
+        return label
+    others = [other for other in twins if other is not runs]
+    shown = sorted({text for other in others for text in _differences(runs, other)})
+    if not shown and all(other[0].folder.parent != runs[0].folder.parent for other in others):
+        above = [twin[0].folder.resolve().parent for twin in twins]
+        mine = runs[0].folder.resolve().parent
+        common = Path(os.path.commonpath(above))
+        shown = [mine.name if mine == common else mine.relative_to(common).as_posix()]
+    return f"{label} ({', '.join(shown[:3]) or runs[0].folder.name})"
+
+
+def _differences(runs: Sequence[Run], others: Sequence[Run]) -> list[str]:
+    """Options of a method that another has otherwise, with the step where they are not those of all steps."""
+    mine, theirs = _by_step(runs), _by_step(others)
+    if not mine or not theirs:  # of an earlier version
+        mine, theirs = ({0: deciding(some[0].options)} if some[0].options else {} for some in (runs, others))
+    found: dict[str, str] = {}
+    for step in sorted(mine.keys() & theirs.keys()):
+        for name, value in sorted(mine[step].items()):
+            if value != theirs[step].get(name) and name not in found:
+                everywhere = all(options.get(name) == value for options in mine.values())
+                found[name] = f"{name}={value}" + ("" if everywhere else f" in step {step}")
+    return [found[name] for name in sorted(found)]
+
+
+def _by_step(runs: Sequence[Run]) -> dict[int, dict[str, Any]]:
+    """What decides at each step, of the first run that has it."""
+    found: dict[int, dict[str, Any]] = {}
+    for run in runs:
+        for step, options in run.options_by_step.items():
+            found.setdefault(step, deciding(options))
+    return found
+
+
+def _with_evaluation(label: str, runs: Sequence[Run], members: Sequence[Sequence[Run]]) -> str:
+    """The label with the options of the evaluation, where not all methods have the same."""
+
+    def evaluated(runs: Sequence[Run]) -> dict[str, Any]:
+        return next((_unusual(run) for run in runs if run.evaluation is not None), {})
+
+    mine = evaluated(runs)
+    if not mine or all(evaluated(others) == mine for others in members):
+        return label
+    return f"{label} [{', '.join(f'{name}={value}' for name, value in mine.items())}]"

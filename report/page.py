@@ -1,0 +1,357 @@
+"""The report's page and the files beside it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.figure import Figure
+
+from report import figures, tables
+from report.groups import JOINT, Group, Stat, arrange, deciding
+from report.published import of_group
+from report.reading import Run
+from report.tables import Line, Table
+from utils.errors import UserError
+from utils.files import atomic_write, atomic_write_text, cannot_write
+from utils.tables import markdown_text
+from utils.visualize import palette
+
+_REMEDY = "free some space or choose another --out"
+_LIST = "report_files.txt"
+_PLAIN = re.compile(r"[\w.-]+\.(?:png|csv|md|html)")  # no separator of folders
+_LONGEST = 120  # letters of a picture's name
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure on the page: name of its PNG file, what it shows, and the picture itself as a URI."""
+
+    file: str
+    alt: str
+    uri: str
+    width: int
+
+
+@dataclass(frozen=True)
+class Section:
+    """A title, what to see there, and figures.
+
+    Attributes:
+        title, text, pictures: those.
+        folded: all figures but the first are closed at first.
+        coloured: the colours of the classes stand above the figures.
+    """
+
+    title: str
+    text: str
+    pictures: list[Picture]
+    folded: bool = False
+    coloured: bool = False
+
+
+class _Folder:
+    """The folder that the report is written to, and a list of what the report before left there."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.before = _listed(out / _LIST)
+        self.written: list[str] = []
+
+    def __enter__(self) -> _Folder:
+        return self
+
+    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
+        if failed is None:
+            self._remove([name for name in self.before if name not in self.written])
+        elif self.written:  # the pictures of both reports lie there
+            self._list({*self.before, *self.written})
+
+    def _remove(self, names: Sequence[str]) -> None:
+        for name in names:
+            path = self.out / name
+            try:
+                if path.is_file():
+                    path.unlink()
+            except OSError as error:
+                raise cannot_write(path, error, _REMEDY) from error
+        self._list(self.written)
+
+    def _list(self, names: Iterable[str]) -> None:
+        atomic_write_text(self.out / _LIST, "".join(f"{name}\n" for name in sorted(names)), _REMEDY)
+
+    def text(self, name: str, content: str) -> None:
+        atomic_write_text(self.out / name, content, _REMEDY)
+        self.written.append(name)
+
+    def picture(self, name: str, alt: str, figure: Figure | None, photo: bool = False) -> list[Picture]:
+        """Write a figure as PNG; photographs go into the page as JPEG, a tenth of the size."""
+        if figure is None:
+            return []
+        png = _encoded(figure, "png")
+        with atomic_write(self.out / f"{name}.png", _REMEDY) as file:
+            file.write(png)
+        self.written.append(f"{name}.png")
+        kind, content = ("jpeg", _encoded(figure, "jpeg")) if photo else ("png", png)
+        uri = f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
+        return [Picture(f"{name}.png", alt, uri, round(96 * figure.get_size_inches()[0]))]
+
+
+def _stem(*parts: str) -> str:
+    """Parts as the name of a picture without its ending; other parts have another name."""
+    text = "_".join(parts)
+    plain = re.sub(r"[^\w.-]+", "-", text).strip("-")
+    if plain == text and len(text) <= _LONGEST:
+        return text
+    digest = hashlib.sha256(text.encode(errors="surrogatepass"))  # a folder's name may be no UTF-8
+    return f"{plain[:_LONGEST]}-{digest.hexdigest()[:8]}"
+
+
+def _listed(path: Path) -> list[str]:
+    """Names of a list of files; only plain ones of kinds that a report writes, whatever it says."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); remove it") from error
+    return [name for name in lines if _PLAIN.fullmatch(name)]
+
+
+def _encoded(figure: Figure, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(
+        buffer, format=kind, dpi=figure.dpi, pil_kwargs={"quality": 90} if kind == "jpeg" else None
+    )
+    return buffer.getvalue()
+
+
+def write_report(runs: Sequence[Run], out: Path) -> Path:
+    """Write ``report.html``, ``report.md``, tables as CSV and figures as PNG.
+
+    Files of the report before that this one has no longer are removed, by the list ``report_files.txt``.
+
+    Args:
+        runs: at least one.
+        out: folder, made if missing.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        UserError: a file cannot be written, or one of a run cannot be read.
+    """
+    with _Folder(out) as folder:
+        _write(folder, arrange(runs))
+    return out / "report.html"
+
+
+def _write(folder: _Folder, groups: Sequence[Group]) -> None:
+    written = [_group(folder, group) for group in groups]
+    runs, steps = tables.all_runs(groups), tables.steps_table(groups)
+    names = Counter(run.folder.name for run in runs)
+    folder.text("steps.csv", steps.csv())
+    folder.text("classes.csv", tables.classes_table(groups).csv())
+    when = time.strftime("%Y-%m-%d %H:%M")
+    content = {
+        "title": "Continual segmentation: " + ", ".join(dict.fromkeys(group.title for group in groups)),
+        "groups": written,
+        "runs": [_run(folder, run, alone=names[run.folder.name] == 1) for run in runs],
+        "when": when,
+    }
+    folder.text("report.md", _markdown(groups, written, steps, when))
+    page = _environment().get_template("page.html.jinja").render(content)
+    folder.text("report.html", page)
+
+
+def _environment() -> Environment:
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["percent"] = _percent
+    environment.filters["cell"] = lambda value: f"{value:.2f}" if isinstance(value, float) else value
+    return environment
+
+
+def _percent(number: Stat | None) -> str:
+    return "–" if number is None else number.percent()
+
+
+def _group(folder: _Folder, group: Group) -> dict[str, Any]:
+    """A group's part of the page; its figures and its summary are written."""
+    lines = tables.summary(group)
+    folder.text(f"{group.slug}_summary.csv", tables.summary_table(group).csv())
+    return {
+        "title": group.title,
+        "slug": group.slug,
+        "joint_only": group.task == JOINT,
+        "lines": lines,
+        "best": _best(lines),
+        "last_step": group.num_steps - 1,
+        "has_published": any(line.published for line in lines),
+        "published": of_group(group),
+        "unfinished": [run for method in group.methods for run in method.runs if not run.finished],
+        "sections": _sections(folder, group, lines),
+        "colours": _class_colours(group),
+    }
+
+
+def _sections(folder: _Folder, group: Group, lines: Sequence[Line]) -> list[Section]:
+    def one(name: str, alt: str, figure: Figure | None) -> list[Picture]:
+        return folder.picture(f"{group.slug}_{name}", f"{alt}, {group.title}", figure)
+
+    spread = "Mean over the seeds; bands and error bars are one standard deviation."
+    if group.num_steps > 2:
+        spread += " No line joins the new classes: every step has others."
+        steps = Section("mIoU per step", spread, one("curves", "mIoU per step", figures.curves(group)))
+    else:
+        steps = Section("mIoU", spread, one("bars", "mIoU", figures.bars(group)))
+    sections = [
+        steps,
+        Section(
+            "Forgetting per class",
+            "IoU after the step that brought the class minus IoU after the last step, in points; orange is "
+            "forgotten, violet is gained. A class that was never learnt cannot be forgotten.",
+            one("forgetting", "forgetting per class", figures.forgetting_map(group)),
+        ),
+        Section(
+            "IoU per class and step",
+            "Grey: not learnt yet, or no result. White lines part the classes of different steps.",
+            one("classes", "IoU per class and step", figures.class_heat_maps(group)),
+        ),
+        Section(
+            "Confusion after the last step",
+            "In percent of the true class's pixels, all seeds together.",
+            _confusions(folder, group),
+            folded=True,
+        ),
+        Section(
+            "The same pictures",
+            "What the first seed of each method predicts after each step.",
+            _samples(folder, group),
+            folded=len(group.methods) > figures.BESIDE,
+            coloured=True,
+        ),
+        Section(
+            "Loss",
+            "The total loss, a line per run; its terms stand with each run below. The scale is logarithmic "
+            "where a run leaves all others far behind.",
+            one("losses", "total loss", figures.total_losses(group)),
+        ),
+        Section(
+            "Time and memory",
+            "Of the training of the steps that the run did itself; the peak is of the first process.",
+            one("cost", "wall time and memory", figures.cost(lines)),
+        ),
+    ]
+    return [section for section in sections if section.pictures]
+
+
+def _confusions(folder: _Folder, group: Group) -> list[Picture]:
+    found = []
+    for method in group.methods:
+        name = _stem(group.slug, "confusion", method.label)
+        found += folder.picture(name, method.label, figures.confusion(method))
+    return found
+
+
+def _samples(folder: _Folder, group: Group) -> list[Picture]:
+    indices = sorted({index for method in group.methods for run in method.runs[:1] for index in run.samples})
+    found = []
+    for index in indices:
+        figure = figures.sample_pictures(group, index)
+        found += folder.picture(f"{group.slug}_picture_{index}", f"picture {index}", figure, photo=True)
+    return found
+
+
+def _class_colours(group: Group) -> list[tuple[str, str]]:
+    """Name and colour of every foreground class, as in the sample pictures: by the data set's ids."""
+    ids: dict[str, int] = {}
+    for method in group.methods:
+        for run in method.runs:
+            ids.update(run.class_ids)
+    colours = palette(max(ids.values(), default=0) + 1)
+    ordered = sorted(ids.items(), key=lambda item: item[1])
+    return [(name, "#" + bytes(colours[number]).hex()) for name, number in ordered if number]
+
+
+def _best(lines: Sequence[Line]) -> dict[str, str]:
+    """Label of the best method of each column, joint training apart; none where there is no choice."""
+    numbers: dict[str, Callable[[Line], Stat | None]] = {
+        "old": lambda line: line.numbers["old"],
+        "new": lambda line: line.numbers["new"],
+        "all": lambda line: line.numbers["all"],
+    }
+    rivals = [line for line in lines if line.complete and not line.method.joint]
+    best = {}
+    for key, number in numbers.items():
+        known = [(found.mean, line.method.label) for line in rivals if (found := number(line)) is not None]
+        if len(known) > 1:
+            best[key] = max(known)[1]
+    return best
+
+
+def _run(folder: _Folder, run: Run, alone: bool) -> dict[str, Any]:
+    """A run's part of the page; ``alone``: no other run's folder has its name."""
+    headers = ["step", *(f"mIoU {name}" for name in tables.NUMBERS)]
+    rows: list[list[object]] = []
+    for step, results in run.results.items():
+        shown = f"{step} (of {run.taken_over[step]})" if step in run.taken_over else step
+        numbers = [results.get(key) for key in tables.NUMBERS.values()]
+        rows.append([shown, *(None if number is None else 100 * number for number in numbers)])
+    validations = [(step, point) for step, course in run.courses.items() for point in course.validations]
+    name = _stem("run", run.folder.name if alone else str(run.folder.resolve()), "losses")
+    return {
+        "name": run.folder.name,
+        "folder": run.folder,
+        "state": run.state(),
+        "speed": run.speed,
+        "results": Table(headers, rows),
+        "validations": validations,
+        "pictures": folder.picture(name, f"loss terms of {run.folder.name}", figures.loss_terms(run)),
+        "options": _options(run),
+    }
+
+
+def _options(run: Run) -> list[tuple[str, str]]:
+    """Name and value of every option; values of the steps apart where they differ."""
+    by_step = {step: deciding(options) for step, options in run.options_by_step.items()}
+    shown = {name: str(value) for name, value in run.options.items()}
+    for name in {name for options in by_step.values() for name in options}:
+        values: dict[str, list[int]] = {}
+        for step, options in by_step.items():
+            if name in options:
+                values.setdefault(str(options[name]), []).append(step)
+        if len(values) > 1:
+            shown[name] = ", ".join(f"{value} (step {_spans(steps)})" for value, steps in values.items())
+    return sorted(shown.items())
+
+
+def _spans(steps: Sequence[int]) -> str:
+    """0, 2–4"""
+    found: list[list[int]] = []
+    for step in steps:
+        if found and step == found[-1][1] + 1:
+            found[-1][1] = step
+        else:
+            found.append([step, step])
+    return ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in found)
+
+
+def _markdown(groups: Sequence[Group], written: Sequence[dict[str, Any]], steps: Table, when: str) -> str:
+    parts = ["# Report", f"Made on {when} by `python -m report`; mIoU in percent."]
+    for group, content in zip(groups, written, strict=True):
+        parts += [f"## {markdown_text(group.title)}", tables.summary_table(group).markdown()]
+        for section in content["sections"]:
+            parts += [f"### {section.title}", section.text]
+            parts += [f"![{markdown_text(picture.alt)}]({picture.file})" for picture in section.pictures]
+    parts += ["## Every step of every run", steps.markdown()]
+    return "\n\n".join(parts) + "\n"

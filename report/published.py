@@ -1,0 +1,68 @@
+"""The papers' numbers, from ``report/published.csv``.
+
+The column ``background`` says whether the background counts in the means: the old, new and all columns of
+a table fit together in one way only (MiB's "all" of VOC is the mean over 20 classes, the others' over 21).
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from report.groups import Group, Method
+
+_TABLE = Path(__file__).parent / "published.csv"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A row of the table; mIoU in percent."""
+
+    dataset: str
+    task: str
+    protocol: str
+    backbone: str
+    method: str
+    miou_old: float
+    miou_new: float
+    miou_all: float
+    background: bool
+    source: str
+
+
+@cache
+def table() -> tuple[Published, ...]:
+    """All rows."""
+    with _TABLE.open(encoding="utf-8", newline="") as file:
+        return tuple(_rows(csv.DictReader(file)))
+
+
+def _rows(reader: csv.DictReader[str]) -> Iterator[Published]:
+    for row in reader:
+        yield Published(
+            dataset=row["dataset"],
+            task=row["task"],
+            protocol=row["protocol"],
+            backbone=row["backbone"],
+            method=row["method"],
+            miou_old=float(row["miou_old"]),
+            miou_new=float(row["miou_new"]),
+            miou_all=float(row["miou_all"]),
+            background=row["background"] == "with",
+            source=row["source"],
+        )
+
+
+def of_group(group: Group) -> list[Published]:
+    """The rows of the same data set, task, protocol and backbone."""
+    wanted = (group.dataset, group.task, group.protocol, group.backbone)
+    return [row for row in table() if (row.dataset, row.task, row.protocol, row.backbone) == wanted]
+
+
+def of_method(group: Group, method: Method) -> list[Published]:
+    """The rows of a method; several where a later paper ran it again."""
+    names = method.published_names()
+    return [row for row in of_group(group) if row.method.split(" (")[0].upper() in names]

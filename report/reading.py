@@ -1,0 +1,323 @@
+"""What lies in the folders of runs: options, results, courses, confusion matrices and sample pictures."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from metrics.continual import Array
+from runs.history import FACTS, Course, history_path, read_history, read_options_by_step
+from runs.results import confusion_path, read_confusion
+from tasks import DATASETS, get_task
+from utils.errors import UserError
+
+_FOLDER = re.compile(rf"(?P<task>.+)-(?P<dataset>{'|'.join(DATASETS)})_(?P<name>.+)")
+_SAMPLE = re.compile(r"(\d+)_(?:input|truth|step(\d+))\.png")
+_TRACES = ("results_*.json", "history_*.jsonl", FACTS)
+
+
+def find_runs(folders: Iterable[Path]) -> list[Path]:
+    """Folders of runs, in order of name; a run counts from its start, with results or without.
+
+    One that is reached by several paths counts once, by the first.
+
+    Raises:
+        UserError: a folder is not there, or holds no run.
+    """
+    runs: dict[Path, Path] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            what = "is a file; give its folder" if folder.exists() else "no such folder; check the path"
+            raise UserError(f"{folder}: {what}")
+        found = sorted({path.parent for trace in _TRACES for path in folder.rglob(trace)})
+        if not found:
+            raise UserError(f"{folder}: holds no results_<step>.json; give the folder of a run, or one above")
+        for run in found:
+            runs.setdefault(run.resolve(), run)
+    return list(runs.values())
+
+
+def read_results(run: Path) -> dict[int, dict[str, Any]]:
+    """Results of a run by step, as ``metrics.continual.write_results`` wrote them.
+
+    Raises:
+        UserError: a file is no file of results.
+    """
+    results = {}
+    for path in run.glob("results_*.json"):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            results[int(content["step"])] = content
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: is no file of results ({error}); remove it") from error
+    return dict(sorted(results.items()))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its folder shows it.
+
+    Attributes:
+        folder: where it lies.
+        options: those of its last start; empty where nothing tells them.
+        options_by_step: those of every step, with its own ``lr``; of a first step that it took over, the
+            other run's. Empty where a version wrote it that did not keep them.
+        steps: dataset class ids of every step of the task; empty where nothing tells them.
+        task, dataset, name: of the options, else of the folder's name.
+        results: by step; those of a first step that it took over from another run are among them.
+        taken_over: name of the run that a step's results were taken over from.
+        base: the folder of that run, if it is there.
+        courses: of training, by step.
+    """
+
+    folder: Path
+    options: dict[str, Any]
+    options_by_step: dict[int, dict[str, Any]]
+    steps: list[list[int]]
+    task: str
+    dataset: str
+    name: str
+    results: dict[int, dict[str, Any]]
+    taken_over: dict[int, str]
+    base: Path | None
+    courses: dict[int, Course]
+
+    @property
+    def protocol(self) -> str | None:
+        """Which labels a step sees: disjoint, overlapped or sequential; None where unknown."""
+        return self.options.get("protocol")
+
+    @property
+    def backbone(self) -> str | None:
+        """Network as the table of published results names it; None where unknown."""
+        model = self.options.get("model")
+        return f"deeplab-{self.options.get('backbone')}" if model == "deeplab" else model
+
+    @property
+    def last_step(self) -> int | None:
+        """Number of the last step with results of the run's own."""
+        return max((step for step in self.results if step not in self.taken_over), default=None)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the task's last step has results."""
+        return self.last_step is not None and self.last_step + 1 == self.num_steps
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the task; those seen so far where nothing tells."""
+        return len(self.steps) or max([*self.results, *self.courses], default=0) + 1
+
+    @cached_property
+    def introduced(self) -> dict[str, int]:
+        """The step that brings each class that has results, by name in network order."""
+        bounds = [0]
+        for ids in self.steps:
+            bounds.append(bounds[-1] + len(ids))
+        found: dict[str, int] = {}
+        for step, results in self.results.items():
+            for name, index in sorted(results.get("indices", {}).items(), key=lambda item: item[1]):
+                if self.steps:
+                    brought = max(number for number, bound in enumerate(bounds) if bound <= index)
+                else:
+                    brought = step if index >= results.get("old_classes", 0) else 0
+                found.setdefault(name, brought)
+        return found
+
+    @cached_property
+    def class_ids(self) -> dict[str, int]:
+        """The data set's id of each class that has results; the network's index where no steps are known."""
+        order = [number for ids in self.steps for number in ids]
+        found: dict[str, int] = {}
+        for results in self.results.values():
+            for name, index in results.get("indices", {}).items():
+                found[name] = order[index] if index < len(order) else index
+        return found
+
+    @property
+    def seed(self) -> int | None:
+        """What its random numbers began from; None where nothing tells."""
+        return self.options.get("random_seed")
+
+    @property
+    def evaluation(self) -> dict[str, Any] | None:
+        """Options that its last results were evaluated with; None where it has no results of its own."""
+        step = self.last_step
+        return None if step is None else dict(self.results[step].get("evaluation") or {})
+
+    @property
+    def class_names(self) -> list[str]:
+        """Evaluated classes in network order."""
+        return list(self.introduced)
+
+    def iou(self, name: str, step: int) -> float | None:
+        """IoU of a class after a step, a fraction; None where it does not exist."""
+        value = self.results.get(step, {}).get("class_iou", {}).get(name)
+        return None if value is None else float(value)
+
+    def forgetting(self, name: str) -> float | None:
+        """IoU of a class after the step that brought it minus that after the last step."""
+        last = self.last_step
+        if last is None or self.introduced[name] >= last:
+            return None
+        then, now = self.iou(name, self.introduced[name]), self.iou(name, last)
+        return None if then is None or now is None else then - now
+
+    def confusion(self, step: int) -> tuple[Array, list[str]] | None:
+        """Counts and class names after a step; None where they were not written."""
+        path = confusion_path(self.folder, step)
+        return read_confusion(path) if path.is_file() else None
+
+    @cached_property
+    def samples(self) -> dict[int, dict[str, Path]]:
+        """Sample pictures by number: ``input``, ``truth`` and ``step<k>``.
+
+        Those of a step that was taken over are the other run's, where both drew the same photo.
+        """
+        found = _samples(self.folder)
+        theirs = {} if self.base is None else _samples(self.base)
+        for number in found.keys() & theirs.keys():
+            mine, others = found[number], theirs[number]
+            if "input" not in mine or "input" not in others:
+                continue
+            if filecmp.cmp(mine["input"], others["input"], shallow=False):
+                keys = {f"step{step}" for step in self.taken_over} & others.keys() - mine.keys()
+                mine |= {key: others[key] for key in keys}
+        return found
+
+    @property
+    def seconds(self) -> float | None:
+        """Wall time of the training of all steps; None where it was not written."""
+        return sum(course.seconds for course in self.courses.values()) or None
+
+    @property
+    def memory(self) -> float | None:
+        """Peak memory in MiB over all steps; None where it was not written."""
+        records = [record for course in self.courses.values() for record in course.records]
+        return max((record.memory for record in records if record.memory is not None), default=None)
+
+    @property
+    def speed(self) -> float | None:
+        """Median of the trained images per second; None where it was not written."""
+        records = [record for course in self.courses.values() for record in course.records]
+        speeds = sorted(r.images_per_second for r in records if r.images_per_second is not None)
+        return speeds[len(speeds) // 2] if speeds else None
+
+    def state(self) -> str:
+        """Where the run stands, in a few words."""
+        if self.finished:
+            return "finished"
+        step = max([*self.courses, *self.results], default=0)
+        if step in self.results and step not in self.taken_over:
+            return f"step {step} of 0–{self.num_steps - 1} done"
+        course = self.courses.get(step)
+        if course is None or not course.records:
+            return f"step {step} begun"
+        point = course.records[-1]
+        age = time.time() - history_path(self.folder, step).stat().st_mtime
+        of = f" of {self.options['epochs']}" if "epochs" in self.options else ""
+        return f"step {step}, epoch {point.epoch}{of}, iteration {point.iteration}, {_ago(age)}"
+
+
+def _ago(seconds: float) -> str:
+    if seconds < 120:
+        return f"{max(seconds, 0):.0f} s ago"
+    return f"{seconds / 60:.0f} min ago" if seconds < 7200 else f"{seconds / 3600:.0f} h ago"
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run's folder.
+
+    Raises:
+        UserError: a file there cannot be read as what it should be.
+    """
+    options, steps = _facts(folder)
+    match = _FOLDER.fullmatch(folder.name)
+    named = match.groupdict() if match else {"task": "", "dataset": "", "name": folder.name}
+    dataset, task, name = (str(options.get(key, named[key])) for key in ("dataset", "task", "name"))
+    known = _known_steps(dataset, task)
+    results, courses, by_step = read_results(folder), _courses(folder), read_options_by_step(folder)
+    taken_over: dict[int, str] = {}
+    base = _base_folder(folder, options)
+    if base is not None:
+        first = min([*results, *courses], default=0)
+        for step, content in read_results(base).items():
+            if step < first:
+                results[step], taken_over[step] = content, base.name
+        by_step |= {step: known for step, known in read_options_by_step(base).items() if step < first}
+    return Run(
+        folder=folder,
+        options=options,
+        options_by_step=dict(sorted(by_step.items())),
+        steps=steps or known[1],
+        task=known[0],
+        dataset=dataset,
+        name=name,
+        results=dict(sorted(results.items())),
+        taken_over=taken_over,
+        base=base,
+        courses=courses,
+    )
+
+
+def _samples(folder: Path) -> dict[int, dict[str, Path]]:
+    """Sample pictures of a run's folder by number, then by ``input``, ``truth`` and ``step<k>``."""
+    found: dict[int, dict[str, Path]] = {}
+    for path in sorted((folder / "samples").glob("*.png")):
+        if match := _SAMPLE.fullmatch(path.name):
+            found.setdefault(int(match[1]), {})[path.stem.split("_", 1)[1]] = path
+    return dict(sorted(found.items()))
+
+
+def _courses(folder: Path) -> dict[int, Course]:
+    steps = [path.stem.removeprefix("history_") for path in folder.glob("history_*.jsonl")]
+    numbers = sorted(int(step) for step in steps if step.isdecimal())
+    return {step: read_history(history_path(folder, step)) for step in numbers}
+
+
+def _facts(folder: Path) -> tuple[dict[str, Any], list[list[int]]]:
+    """Options and steps of ``run.json``, else of what a checkpoint says about itself beside it."""
+    path = folder / FACTS
+    if path.is_file():
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return dict(content["options"]), list(content["steps"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); remove it") from error
+    for path in sorted(folder.glob(f"{folder.name}_*.json"), reverse=True):
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))["manifest"]
+            return dict(manifest["options"]), list(manifest["steps"])
+        except (OSError, ValueError, KeyError, TypeError):  # another kind of file under such a name
+            continue
+    return {}, []
+
+
+def _known_steps(dataset: str, task: str) -> tuple[str, list[list[int]]]:
+    """Canonical name and steps of a published task; the name alone where it is none."""
+    if dataset in DATASETS and dataset != "folder":
+        try:
+            known = get_task(dataset, task)
+            return known.name, [list(ids) for ids in known.steps]
+        except UserError:  # a task of the user's own file
+            pass
+    return task, []
+
+
+def _base_folder(folder: Path, options: dict[str, Any]) -> Path | None:
+    """Folder of the run whose first step this one goes on from (``--step_ckpt``), if it is there."""
+    if not options.get("step_ckpt"):
+        return None
+    named = Path(options["step_ckpt"]).parent
+    # The path counts from where the run was started; runs of one experiment lie side by side.
+    for candidate in (named, folder.parent / named.name):
+        if candidate.is_dir() and candidate.resolve() != folder.resolve():
+            return candidate
+    return None

@@ -1,0 +1,169 @@
+"""The report's tables: as text, CSV, Markdown and for the page."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from report.groups import Group, Method, Stat, stat
+from report.published import Published, of_method
+from report.reading import Run, read_results
+from utils.tables import format_table, markdown_table
+
+NUMBERS = {"old": "miou_old", "new": "miou_new", "all": "miou_all", "harmonic": "harmonic_mean"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Titles and cells; a cell is text, a number, or None for a dash."""
+
+    headers: list[str]
+    rows: list[list[object]]
+
+    def csv(self) -> str:
+        """As CSV, full precision."""
+        buffer = io.StringIO()
+        csv.writer(buffer, lineterminator="\n").writerows([self.headers, *self.rows])
+        return buffer.getvalue()
+
+    def markdown(self) -> str:
+        """As Markdown, two decimals."""
+        return markdown_table(self.headers, self.rows)
+
+
+def comparison(runs: Iterable[Path]) -> str:
+    """Text table of mIoU in percent, a row per run and step."""
+    rows: list[list[object]] = []
+    for run in runs:
+        for step, results in read_results(run).items():
+            rows.append([run.name, step, *(_percent(results.get(key)) for key in NUMBERS.values())])
+    return format_table(["run", "step", *(f"mIoU {name}" for name in NUMBERS)], rows)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A method's line of the summary.
+
+    Attributes:
+        method: whose.
+        step: of its numbers; None without results.
+        complete: whether that is the task's last step.
+        numbers: mIoU old, new and all as fractions.
+        forgetting: mean over the old classes.
+        seconds, memory: wall time of training and peak memory in MiB.
+        published: the papers' rows.
+        alike: for each published row, our numbers counted as it counts the background.
+    """
+
+    method: Method
+    step: int | None
+    complete: bool
+    numbers: dict[str, Stat | None]
+    forgetting: Stat | None
+    seconds: Stat | None
+    memory: Stat | None
+    published: list[Published]
+    alike: list[dict[str, Stat | None]]
+
+    @property
+    def bare(self) -> dict[str, Stat | None]:
+        """Our numbers without background, if any published row counts so."""
+        counted = zip(self.published, self.alike, strict=True)
+        return next((alike for row, alike in counted if not row.background), {})
+
+
+def summary(group: Group) -> list[Line]:
+    """A line per method."""
+    lines = []
+    for method in group.methods:
+        runs = method.latest()
+        published = of_method(group, method)
+        lines.append(
+            Line(
+                method=method,
+                step=method.step,
+                complete=any(run.finished for run in runs),
+                numbers=_means(group, runs),
+                forgetting=stat(mean_forgetting(run) for run in runs),
+                seconds=stat(run.seconds for run in runs),
+                memory=stat(run.memory for run in runs),
+                published=published,
+                alike=[_means(group, runs, row.background) for row in published],
+            )
+        )
+    return lines
+
+
+def _means(group: Group, runs: Sequence[Run], background: bool = True) -> dict[str, Stat | None]:
+    means = [group.means(run, background) for run in runs]
+    return {key: stat(mean[key] for mean in means) for key in ("old", "new", "all")}
+
+
+def mean_forgetting(run: Run) -> float | None:
+    """Mean over the classes whose IoU before is known, background included."""
+    found = stat(run.forgetting(name) for name in run.class_names)
+    return None if found is None else found.mean
+
+
+def summary_table(group: Group) -> Table:
+    """The summary, percent; a method with several published rows has a row for each."""
+    keys = ("old", "new", "all")
+    headers = ["method", "runs", "after step"]
+    headers += [f"mIoU {key} {part}" for key in keys for part in ("mean", "std")]
+    headers += ["forgetting mean", "forgetting std", "training s", "memory MiB"]
+    headers += [f"published {key}" for key in keys] + ["published background", "source"]
+    headers += [f"mIoU {key} counted as published" for key in keys]
+    rows: list[list[object]] = []
+    for line in summary(group):
+        own: list[object] = [line.method.label, len(line.method.latest()), line.step]
+        for number in (*line.numbers.values(), line.forgetting):
+            own += [_percent(_mean(number)), _percent(None if number is None else number.std)]
+        own += [_mean(line.seconds), _mean(line.memory)]
+        for row, alike in zip(line.published, line.alike, strict=True):
+            theirs: list[object] = [row.miou_old, row.miou_new, row.miou_all]
+            counted = [_percent(_mean(alike[key])) for key in keys]
+            rows.append([*own, *theirs, "with" if row.background else "without", row.source, *counted])
+        if not line.published:
+            rows.append([*own, *[None] * 8])
+    return Table(headers, rows)
+
+
+def steps_table(groups: Sequence[Group]) -> Table:
+    """mIoU in percent after every step of every run; new are the classes of that step only."""
+    rows: list[list[object]] = []
+    for run in all_runs(groups):
+        for step, results in run.results.items():
+            numbers = [_percent(results.get(key)) for key in NUMBERS.values()]
+            rows.append([run.folder.name, run.options.get("random_seed"), step, *numbers])
+    return Table(["run", "seed", "step", *(f"mIoU {name}" for name in NUMBERS)], rows)
+
+
+def classes_table(groups: Sequence[Group]) -> Table:
+    """IoU in percent of every class after every step, and what was forgotten of it."""
+    rows: list[list[object]] = []
+    for run in all_runs(groups):
+        for name in run.class_names:
+            forgotten = _percent(run.forgetting(name))
+            for step in run.results:
+                if step >= run.introduced[name]:
+                    iou = _percent(run.iou(name, step))
+                    last = forgotten if step == run.last_step else None
+                    rows.append([run.folder.name, name, run.introduced[name], step, iou, last])
+    return Table(["run", "class", "introduced in step", "step", "IoU", "forgotten"], rows)
+
+
+def all_runs(groups: Sequence[Group]) -> list[Run]:
+    """Every run once, in the order of the groups."""
+    found = {run.folder: run for group in groups for method in group.methods for run in method.runs}
+    return list(found.values())
+
+
+def _mean(number: Stat | None) -> float | None:
+    return None if number is None else number.mean
+
+
+def _percent(value: float | None) -> float | None:
+    return None if value is None else 100 * value

@@ -1,0 +1,444 @@
+"""Checkpoints: the published names, whole files only, and a clear word about one that does not fit.
+
+Beside ``<name>.pth`` stands ``<name>.json``, its manifest for people and programs, with the file's sha256.
+It is written second. If a run is killed between the two, the older manifest names another ``save_id`` than
+the checkpoint holds and is passed over with a log line; if the ids agree and the hash does not, the
+checkpoint is damaged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import pickle
+import platform
+import re
+import secrets
+import subprocess
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor
+
+from modules import is_sdr_network
+from utils.errors import UserError
+from utils.files import atomic_write, atomic_write_text, cannot_write
+
+FORMAT_VERSION = 1
+
+_log = logging.getLogger(__name__)
+_NO_SPACE = "free some space or choose another --logdir"
+_DOS_FOLDER = 0x10  # bit of a zip record's attributes
+_WRAPPERS = ("module.", "_orig_mod.")
+_SAME_WEIGHTS = ({"std", "sync"}, {"iabn", "iabn_sync", "iabn_sync_test"})  # --norm_act: same arithmetic
+
+# Released checkpoints hold their best score as a numpy number. These rebuild one and can do nothing else.
+_SCALAR = np.float64(0).__reduce__()[0]
+_NUMPY_NUMBERS: list[Any] = [
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool")),
+]
+
+
+def checkpoint_path(logdir: Path | str, task: str, dataset: str, name: str, step: int) -> Path:
+    """``<logdir>/<task>-<dataset>_<name>/<task>-<dataset>_<name>_<step>.pth``."""
+    run = f"{task}-{dataset}_{name}"
+    return Path(logdir) / run / f"{run}_{step}.pth"
+
+
+# ── writing ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a checkpoint and its manifest; an earlier checkpoint stays whole until the new one is.
+
+    One process at a time may write to a path: temporary files that a killed run left there are removed.
+
+    Args:
+        path: file; its folder is made if missing.
+        content: dict of tensors, numbers, strings, None, and dicts, lists and tuples of these. Its
+            ``manifest`` (see ``make_manifest``) also goes into the JSON file.
+
+    Raises:
+        UserError: the file cannot be written (disk full, read-only folder).
+        TypeError: the content holds something that ``load_checkpoint`` would refuse.
+    """
+    _check_loadable(dict(content), "content")
+    path = Path(path)
+    save_id = secrets.token_hex(8)
+    try:
+        for name in (path.name, _manifest_path(path).name):
+            for left_over in path.parent.glob(f".{name}.*.tmp"):
+                left_over.unlink(missing_ok=True)
+        with atomic_write(path, _NO_SPACE) as file:
+            torch.save({"format": FORMAT_VERSION, **content, "save_id": save_id}, file)
+            size = file.tell()
+            file.flush()
+            with Path(file.name).open("rb") as written:
+                digest = _sha256(written)
+    except OSError as error:
+        raise cannot_write(path, error, _NO_SPACE) from error
+    except RuntimeError as error:
+        # torch's archive writer covers the operating system's error with one about its own position.
+        if isinstance(error.__context__, OSError):
+            raise cannot_write(path, error.__context__, _NO_SPACE) from error
+        raise
+    summary = {
+        "file": path.name,
+        "size": size,
+        "sha256": digest,
+        "save_id": save_id,
+        "epoch": content.get("epoch"),
+        "manifest": content.get("manifest"),
+    }
+    atomic_write_text(_manifest_path(path), json.dumps(summary, indent=2) + "\n", _NO_SPACE)
+
+
+def make_manifest(
+    *,
+    task: str,
+    dataset: str,
+    steps: Sequence[Sequence[int]],
+    step: int,
+    model: str,
+    backbone: str,
+    decoder: str,
+    norm_act: str,
+    options: Mapping[str, Any],
+    head: str = "mib",
+    precision: str = "float32",
+) -> dict[str, Any]:
+    """What a checkpoint belongs to, in JSON types: task, networks, options, git commit, library versions.
+
+    Args:
+        task, dataset: names.
+        steps: dataset class ids of every step of the task.
+        step: number of the step whose network it is.
+        model, backbone, decoder, norm_act, head: options that shape the network.
+        options: all options of the run.
+        precision: in which it was trained, at the end; ``--opt_level`` means another one on another device.
+    """
+    return {
+        "task": task,
+        "dataset": dataset,
+        "steps": [[int(class_id) for class_id in classes] for classes in steps],
+        "step": step,
+        "model": model,
+        "backbone": backbone,
+        "decoder": decoder,
+        "norm_act": norm_act,
+        "sdr_network": is_sdr_network(options),
+        "head": head,
+        "options": {str(key): _plain(value) for key, value in options.items()},
+        "precision": precision,
+        "git_commit": _git_commit(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "torchvision": str(torchvision.__version__),
+            "numpy": np.__version__,
+        },
+    }
+
+
+def _manifest_path(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _check_loadable(value: object, where: str) -> None:
+    # Exact types: a numpy float is a float too, but comes back only through a pickle.
+    if value is None or isinstance(value, Tensor) or type(value) in (bool, int, float, str, torch.Size):
+        return
+    if type(value) in (dict, OrderedDict):
+        assert isinstance(value, Mapping)
+        for key, item in value.items():
+            _check_loadable(key, f"key of {where}")
+            _check_loadable(item, f"{where}[{key!r}]")
+    elif type(value) in (list, tuple):
+        assert isinstance(value, Sequence)
+        for position, item in enumerate(value):
+            _check_loadable(item, f"{where}[{position}]")
+    else:
+        raise TypeError(f"a checkpoint cannot hold {type(value).__name__} at {where}")
+
+
+def _plain(value: Any) -> Any:
+    """The same in JSON types; what JSON has no word for, as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(_plain(item) for item in value)
+    return value if value is None or type(value) in (bool, int, float, str) else str(value)
+
+
+def _git_commit() -> str | None:
+    """Commit of this code, with ``-dirty`` after it if files differ; None outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        # --match with a name that no tag has: the commit itself, not the nearest tag.
+        done = subprocess.run(
+            [*command, "--match", "no-such-tag"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        _log.debug("git commit unknown: %s", error)
+        return None
+    return done.stdout.strip() or None
+
+
+# ── reading ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def load_checkpoint(path: Path | str, *, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+    """Read a checkpoint, ours or a released one. Nothing in the file is run.
+
+    Args:
+        path: file.
+        map_location: device of the tensors.
+
+    Raises:
+        UserError: no such file, damaged, no checkpoint, or something other than data inside.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            # Both from one open file: another process may put a new checkpoint under the name meanwhile.
+            digest = _sha256(file)
+            manifest = _read_manifest(path)
+            if digest != manifest.get("sha256"):
+                _check_archive(path, file)
+            content = _read(path, file, map_location)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such checkpoint; train the step first or give its file") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds {type(content).__name__}, not a checkpoint; give another file")
+    if manifest and digest != manifest.get("sha256"):
+        if content.get("save_id") == manifest.get("save_id"):
+            raise _damaged(path, "its sha256 is not the one in its manifest")
+        _log.info("%s: the manifest beside it is of another save and is passed over", path)
+    version = content.get("format", FORMAT_VERSION)
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise UserError(
+            f"{path}: has format {version}, newer than this code's {FORMAT_VERSION}; update the code"
+        )
+    return content
+
+
+def save_id(path: Path) -> str | None:
+    """Name of the save that made a checkpoint, from the manifest beside it; None where there is none."""
+    found = _read_manifest(path).get("save_id")
+    return found if isinstance(found, str) else None
+
+
+def saved_options(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Options of the run that wrote a checkpoint; empty for a released one."""
+    manifest = content.get("manifest")
+    options = manifest.get("options") if isinstance(manifest, Mapping) else None
+    return options if isinstance(options, Mapping) else {}
+
+
+def model_state(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Weights by this program's names, without the ``module.`` of wrapped models.
+
+    Args:
+        content: of a checkpoint; its ``model_state``, or the content itself if it is a plain state dict.
+
+    Raises:
+        UserError: there are no weights in it.
+    """
+    state = content.get("model_state", content)
+    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError("the checkpoint holds no 'model_state' with weights; give another file")
+    weights = {str(name): tensor for name, tensor in state.items()}
+    for prefix in _WRAPPERS * 2:  # DistributedDataParallel around torch.compile or the other way round
+        if all(name.startswith(prefix) for name in weights):
+            weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    # The released programs keep body and head beside the classifiers, here they are the network's.
+    return {f"network.{n}" if n.startswith(("body.", "head.")) else n: t for n, t in weights.items()}
+
+
+def _sha256(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The JSON file beside a checkpoint; empty if there is none or it is not readable as one."""
+    try:
+        manifest = json.loads(_manifest_path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        _log.warning(
+            "%s: not readable, so the checkpoint's hash is not checked (%s)", _manifest_path(path), error
+        )
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def _check_archive(path: Path, file: BinaryIO) -> None:
+    """Compare the checksums inside the zip archive, which ``torch.load`` does not look at."""
+    file.seek(0)
+    try:
+        if not zipfile.is_zipfile(file):
+            return  # the format before torch 1.6, or no checkpoint: the reader will tell
+        with zipfile.ZipFile(file) as archive:
+            record = archive.testzip()
+            # torch's reader takes a record with this mark for a folder and leaves its tensor unfilled.
+            folders = [info.filename for info in archive.infolist() if info.external_attr & _DOS_FOLDER]
+    except Exception as error:  # whatever a damaged archive makes the zip reader stumble over
+        raise _damaged(path, _first_line(error)) from error
+    if record is not None:
+        raise _damaged(path, f"checksum of {record}")
+    if folders:
+        raise _damaged(path, f"attributes of {folders[0]}")
+
+
+def _read(path: Path, file: BinaryIO, map_location: str | torch.device) -> Any:
+    file.seek(0)
+    try:
+        with torch.serialization.safe_globals(_NUMPY_NUMBERS):
+            return torch.load(file, map_location=map_location, weights_only=True)
+    except torch.OutOfMemoryError:
+        raise
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if refused is None:
+            raise _damaged(path, "not a checkpoint's pickle") from error
+        raise UserError(
+            f"{path}: holds more than weights and numbers ({refused[1]}) and was not loaded: that could "
+            "run code; give a checkpoint that torch.load reads with weights_only=True"
+        ) from error
+    except Exception as error:  # whatever damaged bytes make the readers stumble over
+        raise _damaged(path, _first_line(error)) from error
+
+
+def _damaged(path: Path, reason: str) -> UserError:
+    return UserError(
+        f"{path}: damaged or cut short, or no checkpoint ({reason}); copy it again or train the step again"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:120] if text else type(error).__name__
+
+
+# ── fitting ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_fits(
+    content: Mapping[str, Any],
+    *,
+    path: Path,
+    task: str,
+    dataset: str,
+    class_order: Sequence[Sequence[int]],
+    step: int,
+    model: str,
+    backbone: str,
+    norm_act: str,
+    decoder: str,
+    sdr: bool = False,
+    head: str = "mib",
+) -> None:
+    """Raise unless the checkpoint is of this task's step and of this network.
+
+    A released checkpoint has no manifest; only its classifiers can be compared then. A task of another
+    name whose steps up to this one are the same (15-5 and 15-5s at step 0) fits.
+
+    Args:
+        content: of ``load_checkpoint``.
+        path: for the message.
+        task, dataset: names.
+        class_order: dataset class ids of every step of the task.
+        step: number of the step that the checkpoint must be of.
+        model, backbone, norm_act, decoder, head: options that shape the network.
+        sdr: the network is that of SDR's program; see ``is_sdr_network``.
+
+    Raises:
+        UserError: says everything that does not fit.
+    """
+    manifest = content.get("manifest")
+    if manifest is None:
+        misfits = _classifier_misfits(model_state(content), class_order, step)
+    elif isinstance(manifest, Mapping):
+        misfits = _task_misfits(manifest, task, dataset, class_order, step)
+        wanted = {"model": model}
+        if model == "deeplab":
+            wanted |= {"backbone": backbone, "norm_act": norm_act, "head": head}
+        else:
+            wanted["decoder"] = decoder
+        # The option is younger than some checkpoints.
+        misfits += _network_misfits({"head": "mib", **manifest}, wanted)
+        if manifest.get("sdr_network", False) != sdr:
+            theirs, ours = ("paper", "released") if sdr else ("released", "paper")
+            misfits.append(f"it has the network of --fidelity {theirs}, not {ours}")
+    else:
+        misfits = ["its manifest is no dictionary"]
+    if misfits:
+        raise UserError(
+            f"{path}: does not fit this run: {'; '.join(misfits)}; give another checkpoint or options"
+        )
+
+
+def _task_misfits(
+    manifest: Mapping[str, Any], task: str, dataset: str, class_order: Sequence[Sequence[int]], step: int
+) -> list[str]:
+    misfits = []
+    if manifest.get("dataset") != dataset:
+        misfits.append(f"it is of --dataset {manifest.get('dataset')}, not {dataset}")
+    if manifest.get("step") != step:
+        misfits.append(f"it is of step {manifest.get('step')}, not {step}")
+    theirs = manifest.get("steps")
+    ours = [list(classes) for classes in class_order]
+    if not isinstance(theirs, list) or theirs[: step + 1] != ours[: step + 1]:
+        same_name = manifest.get("task") == task
+        what = "another class order" if same_name else f"--task {manifest.get('task')}, not {task}"
+        misfits.append(f"it is of {what}")
+    elif manifest.get("task") != task:
+        _log.info(
+            "checkpoint of task %s: its steps up to %d are those of %s", manifest.get("task"), step, task
+        )
+    return misfits
+
+
+def _network_misfits(manifest: Mapping[str, Any], wanted: Mapping[str, str]) -> list[str]:
+    misfits = []
+    for option, value in wanted.items():
+        found = manifest.get(option)
+        if found != value and not any(found in kinds and value in kinds for kinds in _SAME_WEIGHTS):
+            misfits.append(f"it has --{option} {found}, not {value}")
+    return misfits
+
+
+def _classifier_misfits(
+    state: Mapping[str, Tensor], class_order: Sequence[Sequence[int]], step: int
+) -> list[str]:
+    widths = {}
+    for name, tensor in state.items():
+        if match := re.fullmatch(r"cls\.(\d+)\.weight", name):
+            widths[int(match[1])] = tensor.shape[0]
+    found = [widths[index] for index in sorted(widths)]
+    wanted = [len(classes) for classes in class_order[: step + 1]]
+    if not found or found == wanted:
+        return []
+    return [f"it has {_sum(found)} classes, step {step} has {_sum(wanted)}"]
+
+
+def _sum(widths: Sequence[int]) -> str:
+    return " + ".join(map(str, widths))

@@ -1,0 +1,116 @@
+"""Results of a step on the disk: JSON, CSV and the confusion matrix."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metrics.continual import Results
+from utils.errors import UserError
+from utils.files import atomic_write_text
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def write_results(
+    run_dir: Path,
+    results: Results,
+    *,
+    step: int,
+    num_classes: int,
+    csv_name: str,
+    confusion: Tensor | Array | None = None,
+    class_names: Sequence[str] = (),
+    evaluation: Mapping[str, Any] | None = None,
+) -> list[Path]:
+    """Write ``results_<step>.json`` and the step's row of the CSV file into the run's folder.
+
+    A step that runs again replaces its files' contents and its row. Every file is whole at any moment.
+
+    Args:
+        run_dir: folder of the run, made if missing.
+        results: numbers of the step.
+        step: number of the step.
+        num_classes: number of classes of the whole task.
+        csv_name: name of the CSV file, published as ``<date>_<dataset>_<task>_<name>.csv``.
+        confusion: C×C counts, rows are labels, columns predictions; also written, as
+            ``confusion_<step>.csv`` with the class names as its first row and column.
+        class_names: C names for it.
+        evaluation: options of the evaluation that the user gave, as plain JSON types; they stand in the file
+            where there are any, so that numbers got otherwise are not mixed up.
+
+    Returns:
+        The paths of the files written.
+
+    Raises:
+        UserError: a file cannot be written, or the CSV file that stands there cannot be read.
+    """
+    json_path, csv_path = run_dir / f"results_{step}.json", run_dir / csv_name
+    written = [json_path, csv_path]
+    if confusion is not None:
+        written.append(_write_confusion(confusion_path(run_dir, step), confusion, class_names))
+    content = {"step": step, **results.to_json()} | ({"evaluation": dict(evaluation)} if evaluation else {})
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    atomic_write_text(json_path, f"{text}\n")
+    rows = [row for row in _read_rows(csv_path) if row[0] != str(step)]
+    rows.append(results.csv_row(step, num_classes))
+    rows.sort(key=lambda row: int(row[0]))
+    _write_csv(csv_path, rows)
+    return written
+
+
+def confusion_path(run_dir: Path, step: int) -> Path:
+    """Where the confusion matrix of a step stands."""
+    return run_dir / f"confusion_{step}.csv"
+
+
+def read_confusion(path: Path) -> tuple[Array, list[str]]:
+    """Counts (C×C, int64, rows are labels) and class names that ``write_results`` wrote.
+
+    Raises:
+        UserError: the file cannot be read as such.
+    """
+    try:
+        header, *rows = csv.reader(path.read_text(encoding="utf-8").splitlines())
+        counts = np.array([[int(cell) for cell in row[1:]] for row in rows], dtype=np.int64)
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read as a confusion matrix ({error}); move it away") from error
+    names = header[1:]
+    if counts.shape != (len(names), len(names)):
+        raise UserError(f"{path}: is no square confusion matrix; move it away")
+    return counts, names
+
+
+def _write_confusion(path: Path, confusion: Tensor | Array, class_names: Sequence[str]) -> Path:
+    counts = torch.as_tensor(confusion).cpu().long().tolist()
+    if len(counts) != len(class_names):
+        raise ValueError(f"{len(class_names)} class names for a confusion matrix of {len(counts)} rows")
+    rows = [[name, *row] for name, row in zip(class_names, counts, strict=True)]
+    _write_csv(path, [["label \\ prediction", *class_names], *rows])
+    return path
+
+
+def _write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    atomic_write_text(path, buffer.getvalue())
+
+
+def _read_rows(path: Path) -> list[list[str]]:
+    try:
+        rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read as a CSV file of results; move it away") from error
+    if not all(row and row[0].isdecimal() for row in rows):
+        raise UserError(f"{path}: is no CSV file of results (step, IoU per class, mean IoU); move it away")
+    return rows

@@ -1,0 +1,223 @@
+"""Optimiser and learning-rate schedule of a step; the schedule is stepped once per iteration."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LinearLR, LRScheduler, PolynomialLR, SequentialLR, StepLR
+
+from argparser import Options
+from methods import Method
+from utils.errors import UserError
+
+WARMUP_FROM = 1e-3  # share of the poly curve that SSUL's warm-up begins with
+
+
+class FlooredPolyLR(LRScheduler):
+    """Poly schedule with a smallest rate, and SSUL's warm-up, which multiplies it.
+
+    lr·w(i)·(1 − i/max_iters)^power, but at least ``min_lr`` in every parameter group, whatever its own rate;
+    w rises along a line from 0.001 to 1 over the first ``warmup_iters`` iterations.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        max_iters: int,
+        power: float,
+        min_lr: float = 0.0,
+        warmup_iters: int = 0,
+    ) -> None:
+        self.max_iters, self.power = max_iters, power
+        self.min_lr, self.warmup_iters = min_lr, warmup_iters
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float]:  # type: ignore[override]  # float | Tensor in newer versions of torch
+        """The rates of the iteration that ``step()`` has come to."""
+        factor = max(1 - self.last_epoch / self.max_iters, 0.0) ** self.power
+        if self.last_epoch < self.warmup_iters:
+            factor *= WARMUP_FROM + (1 - WARMUP_FROM) * self.last_epoch / self.warmup_iters
+        return [max(lr * factor, self.min_lr) for lr in self.base_lrs]
+
+
+def make_scheduler(
+    optimizer: Optimizer,
+    policy: str,
+    *,
+    max_iters: int,
+    lr_power: float = 0.9,
+    lr_decay_step: int = 5000,
+    lr_decay_factor: float = 0.1,
+    warmup_iters: int = 0,
+    warmup_multiplies: bool = False,
+    min_lr: float = 0.0,
+) -> LRScheduler:
+    """Make the schedule of ``--lr_policy``; call ``step()`` after every optimiser step.
+
+    Args:
+        optimizer: its parameter groups keep their own base rates.
+        policy: ``poly``: lr·(1 − i/max_iters)^lr_power; ``step``: lr·lr_decay_factor^⌊i/lr_decay_step⌋.
+        max_iters: iterations of the run, warm-up included.
+        lr_power: exponent of ``poly``.
+        lr_decay_step: iterations between two drops of ``step``.
+        lr_decay_factor: the drop.
+        warmup_iters: iterations of linear warm-up; the policy has the rest (SSUL on ADE20K).
+        warmup_multiplies: the warm-up multiplies the first part of ``poly``'s curve, which then has all
+            iterations (SSUL's released code).
+        min_lr: ``poly`` never falls below it, in any group.
+
+    Raises:
+        UserError: an unknown policy, no iteration left after the warm-up, or a rate that falls to 0 before
+            the end.
+    """
+    if policy not in ("poly", "step"):
+        raise UserError(f"--lr_policy {policy}: unknown; use poly or step")
+    remaining = max_iters - warmup_iters
+    if remaining < 1:
+        raise UserError(
+            f"{max_iters} iterations with {warmup_iters} of warm-up leave nothing to train: "
+            "use more --epochs or a smaller --batch_size"
+        )
+    if policy == "poly":
+        last, how = (1 / remaining) ** lr_power, "a smaller --lr_power"
+    else:
+        last = lr_decay_factor ** ((remaining - 1) // lr_decay_step)
+        how = "a larger --lr_decay_step or --lr_decay_factor"
+    if max(group["lr"] for group in optimizer.param_groups) * last < torch.finfo(torch.float32).tiny:
+        raise UserError(f"the learning rate falls to 0 within the {max_iters} iterations; give {how}")
+    main: LRScheduler
+    if policy == "poly" and warmup_multiplies:
+        return FlooredPolyLR(
+            optimizer, max_iters=max_iters, power=lr_power, min_lr=min_lr, warmup_iters=warmup_iters
+        )
+    if policy == "poly" and min_lr > 0:
+        main = FlooredPolyLR(optimizer, max_iters=remaining, power=lr_power, min_lr=min_lr)
+    elif policy == "poly":
+        main = PolynomialLR(optimizer, total_iters=remaining, power=lr_power)
+    else:
+        main = StepLR(optimizer, step_size=lr_decay_step, gamma=lr_decay_factor)
+    if warmup_iters == 0:
+        return main
+    warmup = LinearLR(optimizer, start_factor=1.0 / (warmup_iters + 1), total_iters=warmup_iters)
+    return SequentialLR(optimizer, [warmup, main], milestones=[warmup_iters])
+
+
+def advance(scheduler: LRScheduler, steps: int) -> None:
+    """Bring a new schedule to where it stands after some optimiser steps, to the last bit."""
+    with warnings.catch_warnings():
+        # That no optimiser step came before.
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+        for _ in range(steps):
+            scheduler.step()
+
+
+def make_optimizer(
+    opts: Options, model: nn.Module, methods: Mapping[str, Method], lr: float
+) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum; one group of parameters per learning rate.
+
+    Raises:
+        UserError: no weight is left to train.
+    """
+    newest = f"cls.{len(model.cls) - 1}."  # type: ignore[arg-type]
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        factor = math.prod(method.lr_factor(name) for method in methods.values())
+        if opts.lr_old is not None and name.startswith("cls.") and not name.startswith(newest):
+            factor *= opts.lr_old
+        groups.setdefault(factor, []).append(parameter)
+    if not groups:
+        raise UserError("no weight is left to train: drop --freeze or --fix_bn")
+    optimizer = torch.optim.SGD(
+        [{"params": parameters, "lr": lr * factor} for factor, parameters in groups.items()],
+        lr=lr,
+        momentum=opts.momentum,
+        weight_decay=opts.weight_decay,
+        nesterov=opts.momentum > 0,
+        fused=True,
+    )
+    _fill_momentum(optimizer)
+    return optimizer
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Give an optimiser of ``make_optimizer`` the state that a checkpoint holds, whatever form wrote it.
+
+    Raises:
+        ValueError: the state is of other weights.
+    """
+    optimizer.load_state_dict(state)
+    for group in optimizer.param_groups:
+        group["fused"] = True  # not so in checkpoints of earlier versions that the CPU wrote
+    _fill_momentum(optimizer)
+
+
+def weight_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
+    """Names of the weights in the order in which the optimiser's state counts them."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def take_momentum(optimizer: torch.optim.Optimizer, model: nn.Module, content: Mapping[str, Any]) -> int:
+    """Give an optimiser only the momentum that a checkpoint holds, by the weights' names; rates stay its own.
+
+    A checkpoint without names (of a release or an early version) must have as many weights in each group.
+
+    Returns:
+        How many weights had none there that fits, and begin with zeros.
+    """
+    names, saved = weight_names(optimizer, model), content["optimizer_state"]
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    alike = sizes == [len(group["params"]) for group in saved["param_groups"]]
+    known = content.get("optimizer_weights", names if alike else [])
+    found = {name: saved["state"].get(i, {}).get("momentum_buffer") for i, name in enumerate(known)}
+    parameters = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+    missing = 0
+    for name, (parameter, group) in zip(names, parameters, strict=True):
+        buffer = found.get(name)
+        if group["momentum"] == 0:
+            continue
+        if buffer is None or buffer.shape != parameter.shape:
+            missing += 1
+        else:
+            optimizer.state[parameter]["momentum_buffer"].copy_(buffer)
+    return missing
+
+
+def _fill_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Begin with a momentum of zeros where there is none.
+
+    The fused form would make its own without filling it, and leave it so if a gradient scaler skips the
+    first update.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] > 0 else ():
+            if optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def schedule(
+    opts: Options, optimizer: torch.optim.Optimizer, iterations: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Learning-rate schedule of the options over a step's iterations."""
+    warmup = opts.warmup * iterations
+    return make_scheduler(
+        optimizer,
+        opts.lr_policy,
+        max_iters=iterations,
+        lr_power=opts.lr_power,
+        lr_decay_step=opts.lr_decay_step,
+        lr_decay_factor=opts.lr_decay_factor,
+        warmup_iters=int(warmup) if opts.released_ssul else round(warmup),
+        warmup_multiplies=opts.released_ssul,
+        min_lr=opts.min_lr,
+    )

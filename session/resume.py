@@ -1,0 +1,152 @@
+"""Where a step of a run stands, and whether a checkpoint is of the same run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from runs.checkpoint import saved_options
+
+# Options that do not change what is learnt: where things are and what is shown or saved. How many images
+# make a batch, the learning rate of the step and the list of images are compared as such (``facts``).
+_INCIDENTAL = {
+    *("where_to_sim", "local_rank", "num_workers", "timeout", "debug", "skip_corrupt", "check_data"),
+    *("step", "steps", "lr", "lrs", "batch_size", "method", "method_file", "feat_dim", "net_pytorch"),
+    *("data_root", "splits_dir", "task", "task_file", "class_order", "class_order_seed"),
+    *("crop_val", "val_on_trainset", "unseen_label", "test", "test_scales", "test_flip", "fusion_mode"),
+    *("logdir", "name", "date", "checkpoint", "ckpt", "step_ckpt", "resume", "sample_num", "visualize"),
+    *("print_interval", "val_interval", "ckpt_interval", "ckpt_minutes", "compile", "grad_checkpointing"),
+    *("predict", "out", "raw"),
+}
+# With --keep best they decide which epoch is kept.
+_VALIDATION = {
+    *("val_interval", "crop_val", "val_on_trainset", "unseen_label"),
+    *("test_scales", "test_flip", "fusion_mode"),
+}
+
+
+@dataclass
+class Progress:
+    """How far a step is.
+
+    Attributes:
+        epoch: the epoch under way, from 0.
+        batch: its batches that are done.
+        best: best validation score so far.
+        unreadable: images that ``--skip_corrupt`` passed over.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    best: float = 0.0
+    unreadable: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any], batches_per_epoch: int) -> Progress:
+        """That of a checkpoint; one without a number of batches stands at the end of its epoch."""
+        return cls(
+            epoch=int(content["epoch"]),
+            batch=int(content.get("batch", batches_per_epoch)),
+            best=float(content.get("best_score", 0.0)),
+            unreadable=set(content.get("unreadable", [])),
+        )
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "best_score": self.best,
+            "unreadable": sorted(self.unreadable),
+        }
+
+
+def is_trained(content: Mapping[str, Any], epochs: int) -> bool:
+    """Whether a checkpoint holds a step's result: it stands at the end of the last epoch.
+
+    As long as ``--keep best`` has not chosen, the checkpoint holds ``best`` beside the latest weights.
+    """
+    return int(content["epoch"]) + 1 >= epochs and not is_within_epoch(content) and "best" not in content
+
+
+def is_within_epoch(content: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint stands between two batches of an epoch."""
+    return content.get("batch", None) not in (None, content.get("batches_per_epoch"))
+
+
+def has_same_batches(
+    content: Mapping[str, Any], options: Mapping[str, Any], facts: Mapping[str, Any], batches_per_epoch: int
+) -> bool:
+    """Whether the epoch of a checkpoint has the same images in the same order as this run's.
+
+    Args:
+        content: of the checkpoint.
+        options: this run's, in JSON types.
+        facts: this run's.
+        batches_per_epoch: this run's.
+    """
+    saved, known = saved_options(content), content.get("facts", {})
+    decide = ("total batch", "list of training images", "names of the training images")
+    return (
+        content.get("batches_per_epoch") == batches_per_epoch
+        and saved.get("random_seed") == options["random_seed"]
+        and all(known.get(name) == facts[name] for name in decide)
+    )
+
+
+def deciding_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that change what is learnt, but for those that are compared by what they stand for.
+
+    With ``--keep best`` those of the validation are among them.
+    """
+    incidental = _INCIDENTAL - _VALIDATION if options.get("keep") == "best" else _INCIDENTAL
+    return {name: value for name, value in options.items() if name not in incidental}
+
+
+def differences(
+    content: Mapping[str, Any], options: Mapping[str, Any], facts: Mapping[str, Any]
+) -> list[str]:
+    """What a checkpoint was trained with that this run has otherwise, e.g. ``--momentum 0.9, now 0.5``.
+
+    Args:
+        content: of the checkpoint.
+        options: this run's, in JSON types; those that only one of the two knows are passed over.
+        facts: this run's, by the words that the message shall use.
+    """
+    saved = saved_options(content)
+    found = [
+        f"--{name} {saved[name]}, now {options[name]}"
+        for name in sorted(saved.keys() & deciding_options(options).keys())
+        if saved[name] != options[name]
+    ]
+    known = content.get("facts", {})
+    return found + [
+        f"{name} {_short(known[name])}, now {_short(value)}"
+        for name, value in facts.items()
+        if name in known and known[name] != value and None not in (known[name], value)
+    ]
+
+
+def _short(value: Any) -> str:
+    return value[:8] if isinstance(value, str) else str(value)
+
+
+def job_id() -> str:
+    """Name of the job of the scheduler or launcher that this process belongs to; empty without one."""
+    return os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID") or ""
+
+
+def restarted() -> bool:
+    """Whether the scheduler or launcher started this job before (requeued, ``--max-restarts``)."""
+    counts = (os.environ.get(name, "") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+    return any(count.isdigit() and int(count) > 0 for count in counts)
+
+
+def rng_of_rank(content: Mapping[str, Any], rank: int) -> dict[str, Tensor] | None:
+    """State of a rank's random generators in a checkpoint; None where there is none for it."""
+    states = content.get("rng_state") or []
+    return states[rank] if rank < len(states) else None

@@ -1,0 +1,148 @@
+"""What a run shows in TensorBoard."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import math
+import re
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+from metrics.continual import Results
+from runs.history import Record
+from utils.distributed import World
+from utils.drawing import failure_is_a_warning
+from utils.files import cannot_write
+from utils.memory import SHARED_MEMORY_REMEDY, is_shared_memory_full
+from utils.tables import markdown_table
+from utils.visualize import confusion_figure
+
+_log = logging.getLogger(__name__)
+
+
+class RunLogger:
+    """TensorBoard on rank 0; elsewhere, or switched off, the same calls do nothing.
+
+    Args:
+        world: this process.
+        run_dir: folder of the event files, made if missing.
+        enabled: False for ``--visualize``, which switches TensorBoard off.
+        begins_at: where the curves begin or go on: TensorBoard hides what earlier files of the folder have
+            from there on. None: it shows all.
+    """
+
+    def __init__(
+        self, world: World, run_dir: Path, enabled: bool = True, begins_at: int | None = None
+    ) -> None:
+        self._writer: SummaryWriter | None = None
+        if enabled and world.is_main:
+            try:
+                # Its files' names count seconds: two of the same second would be one, without the first's.
+                suffix = f".{time.time_ns()}"
+                self._writer = SummaryWriter(str(run_dir), purge_step=begins_at, filename_suffix=suffix)
+            except OSError as error:
+                # Its queue needs a little shared memory.
+                full = error.errno == errno.ENOSPC and is_shared_memory_full()
+                remedy = SHARED_MEMORY_REMEDY if full else "choose another --logdir"
+                raise cannot_write(run_dir, error, f"{remedy}, or give --visualize") from error
+
+    def _open(self) -> SummaryWriter | None:
+        """The writer, as long as its thread lives: to a dead one's queue this process would wait forever."""
+        if self._writer is not None and not self._writer.file_writer.event_writer._worker.is_alive():
+            _log.warning("TensorBoard's file cannot be written any more; the run goes on without it")
+            self._writer = None
+        return self._writer
+
+    def scalar(self, tag: str, value: float, step: int) -> None:
+        """One point of a curve; NaN (a number that does not exist) is left out."""
+        if not math.isnan(value) and (writer := self._open()) is not None:
+            writer.add_scalar(tag, value, step)
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """One point of several curves, each under its own tag."""
+        for tag, value in values.items():
+            self.scalar(tag, value, step)
+
+    def text(self, tag: str, text: str, step: int = 0) -> None:
+        """A text in Markdown."""
+        if (writer := self._open()) is not None:
+            writer.add_text(tag, text, step)
+
+    def figure(self, tag: str, figure: Any, step: int) -> None:
+        """A matplotlib figure."""
+        if (writer := self._open()) is not None:
+            writer.add_figure(tag, figure, step)
+
+    def image(self, tag: str, image: Any, step: int) -> None:
+        """A picture, H×W×3, uint8."""
+        if (writer := self._open()) is not None:
+            writer.add_image(tag, image, step, dataformats="HWC")
+
+    def progress(self, record: Record) -> None:
+        """A point of a step's course: every loss term under its own name, learning rate, speed, memory."""
+        values = {f"loss/{name}": value for name, value in record.losses.items()}
+        values["lr"] = record.lr
+        for tag, value in (("images_per_second", record.images_per_second), ("memory_MiB", record.memory)):
+            if value is not None:
+                values[tag] = value
+        self.scalars(values, record.iteration)
+
+    def options(self, options: Mapping[str, Any]) -> None:
+        """The options of a run as a table."""
+        rows = [[name, str(value)] for name, value in sorted(options.items())]
+        self.text("options", markdown_table(["option", "value"], rows))
+
+    def results(self, results: Results, step: int, confusion: Any = None) -> None:
+        """Results of an evaluation: curves of means and of every class, the tables, the confusion matrix.
+
+        Args:
+            results: of the evaluation.
+            step: place on the curves: the number of the step, or of the epoch.
+            confusion: C×C counts, rows are labels, columns predictions; None: no figure.
+        """
+        if self._open() is None:  # a figure of 151 classes takes a second
+            return
+        means = {"old": results.miou_old, "new": results.miou_new, "all": results.miou_all}
+        means["harmonic"] = results.harmonic_mean
+        self.scalars({f"miou/{name}": value for name, value in means.items()}, step)
+        self.scalar("mean_forgetting", results.mean_forgetting, step)
+        tags = _tags(results.class_iou)
+        self.scalars({f"iou/{tags[name]}": value for name, value in results.class_iou.items()}, step)
+        self.text("results", "\n\n".join(markdown_table(*table) for table in results.tables()), step)
+        if confusion is not None:
+            names = {index: name for name, index in results.indices.items()}
+            class_names = [names.get(index, "not evaluated") for index in range(len(confusion))]
+            with failure_is_a_warning("the confusion matrix in TensorBoard"):
+                self.figure("confusion", confusion_figure(confusion, class_names), step)
+
+    def close(self) -> None:
+        """Write what is left and close the file."""
+        if (writer := self._open()) is not None:
+            try:
+                writer.close()
+            except OSError as error:
+                _log.warning("TensorBoard's file is not complete (%s)", error.strerror or error)
+                events = writer.file_writer.event_writer
+                events._worker.stop()
+                events._closed = True  # else its exit hook would try once more, with a traceback
+            self._writer = None
+
+
+def _tags(names: Iterable[str]) -> dict[str, str]:
+    """A TensorBoard tag for each class: its name with "_" for what tags must not hold.
+
+    A slash would put the class into a group of its own. Of two names with one tag the later has its place
+    behind it; classes only join at the end, so every curve keeps its tag.
+    """
+    tags: dict[str, str] = {}
+    for place, name in enumerate(names):
+        tag = re.sub(r"[^-.\w]", "_", name)
+        while tag in tags.values():
+            tag += f"_{place}"
+        tags[name] = tag
+    return tags

@@ -1,0 +1,572 @@
+"""The report of runs as training leaves them: finished, going on, cut off, of several seeds."""
+
+import csv
+import json
+import math
+import re
+import shutil
+import statistics
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from report_runs import write_run
+
+from report import comparison, figures, find_runs, main
+from report.command import _common
+from report.groups import Group, arrange, deciding, task_title
+from report.page import _class_colours, write_report
+from report.published import of_group, of_method, table
+from report.reading import read_run
+from report.tables import summary
+from utils.errors import UserError
+from utils.visualize import palette
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two methods, one of two seeds, joint training, and a run that is in its step 1."""
+    folder = tmp_path_factory.mktemp("runs")
+    for seed in (1, 2):
+        write_run(folder, "MIB", seed)
+    write_run(folder, "SDR", 1)
+    write_run(folder, "ILT", 1, done=(0,), going_on=1)
+    write_run(folder, "joint", 1, task="offline", done=(0,))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("report")
+    assert main([str(runs), "--out", str(out)]) == 0
+    return out
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_what_is_written(report: Path) -> None:
+    stem = "voc_15-5_overlapped_deeplab-resnet101"
+    figures = {path.stem.removeprefix(f"{stem}_") for path in report.glob(f"{stem}_*.png")}
+    confusions = {f"confusion_{label}" for label in ("MIB", "SDR", "ILT", "joint")}
+    assert (
+        figures == {"bars", "forgetting", "classes", "losses", "cost", "picture_0", "picture_1"} | confusions
+    )
+    assert {path.name for path in report.glob("*.csv")} == {"steps.csv", "classes.csv", f"{stem}_summary.csv"}
+    for path in report.glob("*.png"):
+        with Image.open(path) as picture:
+            assert min(picture.size) > 100
+    markdown = (report / "report.md").read_text()
+    linked = re.findall(r"\]\((.*?)\)", markdown)
+    assert len(linked) == len(figures) and all((report / name).is_file() for name in linked)
+
+
+def test_seeds_are_averaged_and_stand_beside_the_published_number(runs: Path, report: Path) -> None:
+    results = [json.loads((runs / f"15-5-voc_MIB_{seed}/results_1.json").read_text()) for seed in (1, 2)]
+    ours = [100 * content["miou_all"] for content in results]
+    lines = [row for row in rows(next(report.glob("*_summary.csv"))) if row["method"] == "MIB"]
+    assert {row["source"] for row in lines} == {"MiB paper table", "PLOP author thesis"}
+    for row in lines:
+        assert row["runs"] == "2" and row["after step"] == "1"
+        assert float(row["mIoU all mean"]) == pytest.approx(statistics.mean(ours))
+        assert float(row["mIoU all std"]) == pytest.approx(statistics.stdev(ours))
+    paper = next(row for row in lines if row["source"] == "MiB paper table")
+    assert (paper["published old"], paper["published all"]) == ("75.5", "69.0")
+    # The paper's tables count no background: neither then do the means to set beside them.
+    bare = [
+        100 * statistics.mean(iou for name, iou in content["class_iou"].items() if name != "background")
+        for content in results
+    ]
+    assert float(paper["mIoU all counted as published"]) == pytest.approx(statistics.mean(bare))
+    thesis = next(row for row in lines if row["source"] == "PLOP author thesis")
+    assert float(thesis["mIoU all counted as published"]) == pytest.approx(statistics.mean(ours))
+
+
+def test_old_and_new_are_those_of_the_papers(tmp_path: Path) -> None:
+    """After the last of several steps, old are the classes of step 0 and new those of all later steps."""
+    folder = write_run(tmp_path, "MIB", 1, task="15-1", done=range(6), pictures=0)
+    (group,) = arrange([read_run(folder)])
+    assert group.task == "15-5s"  # the name of the published tables
+    iou = list(json.loads((folder / "results_5.json").read_text())["class_iou"].values())
+    (line,) = summary(group)
+    means = {key: number.mean for key, number in line.numbers.items() if number is not None}
+    expected = {"old": iou[:16], "new": iou[16:], "all": iou}
+    assert means == pytest.approx({key: statistics.mean(values) for key, values in expected.items()})
+    # A mean of fewer runs than there are would be of other runs in every row: only those that are done count.
+    write_run(tmp_path, "MIB", 2, task="15-1", done=range(3), pictures=0)
+    (group,) = arrange([read_run(path) for path in find_runs([tmp_path])])
+    (line,) = summary(group)
+    assert line.numbers["all"] is not None and line.numbers["all"].count == 1
+    assert len(line.method.runs) == 2
+
+
+def test_forgetting_is_against_the_step_that_learnt_the_class(runs: Path, report: Path) -> None:
+    folder = runs / "15-5-voc_SDR_1"
+    first, last = (json.loads((folder / f"results_{step}.json").read_text()) for step in (0, 1))
+    forgotten = {
+        row["class"]: float(row["forgotten"])
+        for row in rows(report / "classes.csv")
+        if row["run"] == folder.name and row["forgotten"]
+    }
+    expected = {
+        name: 100 * (first["class_iou"][name] - last["class_iou"][name]) for name in first["class_iou"]
+    }
+    assert forgotten == pytest.approx(expected)
+
+
+def test_joint_training_is_split_as_the_task_is(runs: Path) -> None:
+    (group,) = arrange([read_run(path) for path in find_runs([runs])])
+    iou = list(json.loads((runs / "offline-voc_joint_1/results_0.json").read_text())["class_iou"].values())
+    line = next(line for line in summary(group) if line.method.joint)
+    assert line.numbers["old"] is not None and line.numbers["new"] is not None
+    assert line.numbers["old"].mean == pytest.approx(statistics.mean(iou[:16]))
+    assert line.numbers["new"].mean == pytest.approx(statistics.mean(iou[16:]))
+    assert [row.method for row in line.published] == ["joint"]
+
+
+def test_a_run_going_on_says_where_it_is(runs: Path, report: Path) -> None:
+    state = read_run(runs / "15-5-voc_ILT_1").state()
+    assert re.fullmatch(r"step 1, epoch 2 of 4, iteration 80, \d+ (s|min) ago", state)
+    assert "step 1, epoch 2 of 4, iteration 80" in (report / "report.html").read_text()
+    assert read_run(runs / "15-5-voc_SDR_1").state() == "finished"
+
+
+def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
+    write_run(tmp_path, "MIB", 1, done=(), going_on=0)
+    assert main([str(tmp_path)]) == 0
+    assert "no results yet" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_a_run_with_results_alone(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As runs left them before there was a history: the folder's name tells what it is."""
+    folder = tmp_path / "15-5-voc_SDR_1"
+    folder.mkdir()
+    for path in (runs / folder.name).glob("results_*.json"):
+        shutil.copy(path, folder)
+    run = read_run(folder)
+    assert (run.dataset, run.task, run.name, run.protocol, run.backbone) == (
+        "voc",
+        "15-5",
+        "SDR_1",
+        None,
+        None,
+    )
+    assert main([str(folder)]) == 0
+    assert f"report: {folder / 'report' / 'report.html'}" in capsys.readouterr().out
+    assert {path.stem for path in (folder / "report").glob("*.png")} == {
+        f"voc_15-5_{name}" for name in ("bars", "forgetting", "classes")
+    }
+
+
+def test_options_of_a_checkpoint_are_taken_where_there_is_no_other(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "SDR", 3)
+    facts = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").unlink()
+    (folder / f"{folder.name}_1.json").write_text(json.dumps({"epoch": 4, "manifest": facts}))
+    run = read_run(folder)
+    assert (run.protocol, run.backbone, run.options["random_seed"]) == ("overlapped", "deeplab-resnet101", 3)
+
+
+def test_a_first_step_of_another_run_is_taken_over(tmp_path: Path) -> None:
+    base = write_run(tmp_path, "FT", 1)
+    later = write_run(tmp_path, "MIB", 1, done=(1,), step_ckpt="elsewhere/15-5-voc_FT_1/15-5-voc_FT_1_0.pth")
+    run = read_run(later)
+    assert run.taken_over == {0: base.name} and sorted(run.results) == [0, 1]
+    learnt = json.loads((base / "results_0.json").read_text())["class_iou"]["class 3"]
+    now = json.loads((later / "results_1.json").read_text())["class_iou"]["class 3"]
+    assert run.forgetting("class 3") == pytest.approx(learnt - now)
+
+
+def test_a_run_of_an_earlier_version_lacks_later_options(tmp_path: Path) -> None:
+    options: list[dict[str, object]] = [{}, {"accumulate": 1, "compile": True}, {"accumulate": 4}]
+    folders = [write_run(tmp_path, "FT", seed, pictures=0, **given) for seed, given in enumerate(options)]
+    (group,) = arrange([read_run(folder) for folder in folders])
+    assert sorted([run.name for run in method.runs] for method in group.methods) == [
+        ["FT_0", "FT_1"],
+        ["FT_2"],
+    ]
+
+
+def test_methods_of_one_name_are_told_apart_by_their_options(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path, "MIB", 1, loss_kd=10.0)]
+    other = write_run(tmp_path / "other", "MIB", 2, loss_kd=100.0)
+    (group,) = arrange([read_run(path) for path in [*folders, other]])
+    assert {method.label for method in group.methods} == {"MIB (loss_kd=10.0)", "MIB (loss_kd=100.0)"}
+
+
+def test_the_page_needs_nothing_else(report: Path) -> None:
+    page = (report / "report.html").read_text()
+    sources = re.findall(r"""(?:src|href)=["']([^"']*)""", page)
+    assert sources and all(source.startswith(("data:", "#")) for source in sources)
+    assert "<script" not in page and "@import" not in page and "url(" not in page
+
+
+def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
+    write_run(tmp_path, "<b>&", 1, pictures=0)
+    assert main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "&lt;b&gt;&amp;" in page and "<b>&" not in page
+
+
+def test_the_table_on_the_screen(runs: Path) -> None:
+    text = comparison(find_runs([runs]))
+    assert len(text.splitlines()) == 2 + 2 + 2 + 2 + 1 + 1
+    assert re.search(r"15-5-voc_SDR_1 +1 ", text)
+
+
+def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def error(*arguments: str) -> str:
+        assert main(list(arguments)) == 2
+        captured = capsys.readouterr()
+        assert captured.err.count("\n") == 1 and captured.err.startswith("report: error: ")
+        return captured.err
+
+    assert "holds no results" in error(str(tmp_path))
+    assert "no such folder" in error(str(tmp_path / "missing"))
+    folder = write_run(tmp_path, "MIB", 1)
+    (tmp_path / "file").write_text("")
+    assert "is a file" in error(str(tmp_path / "file"))
+    assert "choose another --out" in error(str(folder), "--out", str(tmp_path / "file"))
+    (folder / "samples" / "0_input.png").write_bytes(b"no picture")
+    assert "0_input.png" in error(str(folder))
+    (folder / "confusion_1.csv").write_text("a,b\nc,d\n")
+    assert "confusion_1.csv" in error(str(folder))
+    (folder / "run.json").write_text("{")
+    assert "run.json" in error(str(folder))
+    (folder / "results_1.json").write_text("{}")
+    assert "results_1.json" in error(str(folder))
+
+
+def test_folders_without_a_common_one_need_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [Path("/a/logs"), Path("/b/logs")]
+    with pytest.raises(UserError, match="give --out"):
+        _common(folders)
+    assert _common([*folders[:1], Path("/a/other")]) == Path("/a").resolve()
+
+
+# ── seeds and methods ────────────────────────────────────────────────────────────────────────────────
+
+
+def methods(*folders: Path) -> dict[str, list[str]]:
+    """Names of the folders of every method's runs, by label."""
+    (group,) = arrange([read_run(folder) for folder in folders])
+    return {method.label: [run.folder.name for run in method.runs] for method in group.methods}
+
+
+def test_seeds_that_stand_at_different_steps_are_one_method(tmp_path: Path) -> None:
+    """Step 0 has another rate and other epochs: the last start's options differ between these seeds."""
+    first, later = {"epochs": 30}, {"epochs": 10, "loss_kd": 5.0}
+    done = write_run(tmp_path, "MIB", 1, pictures=0, by_step={0: first, 1: later})
+    begun = write_run(tmp_path, "MIB", 2, pictures=0, done=(0,), by_step={0: first})
+    assert read_run(done).options["epochs"] != read_run(begun).options["epochs"]
+    assert methods(begun, done) == {"MIB": ["15-5-voc_MIB_2", "15-5-voc_MIB_1"]}
+    other = write_run(tmp_path, "MIB", 3, pictures=0, by_step={0: {"epochs": 20}, 1: later})
+    assert methods(done, begun, other) == {
+        "MIB (epochs=30 in step 0)": ["15-5-voc_MIB_1", "15-5-voc_MIB_2"],
+        "MIB (epochs=20 in step 0)": ["15-5-voc_MIB_3"],
+    }
+    page = write_report([read_run(done)], tmp_path / "out").read_text()
+    assert "epochs = 30 (step 0), 10 (step 1)" in page and "loss_kd = " in page
+
+
+def test_methods_that_share_a_first_step_are_not_seeds_of_one_another(tmp_path: Path) -> None:
+    alike = {0: {"method": "FT"}}
+    one = write_run(tmp_path, "EWC", 1, pictures=0, done=(0,), by_step=alike)
+    two = write_run(tmp_path, "RW", 2, pictures=0, done=(0,), by_step=alike)
+    assert methods(one, two) == {"EWC": ["15-5-voc_EWC_1"], "RW": ["15-5-voc_RW_2"]}
+    # Trained to the end with the same options, they are: a name alone makes no method.
+    for step in (0, 1):
+        alike[step] = {"method": "FT"}
+    one = write_run(tmp_path, "EWC", 1, pictures=0, by_step=alike)
+    two = write_run(tmp_path, "RW", 2, pictures=0, by_step=alike)
+    assert methods(one, two) == {"FT": ["15-5-voc_EWC_1", "15-5-voc_RW_2"]}
+
+
+def test_first_steps_of_another_run_count(tmp_path: Path) -> None:
+    folders = []
+    for seed, epochs in ((1, 30), (2, 30), (3, 5)):
+        base = write_run(tmp_path, "FT", seed, pictures=0, done=(0,), by_step={0: {"epochs": epochs}})
+        path = str(base / f"{base.name}_0.pth")
+        given: dict[str, object] = {"step_ckpt": path}
+        folders.append(write_run(tmp_path, "MIB", seed, pictures=0, done=(1,), by_step={1: {}}, **given))
+    assert sorted(len(names) for names in methods(*folders).values()) == [1, 2]
+
+
+def test_pictures_of_a_first_step_of_another_run(tmp_path: Path) -> None:
+    base = write_run(tmp_path, "FT", 1, done=(0,))
+    folder = write_run(tmp_path, "MIB", 1, done=(1,), step_ckpt=str(base / f"{base.name}_0.pth"))
+    theirs, mine = (path / "samples" for path in (base, folder))
+    shutil.copy(theirs / "0_input.png", mine)  # of the second picture it drew another photo
+    samples = read_run(folder).samples
+    assert samples[0].keys() == {"input", "truth", "step0", "step1"}
+    assert samples[0]["step0"] == theirs / "0_step0.png" and samples[0]["truth"] == mine / "0_truth.png"
+    assert samples[1].keys() == {"input", "truth", "step1"}
+
+
+def test_the_best_method_comes_first_and_keeps_its_colour(tmp_path: Path) -> None:
+    def group() -> Group:
+        (found,) = arrange([read_run(path) for path in find_runs([tmp_path])])
+        return found
+
+    for method, miou in (("FT", 0.1), ("MIB", 0.3), ("PLOP", 0.2)):
+        folder = write_run(tmp_path, method, 1, pictures=0)
+        names = json.loads((folder / "results_1.json").read_text())["class_iou"]
+        _change(folder, 1, class_iou=dict.fromkeys(names, miou))
+    write_run(tmp_path, "joint", 1, task="offline", done=(0,), pictures=0)
+    write_run(tmp_path, "ILT", 1, done=(0,), pictures=0)
+    before = group()
+    assert [method.label for method in before.methods] == ["MIB", "PLOP", "FT", "ILT", "joint"]
+    _change(tmp_path / "15-5-voc_FT_1", 1, class_iou=dict.fromkeys(names, 0.5))
+    assert [method.label for method in group().methods] == ["FT", "MIB", "PLOP", "ILT", "joint"]
+    assert figures.styles(group()) == figures.styles(before)
+
+
+def test_a_run_that_diverges_leaves_the_others_readable(tmp_path: Path) -> None:
+    for method in ("FT", "SDR"):
+        folder = write_run(tmp_path, method, 1, pictures=0)
+    path = folder / "history_1.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    wild = next(line for line in lines if "losses" in line)
+    wild["losses"] = dict.fromkeys(wild["losses"], 3e11)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (group,) = arrange([read_run(path) for path in find_runs([tmp_path])])
+    figure, terms = figures.total_losses(group), figures.loss_terms(read_run(folder))
+    assert figure is not None and terms is not None
+    assert [axes.get_yscale() for axes in figure.axes] == ["linear", "symlog"]
+    assert [axes.get_yscale() for axes in terms.axes] == ["linear", "symlog", "linear", "linear"]
+
+
+def test_few_pictures_are_named_and_many_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("report.command.write_report", lambda runs, out: out / "report.html")
+    folder = write_run(tmp_path, "MIB", 1, pictures=0)
+    shown = [folder / f"predictions_{step}.png" for step in range(2)]
+    for path in shown:
+        path.touch()
+    assert main([str(tmp_path)]) == 0
+    assert [f"picture: {path}" for path in shown] == capsys.readouterr().out.splitlines()[-3:-1]
+    for step in range(2, 30):
+        (folder / f"predictions_{step}.png").touch()
+    assert main([str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "picture:" not in out and "pictures: 30," in out
+
+
+def test_many_methods_have_their_pictures_in_bands(tmp_path: Path) -> None:
+    labels = [f"M{number}" for number in range(figures.BESIDE + 1)]
+    for label in labels:
+        write_run(tmp_path, label, 1, pictures=1)
+    (group,) = arrange([read_run(path) for path in find_runs([tmp_path])])
+    figure = figures.sample_pictures(group, 0)
+    assert figure is not None and len(figure.subfigs) == 2
+    titles = [[axes.get_title() for axes in band.axes if axes.get_title()] for band in figure.subfigs]
+    assert all({"input", "truth"} <= set(band) for band in titles)
+    shown = [title for band in titles for title in band if title not in ("input", "truth")]
+    assert shown == [method.label for method in group.methods]
+    # A prediction of each of the two steps for everyone, and input and truth in each band.
+    assert sum(bool(axes.images) for axes in figure.axes) == 2 * len(labels) + 4
+
+
+def test_other_data_are_another_method(tmp_path: Path) -> None:
+    folders = [
+        write_run(tmp_path, "MIB", seed, pictures=0, **{name: value})
+        for seed, (name, value) in enumerate(
+            [("data_root", "data"), ("data_root", "./data/"), ("data_root", "subset"), ("splits_dir", "few")]
+        )
+    ]
+    assert methods(*folders) == {
+        "MIB (data_root=data, splits_dir=None)": ["15-5-voc_MIB_0", "15-5-voc_MIB_1"],
+        "MIB (data_root=subset, splits_dir=None)": ["15-5-voc_MIB_2"],
+        "MIB (data_root=data, splits_dir=few)": ["15-5-voc_MIB_3"],
+    }
+    assert "data_root" in deciding({}) and "num_workers" not in deciding({"num_workers": 3})
+
+
+def test_a_seed_that_is_there_twice_is_no_other_seed(tmp_path: Path) -> None:
+    folders = [
+        write_run(tmp_path / place, "MIB", seed, pictures=0) for place in ("a", "b") for seed in (1, 2)
+    ]
+    assert sorted(methods(*folders)) == ["MIB (a)", "MIB (b)"]
+    again = write_run(tmp_path / "c", "MIB", 1, pictures=0, name="MIBagain_1")
+    assert methods(*folders[:2], again) == {
+        "MIB": ["15-5-voc_MIB_1", "15-5-voc_MIB_2"],
+        "MIBagain": ["15-5-voc_MIB_1"],
+    }
+    same = [write_run(tmp_path / "d", "FT", number, pictures=0, random_seed=42) for number in (1, 2)]
+    assert sorted(methods(*same)) == ["FT (15-5-voc_FT_1)", "FT (15-5-voc_FT_2)"]
+
+
+def test_a_run_reached_by_two_paths_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_run(tmp_path / "logs", "MIB", 1, pictures=0)
+    monkeypatch.chdir(tmp_path)
+    assert find_runs([Path("logs"), folder, tmp_path / "logs" / ".." / "logs"]) == [
+        Path("logs/15-5-voc_MIB_1")
+    ]
+
+
+def test_results_evaluated_otherwise_are_not_averaged(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path, "MIB", seed, pictures=0) for seed in (1, 2, 3)]
+    for folder, evaluation in zip(folders[1:], ({"test_flip": True}, {"test_flip": False}), strict=True):
+        path = folder / "results_1.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "evaluation": evaluation}))
+    assert methods(*folders) == {  # False is the default, typed or not
+        "MIB": ["15-5-voc_MIB_1", "15-5-voc_MIB_3"],
+        "MIB [test_flip=True]": ["15-5-voc_MIB_2"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("dataset", "task", "title"),
+    [
+        ("voc", "15-5s", "15-1 (15-5s)"),
+        ("voc", "15-5s_b", "15-1_b (15-5s_b)"),
+        ("voc", "10-10s", "10-10-1 (10-10s)"),
+        ("voc", "10-1", "10-1"),
+        ("ade", "100-10", "100-10"),
+        ("folder", "3-2s", "3-2s"),
+    ],
+)
+def test_tasks_are_titled_by_their_usual_names(dataset: str, task: str, title: str) -> None:
+    assert task_title(dataset, task) == title
+
+
+# ── files and figures ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_files_of_the_report_before_are_removed(tmp_path: Path) -> None:
+    out, folders = tmp_path / "out", [write_run(tmp_path / "logs", name, 1) for name in ("MIB", "SDR")]
+    write_report([read_run(folder) for folder in folders], out)
+    first = {path.name: path.read_bytes() for path in out.iterdir()}
+    stem = "voc_15-5_overlapped_deeplab-resnet101_confusion"
+    assert {f"{stem}_MIB.png", f"{stem}_SDR.png", "run_15-5-voc_MIB_1_losses.png"} <= first.keys()
+    (out / "mine.png").write_text("of the user")
+    outside = tmp_path / "steps.csv"
+    outside.write_text("of the user")
+    with (out / "report_files.txt").open("a") as file:
+        file.write("../steps.csv\nnotes.txt\n")
+    (out / "notes.txt").write_text("of the user")
+    write_report([read_run(folders[1])], out)
+    left = {path.name for path in out.iterdir()}
+    gone = {f"{stem}_MIB.png", "run_15-5-voc_MIB_1_losses.png"}
+    assert left == first.keys() - gone | {"mine.png", "notes.txt"} and outside.is_file()
+    assert (out / f"{stem}_SDR.png").read_bytes() == first[f"{stem}_SDR.png"]
+    assert set((out / "report_files.txt").read_text().split()) == left - {
+        "mine.png",
+        "notes.txt",
+        "report_files.txt",
+    }
+
+
+def test_runs_of_one_folder_name_have_pictures_of_their_own(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / place, "MIB", 1, pictures=0) for place in ("a", "b")]
+    write_report([read_run(folder) for folder in folders], tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("run_*.png"))) == 2
+
+
+def test_colours_of_classes_are_those_of_the_data_sets_ids(tmp_path: Path) -> None:
+    """19-1b learns class 5 last: the network's 20 is the data set's 5, its 5 the data set's 6."""
+    folder = write_run(tmp_path, "MIB", 1, task="19-1b", pictures=0)
+    (group,) = arrange([read_run(folder)])
+    colours, known = dict(_class_colours(group)), palette()
+    assert colours["class 20"] == "#" + bytes(known[5]).hex()
+    assert colours["class 5"] == "#" + bytes(known[6]).hex()
+    assert colours["class 4"] == "#" + bytes(known[4]).hex() and len(colours) == 20
+
+
+def _change(folder: Path, step: int, **numbers: object) -> None:
+    path = folder / f"results_{step}.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **numbers}))
+
+
+def test_curves_stay_within_the_possible_and_join_no_new_classes(tmp_path: Path) -> None:
+    for seed, miou in ((1, 0.0), (2, 0.3)):
+        folder = write_run(tmp_path, "MIB", seed, task="15-1", done=range(3), pictures=0)
+        for step in range(3):
+            _change(folder, step, miou_old=miou, miou_new=miou, miou_all=miou)
+    (group,) = arrange([read_run(path) for path in find_runs([tmp_path])])
+    figure = figures.curves(group)
+    assert figure is not None
+    old, new, whole = figure.axes
+    for axes in (old, whole):
+        (band,) = axes.collections
+        assert band.get_paths()[0].vertices[:, 1].min() == 0.0  # 15 − 21 would be below
+        assert axes.lines[0].get_linestyle() == "-"
+    ((points, _, (ends,)),) = new.containers
+    assert points.get_linestyle() == "None"
+    assert {float(segment[:, 1].min()) for segment in ends.get_segments()} == {0.0}
+    assert figure.legends[0].handlelength >= 3
+
+
+def test_a_task_of_two_steps_has_bars(tmp_path: Path, runs: Path) -> None:
+    (group,) = arrange([read_run(path) for path in find_runs([runs])])
+    figure = figures.bars(group)
+    assert figure is not None
+    labels = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
+    assert sorted(labels) == ["MIB", "SDR", "joint"]  # ILT has no results of step 1 yet
+    lines = {line.method.label: line for line in summary(group)}
+    for axes, key in zip(figure.axes, ("old", "new", "all"), strict=True):
+        widths = [patch.get_width() for patch in axes.patches]
+        means = [number.mean for name in labels if (number := lines[name].numbers[key]) is not None]
+        assert widths == pytest.approx([100 * mean for mean in means])
+
+
+def test_what_was_never_learnt_is_not_shown_as_kept(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "MIB", 1, pictures=0)
+    iou = json.loads((folder / "results_0.json").read_text())["class_iou"]
+    _change(folder, 0, class_iou={**iou, "class 3": 0.005, "class 4": 0.5})
+    later = json.loads((folder / "results_1.json").read_text())["class_iou"]
+    _change(folder, 1, class_iou={**later, "class 3": 0.0, "class 4": 0.5})
+    (group,) = arrange([read_run(folder)])
+    figure = figures.forgetting_map(group)
+    assert figure is not None
+    axes, bar = figure.axes
+    shown = axes.get_images()[0].get_array()
+    assert bool(shown.mask[0, 3]) and shown[0, 4] == 0.0
+    (cell,) = axes.patches
+    assert cell.get_hatch() and (cell.get_x(), cell.get_y()) == (2.5, -0.5)
+    assert "never learnt" in figure.legends[0].get_texts()[0].get_text()
+    assert "points" in bar.get_ylabel()
+    low, high = axes.get_images()[0].get_clim()
+    values = shown.compressed()
+    assert low <= min(values) and max(values) <= high < max(values) + 5
+
+
+# ── published results ────────────────────────────────────────────────────────────────────────────────
+
+CLASSES = {"19-1": (19, 1), "15-5": (15, 5), "15-5s": (15, 5), "10-1": (10, 10), "5-3": (5, 15)}
+CLASSES |= {"100-50": (100, 50), "50": (50, 100), "100-10": (100, 50), "100-5": (100, 50)}
+# Rows whose three numbers do not fit together by either way of counting, as published.
+MISFITS = {
+    ("15-5s", "disjoint", "deeplab-resnet101", "PLOP"),
+    ("5-3", "overlapped", "segformer_b2", "MIB"),
+    ("15-5s", "overlapped", "segformer_b2", "MIB-M"),
+    ("15-5", "overlapped", "segformer_b2", "MIB-M"),
+}
+
+
+def test_published_rows_count_the_background_as_their_numbers_say() -> None:
+    misfits = set()
+    for row in table():
+        old, new = CLASSES[row.task]
+        old += row.background
+        together = (old * row.miou_old + new * row.miou_new) / (old + new)
+        if not math.isclose(together, row.miou_all, abs_tol=0.1):
+            misfits.add((row.task, row.protocol, row.backbone, row.method))
+    assert misfits == MISFITS
+
+
+def test_published_numbers_are_of_the_same_backbone_and_protocol_only(tmp_path: Path) -> None:
+    for backbone, found in (("resnet101", True), ("mobilenet_v2", False)):
+        folder = write_run(tmp_path / backbone, "SDR", 1, backbone=backbone, pictures=0)
+        (group,) = arrange([read_run(folder)])
+        assert bool(of_group(group)) is found
+        assert [row.miou_all for row in of_method(group, group.methods[0])] == ([69.9] if found else [])
+
+
+def test_a_memory_makes_the_published_method_another(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "SSUL", 1, memory=100, pictures=0)
+    (group,) = arrange([read_run(folder)])
+    assert [row.method for row in of_method(group, group.methods[0])] == ["SSUL-M"]

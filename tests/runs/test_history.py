@@ -1,0 +1,198 @@
+"""The course of a step, as it is written, cut off, taken up again and read."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from runs.history import (
+    FACTS,
+    History,
+    history_path,
+    peak_memory,
+    read_history,
+    read_options_by_step,
+    write_run_facts,
+)
+from utils.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def points(folder: Path, step: int = 0) -> list[tuple[int, float]]:
+    return [(r.iteration, r.losses["ce"]) for r in read_history(history_path(folder, step)).records]
+
+
+def write(folder: Path, iterations: range, loss: float, begin: int = 0) -> History:
+    history = History(folder, 0, iteration=begin, images=8)
+    for iteration in iterations:
+        history.progress(iteration, 1, {"ce": loss}, lr=0.1)
+    return history
+
+
+def test_what_is_written_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 0.0, 4.0, 5.0])
+    monkeypatch.setattr("runs.history.time.perf_counter", lambda: next(clock))
+    history = History(tmp_path / "run", 2, images=8, device=CPU)
+    first = history.progress(10, 1, {"ce": 2.0, "kd": 0.5}, lr=0.1)
+    history.validation(1, 0.25)
+    history.validation(1, float("nan"))
+    course = read_history(history_path(tmp_path / "run", 2))  # before the file is closed: a run going on
+    assert course.records == [first]
+    assert first.losses == {"ce": 2.0, "kd": 0.5} and first.lr == 0.1 and first.epoch == 1
+    assert (first.seconds, first.images_per_second) == (4.0, 80 / 4)
+    (validation,) = course.validations
+    assert (validation.iteration, validation.epoch, validation.miou) == (10, 1, 0.25)
+    assert course.seconds == validation.seconds == 5.0
+    history.close()
+    history.close()
+
+
+def test_lap_leaves_an_evaluation_out_of_the_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 0.0, 10.0, 110.0, 120.0])
+    monkeypatch.setattr("runs.history.time.perf_counter", lambda: next(clock))
+    history = History(tmp_path, 0, images=4)
+    assert history.progress(5, 1, {}, 0.1).images_per_second == 2.0
+    history.lap()
+    second = history.progress(10, 2, {}, 0.1)
+    assert (second.images_per_second, second.seconds) == (2.0, 120.0)
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    history = History(tmp_path / "run", 0, enabled=False)
+    assert history.progress(1, 1, {"ce": 1.0}, 0.1).losses == {"ce": 1.0}
+    history.validation(1, 0.5)
+    history.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_step_replaces_what_lay_beyond(tmp_path: Path) -> None:
+    history = write(tmp_path, range(10, 60, 10), 1.0)
+    history.validation(1, 0.9)
+    history.close()
+    before = read_history(history_path(tmp_path, 0)).records[1].seconds
+    write(tmp_path, range(35, 50, 10), 2.0, begin=20).close()
+    assert points(tmp_path) == [(10, 1.0), (20, 1.0), (35, 2.0), (45, 2.0)]
+    course = read_history(history_path(tmp_path, 0))
+    assert course.validations == []
+    assert course.records[2].seconds > before
+
+
+def test_a_step_begun_anew_starts_from_nothing(tmp_path: Path) -> None:
+    write(tmp_path, range(10, 60, 10), 1.0).close()
+    write(tmp_path, range(10, 20, 10), 2.0).close()
+    assert points(tmp_path) == [(10, 2.0)]
+
+
+def test_the_later_line_of_an_iteration_counts(tmp_path: Path) -> None:
+    history = write(tmp_path, range(10, 30, 10), 1.0)
+    history.progress(20, 1, {"ce": 3.0}, 0.1)
+    history.close()
+    assert points(tmp_path) == [(10, 1.0), (20, 3.0)]
+
+
+@pytest.mark.parametrize("cut", [1, 20, 60])
+def test_a_torn_last_line_costs_that_line_only(tmp_path: Path, cut: int) -> None:
+    write(tmp_path, range(10, 40, 10), 1.0).close()
+    path = history_path(tmp_path, 0)
+    path.write_bytes(path.read_bytes()[:-cut])
+    expected = [(10, 1.0), (20, 1.0), (30, 1.0)][: 3 if cut == 1 else 2]  # cut=1 loses the newline alone
+    assert points(tmp_path) == expected
+    write(tmp_path, range(40, 50, 10), 2.0, begin=30).close()
+    assert points(tmp_path) == [*expected, (40, 2.0)]
+
+
+def test_lines_of_another_kind_are_passed_over(tmp_path: Path) -> None:
+    history_path(tmp_path, 0).write_text('[1]\n{"iteration": 3}\n7\n{"begin": "x"}\n\x00\n')
+    assert read_history(history_path(tmp_path, 0)).records == []
+    assert read_history(tmp_path / "missing.jsonl").records == []
+
+
+LIMITED = """
+import logging, resource, sys
+from pathlib import Path
+logging.basicConfig(format="%(message)s")
+from runs.history import History
+resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
+history = History(Path(sys.argv[1]), 0)
+for iteration in range(100):
+    history.progress(iteration, 1, {"ce": 1.0}, 0.1)
+history.close()
+print("done", iteration)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of files")
+def test_a_full_disk_is_told_once_and_the_run_goes_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LIMITED, str(tmp_path)]
+    outcome = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert outcome.stdout.strip() == "done 99"
+    assert outcome.stderr.count("cannot be written") == 1
+    assert "Traceback" not in outcome.stderr
+    assert 1 <= len(points(tmp_path)) < 10
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    history = History(tmp_path / "file" / "run", 0)
+    history.progress(1, 1, {}, 0.1)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_peak_memory_grows_with_what_is_held() -> None:
+    before = peak_memory(CPU)
+    assert before is not None
+    held = torch.ones(64 * 2**20, dtype=torch.uint8).clone()
+    after = peak_memory(CPU)
+    assert after is not None and after >= before and after > held.numel() / 2**20
+
+
+def test_facts(tmp_path: Path) -> None:
+    write_run_facts(tmp_path / "run", {"method": "MIB", "lr": [0.1]}, ((0, 1), (2,)))
+    content = json.loads((tmp_path / "run" / FACTS).read_text())
+    assert content == {"options": {"method": "MIB", "lr": [0.1]}, "steps": [[0, 1], [2]]}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_run_facts(tmp_path / "file", {})
+
+
+def test_options_of_every_step_are_kept(tmp_path: Path) -> None:
+    assert read_options_by_step(tmp_path) == {}
+    write_run_facts(tmp_path, {"epochs": 30, "lr": [0.1]})
+    assert read_options_by_step(tmp_path) == {}  # as an earlier version left it
+    write_run_facts(tmp_path, {"epochs": 30, "lr": [0.1]}, step=0, lr=0.1)
+    for step in range(1, 11):
+        write_run_facts(tmp_path, {"epochs": 10, "lr": [0.01, 0.02]}, step=step, lr=0.01)
+    write_run_facts(tmp_path, {"epochs": 7, "lr": [0.3]})  # a start that has trained nothing yet
+    kept = read_options_by_step(tmp_path)
+    assert list(kept) == list(range(11))
+    assert kept[0] == {"epochs": 30, "lr": 0.1} and kept[10] == {"epochs": 10, "lr": 0.01}
+    write_run_facts(tmp_path, {"epochs": 5, "lr": [0.4]}, step=1, lr=0.4)
+    assert read_options_by_step(tmp_path) == {**kept, 1: {"epochs": 5, "lr": 0.4}}
+    assert json.loads((tmp_path / FACTS).read_text())["options"] == {"epochs": 5, "lr": [0.4]}
+    assert [path.name for path in tmp_path.iterdir()] == [FACTS]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"options_by_step": 3}', '{"options_by_step": {"x": {}}}'])
+def test_damaged_facts_are_told_and_stop_no_training(
+    tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / FACTS).write_text(text)
+    with pytest.raises(UserError, match=r"run\.json: cannot be read .*; remove it"):
+        read_options_by_step(tmp_path)
+    write_run_facts(tmp_path, {"epochs": 1}, step=0, lr=0.1)
+    assert read_options_by_step(tmp_path) == {0: {"epochs": 1, "lr": 0.1}}
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_records_are_plain_json(tmp_path: Path) -> None:
+    history = History(tmp_path, 0)
+    record = history.progress(1, 1, {"ce": 1.5}, 0.1)
+    history.close()
+    begin, line = history_path(tmp_path, 0).read_text().splitlines()
+    assert json.loads(begin) == {"begin": 0}
+    assert json.loads(line) == asdict(record)

@@ -1,0 +1,5 @@
+"""The former name of ``python -m report``; it goes with the next version."""
+
+import runpy
+
+runpy.run_module("report", run_name="__main__", alter_sys=True)
