@@ -155,8 +155,8 @@ def load_picture(path: Path, data: bytes | bytearray) -> StoredPicture:
     with PILImage.open(io.BytesIO(data)) as picture:
         orientation, bits = _orientation(picture), _bits(picture, data)
         picture.load()
-        # Pillow has turned a TIFF by now, and says so by taking the tag away.
-        back = _BACK.get(orientation) if _orientation(picture) != orientation else None
+        # Pillow has turned a TIFF by now, and no other format.
+        back = _BACK.get(orientation) if picture.format == "TIFF" else None
         rgb = _rgb(path, picture, bits)
     return StoredPicture(rgb if back is None else rgb.transpose(back), orientation, bits)
 
