@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +241,7 @@ def make_optimizer(
         momentum=opts.momentum,
         weight_decay=opts.weight_decay,
         nesterov=opts.momentum > 0,
-        fused=True,
+        fused=_can_fuse(model.parameters()),
     )
     _fill_momentum(optimizer)
     return optimizer
@@ -255,8 +255,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     """
     optimizer.load_state_dict(state)
     for group in optimizer.param_groups:
-        group["fused"] = True  # not so in checkpoints of earlier versions that the CPU wrote
+        group["fused"] = _can_fuse(group["params"])  # another device or precision may have written it
     _fill_momentum(optimizer)
+
+
+def _can_fuse(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether SGD's fused form is right: PyTorch 2.6's for the CPU goes astray on bfloat16 weights."""
+    return all(parameter.is_cuda or parameter.dtype == torch.float32 for parameter in parameters)
 
 
 def _fill_momentum(optimizer: torch.optim.Optimizer) -> None:
