@@ -54,6 +54,24 @@ def test_a_skipped_first_update_leaves_weights_and_momentum_alone() -> None:
         torch.testing.assert_close(mine.detach(), theirs)
 
 
+def test_bfloat16_weights_learn_what_sgd_says() -> None:
+    """PyTorch 2.6's fused form for the CPU does not."""
+    network = Network()
+    network.body = nn.Linear(64, 64)
+    parameters = with_gradients(network.to(torch.bfloat16))
+    expected = [p.detach().clone() for p in parameters]
+    plain = torch.optim.SGD(expected, lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True, foreach=False)
+    optimizer = make(network)
+    for _ in range(3):
+        optimizer.step()
+        for mine, theirs in zip(parameters, expected, strict=True):
+            theirs.grad = mine.grad
+        plain.step()
+        load_optimizer(optimizer, copy.deepcopy(optimizer.state_dict()))  # as a resumed step does
+    for mine, theirs in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(mine.detach(), theirs)
+
+
 def test_states_of_every_form_of_sgd_load() -> None:
     network = Network()
     parameters = with_gradients(network)
