@@ -82,7 +82,7 @@ def test_two_processes_share_the_pictures_and_a_broken_one_is_left_out(
         (["--predict", "{photos}", "--out", "{ckpt}", "--ckpt", "{ckpt}"], ["step.pth/", "another --out"]),
         (["--predict", "{photos}", "--out", "{out}", "--ckpt", "{ckpt}", "--test"], ["--predict and --test"]),
         (["--raw"], ["--raw goes with --predict"]),
-        (["--test", "--test_scales", "0"], ["--test_scales 0 must be above 0"]),
+        (["--test", "--test_scales", "0"], ["--test_scales: 0 is not a number of at least"]),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
