@@ -1,10 +1,13 @@
 """Cost of every loss, forward and backward, in units of cross-entropy.
 
     python -m benchmarks.losses [--out FILE.json] [--threads N] [--repeats N] [--device cuda] [--only TEXT]
+                                [--plain]
 
 The unit CE is ``F.cross_entropy`` forward and backward on 8×21×512×512 float32 logits on the same device and
 threads. Each repeat times the case right after CE, so a noisy machine disturbs both; the figure is the median
-of the case's times over the median of CE's.
+of the case's times over the median of CE's. ``--plain`` also times the formula without the kernels of
+``utils/loss_kernels.py``, right after the case, and adds the share of its time that they save: about 0 where
+there is none, and on CUDA, where the formulas run.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import argparse
 import gc
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +24,7 @@ from torch.nn import functional as F
 
 from benchmarks.measure import heading, interleaved, write_report
 from utils import loss as L
+from utils import loss_kernels
 from utils.command import run_command
 from utils.option_types import path_option, positive_int
 
@@ -43,6 +47,14 @@ def _blobs(device: torch.device, batch: int, classes: int, size: int = 512) -> T
     coarse = torch.randint(0, classes, (batch, 1, size // 64, size // 64), device=device)
     coarse[torch.rand(coarse.shape, device=device) < 0.1] = L.VOID
     return F.interpolate(coarse.float(), size=(size, size), mode="nearest").long()[:, 0]
+
+
+def _as_formula(function: Callable[[], object]) -> Callable[[], object]:
+    def run() -> object:
+        with loss_kernels.disabled():
+            return function()
+
+    return run
 
 
 def _backward(inputs: list[Tensor], function: Callable[[], Tensor]) -> Callable[[], object]:
@@ -89,11 +101,11 @@ def _contrastive(fidelity: str) -> Callable[[torch.device], Callable[[], object]
     return make
 
 
-def _matching(fidelity: str) -> Callable[[torch.device], Callable[[], object]]:
+def _matching(fidelity: str, sumafter: bool = True) -> Callable[[torch.device], Callable[[], object]]:
     def make(device: torch.device) -> Callable[[], object]:
         f, y, p = _sdr(device, 21)
         outputs_old = F.interpolate(torch.randn(8, 16, 32, 32, device=device), size=(512, 512))
-        criterion = L.DistillationEncoderPrototypesLoss(sumafter=True, fidelity=fidelity)
+        criterion = L.DistillationEncoderPrototypesLoss(sumafter=sumafter, fidelity=fidelity)
         return _backward([f], lambda: criterion(f, y, outputs_old, p, 16))
 
     return make
@@ -126,12 +138,20 @@ def _attention(fidelity: str) -> Callable[[torch.device], Callable[[], object]]:
     return make
 
 
-def _local_pod(device: torch.device) -> Callable[[], object]:
-    shapes = [(256, 128), (512, 64), (1024, 32), (2048, 32), (256, 32), (21, 32)]
-    new = [torch.randn(4, depth, side, side, device=device).requires_grad_() for depth, side in shapes]
-    old = [torch.randn_like(maps)[:, : 16 if maps.shape[1] == 21 else None].contiguous() for maps in new]
-    criterion = L.LocalPODLoss(pod_factor=0.01, pod_options={"switch": {"after": {"factor": 0.0005}}})
-    return _backward(new, lambda: criterion(old, new, 21, 5, 16))
+def _local_pod(
+    memory_format: torch.memory_format, crop: int = 512
+) -> Callable[[torch.device], Callable[[], object]]:
+    def make(device: torch.device) -> Callable[[], object]:
+        shapes = [(256, 4), (512, 8), (1024, 16), (2048, 16), (256, 16), (21, 16)]
+        sides = [(depth, -(-crop // stride)) for depth, stride in shapes]
+        new = [torch.randn(4, depth, side, side, device=device) for depth, side in sides]
+        old = [torch.randn_like(maps)[:, : 16 if maps.shape[1] == 21 else None] for maps in new]
+        new = [maps.contiguous(memory_format=memory_format).requires_grad_() for maps in new]
+        old = [maps.contiguous(memory_format=memory_format) for maps in old]
+        criterion = L.LocalPODLoss(pod_factor=0.01, pod_options={"switch": {"after": {"factor": 0.0005}}})
+        return _backward(new, lambda: criterion(old, new, 21, 5, 16))
+
+    return make
 
 
 def _snnl(device: torch.device) -> Callable[[], object]:
@@ -151,10 +171,13 @@ CASES = [
     Case("unbiased KD, 8×21×512², 16 old", _distillation(L.UnbiasedKnowledgeDistillationLoss()), 3.8, 1.8),
     Case("SDR attraction + repulsion", _contrastive("paper"), 4.2, 0.4),
     Case("SDR matching", _matching("paper"), 5.9, 0.3),
+    Case("SDR matching, each feature", _matching("paper", sumafter=False)),
     Case("SDR sparsity", _sparsity, 10.1, 0.8),
     Case("SDR prototype update", _update("paper"), 1.6, 0.15),
     Case("SATS attention transfer, B = 4", _attention("paper"), 3.9, 0.4),
-    Case("PLOP local POD, B = 4", _local_pod, 6.8, 1.0),
+    Case("PLOP local POD, B = 4", _local_pod(torch.contiguous_format), 6.8, 1.0),
+    Case("PLOP local POD, channels last", _local_pod(torch.channels_last)),
+    Case("PLOP local POD, crop 513", _local_pod(torch.channels_last, 513)),
     Case("KD, 8×21×512², 16 old", _distillation(L.KnowledgeDistillationLoss())),
     Case("BCE with ignore, 8×21×512²", _classification(L.BCEWithLogitsLossWithIgnoreIndex())),
     Case("focal, 8×21×512²", _classification(L.FocalLoss())),
@@ -167,15 +190,23 @@ CASES = [
 ]
 
 
-def measure(cases: list[Case], device: torch.device, repeats: int) -> list[dict[str, object]]:
-    """Time the cases; one row per case: seconds, the unit's seconds beside it, their ratio."""
+def measure(
+    cases: list[Case], device: torch.device, repeats: int, plain: bool = False
+) -> list[dict[str, Any]]:
+    """Time the cases; one row per case: seconds, the unit's seconds beside it, their ratio.
+
+    ``plain``: also the ratio of the formula without kernels, and the share of its time that the kernel saves.
+    """
     logits, targets = _logits(device), _blobs(device, 8, 21)
     unit = _backward([logits], lambda: F.cross_entropy(logits, targets, ignore_index=L.VOID))
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     for case in cases:
         torch.manual_seed(0)
         function = case.make(device)
-        times = interleaved({"unit": unit, "case": function}, device, repeats)
+        contenders = {"unit": unit, "case": function}
+        if plain:
+            contenders["plain"] = _as_formula(function)
+        times = interleaved(contenders, device, repeats)
         seconds, ce = times["case"], times["unit"]
         rows.append(
             {
@@ -187,20 +218,26 @@ def measure(cases: list[Case], device: torch.device, repeats: int) -> list[dict[
                 "target": case.target,
             }
         )
-        del function
+        if plain:
+            rows[-1] |= {"plain_ratio": times["plain"] / ce, "saved": 1.0 - seconds / times["plain"]}
+        del function, contenders
         gc.collect()
     return rows
 
 
-def table(rows: list[dict[str, object]]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a text table."""
     lines = [f"{'forward + backward':40} {'ms':>8} {'CE':>7} {'target':>7} {'released':>9}"]
+    if rows and "saved" in rows[0]:
+        lines[0] += f" {'plain':>7} {'saved':>6}"
     for row in rows:
         target, released = (row[key] if row[key] is not None else "" for key in ("target", "released"))
-        lines.append(
-            f"{row['case']:40} {1000 * float(str(row['seconds'])):8.2f} {float(str(row['ratio'])):7.3f} "
-            f"{target!s:>7} {released!s:>9}"
+        line = (
+            f"{row['case']:40} {1000 * row['seconds']:8.2f} {row['ratio']:7.3f} {target!s:>7} {released!s:>9}"
         )
+        if "saved" in row:
+            line += f" {row['plain_ratio']:7.3f} {row['saved']:6.0%}"
+        lines.append(line)
     return "\n".join(lines)
 
 
@@ -212,10 +249,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=positive_int, default=7, help="timed repeats of each case")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--only", default="", help="cases whose name contains this text")
+    parser.add_argument("--plain", action="store_true", help="compare with the formulas without kernels")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    rows = measure([case for case in CASES if options.only in case.name], device, options.repeats)
+    cases = [case for case in CASES if options.only in case.name]
+    rows = measure(cases, device, options.repeats, options.plain)
     print(heading(device))
     print(table(rows))
     write_report(options.out, device, rows=rows)

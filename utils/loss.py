@@ -1,8 +1,22 @@
-"""Loss functions of continual semantic segmentation: MiB, ILT, iCaRL, CIL, SDR, PLOP, SSUL and SATS.
+"""Loss functions of continual semantic segmentation: the formulas, on tensors only.
 
-The module needs nothing but torch: it knows no files, processes or options, and may be copied into another
-code base. Sections: shared parts; classification; output distillation; encoder distillation; SDR; PLOP and
-pseudo-labels; SATS.
+Contents, by method:
+    shared parts        ``downsample_labels``
+    classification      ``BCEWithLogitsLossWithIgnoreIndex``, ``FocalLoss``
+    iCaRL               ``IcarlLoss``
+    LwF                 ``KnowledgeDistillationLoss``
+    ILT                 ``DistillationEncoderLoss``
+    CIL                 ``CILDistillationLoss``
+    MiB                 ``UnbiasedCrossEntropy``, ``UnbiasedKnowledgeDistillationLoss``
+    SDR                 ``Prototypes``, ``FeaturesClusteringSeparationLoss``,
+                        ``DistillationEncoderPrototypesLoss``, ``FeaturesSparsificationLoss``, ``SNNL``
+    PLOP                ``LocalPODLoss``, ``entropy``, pseudo-labels and their thresholds
+    SSUL                ``sigmoid_pseudo_labels``
+    SATS                ``AttentionTransferLoss``
+
+The module needs nothing but torch and ``loss_kernels``: it knows no files, processes or options, and may be
+copied into another code base. Where a line asks ``loss_kernels.gain``, a faster form of the formula below it
+runs on the CPU; without these lines the file stands alone.
 
 Conventions
     * Tensors are batch first: logits and feature maps B×C×H×W, targets and labels B×H×W (integers).
@@ -10,21 +24,25 @@ Conventions
     * Labels may be larger than the feature maps: they are brought to the maps' size by the nearest rule of
       ``F.interpolate(mode="nearest")``.
     * ``reduction`` is ``"mean"``, ``"sum"`` or ``"none"``. A mean over an empty set is 0, with zero gradient.
+    * Entropies and log-probabilities are in nats, unless a docstring says otherwise.
     * Everything is computed in float32, also under autocast. Nothing reads a value back to the host.
     * ``fidelity="paper"`` computes the published formula, ``fidelity="released"`` what the code released with
       the paper computes where that differs; each docstring names the differences.
+    * An unknown choice raises ValueError, with the choices.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from utils import loss_kernels
 
 __all__ = [
     "SNNL",
@@ -53,8 +71,6 @@ __all__ = [
 ]
 
 VOID = 255
-_BLOCK = 2**20  # numbers in a block of work on the CPU: 4 MiB, of the order of its caches
-_BLOCK_ELSEWHERE = 2**28  # 1 GiB: the temporaries of one block, of which a loss has a few, bound its memory
 FIDELITIES = ("paper", "released")
 
 # ----------------------------------------------------------------------------------------------------------
@@ -128,96 +144,9 @@ def _class_sums(features: Tensor, one_hot: Tensor, dtype: torch.dtype | None = N
         return torch.bmm(one_hot, features.transpose(1, 2)).sum(0, dtype=dtype)
 
 
-def _blocks(batch: int, channels: int, pixels: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
-    """Slices (images, pixels) that cover B×C×N.
-
-    On the CPU a block is small: its many passes stay in the cache, and no temporary of full size is allocated
-    (fresh memory costs the CPU more than the arithmetic). Elsewhere a block is everything unless it is huge.
-    """
-    per_block = max((_BLOCK if device.type == "cpu" else _BLOCK_ELSEWHERE) // max(channels, 1), 1)
-    images = max(per_block // max(pixels, 1), 1)
-    for first in range(0, batch, images):
-        for start in range(0, pixels, per_block):
-            yield slice(first, first + images), slice(start, start + per_block)
-
-
 # ----------------------------------------------------------------------------------------------------------
 # Classification
 # ----------------------------------------------------------------------------------------------------------
-
-
-class _UnbiasedCrossEntropyMap(torch.autograd.Function):
-    """Map of the unbiased cross-entropy, block by block; the backward pass recomputes the softmax."""
-
-    @staticmethod
-    def forward(ctx: Any, inputs: Tensor, targets: Tensor, old_cl: int, ignore_index: int) -> Tensor:
-        logits, labels = inputs.flatten(2), targets.flatten(1)
-        batch, channels, pixels = logits.shape
-        loss = logits.new_empty(batch, pixels)
-        lse_old = logits.new_empty(batch, pixels)
-        lse_new = logits.new_full((batch, pixels), -math.inf)
-        for block in _blocks(batch, channels, pixels, logits.device):
-            images, columns = block
-            x, y = logits[images, :, columns], labels[block]
-            lse_old[block] = torch.logsumexp(x[:, :old_cl], dim=1)
-            if old_cl < channels:
-                lse_new[block] = torch.logsumexp(x[:, old_cl:], dim=1)
-            is_new = (y >= old_cl) & (y != ignore_index)
-            picked = x.gather(1, torch.where(is_new, y, 0)[:, None])[:, 0]
-            # −log P(old) = softplus(lse_new − lse_old) keeps its digits where P(old) is close to 1.
-            as_old = F.softplus(lse_new[block] - lse_old[block])
-            as_new = torch.logaddexp(lse_old[block], lse_new[block]) - picked
-            loss[block] = torch.where(is_new, as_new, as_old).masked_fill_(y == ignore_index, 0.0)
-        ctx.save_for_backward(inputs, targets, lse_old, lse_new)
-        ctx.old_cl, ctx.ignore_index = old_cl, ignore_index
-        return loss.view(targets.shape)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, targets, lse_old, lse_new = ctx.saved_tensors
-        old_cl = ctx.old_cl
-        grad_inputs = torch.empty_like(inputs)
-        logits, labels, grads = inputs.flatten(2), targets.flatten(1), grad_inputs.flatten(2)
-        grad_loss = grad_loss.flatten(1)
-        batch, channels, pixels = logits.shape
-        for block in _blocks(batch, channels, pixels, logits.device):
-            images, columns = block
-            x, y, out = logits[images, :, columns], labels[block], grads[images, :, columns]
-            g = grad_loss[block].masked_fill(y == ctx.ignore_index, 0.0)
-            is_new = (y >= old_cl) & (y != ctx.ignore_index)
-            log_total = torch.logaddexp(lse_old[block], lse_new[block])
-            # Where the target is old: softmax − softmax within the old classes = −(the latter)·P(new).
-            base = torch.where(is_new, log_total, lse_old[block])[:, None]
-            scale = torch.where(is_new, g, -g * torch.sigmoid(lse_new[block] - lse_old[block]))[:, None]
-            out[:, :old_cl] = torch.sub(x[:, :old_cl], base).exp_().mul_(scale)
-            out[:, old_cl:] = torch.sub(x[:, old_cl:], log_total[:, None]).exp_().mul_(g[:, None])
-            out.scatter_add_(1, torch.where(is_new, y, 0)[:, None], torch.where(is_new, -g, 0.0)[:, None])
-        return grad_inputs, None, None, None
-
-
-class UnbiasedCrossEntropy(nn.Module):
-    """Cross-entropy in which the old classes count as background (MiB, arXiv 2002.00718).
-
-    Args:
-        old_cl: number of old classes, background included; targets below it become background.
-        reduction: ``"mean"`` is over the pixels that are not void.
-        ignore_index: void.
-    """
-
-    def __init__(self, old_cl: int, reduction: str = "mean", ignore_index: int = VOID) -> None:
-        super().__init__()
-        if old_cl < 1:
-            raise ValueError(f"old_cl={old_cl}: there is at least the background")
-        self.old_cl = old_cl
-        self.reduction = _check_choice("reduction", reduction, ("mean", "sum", "none"))
-        self.ignore_index = ignore_index
-
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """inputs B×C×H×W logits, targets B×H×W → scalar, or B×H×W with ``reduction="none"``."""
-        targets = targets.long()
-        loss = _UnbiasedCrossEntropyMap.apply(inputs.float(), targets, self.old_cl, self.ignore_index)
-        return _reduce(loss, self.reduction, (targets != self.ignore_index).sum())
 
 
 def _one_hot_targets(inputs: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -269,6 +198,11 @@ class FocalLoss(nn.Module):
         return _reduce(loss, self.reduction)
 
 
+# ----------------------------------------------------------------------------------------------------------
+# iCaRL (arXiv 1611.07725)
+# ----------------------------------------------------------------------------------------------------------
+
+
 class IcarlLoss(nn.Module):
     """Binary cross-entropy in which the old channels' targets are the teacher's sigmoids (iCaRL 1611.07725).
 
@@ -297,73 +231,26 @@ class IcarlLoss(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Output distillation
+# LwF (arXiv 1606.09282)
 # ----------------------------------------------------------------------------------------------------------
 
 
-class _DistillationMap(torch.autograd.Function):
-    """Map of −Σ_c softmax(αt)_c · log q_c / C_old, block by block.
+def _distillation(student: Tensor, teacher: Tensor, alpha: float, unbiased: bool) -> Tensor:
+    """Map of −Σ_{c<C_old} softmax(α·teacher)_c · log q_c / C_old: B×C×H×W, B×C_old×H×W → B×H×W.
 
-    ``unbiased=False``: q is the student's softmax over the old classes. ``unbiased=True``: over all classes,
-    and q_0 is the mass of the background and the new classes together.
+    q is the student's softmax over the old classes; ``unbiased``: over all classes, with the new classes'
+    share added to the background's.
     """
-
-    @staticmethod
-    def forward(ctx: Any, inputs: Tensor, targets: Tensor, alpha: float, unbiased: bool) -> Tensor:
-        logits, teacher = inputs.flatten(2), targets.flatten(2)
-        batch, channels, pixels = logits.shape
-        old = teacher.shape[1]
-        loss = logits.new_empty(batch, pixels)
-        for images, columns in _blocks(batch, channels, pixels, logits.device):
-            x = logits[images, :, columns]
-            p = _sharpened_softmax(teacher[images, :, columns], alpha)
-            if unbiased:
-                log_total = torch.logsumexp(x, dim=1)
-                log_q = x[:, :old] - log_total[:, None]
-                log_q[:, 0] = _log_background_and_new(x, old) - log_total
-            else:
-                log_q = F.log_softmax(x[:, :old], dim=1)
-            loss[images, columns] = log_q.mul_(p).sum(dim=1).div_(-old)
-        ctx.save_for_backward(inputs)
-        # Not saved for backward: a teacher under inference mode gives tensors that autograd refuses to save.
-        ctx.targets, ctx.alpha, ctx.unbiased = targets, alpha, unbiased
-        return loss.view(inputs.shape[0], *inputs.shape[2:])
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        (inputs,) = ctx.saved_tensors
-        grad_inputs = torch.empty_like(inputs)
-        logits, teacher, grads = inputs.flatten(2), ctx.targets.flatten(2), grad_inputs.flatten(2)
-        batch, channels, pixels = logits.shape
-        old = teacher.shape[1]
-        scale = (grad_loss / old).flatten(1)
-        for images, columns in _blocks(batch, channels, pixels, logits.device):
-            x, out = logits[images, :, columns], grads[images, :, columns]
-            p = _sharpened_softmax(teacher[images, :, columns], ctx.alpha)
-            if ctx.unbiased:
-                q = F.softmax(x, dim=1)
-                q[:, 1:old] -= p[:, 1:]
-                log_group = _log_background_and_new(x, old)
-                q[:, 0] -= p[:, 0] * (x[:, 0] - log_group).exp_()
-                q[:, old:] -= p[:, :1] * (x[:, old:] - log_group[:, None]).exp_()
-                torch.mul(q, scale[images, columns][:, None], out=out)
-            else:
-                q = F.softmax(x[:, :old], dim=1).sub_(p)
-                out[:, :old] = q.mul_(scale[images, columns][:, None])
-                out[:, old:] = 0.0
-        return grad_inputs, None, None, None
-
-
-def _sharpened_softmax(logits: Tensor, alpha: float) -> Tensor:
-    return F.softmax(logits if alpha == 1.0 else logits * alpha, dim=1)
-
-
-def _log_background_and_new(logits: Tensor, old: int) -> Tensor:
-    """log(exp x_0 + Σ_{c ≥ old} exp x_c): B×C×N → B×N."""
-    if logits.shape[1] == old:
-        return logits[:, 0]
-    return torch.logaddexp(logits[:, 0], torch.logsumexp(logits[:, old:], dim=1))
+    if loss_kernels.gain(student):
+        return loss_kernels.distillation(student, teacher, alpha, unbiased)
+    old = teacher.shape[1]
+    if unbiased:
+        background = torch.cat([student[:, :1], student[:, old:]], dim=1).logsumexp(dim=1, keepdim=True)
+        log_total = student.logsumexp(dim=1, keepdim=True)
+        log_q = torch.cat([background, student[:, 1:old]], dim=1) - log_total
+    else:
+        log_q = F.log_softmax(student[:, :old], dim=1)
+    return -(F.softmax(alpha * teacher, dim=1) * log_q).mean(dim=1)
 
 
 class KnowledgeDistillationLoss(nn.Module):
@@ -385,20 +272,47 @@ class KnowledgeDistillationLoss(nn.Module):
         """inputs B×C×H×W, targets B×C_old×H×W (teacher's logits), mask B×H×W (pixels to keep) → scalar."""
         if inputs.shape[1] < targets.shape[1]:
             raise ValueError(f"the teacher has {targets.shape[1]} classes, the student {inputs.shape[1]}")
-        loss = _DistillationMap.apply(inputs.float(), targets.detach().float(), self.alpha, self.unbiased)
+        loss = _distillation(inputs.float(), targets.detach().float(), self.alpha, self.unbiased)
         if mask is not None:
             loss = loss * mask
         return _reduce(loss, self.reduction)
 
 
-class UnbiasedKnowledgeDistillationLoss(KnowledgeDistillationLoss):
-    """The teacher's background against background + new classes (MiB, arXiv 2002.00718).
+# ----------------------------------------------------------------------------------------------------------
+# ILT (arXiv 1907.13372)
+# ----------------------------------------------------------------------------------------------------------
 
-    The student's softmax is over all classes; the sum over old classes is divided by their number. Arguments
-    as for :class:`KnowledgeDistillationLoss`, to which it is equal where there is no new class.
+
+class DistillationEncoderLoss(nn.Module):
+    """Distance between the student's and the teacher's features (ILT, arXiv 1907.13372).
+
+    Args:
+        mask: only positions whose label is an old class or background.
+        loss_de_cosine: 1 − cosine over channels instead of the squared error.
     """
 
-    unbiased = True
+    def __init__(self, mask: bool = False, loss_de_cosine: bool = False) -> None:
+        super().__init__()
+        self.mask = mask
+        self.loss_de_cosine = loss_de_cosine
+
+    def forward(self, features: Tensor, features_old: Tensor, labels: Tensor, classes_old: int) -> Tensor:
+        """features, features_old B×D×h×w, labels B×H×W → scalar, the mean over (chosen) positions."""
+        features, features_old = features.float(), features_old.detach().float()
+        if self.loss_de_cosine:
+            # A clone, because the teacher may run under inference mode, and autograd saves this operand.
+            loss = 1.0 - F.cosine_similarity(features, features_old.clone(), dim=1)
+        else:
+            loss = (features - features_old).square().mean(dim=1)
+        if not self.mask:
+            return _reduce(loss, "mean")
+        chosen = downsample_labels(labels, features.shape[-2:]) < classes_old
+        return _reduce(loss * chosen, "mean", chosen.sum())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# CIL (arXiv 2005.06050)
+# ----------------------------------------------------------------------------------------------------------
 
 
 class CILDistillationLoss(nn.Module):
@@ -442,35 +356,57 @@ class CILDistillationLoss(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Encoder distillation
+# MiB (arXiv 2002.00718)
 # ----------------------------------------------------------------------------------------------------------
 
 
-class DistillationEncoderLoss(nn.Module):
-    """Distance between the student's and the teacher's features (ILT, arXiv 1907.13372).
+def _unbiased_cross_entropy(logits: Tensor, targets: Tensor, old_cl: int, ignore_index: int) -> Tensor:
+    """Map of −log P(y): B×C×H×W, B×H×W → B×H×W, 0 where void.
+
+    P(y) = softmax_y for a new class, Σ_{c<old_cl} softmax_c for an old one.
+    """
+    if loss_kernels.gain(logits):
+        return loss_kernels.unbiased_cross_entropy(logits, targets, old_cl, ignore_index)
+    log_old, log_new = logits[:, :old_cl].logsumexp(dim=1), logits[:, old_cl:].logsumexp(dim=1)
+    is_new = (targets >= old_cl) & (targets != ignore_index)
+    at_target = logits.gather(1, torch.where(is_new, targets, 0)[:, None])[:, 0]
+    as_new = torch.logaddexp(log_old, log_new) - at_target
+    as_old = F.softplus(log_new - log_old)  # keeps its digits where P(old) is close to 1
+    return torch.where(is_new, as_new, as_old).masked_fill(targets == ignore_index, 0.0)
+
+
+class UnbiasedCrossEntropy(nn.Module):
+    """Cross-entropy in which the old classes count as background (MiB, arXiv 2002.00718).
 
     Args:
-        mask: only positions whose label is an old class or background.
-        loss_de_cosine: 1 − cosine over channels instead of the squared error.
+        old_cl: number of old classes, background included; targets below it become background.
+        reduction: ``"mean"`` is over the pixels that are not void.
+        ignore_index: void.
     """
 
-    def __init__(self, mask: bool = False, loss_de_cosine: bool = False) -> None:
+    def __init__(self, old_cl: int, reduction: str = "mean", ignore_index: int = VOID) -> None:
         super().__init__()
-        self.mask = mask
-        self.loss_de_cosine = loss_de_cosine
+        if old_cl < 1:
+            raise ValueError(f"old_cl={old_cl}: there is at least the background")
+        self.old_cl = old_cl
+        self.reduction = _check_choice("reduction", reduction, ("mean", "sum", "none"))
+        self.ignore_index = ignore_index
 
-    def forward(self, features: Tensor, features_old: Tensor, labels: Tensor, classes_old: int) -> Tensor:
-        """features, features_old B×D×h×w, labels B×H×W → scalar, the mean over (chosen) positions."""
-        features, features_old = features.float(), features_old.detach().float()
-        if self.loss_de_cosine:
-            # A clone, because the teacher may run under inference mode, and autograd saves this operand.
-            loss = 1.0 - F.cosine_similarity(features, features_old.clone(), dim=1)
-        else:
-            loss = (features - features_old).square().mean(dim=1)
-        if not self.mask:
-            return _reduce(loss, "mean")
-        chosen = downsample_labels(labels, features.shape[-2:]) < classes_old
-        return _reduce(loss * chosen, "mean", chosen.sum())
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """inputs B×C×H×W logits, targets B×H×W → scalar, or B×H×W with ``reduction="none"``."""
+        targets = targets.long()
+        loss = _unbiased_cross_entropy(inputs.float(), targets, self.old_cl, self.ignore_index)
+        return _reduce(loss, self.reduction, (targets != self.ignore_index).sum())
+
+
+class UnbiasedKnowledgeDistillationLoss(KnowledgeDistillationLoss):
+    """The teacher's background against background + new classes (MiB, arXiv 2002.00718).
+
+    The student's softmax is over all classes; the sum over old classes is divided by their number. Arguments
+    as for :class:`KnowledgeDistillationLoss`, to which it is equal where there is no new class.
+    """
+
+    unbiased = True
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -619,6 +555,20 @@ class Prototypes(nn.Module):
         return super().load_state_dict(grown, strict=strict, assign=assign)
 
 
+def _class_statistics(
+    features: Tensor, prototypes: Tensor, one_hot: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Σ over positions of weight_c · |feature − prototype_c|², and the sum of each class's features.
+
+    c is the class of the position. features B×D×N, prototypes C×D, one-hot B×C×N, weights C → scalar, C×D.
+    """
+    if loss_kernels.gain(features):
+        return loss_kernels.class_statistics(features, prototypes, one_hot, weights)
+    with _without_autocast(features):
+        squares = (features - torch.matmul(prototypes.T, one_hot)).square().sum(dim=1)
+        return (squares * torch.matmul(weights, one_hot)).sum(), _class_sums(features, one_hot)
+
+
 class FeaturesClusteringSeparationLoss(nn.Module):
     """Attraction of features to their prototype and repulsion between class means (SDR).
 
@@ -681,7 +631,7 @@ class FeaturesClusteringSeparationLoss(nn.Module):
         else:
             if self.l2_normalized:
                 flat, prototypes = F.normalize(flat, dim=1), F.normalize(prototypes, dim=1)
-            attraction, sums = _ClassStatistics.apply(flat, prototypes, one_hot, weight)
+            attraction, sums = _class_statistics(flat, prototypes, one_hot, weight)
         if not self.separate:
             return attraction, attraction.new_zeros(())
         return attraction, self._repulsion(sums / counts.clamp(min=1)[:, None], prototypes, present)
@@ -733,41 +683,6 @@ class FeaturesClusteringSeparationLoss(nn.Module):
         return _reduce(products * present, "mean", present.sum() * (products.shape[0] - 1))
 
 
-class _ClassStatistics(torch.autograd.Function):
-    """Σ over positions of weight_c · |feature − prototype_c|², and the sum of each class's features.
-
-    features B×D×N, prototypes C×D, one-hot B×C×N, weights C → scalar, C×D. Both come out of one pass over the
-    features and share one gradient: 2·weight_c·(feature − prototype_c) + gradient of the class's sum.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, features: Tensor, prototypes: Tensor, one_hot: Tensor, weights: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        batch, depth, number = features.shape
-        distances, sums = features.new_zeros(()), torch.zeros_like(prototypes)
-        with _without_autocast(features):
-            at_position = torch.matmul(weights, one_hot)
-            for images, columns in _blocks(batch, depth, number, features.device):
-                block, hot = features[images, :, columns], one_hot[images, :, columns]
-                sums += torch.bmm(hot, block.transpose(1, 2)).sum(0)
-                table = prototypes.T.expand(block.shape[0], -1, -1)
-                error = torch.baddbmm(block, table, hot, alpha=-1.0).square_()
-                distances += (error.sum(dim=1) * at_position[images, columns]).sum()
-        ctx.save_for_backward(features, prototypes, one_hot, weights, at_position)
-        return distances, sums
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_distances: Tensor, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
-        features, prototypes, one_hot, weights, at_position = ctx.saved_tensors
-        table = grad_sums - 2.0 * grad_distances * weights[:, None] * prototypes
-        grad = features * (2.0 * grad_distances * at_position)[:, None]
-        with _without_autocast(features):
-            grad.baddbmm_(table.T.expand(features.shape[0], -1, -1), one_hot)
-        return grad, None, None, None
-
-
 class DistillationEncoderPrototypesLoss(nn.Module):
     """Prototype matching: current features of an old class against its prototype (SDR).
 
@@ -812,7 +727,7 @@ class DistillationEncoderPrototypesLoss(nn.Module):
         elif self.sumafter:
             sums = _class_sums(flat, one_hot)
         else:
-            return _ClassStatistics.apply(flat, prototypes, one_hot, weight)[0]
+            return _class_statistics(flat, prototypes, one_hot, weight)[0]
         errors = (sums / counts.clamp(min=1)[:, None] - prototypes).square().mean(dim=1)
         return _reduce(errors * present, "mean", present.sum())
 
@@ -830,6 +745,34 @@ class DistillationEncoderPrototypesLoss(nn.Module):
         picked = outputs_old.detach().flatten(2)[:, :, downsample_labels(pixels, size).flatten()]
         guess = picked.argmax(dim=1).view(small.shape)
         return torch.where((small == 0) & (guess > 0), guess, VOID)
+
+
+_SHRINK: dict[str, Callable[[Tensor], Tensor]] = {
+    "squared": torch.square,
+    "power3": lambda values: values**3,
+    "exponential": torch.exp,
+}
+
+
+def _by_group_maximum(features: Tensor, groups: Tensor, number: int, eps: float) -> Tensor:
+    """Features B×D×h×w over the maximum of their position's group; groups B×h×w in 0..number-1."""
+    table = features.new_full((number,), -math.inf)
+    highest = table.scatter_reduce(0, groups.flatten(), features.amax(dim=1).flatten(), "amax")
+    return features / (highest[groups] + eps)[:, None]
+
+
+def _max_ratio(
+    features: Tensor, groups: Tensor, number: int, shrinking: str, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Σ_d shrink(g_d) / (Σ_d g_d + ε) with g = f / (maximum of the position's group + ε): B×h×w.
+
+    Beside it Σ_d g_d, without a gradient. Arguments as in ``_by_group_maximum``.
+    """
+    if loss_kernels.gain(features):
+        return loss_kernels.max_ratio(features, groups, number, shrinking, eps)
+    normalized = _by_group_maximum(features, groups, number, eps)
+    summed = normalized.sum(dim=1)
+    return _SHRINK[shrinking](normalized).sum(dim=1) / (summed + eps), summed.detach()
 
 
 class FeaturesSparsificationLoss(nn.Module):
@@ -887,13 +830,12 @@ class FeaturesSparsificationLoss(nn.Module):
         classes = downsample_labels(labels, features.shape[-2:])
         if self.function == "ratio" and self.normalization.startswith("max_"):
             groups, number = self._groups(classes)
-            loss, summed = _MaxRatioMap.apply(features, groups, number, self.shrinking, self._EPS)
+            loss, summed = _max_ratio(features, groups, number, self.shrinking, self._EPS)
         else:
             normalized = self._normalize(features, classes)
             summed = normalized.detach().sum(dim=1)
             if self.function == "ratio":
-                shrunk = _SHRINK[self.shrinking](normalized)
-                loss = shrunk.sum(dim=1) / (normalized.sum(dim=1) + self._EPS)
+                loss = _SHRINK[self.shrinking](normalized).sum(dim=1) / (normalized.sum(dim=1) + self._EPS)
             elif self.function == "lasso":
                 loss = features.abs().sum() / 2
             else:
@@ -918,91 +860,7 @@ class FeaturesSparsificationLoss(nn.Module):
             return F.normalize(features, p=2.0, dim=1)
         if self.normalization == "softmax":
             return F.softmax(features, dim=1)
-        groups, number = self._groups(classes)
-        highest = _group_maximum(features.amax(dim=1), groups, number)
-        return features / (highest + self._EPS)[:, None]
-
-
-_SHRINK: dict[str, Callable[[Tensor], Tensor]] = {
-    "squared": torch.square,
-    "power3": lambda values: values**3,
-    "exponential": torch.exp,
-}
-
-
-def _group_maximum(values: Tensor, groups: Tensor, number: int) -> Tensor:
-    """Maximum of the group of each position: B×h×w values and groups → B×h×w."""
-    table = values.new_full((number,), -math.inf)
-    return table.scatter_reduce(0, groups.flatten(), values.flatten(), "amax")[groups]
-
-
-class _MaxRatioMap(torch.autograd.Function):
-    """Σ_d shrink(g_d) / (Σ_d g_d + ε) with g = f / (maximum of the position's group + ε): two maps B×h×w.
-
-    The second map, Σ_d g_d, has no gradient. The gradient through a maximum is shared by the positions that
-    attain it.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, features: Tensor, groups: Tensor, number: int, shrinking: str, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        flat = features.flatten(2)
-        batch, depth, positions = flat.shape
-        own = flat.amax(dim=1)
-        highest = _group_maximum(own, groups.flatten(1), number)
-        scale = 1.0 / (highest + eps)
-        shrunk, slope, summed = torch.empty_like(own), torch.empty_like(own), torch.empty_like(own)
-        for block in _blocks(batch, depth, positions, flat.device):
-            g = flat[block[0], :, block[1]] * scale[block][:, None]
-            summed[block] = g.sum(dim=1)
-            if shrinking == "exponential":
-                e = g.exp()
-                shrunk[block] = e.sum(dim=1)
-                slope[block] = g.mul_(e).sum(dim=1)
-            else:
-                power = 2 if shrinking == "squared" else 3
-                shrunk[block] = g.pow_(power).sum(dim=1)
-                slope[block] = power * shrunk[block]
-        total = summed + eps
-        ratio = shrunk / total
-        ctx.save_for_backward(features, groups, own == highest, scale, ratio, total)
-        # d ratio / d log scale: how the ratio answers to the maximum.
-        ctx.response = slope / total - ratio * summed / total
-        ctx.number, ctx.shrinking = number, shrinking
-        summed = summed.view(groups.shape)
-        ctx.mark_non_differentiable(summed)
-        return ratio.view(groups.shape), summed
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_ratio: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        features, groups, attained, scale, ratio, total = ctx.saved_tensors
-        grad_features = torch.empty_like(features)
-        flat, out = features.flatten(2), grad_features.flatten(2)
-        index = groups.flatten()
-        grad = grad_ratio.flatten(1)
-        first = grad * scale / total
-        second = first * ratio
-        highest_channel = torch.empty_like(index).view(attained.shape)
-        batch, depth, positions = flat.shape
-        for block in _blocks(batch, depth, positions, flat.device):
-            f = flat[block[0], :, block[1]]
-            highest_channel[block] = f.argmax(dim=1)
-            g = f * scale[block][:, None]
-            if ctx.shrinking == "exponential":
-                g.exp_()
-            elif ctx.shrinking == "squared":
-                g.mul_(2.0)
-            else:
-                g.square_().mul_(3.0)
-            torch.sub(g.mul_(first[block][:, None]), second[block][:, None], out=out[block[0], :, block[1]])
-        through = grad.new_zeros(2, ctx.number)
-        through[0].index_add_(0, index, (-grad * ctx.response * scale).flatten())
-        through[1].index_add_(0, index, attained.flatten().to(grad.dtype))
-        share = (through[0] / through[1].clamp(min=1))[index].view_as(grad) * attained
-        out.scatter_add_(1, highest_channel[:, None], share[:, None])
-        return grad_features, None, None, None, None
+        return _by_group_maximum(features, *self._groups(classes), self._EPS)
 
 
 class SNNL(nn.Module):
@@ -1061,9 +919,16 @@ class SNNL(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# PLOP: local POD (arXiv 2011.11390)
+# PLOP: local POD and pseudo-labels (arXiv 2011.11390)
 # ----------------------------------------------------------------------------------------------------------
 
+
+_POD_PREPROS: dict[str, Callable[[Tensor], Tensor]] = {
+    "pow": torch.square,
+    "abs": torch.abs,
+    "relu": torch.relu,
+    "none": lambda maps: maps,
+}
 _POD_TYPES = ("spatial", "local", "global")
 _POD_SWITCH = frozenset({"type", "factor", "norm", "prepro"})
 _POD_SWITCH_AFTER = _POD_SWITCH | {"extra_channels", "spp_scales", "use_pod_schedule"}
@@ -1200,156 +1065,33 @@ def _fold_new_channels(logits: Tensor, first_new: int, how: str) -> Tensor:
 
 
 def _pod_distance(old: Tensor, new: Tensor, options: dict[str, Any]) -> Tensor:
-    """Distance of two maps of one shape under the options of a POD term: B."""
-    prepro = _POD_PREPROS[options["prepro"]].function
-    order = 2 if options["difference"] == "frobenius" else 1
+    """Distance of two B×D×h×w maps under the options of a POD term: B.
+
+    ‖pooled(prepro(new)) − pooled(prepro(old))‖ over all pooled numbers of an image; ``norm``: each side first
+    divided by its own L2 norm.
+    """
+    prepro, order = _POD_PREPROS[options["prepro"]], 2 if options["difference"] == "frobenius" else 1
     if options["norm"]:
         pooled_old, pooled_new = (
-            F.normalize(torch.cat([p.flatten(1) for p in _pool(prepro(maps), options)], dim=1), dim=1)
+            F.normalize(torch.cat([part.flatten(1) for part in _pool(prepro(maps), options)], dim=1), dim=1)
             for maps in (old, new)
         )
         return torch.linalg.vector_norm(pooled_new - pooled_old, ord=order, dim=1)
-    if options["type"] == "local" and _nested(new, options["spp_scales"]):
-        return _NestedPODDistance.apply(old, new, options["prepro"], order, _local_levels(options))
 
-    def channel_norm(old_channels: Tensor, new_channels: Tensor) -> Tensor:
+    def per_channel(old: Tensor, new: Tensor) -> Tensor:
         # Pooling is linear, so the difference is pooled, once.
-        parts = _pool(prepro(new_channels) - prepro(old_channels), options)
+        parts = _pool(prepro(new) - prepro(old), options)
         norms = [torch.linalg.vector_norm(part, ord=order, dim=(2, 3)) for part in parts]
         return torch.linalg.vector_norm(torch.stack(norms), ord=order, dim=0)
 
-    per_channel = _ChannelByChannel.apply(old, new, channel_norm)
-    return torch.linalg.vector_norm(per_channel, ord=order, dim=1)
-
-
-class _NestedPODDistance(torch.autograd.Function):
-    """Distance of local POD without ``norm`` where the grids are nested (see ``_nested``), by hand: B.
-
-    Pooling is linear, and a coarse cell's means are means of a fine one's: the forward pass pools the
-    difference of the preprocessed maps once, for the finest grid. All scales' gradient is taken from these
-    few numbers; spread over the map it has the form row's + column's number of the finest cell. So the
-    backward pass reads the student's map once and writes the gradient, a block at a time.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, old: Tensor, new: Tensor, prepro: str, order: int, levels: list[tuple[int, float]]
-    ) -> Tensor:
-        finest = max(scale for scale, _ in levels)
-        powers = new.new_empty(new.shape[:2])
-        shares = [torch.empty_like(new[:, :, :finest]) for _ in ("rows", "columns")]
-        for place in _channel_blocks(new):
-            pools = _cell_means(_POD_PREPROS[prepro].difference(new[place], old[place]), finest)
-            parts = [_level_powers(pool, levels, order) for pool in pools]
-            powers[place] = parts[0][0] + parts[1][0]
-            for share, (_, gradient) in zip(shares, parts, strict=True):
-                share[place] = gradient
-        distance = powers.sum(dim=1) if order == 1 else powers.sum(dim=1).sqrt()
-        ctx.save_for_backward(new, distance, *shares)
-        ctx.prepro, ctx.order = prepro, order
-        return distance
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        new, distance, rows, columns = ctx.saved_tensors
-        _, factor, multiply = _POD_PREPROS[ctx.prepro]
-        # At distance 0 the norm's subgradient is 0, as torch takes it.
-        slope = distance.pow(1 - ctx.order).masked_fill(distance == 0, 0.0)
-        scale = (factor * grad * slope).view(-1, 1, 1, 1)
-        cells = rows.shape[2]
-        grad_new = torch.empty_like(new)
-        for place in _channel_blocks(new):
-            out, by = grad_new[place], scale[place[0]]
-            out.unflatten(3, (cells, -1)).copy_((rows[place] * by).transpose(2, 3)[..., None])
-            out.unflatten(2, (cells, -1)).add_((columns[place] * by)[:, :, :, None])
-            multiply(out, new[place])
-        return None, grad_new, None, None, None
-
-
-def _level_powers(fine: Tensor, levels: list[tuple[int, float]], order: int) -> tuple[Tensor, Tensor]:
-    """Powers of the pooled numbers of all scales, and what every number of the map adds to them.
-
-    Args:
-        fine: b×n×s×h means of the finest grid, see ``_cell_means``.
-        levels: (scale, divisor) of every grid.
-        order: 1 or 2.
-
-    Returns:
-        Σ|number|^order of each channel, b×n; its derivative by the map's numbers under each of the means,
-        divided by ``order``, b×n×s×h.
-    """
-    power, gradient = fine.new_zeros(fine.shape[:2]), torch.zeros_like(fine)
-    for scale, divisor in levels:
-        pooled = _means(fine, 2, scale)
-        slope = pooled if order == 2 else pooled.sign()
-        weight, averaged = divisor**-order, fine.shape[3] // scale
-        power.add_((pooled * slope).sum(dim=(2, 3)), alpha=weight)
-        gradient.unflatten(2, (scale, -1)).add_(slope[:, :, :, None], alpha=weight / averaged)
-    return power, gradient
-
-
-class _ChannelByChannel(torch.autograd.Function):
-    """A function of each channel of two maps by itself, a block of channels at a time.
-
-    The function takes b×n×h×w twice and returns b×n. It runs again in the backward pass, so nothing of the
-    size of the maps is kept or allocated but the gradient.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, old: Tensor, new: Tensor, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        ctx.save_for_backward(new)
-        ctx.old, ctx.function = old, function  # see _DistillationMap: the teacher's map may not be savable
-        found = new.new_empty(new.shape[:2])
-        for place in _channel_blocks(new):
-            found[place] = function(old[place], new[place])
-        return found
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (new,) = ctx.saved_tensors
-        grad_new = torch.empty_like(new)
-        for place in _channel_blocks(new):
-            with torch.enable_grad():
-                leaf = new[place].detach().requires_grad_()
-                value = ctx.function(ctx.old[place], leaf)
-            grad_new[place] = torch.autograd.grad(value, leaf, grad[place])[0]
-        return None, grad_new, None
-
-
-def _channel_blocks(maps: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Images and channels of B×D×h×w maps in blocks, whatever their layout; one block unless on the CPU."""
-    images, channels, pixels = maps.shape[0], maps.shape[1], maps.shape[2:].numel()
-    if maps.device.type != "cpu":
-        yield slice(None), slice(None)
-        return
-    step = max(_BLOCK // max(pixels, 1), 1)
-    for image in range(images):
-        for first in range(0, channels, step):
-            yield slice(image, image + 1), slice(first, first + step)
-
-
-class _Prepro(NamedTuple):
-    """A preprocessing of POD, its derivative as ``factor`` and a product in place: (gradient, maps)."""
-
-    function: Callable[[Tensor], Tensor]
-    factor: float
-    multiply: Callable[[Tensor, Tensor], Tensor]
-
-    def difference(self, new: Tensor, old: Tensor) -> Tensor:
-        """``function(new) − function(old)``."""
-        before, after = self.function(old), self.function(new)
-        return after - before if after is new else after.sub_(before)
-
-
-_POD_PREPROS = {
-    "pow": _Prepro(torch.square, 2.0, lambda grad, maps: grad.mul_(maps)),
-    "none": _Prepro(lambda maps: maps, 1.0, lambda grad, _: grad),
-    "abs": _Prepro(torch.abs, 1.0, lambda grad, maps: grad.mul_(maps.sign())),
-    # A product with 0 and 1: ``masked_fill_`` is several times slower on the CPU.
-    "relu": _Prepro(torch.relu, 1.0, lambda grad, maps: grad.mul_(maps.sign().clamp_(min=0.0))),
-}
+    if loss_kernels.gain(new):
+        if options["type"] == "local" and loss_kernels.nested(new, options["spp_scales"]):
+            levels = _local_levels(options)
+            return loss_kernels.local_pod_distance(old, new, options["prepro"], order, levels)
+        distances = loss_kernels.channel_by_channel(old, new, per_channel)
+    else:
+        distances = per_channel(old, new)
+    return torch.linalg.vector_norm(distances, ord=order, dim=1)
 
 
 def _pool(maps: Tensor, options: dict[str, Any]) -> list[Tensor]:
@@ -1359,28 +1101,11 @@ def _pool(maps: Tensor, options: dict[str, Any]) -> list[Tensor]:
     if options["type"] == "global":
         pools = [F.avg_pool2d(maps, kernel_size=maps.shape[-1] // s) for s in options["spp_scales"]]
         return [pool.sum(dim=axis, keepdim=True) for pool in pools for axis in (2, 3)]
-    return _pool_local(maps, _local_levels(options))
+    return [part / divisor for s, divisor in _local_levels(options) for part in _cell_means(maps, s)]
 
 
-def _pool_local(maps: Tensor, levels: list[tuple[int, float]]) -> list[Tensor]:
-    """Means over the rows and over the columns of each cell of the s×s grids."""
-    finest = max(scale for scale, _ in levels)
-    nested = _nested(maps, [scale for scale, _ in levels])
-    if nested:
-        # The rows of a coarse cell are means of the rows of the fine cells: the map itself is read once.
-        fine_rows, fine_columns = _means(maps, 3, finest), _means(maps, 2, finest)
-    parts = []
-    for scale, divisor in levels:
-        if nested:
-            rows, columns = _means(fine_rows, 3, scale), _means(fine_columns, 2, scale)
-        else:
-            rows, columns = _square_cell_means(maps, scale)
-        parts += [part if divisor == 1.0 else part / divisor for part in (rows, columns)]
-    return parts
-
-
-def _square_cell_means(maps: Tensor, scale: int) -> tuple[Tensor, Tensor]:
-    """Means over the rows and over the columns of the cells of one grid on maps of any height and width.
+def _cell_means(maps: Tensor, scale: int) -> tuple[Tensor, Tensor]:
+    """Means over the rows and over the columns of each cell of an s×s grid on B×D×h×w maps.
 
     The published code sizes square cells by the width and leaves out what lies beyond the grid. On maps wider
     than high the lower cells are cut off at the edge, and those that begin below it hold nothing (there their
@@ -1390,36 +1115,7 @@ def _square_cell_means(maps: Tensor, scale: int) -> tuple[Tensor, Tensor]:
     if side == 0:
         raise ValueError(f"a {scale}×{scale} grid does not fit maps of width {maps.shape[-1]}")
     cells = maps[..., : side * scale, : side * scale]
-    whole = cells.shape[2] // side
-    columns = [_means(cells[:, :, : whole * side], 2, whole)] if whole else []
-    if cells.shape[2] > whole * side:
-        columns.append(cells[:, :, whole * side :].mean(dim=2, keepdim=True))
-    return _means(cells, 3, scale), torch.cat(columns, dim=2)
-
-
-def _nested(maps: Tensor, scales: Sequence[int]) -> bool:
-    """Whether the finest grid divides square maps evenly, and every other grid is one of its cells joined."""
-    height, width = maps.shape[-2:]
-    finest = max(scales)
-    return height == width and width % finest == 0 and all(finest % scale == 0 for scale in scales)
-
-
-def _cell_means(maps: Tensor, cells: int) -> tuple[Tensor, Tensor]:
-    """Means over the rows and over the columns of the cells of square maps: b×n×h×h → b×n×cells×h, twice.
-
-    Axis 2 counts cells, axis 3 the rows or columns of the map.
-    """
-    rows, columns = _means(maps, 3, cells), _means(maps, 2, cells)
-    # Copied, as short loops over the few cells would cost more than the copy.
-    return torch.empty_like(columns).copy_(rows.transpose(2, 3)), columns
-
-
-def _means(maps: Tensor, axis: int, parts: int) -> Tensor:
-    """Means over equal parts of the rows (axis 2) or columns (axis 3) of B×D×h×w maps."""
-    length = maps.shape[axis] // parts
-    if maps.stride(1) == 1:  # channels-last: there ``mean`` is tens of times slower
-        return F.avg_pool2d(maps, (length, 1) if axis == 2 else (1, length))
-    return maps.unflatten(axis, (parts, -1)).mean(dim=axis + 1)
+    return F.avg_pool2d(cells, (1, side)), F.avg_pool2d(cells, (side, 1), ceil_mode=True)
 
 
 def _local_levels(options: dict[str, Any]) -> list[tuple[int, float]]:
@@ -1428,11 +1124,6 @@ def _local_levels(options: dict[str, Any]) -> list[tuple[int, float]]:
     if per_scale == "spm":
         return [(scale, 2.0 ** (len(scales) - max(level, 1))) for level, scale in enumerate(scales)]
     return [(scale, float(scale**2) if per_scale else 1.0) for scale in scales]
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Pseudo-labels (PLOP, SSUL)
-# ----------------------------------------------------------------------------------------------------------
 
 
 def entropy(probabilities: Tensor, fidelity: str = "paper") -> Tensor:
@@ -1452,17 +1143,9 @@ def entropy(probabilities: Tensor, fidelity: str = "paper") -> Tensor:
 
 
 def _guess(outputs_old: Tensor, certainty: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """The teacher's classes and ``certainty(probabilities)``, block by block: two B×H×W maps."""
-    logits = outputs_old.flatten(2)
-    batch, channels, pixels = logits.shape
-    predicted = logits.new_empty(batch, pixels, dtype=torch.long)
-    values = logits.new_empty(batch, pixels, dtype=torch.float32)
-    for images, columns in _blocks(batch, channels, pixels, logits.device):
-        block = logits[images, :, columns].float()
-        predicted[images, columns] = block.argmax(dim=1)
-        values[images, columns] = certainty(F.softmax(block, dim=1))
-    size = (batch, *outputs_old.shape[2:])
-    return predicted.view(size), values.view(size)
+    """The teacher's classes and ``certainty(probabilities)``: B×C×H×W logits → two B×H×W maps."""
+    logits = outputs_old.float()
+    return logits.argmax(dim=1), certainty(F.softmax(logits, dim=1))
 
 
 def _highest(probabilities: Tensor) -> Tensor:
@@ -1647,11 +1330,16 @@ def confidence_pseudo_labels(
     return torch.where(candidates, predicted, labels.long()), torch.where(candidates, highest, 1.0)
 
 
+# ----------------------------------------------------------------------------------------------------------
+# SSUL (arXiv 2106.11562)
+# ----------------------------------------------------------------------------------------------------------
+
+
 @torch.no_grad()
 def sigmoid_pseudo_labels(
     outputs_old: Tensor, labels: Tensor, threshold: float = 0.7, *, reserved: int = 1, end: int | None = None
 ) -> Tensor:
-    """SSUL's pseudo-labels (arXiv 2106.11562): the teacher's class where its sigmoid is high enough.
+    """SSUL's pseudo-labels: the teacher's class where its sigmoid is high enough.
 
     Only pixels labelled background or unknown change, and only into a class that is neither.
 
@@ -1675,7 +1363,16 @@ def sigmoid_pseudo_labels(
 # SATS: transfer of self-attention (arXiv 2203.07667)
 # ----------------------------------------------------------------------------------------------------------
 
+
 _DISTILL_OBJECTS = ("sats-selfattn", "sats-selfattn-GP", "sats-selfattn-NP", "sats-feature-CNN")
+
+
+def _region_difference(old: Tensor, new: Tensor, weight: Tensor) -> Tensor:
+    """Difference of weighted means over positions: B×heads×L×S twice, weights B×K×L → B×heads×K×S."""
+    if loss_kernels.gain(new):
+        return loss_kernels.region_difference(old, new, weight)
+    with _without_autocast(new):
+        return torch.matmul(weight[:, None], new - old)
 
 
 class AttentionTransferLoss(nn.Module):
@@ -1739,7 +1436,7 @@ class AttentionTransferLoss(nn.Module):
             region = self._class_regions(downsample_labels(labels, size, "nearest-exact").flatten(1))
         positions = region.sum(dim=2)
         weight = region / positions.clamp(min=1)[:, :, None]
-        means = _RegionDifference.apply(old.float(), new.float(), weight)
+        means = _region_difference(old.float(), new.float(), weight)
         distance = torch.linalg.vector_norm(means, dim=-1).mean(dim=1)
         present = positions > 0
         return _reduce((distance * present).sum(dim=1) / present.sum(dim=1).clamp(min=1), "mean")
@@ -1751,31 +1448,6 @@ class AttentionTransferLoss(nn.Module):
             ids = torch.where((ids == 0) | (ids == VOID), -1, ids)
             return (classes[:, None] == ids[:, None]).float() * (ids >= 0)[:, None]
         return _one_hot(classes, self.num_classes or VOID)[:, 1:]
-
-
-class _RegionDifference(torch.autograd.Function):
-    """Difference of weighted means over positions: B×heads×L×S twice, weights B×K×L → B×heads×K×S.
-
-    The mean is linear: it is the difference that is averaged, a block of positions at a time.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, old: Tensor, new: Tensor, weight: Tensor) -> Tensor:
-        batch, heads, length, keys = new.shape
-        means = new.new_zeros(batch, heads, weight.shape[1], keys)
-        with _without_autocast(new):
-            for images, rows in _blocks(batch, heads * keys, length, new.device):
-                difference = new[images, :, rows] - old[images, :, rows]
-                means[images] += torch.matmul(weight[images, None, :, rows], difference)
-        ctx.save_for_backward(weight)
-        return means
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        with _without_autocast(grad):
-            return None, torch.matmul(weight.transpose(1, 2)[:, None], grad), None
 
 
 def _query_grid(length: int, label_size: Sequence[int]) -> tuple[int, int]:

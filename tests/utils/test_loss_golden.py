@@ -7,6 +7,7 @@ their own in float32. On CUDA the same, where there is a GPU.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from utils import loss as L
+from utils import loss_kernels
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 RTOL = 1e-5
@@ -25,9 +27,13 @@ def cases(pattern: str) -> list[str]:
     return names
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    return torch.device(request.param)
+@pytest.fixture(params=["cpu", "formulas on the cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    if request.param.startswith("formulas"):
+        with loss_kernels.disabled():
+            yield torch.device("cpu")
+    else:
+        yield torch.device(request.param)
 
 
 def load(name: str, device: torch.device) -> tuple[dict[str, torch.Tensor], dict]:

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from utils import loss as L
+from utils import loss_kernels
 
 LN2, LN3 = math.log(2), math.log(3)
 
@@ -549,7 +550,7 @@ def test_pod(kind, prepro, side):
 @pytest.mark.parametrize("block", [2**20, 3 * 64])
 def test_local_pod_gradient(monkeypatch, prepro, difference, per_scale, layout, block):
     """The gradient by hand, in one block of channels and in several, the last of them smaller."""
-    monkeypatch.setattr(L, "_BLOCK", block)
+    monkeypatch.setattr(loss_kernels, "BLOCK", block)
     old, new = (randn(2, 4, 8, 8, seed=s).detach().contiguous(memory_format=layout) for s in (5, 6))
 
     def slow(new):
@@ -607,7 +608,7 @@ def test_local_pod_grid_finer_than_the_map():
 @pytest.mark.parametrize("scales", [(1, 2, 4), (2,), (4, 1, 1), (1, 3)])  # the last: grids that do not nest
 def test_local_pod_gradcheck(monkeypatch, prepro, difference, scales):
     """Numerical derivatives in float64, of maps that lie in memory in three ways."""
-    monkeypatch.setattr(L, "_BLOCK", 16)
+    monkeypatch.setattr(loss_kernels, "BLOCK", 16)
     criterion = L.LocalPODLoss(
         spp_scales=scales, pod_prepro=prepro, pod_options=pod_options("spm", difference)
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from utils import loss as L
+from utils import loss_kernels
 
 OLD, CLASSES, DEPTH, SIDE = 3, 5, 6, 4
 OBJECTS = ("sats-selfattn", "sats-selfattn-GP", "sats-selfattn-NP", "sats-feature-CNN")
@@ -42,6 +45,13 @@ class Problem:
         for name in self._PER_IMAGE:
             setattr(other, name, getattr(self, name)[images])
         return other
+
+
+@pytest.fixture(params=["kernels", "formulas"])
+def forms(request):
+    """Twice: as the CPU computes, and as other devices do."""
+    with loss_kernels.disabled() if request.param == "formulas" else contextlib.nullcontext():
+        yield
 
 
 def contrastive(which, **options):
@@ -268,6 +278,7 @@ EMPTY = {
 }
 
 
+@pytest.mark.usefixtures("forms")
 @pytest.mark.parametrize("emptied", EMPTY)
 @pytest.mark.parametrize("name", ALL)
 def test_empty_sets_are_finite(name, emptied):
@@ -281,6 +292,7 @@ def test_empty_sets_are_finite(name, emptied):
         assert not gradient.any()
 
 
+@pytest.mark.usefixtures("forms")
 @pytest.mark.parametrize("fidelity", L.FIDELITIES)
 @pytest.mark.parametrize("label", [0, 3, 255])
 def test_sdr_losses_of_one_class_are_finite(label, fidelity):
@@ -299,6 +311,7 @@ def test_sdr_losses_of_one_class_are_finite(label, fidelity):
         assert torch.isfinite(loss) and torch.isfinite(gradient).all()
 
 
+@pytest.mark.usefixtures("forms")
 @pytest.mark.parametrize("name", ALL)
 def test_an_empty_batch_is_zero(name):
     value, gradient = differentiate(name, Problem(0, 2).pick(torch.zeros(0, dtype=torch.long)))
@@ -306,6 +319,7 @@ def test_an_empty_batch_is_zero(name):
     assert gradient.shape[0] == 0
 
 
+@pytest.mark.usefixtures("forms")
 @pytest.mark.parametrize("name", ALL)
 def test_channels_last(name):
     expected = differentiate(name, Problem(3, 2))
@@ -316,6 +330,7 @@ def test_channels_last(name):
         close(actual.contiguous(), wanted)
 
 
+@pytest.mark.usefixtures("forms")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ALL)
 def test_autocast_computes_in_float32(name, dtype):
@@ -343,11 +358,12 @@ def test_autocast_computes_in_float32(name, dtype):
 )
 def test_blocks_do_not_change_the_result(name, monkeypatch):
     whole = differentiate(name, Problem(5, 3))
-    monkeypatch.setattr(L, "_BLOCK", 20)  # less than one image, more than one pixel
+    monkeypatch.setattr(loss_kernels, "BLOCK", 20)  # less than one image, more than one pixel
     for actual, wanted in zip(differentiate(name, Problem(5, 3)), whole, strict=True):
         close(actual, wanted)
 
 
+@pytest.mark.usefixtures("forms")
 @pytest.mark.parametrize("name", ALL)
 def test_gradients_by_finite_differences(name):
     """Along a random direction, in float32."""
@@ -365,6 +381,7 @@ def test_gradients_by_finite_differences(name):
     assert values[1] - values[0] == pytest.approx(slope, rel=0.03, abs=2e-5 * max(abs(values[0]), 1))
 
 
+@pytest.mark.usefixtures("forms")
 @pytest.mark.parametrize("name", ALL)
 def test_teacher_under_inference_mode(name):
     expected = differentiate(name, Problem(8, 2))
