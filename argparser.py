@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from methods import METHODS, REGISTRY, load_method_file, preset
+from methods import METHODS, REGISTRY, Method, load_method_file, preset
 from methods.presets import FAMILY_PLOP, preset_note, released_ssul_options
 from tasks import Task, get_task, read_class_order
 from utils.errors import UserError
 from utils.files import name_fault, printable
+from utils.option_roles import Declaration, OptionGroup, OptionParser
 from utils.option_types import Number, Parser, count, path_option, positive_int, seed, share, whole
 
 # Smaller ones change no weight in single precision, larger ones leave none finite.
@@ -108,9 +110,9 @@ def _method(word: str) -> str:
     return by_lower[word.lower()]
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> OptionParser:
     """The parser with all groups: the general ones, then each method's own options."""
-    parser = Parser(
+    parser = OptionParser(
         prog="python run.py",
         usage="python run.py [options], or torchrun --nproc_per_node=N run.py [options]",
         description="Continual semantic segmentation: learn classes step by step.",
@@ -119,50 +121,109 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
-    _add_launch(parser.add_argument_group("launch"))
-    _add_task(parser.add_argument_group("task and data"))
-    _add_model(parser.add_argument_group("model"))
-    _add_training(parser.add_argument_group("training"))
-    _add_evaluation(parser.add_argument_group("evaluation and prediction"))
-    _add_logging(parser.add_argument_group("log and checkpoints"))
-    general = parser.add_argument_group("method")
+    _add_launch(parser.group("launch"))
+    _add_task(parser.group("task and data"))
+    _add_model(parser.group("model"))
+    _add_training(parser.group("training", role="learning"))
+    _add_evaluation(parser.group("evaluation and prediction"))
+    _add_logging(parser.group("log and checkpoints"))
+    general = parser.group("method")
     general.add_argument(
-        "--method", type=_method, default=None, metavar="NAME", help=f"preset: {', '.join(METHODS)}"
+        "--method",
+        type=_method,
+        default=None,
+        metavar="NAME",
+        role="learning",
+        compared_as_fact=True,
+        help=f"preset: {', '.join(METHODS)}",
     )
     general.add_argument(
         "--method_file",
         type=path_option,
         default=None,
         metavar="FILE.py",
+        role="incidental",
         help="a method of one's own: Python code that is run (docs/methods.md)",
     )
     general.add_argument(
         "--fidelity",
         choices=("paper", "released"),
         default="paper",
+        role="network",
+        with_results=True,
         help="follow the papers, or reproduce what the released code computes (docs/fidelity.md)",
     )
     for kind in REGISTRY:
         summary = (kind.__doc__ or kind.__name__).strip().splitlines()[0].rstrip(".")
-        kind.add_options(parser.add_argument_group(summary))
+        kind.add_options(parser.group(summary, role="learning"))
     return parser
 
 
-def _add_launch(group: argparse._ActionsContainer) -> None:
+# Values that follow from options and stand in a run's records beside them.
+_DERIVED = (
+    Declaration("steps", "--step", "incidental", derived=True),
+    Declaration("lrs", "--lr", "incidental", derived=True),
+    Declaration("protocol", "protocol", "learning", derived=True),
+)
+
+
+@functools.cache
+def _declared(kinds: tuple[type[Method], ...]) -> Mapping[str, Declaration]:
+    """By name, with the options of these methods: those of the registry, which ``--method_file`` extends."""
+    return {value.name: value for value in _DERIVED} | build_parser().declared
+
+
+def declared(name: str) -> Declaration:
+    """What an option means for a run.
+
+    Args:
+        name: of an attribute of ``Options``. One that is unknown here stands in the records of a run with a
+            ``--method_file`` or of another version; it counts as one that decides what is learnt.
+    """
+    return _declared(tuple(REGISTRY)).get(name) or Declaration(name, f"--{name}", "learning")
+
+
+def declarations() -> list[Declaration]:
+    """What every option means."""
+    return [each for each in _declared(tuple(REGISTRY)).values() if not each.derived]
+
+
+def _add_launch(group: OptionGroup) -> None:
     group.add_argument(
         "--where_to_sim",
         choices=("GPU_server", "GPU_windows", "CPU", "CPU_windows"),
         default=None,
+        role="incidental",
         help="GPU_server: NCCL; CPU: Gloo; *_windows: one process, no group; default: the machine decides",
     )
     group.add_argument(
-        "--local_rank", "--local-rank", type=count, default=0, help="set by torch.distributed.launch"
+        "--local_rank",
+        "--local-rank",
+        type=count,
+        default=0,
+        role="incidental",
+        help="set by torch.distributed.launch",
     )
-    group.add_argument("--random_seed", type=seed, default=42, help="seed of everything drawn")
-    group.add_argument("--num_workers", type=whole(0, 1024), default=1, help="loader processes per process")
+    group.add_argument(
+        "--random_seed",
+        type=seed,
+        default=42,
+        role="data",
+        of_method=False,
+        set_by_experiment=True,
+        help="seed of everything drawn",
+    )
+    group.add_argument(
+        "--num_workers",
+        type=whole(0, 1024),
+        default=1,
+        role="incidental",
+        help="loader processes per process",
+    )
     group.add_argument(
         "--deterministic",
         action="store_true",
+        role="learning",
         help="the same weights, bit for bit, for the same seed and number of processes (slower on CUDA)",
     )
     group.add_argument(
@@ -170,65 +231,130 @@ def _add_launch(group: argparse._ActionsContainer) -> None:
         type=Number(float, 1, 1_000_000),  # more milliseconds than poll() counts would wrap round
         default=1800.0,
         metavar="SECONDS",
+        role="incidental",
         help="how long a process waits for the others before that is an error",
     )
 
 
-def _add_task(group: argparse._ActionsContainer) -> None:
-    group.add_argument("--data_root", type=path_option, default=Path("data"), help="folder of the data set")
+def _add_task(group: OptionGroup) -> None:
+    group.add_argument(
+        "--data_root",
+        type=path_option,
+        default=Path("data"),
+        role="data",
+        compared_as_fact=True,
+        help="folder of the data set",
+    )
     group.add_argument(
         "--dataset",
         default="voc",
         choices=("voc", "ade", "folder", "shapes"),
+        role="data",
         help="Pascal VOC 2012, ADE20K, own images, or generated ones",
     )
     group.add_argument(
-        "--task", default="19-1", help="class order, e.g. 19-1, 15-5, 15-1 (folders name it 15-5s), 100-50"
+        "--task",
+        default="19-1",
+        role="data",
+        compared_as_fact=True,
+        chooses_task=True,
+        help="class order, e.g. 19-1, 15-5, 15-1 (folders name it 15-5s), 100-50",
     )
-    group.add_argument("--task_file", type=path_option, default=None, help="YAML or JSON file with own tasks")
+    group.add_argument(
+        "--task_file",
+        type=path_option,
+        default=None,
+        role="data",
+        compared_as_fact=True,
+        chooses_task=True,
+        help="YAML or JSON file with own tasks",
+    )
     group.add_argument(
         "--class_order",
         type=path_option,
         default=None,
         metavar="FILE",
+        role="data",
+        compared_as_fact=True,
+        chooses_task=True,
         help="classes of an A-B task in this order: one name or id per line (own data)",
     )
     group.add_argument(
-        "--class_order_seed", type=seed, default=None, help="shuffle the classes of an A-B task by this seed"
+        "--class_order_seed",
+        type=seed,
+        default=None,
+        role="data",
+        compared_as_fact=True,
+        chooses_task=True,
+        help="shuffle the classes of an A-B task by this seed",
     )
-    group.add_argument("--step", nargs="+", default=["0"], metavar="N", help="steps to run, or 'all'")
-    group.add_argument("--no_mask", action="store_true", help="sequential protocol: old labels visible")
     group.add_argument(
-        "--overlap", "--overlapped", action="store_true", help="overlapped protocol (default: disjoint)"
+        "--step",
+        nargs="+",
+        default=["0"],
+        metavar="N",
+        role="incidental",
+        set_by_experiment=True,
+        help="steps to run, or 'all'",
+    )
+    group.add_argument(
+        "--no_mask", action="store_true", role="learning", help="sequential protocol: old labels visible"
+    )
+    group.add_argument(
+        "--overlap",
+        "--overlapped",
+        action="store_true",
+        role="learning",
+        help="overlapped protocol (default: disjoint)",
     )
     group.add_argument(
         "--data_masking",
         choices=("current", "current+old", "all", "new"),
         default="current",
+        role="learning",
         help="classes that training labels show; the others become background",
     )
     group.add_argument(
         "--void_label",
         choices=("ignore", "background"),
         default="background",
+        role="learning",
         help="what void is in training: ignored (PLOP, SATS, SSUL) or background (MiB, SDR)",
     )
-    group.add_argument("--crop_size", type=whole(32, 16384), default=512, help="side of the crops, in pixels")
+    group.add_argument(
+        "--crop_size", type=whole(32, 16384), default=512, role="data", help="side of the crops, in pixels"
+    )
     group.add_argument(
         "--augmentation",
         choices=("resized_crop", "scale_crop"),
         default="resized_crop",
+        role="learning",
         help="of training images, beside flips; resized_crop: RandomResizedCrop of 0.5 to 2 times the area; "
         "scale_crop: resized by 0.5 to 2, padded, and a random crop (SSUL)",
     )
-    group.add_argument("--crop_val", action="store_false", help="evaluate on whole images, one by one")
-    group.add_argument("--cross_val", action="store_true", help="validate on 20 %% of the training images")
     group.add_argument(
-        "--val_on_trainset", action="store_true", help="final evaluation on the training images"
+        "--whole_val",
+        "--crop_val",
+        dest="crop_val",
+        action="store_false",
+        role="evaluation",
+        restored=True,
+        help="evaluate on whole images, one by one",
+    )
+    group.add_argument(
+        "--cross_val", action="store_true", role="learning", help="validate on 20 %% of the training images"
+    )
+    group.add_argument(
+        "--val_on_trainset",
+        action="store_true",
+        role="evaluation",
+        restored=True,
+        help="final evaluation on the training images",
     )
     group.add_argument(
         "--test_on_val",
         action="store_true",
+        role="data",
         help="evaluate on a fifth of the training images, kept back in every step (PLOP)",
     )
     group.add_argument(
@@ -236,98 +362,155 @@ def _add_task(group: argparse._ActionsContainer) -> None:
         type=count,
         default=0,
         metavar="N",
+        role="learning",
         help="exemplars of earlier steps' images, half of each batch",
     )
     group.add_argument(
-        "--splits_dir", type=path_option, default=None, help="folder with own image lists train-<step>.npy"
+        "--splits_dir",
+        type=path_option,
+        default=None,
+        role="data",
+        compared_as_fact=True,
+        restored=False,
+        help="folder with own image lists train-<step>.npy",
     )
     group.add_argument(
         "--skip_corrupt",
         type=count,
         default=0,
         metavar="N",
+        role="incidental",
+        restored=True,
         help="pass over up to N unreadable images instead of ending; they are listed",
     )
-    group.add_argument("--check_data", action="store_true", help="check the data set and its lists, then end")
+    group.add_argument(
+        "--check_data",
+        action="store_true",
+        role="incidental",
+        set_by_experiment=True,
+        help="check the data set and its lists, then end",
+    )
 
 
-def _add_model(group: argparse._ActionsContainer) -> None:
+def _add_model(group: OptionGroup) -> None:
     group.add_argument(
         "--model",
         default="deeplab",
         choices=("deeplab", *(f"segformer_b{i}" for i in range(6))),
         metavar="NAME",
+        role="network",
         help="deeplab or segformer_b0 .. segformer_b5",
     )
     group.add_argument(
         "--backbone",
         default="resnet101",
         choices=("resnet50", "resnet101", "mobilenet_v2"),
+        role="network",
         help="body of deeplab",
     )
     group.add_argument(
-        "--output_stride", type=int, default=16, choices=(8, 16), help="pixels per position of deeplab's body"
+        "--output_stride",
+        type=int,
+        default=16,
+        choices=(8, 16),
+        role="network",
+        help="pixels per position of deeplab's body",
     )
     group.add_argument(
         "--norm_act",
         default="std",
         choices=NORMS,
+        role="network",
         help="normalisation and activation; std: BatchNorm and ReLU (SDR); iabn_sync: MiB, PLOP",
     )
     group.add_argument(
+        "--mib_network",
         "--net_pytorch",
+        dest="net_pytorch",
         action="store_false",
+        role="network",
+        compared_as_fact=True,
+        restored=False,
         help="the network of MiB and PLOP: norm_act becomes iabn_sync unless given",
     )
     group.add_argument(
-        "--no_pretrained", "--no-pretrained", action="store_true", help="start from random weights"
+        "--no_pretrained",
+        "--no-pretrained",
+        action="store_true",
+        role="learning",
+        help="start from random weights",
     )
     group.add_argument(
         "--pretrained_path",
         type=path_option,
         default=None,
+        role="learning",
         help="file with the backbone's pretrained weights",
     )
     group.add_argument(
         "--pooling",
         type=whole(0, 16384),
         default=32,
+        role="network",
         help="window of the head's pooling at evaluation, 0: global",
     )
     group.add_argument(
         "--head",
         choices=("mib", "aspp"),
         default="mib",
+        role="network",
         help="head of deeplab; mib: one norm over all branches (MiB, PLOP, SDR); aspp: five branches with "
         "norms of their own and dropout (SSUL, torchvision)",
     )
     group.add_argument(
-        "--decoder", choices=("sats", "segformer"), default="sats", help="head of the SegFormer models"
+        "--decoder",
+        choices=("sats", "segformer"),
+        default="sats",
+        role="network",
+        help="head of the SegFormer models",
     )
     group.add_argument(
         "--feat_dim",
         type=Number(float, 1, 1e6),
         default=2048,
+        role="network",
+        compared_as_fact=True,
+        restored=False,
         help="channels of the body; checked where it is given",
     )
     group.add_argument(
-        "--fix_bn", action="store_true", help="freeze the norm layers (released: their weights)"
+        "--fix_bn",
+        action="store_true",
+        role="learning",
+        help="freeze the norm layers (released: their weights)",
     )
-    group.add_argument("--freeze", action="store_true", help="freeze the body")
+    group.add_argument("--freeze", action="store_true", role="learning", help="freeze the body")
     group.add_argument(
-        "--init_balanced", action="store_true", help="new classifiers start from the background's (MiB)"
+        "--init_balanced",
+        action="store_true",
+        role="learning",
+        help="new classifiers start from the background's (MiB)",
     )
 
 
-def _add_training(group: argparse._ActionsContainer) -> None:
+def _add_training(group: OptionGroup) -> None:
     group.add_argument("--epochs", type=positive_int, default=30, help="epochs of every step")
-    group.add_argument("--batch_size", type=positive_int, default=4, help="images per process")
+    group.add_argument(
+        "--batch_size",
+        type=positive_int,
+        default=4,
+        role="learning",
+        compared_as_fact=True,
+        help="images per process",
+    )
     group.add_argument(
         "--lr",
         type=LEARNING_RATE,
         nargs="+",
         default=[0.007],
         metavar="LR",
+        role="learning",
+        compared_as_fact=True,
         help="one for all steps, or one per step",
     )
     group.add_argument(
@@ -380,10 +563,14 @@ def _add_training(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--grad_checkpointing",
         action="store_true",
+        role="incidental",
         help="less memory, more time: activations inside the body's stages are computed twice",
     )
     group.add_argument(
-        "--compile", action="store_true", help="run the networks through torch.compile in training"
+        "--compile",
+        action="store_true",
+        role="incidental",
+        help="run the networks through torch.compile in training",
     )
     group.add_argument(
         "--keep",
@@ -391,18 +578,32 @@ def _add_training(group: argparse._ActionsContainer) -> None:
         default="last",
         help="a step's result: the last epoch's weights, or those of the epoch with the best validation mIoU",
     )
-    group.add_argument("--debug", action="store_true", help="log more")
+    group.add_argument("--debug", action="store_true", role="incidental", help="log more")
 
 
-def _add_evaluation(group: argparse._ActionsContainer) -> None:
-    group.add_argument("--test", action="store_true", help="evaluate a checkpoint, do not train")
+def _add_evaluation(group: OptionGroup) -> None:
     group.add_argument(
-        "--ckpt", type=path_option, default=None, help="checkpoint to test, or to continue training from"
+        "--test",
+        action="store_true",
+        role="incidental",
+        set_by_experiment=True,
+        help="evaluate a checkpoint, do not train",
+    )
+    group.add_argument(
+        "--ckpt",
+        type=path_option,
+        default=None,
+        role="incidental",
+        set_by_experiment=True,
+        help="checkpoint to test, or to continue training from",
     )
     group.add_argument(
         "--unseen_label",
         choices=("ignore", "background"),
         default="ignore",
+        role="evaluation",
+        restored=True,
+        with_results=False,
         help="what classes of later steps count as: ignored (MiB, SDR) or background (PLOP, SATS, SSUL)",
     )
     group.add_argument(
@@ -410,14 +611,18 @@ def _add_evaluation(group: argparse._ActionsContainer) -> None:
         type=Number(float, 0.01, 16),
         nargs="+",
         default=[1.0],
+        role="evaluation",
         help="scales of each image, fused",
     )
-    group.add_argument("--test_flip", action="store_true", help="also predict the mirrored image")
+    group.add_argument(
+        "--test_flip", action="store_true", role="evaluation", help="also predict the mirrored image"
+    )
     group.add_argument(
         "--fusion-mode",
         dest="fusion_mode",
         choices=("mean", "voting", "max"),
         default="mean",
+        role="evaluation",
         help="how the predictions of several scales and flips are fused",
     )
     group.add_argument(
@@ -425,52 +630,101 @@ def _add_evaluation(group: argparse._ActionsContainer) -> None:
         type=path_option,
         default=None,
         metavar="PATH",
+        role="incidental",
         help="predict a picture or a folder of pictures with --ckpt, then end; writes to --out",
     )
     group.add_argument(
-        "--out", type=path_option, default=None, metavar="DIR", help="folder for --predict's results"
+        "--out",
+        type=path_option,
+        default=None,
+        metavar="DIR",
+        role="incidental",
+        help="folder for --predict's results",
     )
     group.add_argument(
         "--raw",
         action="store_true",
+        role="incidental",
         help="--predict writes class ids as grey levels instead of palette pictures",
     )
 
 
-def _add_logging(group: argparse._ActionsContainer) -> None:
-    group.add_argument("--logdir", type=path_option, default=Path("logs"), help="folder of all runs")
-    group.add_argument("--name", default="Experiment", help="name of the run")
-    group.add_argument("--date", default="", help="prefix of the CSV file of results")
+def _add_logging(group: OptionGroup) -> None:
+    group.add_argument(
+        "--logdir",
+        type=path_option,
+        default=Path("logs"),
+        role="incidental",
+        set_by_experiment=True,
+        help="folder of all runs",
+    )
+    group.add_argument(
+        "--name", default="Experiment", role="incidental", set_by_experiment=True, help="name of the run"
+    )
+    group.add_argument("--date", default="", role="incidental", help="prefix of the CSV file of results")
     group.add_argument(
         "--checkpoint",
         type=path_option,
         default=None,
+        role="incidental",
+        set_by_experiment=True,
         help="folder of the checkpoints (default: the run's folder)",
     )
     group.add_argument(
         "--step_ckpt",
         type=path_option,
         default=None,
+        role="incidental",
+        set_by_experiment=True,
         help="checkpoint of the previous step, if it is another run's",
     )
-    group.add_argument("--sample_num", type=count, default=0, help="validation pictures to show")
-    group.add_argument("--visualize", action="store_false", help="write no TensorBoard file")
     group.add_argument(
-        "--print_interval", type=positive_int, default=10, help="batches between two log lines"
+        "--sample_num", type=count, default=0, role="incidental", help="validation pictures to show"
     )
-    group.add_argument("--val_interval", type=positive_int, default=1, help="epochs between two validations")
-    group.add_argument("--ckpt_interval", type=positive_int, default=1, help="epochs between two checkpoints")
+    group.add_argument(
+        "--no_tensorboard",
+        "--visualize",
+        dest="visualize",
+        action="store_false",
+        role="incidental",
+        help="write no TensorBoard file",
+    )
+    group.add_argument(
+        "--print_interval",
+        type=positive_int,
+        default=10,
+        role="incidental",
+        help="batches between two log lines",
+    )
+    group.add_argument(
+        "--val_interval",
+        type=positive_int,
+        default=1,
+        role="evaluation",
+        of_method=False,
+        with_results=False,
+        help="epochs between two validations",
+    )
+    group.add_argument(
+        "--ckpt_interval",
+        type=positive_int,
+        default=1,
+        role="incidental",
+        help="epochs between two checkpoints",
+    )
     group.add_argument(
         "--ckpt_minutes",
         type=Number(float, 0, 1e6),
         default=15.0,
         metavar="M",
+        role="incidental",
         help="also save in the middle of an epoch, when M minutes have passed since the last time; 0: never",
     )
     group.add_argument(
         "--resume",
         choices=("auto", "fresh"),
         default="auto",
+        role="incidental",
         help="auto: steps that the run's folder holds go on, finished ones are left; fresh: they start over",
     )
     group.add_argument(
@@ -501,7 +755,7 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     return opts
 
 
-def _parser_for(argv: Sequence[str]) -> argparse.ArgumentParser:
+def _parser_for(argv: Sequence[str]) -> OptionParser:
     """The parser with the options of ``--method_file``, where the command line names one."""
     first = Parser(prog="python run.py", add_help=False, allow_abbrev=False)
     first.add_argument("--method_file", type=path_option, default=None)
@@ -513,6 +767,8 @@ def _parser_for(argv: Sequence[str]) -> argparse.ArgumentParser:
         return build_parser()
     except argparse.ArgumentError as error:
         raise UserError(f"--method_file {path}: {error}; rename the option") from error
+    except UserError as error:
+        raise UserError(f"--method_file {path}: {error}") from error
 
 
 def _task(opts: Options) -> Task:

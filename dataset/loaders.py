@@ -384,7 +384,7 @@ def make_eval_loader(
 ) -> Loader:
     """Loader over each sample exactly once over all ranks, in order; the last batch may be smaller.
 
-    Whole pictures (``--crop_val`` off) differ in size and need ``batch_size`` 1.
+    Whole pictures (``--whole_val``) differ in size and need ``batch_size`` 1.
     """
     number = len(dataset)  # type: ignore[arg-type]
     batches = EvalBatchSampler(number, batch_size, rank=rank, world_size=world_size)

@@ -134,7 +134,7 @@ class ResizeCenterCrop:
 
 
 def whole_image(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Validation with ``--crop_val`` off: the picture as it is (batch size 1)."""
+    """Validation with ``--whole_val``: the picture as it is (batch size 1)."""
     return image, mask
 
 

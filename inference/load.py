@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from argparser import Options, build_parser
+from argparser import Options, build_parser, declarations, declared
 from dataset import class_names
 from modules import is_sdr_network
 from runs.checkpoint import check_fits, load_checkpoint, model_state, saved_options
@@ -20,17 +20,6 @@ from utils.errors import UserError
 from utils.files import given_path
 
 log = logging.getLogger(__name__)
-
-# What a checkpoint brings along unless the user types it: options that shape the network, and those that say
-# which images it is evaluated on and how.
-_NETWORK = (
-    *("model", "backbone", "norm_act", "output_stride", "pooling", "head", "decoder", "unknown", "fidelity"),
-)
-_DATA = (
-    *("dataset", "data_root", "crop_size", "crop_val", "val_on_trainset", "test_on_val"),
-    *("unseen_label", "skip_corrupt", "random_seed"),
-)
-_TASK = {"task", "task_file", "class_order", "class_order_seed"}  # any of them chooses the task
 
 
 @dataclass(frozen=True)
@@ -121,7 +110,8 @@ def _completed(opts: Options, saved: Mapping[str, Any], path: Path) -> Options:
     """A copy of the options in which what was not typed is as the manifest has it."""
     completed = copy.copy(opts)
     actions = {action.dest: action for action in build_parser()._actions}
-    for name in (*_NETWORK, *_DATA):
+    brought = (option.name for option in declarations() if option.comes_with_checkpoint)
+    for name in brought:
         if name in saved and name not in opts.typed:
             setattr(completed, name, _value(actions[name], saved[name], path))
     return completed
@@ -137,7 +127,7 @@ def _value(action: Action, value: Any, path: Path) -> Any:
 
 
 def _task_and_step(opts: Options, content: Mapping[str, Any], path: Path) -> tuple[Task, int]:
-    typed_task = opts.task_ if opts.typed & _TASK else None
+    typed_task = opts.task_ if any(declared(name).chooses_task for name in opts.typed) else None
     typed_step = opts.steps[0] if "step" in opts.typed else None
     manifest = content.get("manifest")
     if manifest is None:

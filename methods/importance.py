@@ -570,8 +570,13 @@ class Regularization(Method):
         """On with ``--regularizer``."""
         if opts.regularizer is None:
             return None
-        names = ("regularizer", "reg_alpha", "reg_no_normalize", "reg_iterations")
-        return cls({name: getattr(opts, name) for name in names}, opts.reg_importance)
+        own = {
+            "regularizer": opts.regularizer,
+            "reg_alpha": opts.reg_alpha,
+            "reg_no_normalize": opts.reg_no_normalize,
+            "reg_iterations": opts.reg_iterations,
+        }
+        return cls(own, opts.reg_importance)
 
     def begin_step(self, context: Context) -> None:
         """Take over the importances of the steps before."""

@@ -38,7 +38,10 @@ class UnknownClass(Method):
     def add_options(cls, parser: argparse._ActionsContainer) -> None:
         """``--unknown``."""
         parser.add_argument(
-            "--unknown", action="store_true", help="unknown class, heads of their own, frozen network (SSUL)"
+            "--unknown",
+            action="store_true",
+            role="network",
+            help="unknown class, heads of their own, frozen network (SSUL)",
         )
 
     @classmethod

@@ -15,22 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from argparser import build_parser
+from argparser import build_parser, declared
 from report.reading import Run
 from tasks import DATASETS, get_task
 from utils.errors import UserError
 
 JOINT = "offline"  # the task that learns all classes at once, to which every task is compared
 
-# Options that say where and how fast a run works, or which of several equal runs it is.
-_NOT_THE_METHODS = {
-    *("random_seed", "name", "date", "logdir", "checkpoint", "ckpt", "step_ckpt"),
-    *("step", "steps", "lrs", "resume", "test", "where_to_sim", "local_rank", "num_workers", "timeout"),
-    *("debug", "check_data", "skip_corrupt", "visualize", "sample_num", "print_interval", "val_interval"),
-    *("ckpt_interval", "ckpt_minutes", "compile", "grad_checkpointing", "method_file"),
-    *("predict", "out", "raw"),
-}
-_PATHS = ("data_root", "splits_dir", "pretrained_path", "task_file", "class_order")
 _SEED = re.compile(r"[_-](?:seed|s)?\d+$")
 
 
@@ -226,9 +217,10 @@ def deciding(options: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         options: of a run, or of one of its steps, as plain JSON types.
     """
-    kept = {name: value for name, value in {**_defaults(), **options}.items() if name not in _NOT_THE_METHODS}
+    everything = {**_defaults(), **options}
+    kept = {name: value for name, value in everything.items() if declared(name).tells_methods_apart}
     return {
-        name: os.path.normpath(value) if name in _PATHS and isinstance(value, str) else value
+        name: os.path.normpath(value) if declared(name).is_path and isinstance(value, str) else value
         for name, value in kept.items()
     }
 

@@ -241,7 +241,7 @@ def read_run(folder: Path) -> Run:
     options, steps = _facts(folder)
     match = _FOLDER.fullmatch(folder.name)
     named = match.groupdict() if match else {"task": "", "dataset": "", "name": folder.name}
-    dataset, task, name = (str(options.get(key, named[key])) for key in ("dataset", "task", "name"))
+    task, dataset, name = (str(options.get(key, text)) for key, text in named.items())
     known = _known_steps(dataset, task)
     results, courses, by_step = read_results(folder), _courses(folder), read_options_by_step(folder)
     taken_over: dict[int, str] = {}

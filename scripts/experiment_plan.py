@@ -12,23 +12,19 @@ from typing import Any
 
 import yaml
 
-from argparser import Options, build_parser, parse_options
+from argparser import Options, build_parser, declared, parse_options
 from runs.checkpoint import checkpoint_path
 from runs.history import read_options_by_step
 from tasks import Task
 from utils.errors import UserError
 from utils.files import given_path, read_text
+from utils.option_roles import Declaration
 from utils.option_types import SEEDS
 
 _KEYS = ("logdir", "processes", "gpus", "seeds", "tasks", "common", "step_0", "runs", "slurm")
-# What the runner gives to every command itself.
-_RESERVED = ("name", "step", "logdir", "random_seed", "step_ckpt", "ckpt", "test", "check_data", "checkpoint")
 # Entries of a run that are no options.
 _OF_A_RUN = ("from", "step_0", "tasks")
 _Key = tuple[str, str, int]  # name of a run, its task, its seed
-# Where data are may change, as for run.py itself; protocol only sums up other options.
-_NOT_COMPARED = ("data_root", "splits_dir", "protocol")
-_TASK_OPTIONS = ("dataset", "data_root", "task", "task_file", "class_order", "class_order_seed")
 
 
 @dataclass(frozen=True)
@@ -187,8 +183,8 @@ def _options(value: object, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected options of run.py, e.g. {{lr: 0.01}}, got {value!r}")
     options = {str(name).removeprefix("--"): entry for name, entry in value.items()}
-    for name in _RESERVED:
-        if name in options:
+    for name in options:
+        if declared(name).set_by_experiment:
             raise UserError(f"{where}: {name} is given by the experiment itself; leave it out")
     if not where.startswith("runs"):
         for name in _OF_A_RUN:
@@ -356,7 +352,7 @@ def _parsed(words: Sequence[str], where: str) -> Options:
 
 
 def _task(options: Mapping[str, Any], where: str) -> Task:
-    words = arguments({name: options[name] for name in _TASK_OPTIONS if name in options})
+    words = arguments({name: value for name, value in options.items() if declared(name).role == "data"})
     return _parsed(words, where).task_
 
 
@@ -425,7 +421,7 @@ def _check_step(run: Run, step: int, recorded: Mapping[str, Any], now: Mapping[s
     names = [
         name
         for name in sorted(then.keys() | wanted.keys())
-        if name not in _NOT_COMPARED and then.get(name) != wanted.get(name)
+        if is_compared(declared(name)) and then.get(name) != wanted.get(name)
     ]
     if names:
         was, says = (", ".join(_as_typed(name, of.get(name)) for name in names) for of in (then, wanted))
@@ -435,8 +431,17 @@ def _check_step(run: Run, step: int, recorded: Mapping[str, Any], now: Mapping[s
         )
 
 
+def is_compared(option: Declaration) -> bool:
+    """Whether an option that tells methods apart must be as it was; else only the place of the data moved.
+
+    What follows from options is compared by those.
+    """
+    return not option.says_where_data_are and not option.derived
+
+
 def _as_typed(name: str, value: Any) -> str:
     """An option as one types it; a flag that was not given with "no" before it."""
+    flag = declared(name).flag
     if value is None or (isinstance(value, bool) and value == build_parser().get_default(name)):
-        return f"no --{name}"
-    return shlex.join(arguments({name: True if value is False else value}))
+        return f"no {flag}"
+    return shlex.join(arguments({flag.removeprefix("--"): True if value is False else value}))

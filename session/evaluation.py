@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from argparser import Options
+from argparser import Options, declarations
 from dataset.incremental import IncrementalDataset, Substitute
 from dataset.loaders import Tolerance, choose_samples, make_eval_loader
 from dataset.step_data import EvaluationData
@@ -29,9 +29,6 @@ from utils.signals import StopRequest
 from utils.visualize import VOID, prediction_grid, write_samples
 
 log = logging.getLogger(__name__)
-
-# Options that change the numbers of a trained network.
-_EVALUATION = ("crop_val", "val_on_trainset", "test_scales", "test_flip", "fusion_mode", "fidelity")
 
 
 class Evaluation:
@@ -121,7 +118,11 @@ class Evaluation:
                 csv_name=f"{prefix}{opts.dataset}_{opts.task}_{opts.name}.csv",
                 confusion=metrics.confusion_matrix,
                 class_names=data.class_names,
-                evaluation={name: getattr(opts, name) for name in _EVALUATION if name in opts.typed},
+                evaluation={
+                    option.name: getattr(opts, option.name)
+                    for option in declarations()
+                    if option.is_named_with_results and option.name in opts.typed
+                },
             )
             log.info("results: %s", ", ".join(str(path) for path in written))
             with self._task_board() as board:

@@ -9,24 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from argparser import declared
 from runs.checkpoint import saved_options
-
-# Options that do not change what is learnt: where things are and what is shown or saved. How many images
-# make a batch, the learning rate of the step and the list of images are compared as such (``facts``).
-_INCIDENTAL = {
-    *("where_to_sim", "local_rank", "num_workers", "timeout", "debug", "skip_corrupt", "check_data"),
-    *("step", "steps", "lr", "lrs", "batch_size", "method", "method_file", "feat_dim", "net_pytorch"),
-    *("data_root", "splits_dir", "task", "task_file", "class_order", "class_order_seed"),
-    *("crop_val", "val_on_trainset", "unseen_label", "test", "test_scales", "test_flip", "fusion_mode"),
-    *("logdir", "name", "date", "checkpoint", "ckpt", "step_ckpt", "resume", "sample_num", "visualize"),
-    *("print_interval", "val_interval", "ckpt_interval", "ckpt_minutes", "compile", "grad_checkpointing"),
-    *("predict", "out", "raw"),
-}
-# With --keep best they decide which epoch is kept.
-_VALIDATION = {
-    *("val_interval", "crop_val", "val_on_trainset", "unseen_label"),
-    *("test_scales", "test_flip", "fusion_mode"),
-}
 
 
 @dataclass
@@ -103,8 +87,8 @@ def deciding_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
     With ``--keep best`` those of the validation are among them.
     """
-    incidental = _INCIDENTAL - _VALIDATION if options.get("keep") == "best" else _INCIDENTAL
-    return {name: value for name, value in options.items() if name not in incidental}
+    keep_best = options.get("keep") == "best"
+    return {name: value for name, value in options.items() if declared(name).must_agree_on_resume(keep_best)}
 
 
 def differences(
@@ -118,11 +102,12 @@ def differences(
         facts: this run's, by the words that the message shall use.
     """
     saved = saved_options(content)
-    found = [
-        f"--{name} {saved[name]}, now {options[name]}"
-        for name in sorted(saved.keys() & deciding_options(options).keys())
-        if saved[name] != options[name]
-    ]
+    found = []
+    for name in sorted(saved.keys() & deciding_options(options).keys()):
+        if saved[name] != options[name]:
+            option = declared(name)
+            was, now = option.as_typed(saved[name]), option.as_typed(options[name])
+            found.append(f"{option.flag} {was}, now {now}")
     known = content.get("facts", {})
     return found + [
         f"{name} {_short(known[name])}, now {_short(value)}"

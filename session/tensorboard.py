@@ -31,7 +31,7 @@ class RunLogger:
     Args:
         world: this process.
         run_dir: folder of the event files, made if missing.
-        enabled: False for ``--visualize``, which switches TensorBoard off.
+        enabled: False for ``--no_tensorboard``, which switches TensorBoard off.
         begins_at: where the curves begin or go on: TensorBoard hides what earlier files of the folder have
             from there on. None: it shows all.
     """
@@ -49,7 +49,7 @@ class RunLogger:
                 # Its queue needs a little shared memory.
                 full = error.errno == errno.ENOSPC and is_shared_memory_full()
                 remedy = SHARED_MEMORY_REMEDY if full else "choose another --logdir"
-                raise cannot_write(run_dir, error, f"{remedy}, or give --visualize") from error
+                raise cannot_write(run_dir, error, f"{remedy}, or give --no_tensorboard") from error
 
     def _open(self) -> SummaryWriter | None:
         """The writer, as long as its thread lives: to a dead one's queue this process would wait forever."""

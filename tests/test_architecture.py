@@ -9,6 +9,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+from argparser import build_parser
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # From the ground up; a room imports from its own floor's rooms only what the next table allows.
@@ -92,3 +94,28 @@ def test_no_circle_of_files() -> None:
 
     for name in known:
         visit(name)
+
+
+def option_names(node: ast.expr) -> Iterator[str]:
+    """Strings of a tuple, set or list, also of those within it."""
+    if isinstance(node, ast.Starred):
+        node = node.value
+    if isinstance(node, ast.Tuple | ast.Set | ast.List):
+        for element in node.elts:
+            yield from option_names(element)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value
+
+
+def test_no_list_of_options_beside_their_declaration() -> None:
+    """What an option means is declared with it; who needs to know asks for its role."""
+    known = build_parser().declared.keys()
+    lists = [
+        f"{path.relative_to(ROOT)}:{node.lineno} lists {', '.join(sorted(found))}"
+        for path in sources()
+        if path.name != "argparser.py"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Tuple | ast.Set | ast.List)
+        and len(found := known & set(option_names(node))) >= 3
+    ]
+    assert not lists, "\n".join(lists)

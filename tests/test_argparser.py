@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from argparser import build_parser, parse_options
+from argparser import build_parser, declarations, declared, parse_options
 from methods import METHODS
+from scripts import experiment_plan
 from utils.errors import UserError
+from utils.option_roles import Declaration
 from utils.option_types import Number
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -289,3 +292,85 @@ def test_what_the_released_programs_do_beside_their_options() -> None:
     with pytest.raises(UserError, match=r"--batch_size 1: .* --fix_bn with --fidelity paper"):
         parse_options(["--fix_bn", "--batch_size", "1", *released])
     parse_options(["--fix_bn", "--batch_size", "1"])
+
+
+# What the lists of the first version said of every option that it had, which the roles replace. By letters:
+QUESTIONS: dict[str, Callable[[Declaration], bool]] = {
+    "r": lambda option: option.must_agree_on_resume(keep_best=False),
+    "b": lambda option: option.must_agree_on_resume(keep_best=True),
+    "c": lambda option: option.comes_with_checkpoint,
+    "t": lambda option: option.chooses_task,
+    "m": lambda option: option.tells_methods_apart,
+    "p": lambda option: option.tells_methods_apart and option.is_path,
+    "x": lambda option: option.tells_methods_apart and experiment_plan.is_compared(option),
+    "g": lambda option: option.set_by_experiment,
+    "n": lambda option: option.is_named_with_results,
+}
+VERDICTS = {
+    "": (
+        "where_to_sim local_rank num_workers timeout grad_checkpointing compile debug predict out "
+        "raw date sample_num visualize print_interval ckpt_interval ckpt_minutes resume method_file "
+        "steps lrs"
+    ),
+    "rbcg": "random_seed",
+    "rbmx": (
+        "deterministic no_mask overlap data_masking void_label augmentation cross_val memory "
+        "no_pretrained fix_bn freeze init_balanced epochs lr_old momentum weight_decay lr_policy "
+        "lr_power min_lr lr_decay_step lr_decay_factor warmup opt_level accumulate keep bce unce "
+        "focal_loss focal_loss_gamma loss_kd unkd alpha kd_scheduling loss_de loss_de_maskedold "
+        "loss_de_cosine icarl icarl_importance icarl_disjoint icarl_bkg loss_CIL loss_de_prototypes "
+        "loss_fc lfc_sep_clust loss_de_prototypes_sumafter lfc_L2normalized lfc_nobgr lfc_orth_sep "
+        "lfc_orth_maxonly lfc_sep_clust_ison_proto loss_featspars lfs_normalization lfs_shrinkingfn "
+        "lfs_loss_fn_touse loss_SNNL pseudo threshold step_threshold pseudo_nb_bins "
+        "classif_adaptive_factor classif_adaptive_min_factor pod pod_factor pod_options pod_prepro "
+        "no_pod_schedule pod_apply pod_logits pod_large_logits spp_scales distill_object "
+        "distill_weight_args regularizer reg_importance reg_alpha reg_no_normalize reg_iterations"
+    ),
+    "cmp": "data_root",
+    "rbcmx": (
+        "dataset crop_size test_on_val model backbone output_stride norm_act pooling head decoder unknown"
+    ),
+    "tmx": "task class_order_seed",
+    "tmpx": "task_file class_order",
+    "g": "step check_data test ckpt logdir name checkpoint step_ckpt",
+    "bcmxn": "crop_val val_on_trainset",
+    "mp": "splits_dir",
+    "c": "skip_corrupt",
+    "mx": "net_pytorch feat_dim batch_size lr method",
+    "rbmpx": "pretrained_path",
+    "bcmx": "unseen_label",
+    "bmxn": "test_scales test_flip fusion_mode",
+    "b": "val_interval",
+    "rbcmxn": "fidelity",
+    "rbm": "protocol",
+}
+
+
+def test_roles_say_what_the_lists_of_the_first_version_said() -> None:
+    listed = {name: verdict for verdict, names in VERDICTS.items() for name in names.split()}
+    said = {
+        name: "".join(letter for letter, ask in QUESTIONS.items() if ask(declared(name))) for name in listed
+    }
+    assert said == listed
+
+
+def test_every_option_has_a_role() -> None:
+    parser = build_parser()
+    assert {action.dest for action in parser._actions} - {"help"} == parser.declared.keys()
+    assert {option.name for option in declarations()} == parser.declared.keys()
+    assert declared("no_such_option").role == "learning"
+
+
+def test_what_switches_something_off_says_so_and_keeps_its_published_name() -> None:
+    for honest, published in (
+        ("--whole_val", "crop_val"),
+        ("--no_tensorboard", "visualize"),
+        ("--mib_network", "net_pytorch"),
+    ):
+        assert declared(published).flag == honest
+        for typed in (honest, f"--{published}"):
+            opts = parse_options([typed])
+            assert getattr(opts, published) is False
+            assert published in opts.typed
+    off = [option for option in declarations() if option.switches_off]
+    assert [option.flag for option in off if option.flag == f"--{option.name}"] == []

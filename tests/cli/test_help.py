@@ -30,6 +30,9 @@ def test_help_fits_the_screen_and_shows_defaults() -> None:
         "--spp_scales N [N ...] grids of local POD (default: 1 2 4)",
         "--data_root PATH folder of the data set (default: data)",
         "--overlap, --overlapped overlapped protocol (default: disjoint)",
+        "--whole_val, --crop_val evaluate on whole images, one by one",
+        "--mib_network, --net_pytorch the network of MiB and PLOP",
+        "--no_tensorboard, --visualize write no TensorBoard file",
         "--unce unbiased cross entropy (MiB) --focal_loss",
     ):
         assert shown in text

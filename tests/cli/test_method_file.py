@@ -50,6 +50,11 @@ OWN_OPTION = """
     def add_options(cls, parser):
         parser.add_argument("--unce")
 """
+OWN_ROLE = """
+    @classmethod
+    def add_options(cls, parser):
+        parser.add_argument("--mine", role="sideways")
+"""
 
 
 @pytest.mark.parametrize(
@@ -79,6 +84,7 @@ def test_a_bad_file_is_refused(tmp_path: Path, text: str, said: str) -> None:
     [
         (METHOD + "PRESETS = {'FT2': {'loss_none': 1}}\n", "sets --loss_none, which is no option"),
         (METHOD + OWN_OPTION, "conflicting option string: --unce; rename the option"),
+        (METHOD + OWN_ROLE, "mine.py: --mine: role 'sideways' is none of network, data"),
         (None, "mine.py: is no Python file"),
     ],
 )

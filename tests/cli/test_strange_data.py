@@ -38,7 +38,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words(data: Path, logs: Path, *more: str) -> list[str]:
-    options = ["--dataset", "folder", "--data_root", str(data), "--task", "2-3", "--overlap", "--crop_val"]
+    options = ["--dataset", "folder", "--data_root", str(data), "--task", "2-3", "--overlap", "--whole_val"]
     small_scales = ["--test_scales", "0.25", "1"]
     return [*SMALL, *options, *small_scales, "--logdir", str(logs), "--name", "FT", "--method", "FT", *more]
 

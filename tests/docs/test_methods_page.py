@@ -12,6 +12,7 @@ import pytest
 
 from argparser import build_parser, parse_options
 from methods import METHODS, REGISTRY, preset
+from utils.option_roles import OptionParser
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
@@ -35,9 +36,9 @@ def named(text: str) -> list[list[str]]:
 
 
 def own_options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = OptionParser(add_help=False)
     for kind in REGISTRY:
-        kind.add_options(parser)
+        kind.add_options(parser.group(kind.__name__, role="learning"))
     return parser
 
 

@@ -440,7 +440,8 @@ def test_every_step_has_its_own_rate_and_flags_are_named_as_typed(
     rate, flag = capsys.readouterr().err.splitlines()
     assert "step 2 was trained with --lr 0.003, the file says --lr 0.004;" in rate
     assert (
-        "step 0 was trained with --crop_val, no --lr_old, the file says no --crop_val, --lr_old 0.5;" in flag
+        "step 0 was trained with --whole_val, no --lr_old, the file says no --whole_val, --lr_old 0.5;"
+        in flag
     )
 
 

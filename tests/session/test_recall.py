@@ -23,7 +23,7 @@ from utils.signals import Stopped
 
 SMALL = (
     "--dataset shapes --task 15-5 --overlap --backbone mobilenet_v2 --no_pretrained --crop_size 64 "
-    "--pooling 0 --batch_size 4 --num_workers 0 --visualize --where_to_sim CPU --epochs 1 --lr 0.01 "
+    "--pooling 0 --batch_size 4 --num_workers 0 --no_tensorboard --where_to_sim CPU --epochs 1 --lr 0.01 "
     "--method PLOP"
 )
 

@@ -52,6 +52,12 @@ def test_differences_name_what_matters() -> None:
     assert differences({"epoch": 3}, options, facts) == []  # a released checkpoint says nothing
 
 
+def test_a_flag_that_switches_off_is_named_as_it_is_typed() -> None:
+    saved = {"manifest": {"options": {"keep": "best", "crop_val": True}}}
+    assert differences(saved, {"keep": "best", "crop_val": False}, {}) == ["--whole_val False, now True"]
+    assert differences(saved, {"keep": "last", "crop_val": False}, {}) == ["--keep best, now last"]
+
+
 def test_restarted_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)

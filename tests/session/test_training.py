@@ -23,7 +23,7 @@ from utils.signals import Stopped
 BATCHES = 5  # of 8 of the 46 images of step 0
 SMALL = (
     "--dataset shapes --task 15-5 --overlap --step 0 --backbone mobilenet_v2 --no_pretrained --crop_size 64 "
-    "--pooling 0 --batch_size 8 --num_workers 0 --print_interval 1 --visualize --where_to_sim CPU"
+    "--pooling 0 --batch_size 8 --num_workers 0 --print_interval 1 --no_tensorboard --where_to_sim CPU"
 )
 Run = Callable[[str], int]
 
