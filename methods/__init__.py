@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from methods.base import Batch, Context, Method
+from methods.checks import check_built
 from methods.cil import CIL
 from methods.classification import Classification
 from methods.distillation import EncoderDistillation, OutputDistillation
@@ -52,26 +53,35 @@ _LOADED: set[Path] = set()
 
 
 def build_methods(opts: Any, step: int) -> dict[str, Method]:
-    """The methods that the options ask for at a step, by class name, in calling order."""
-    built = ((kind.__name__, kind.from_options(opts)) for kind in REGISTRY)
-    return {
-        name: method
-        for name, method in built
-        if method is not None and not (method.needs_teacher and step == 0)
-    }
+    """The methods that the options ask for at a step, by class name, in calling order.
+
+    Raises:
+        UserError: a class of a file of one's own returned something else.
+    """
+    methods: dict[str, Method] = {}
+    for kind in REGISTRY:
+        method = kind.from_options(opts)
+        check_built(kind, method)
+        if method is not None and not (method.needs_teacher and step == 0):
+            methods[kind.__name__] = method
+    return methods
 
 
-def load_method_file(path: Path) -> None:
+def load_method_file(path: Path) -> tuple[list[type[Method]], dict[str, dict[str, Any]]]:
     """Add the methods and presets of a Python file of one's own (``--method_file``); twice is once.
+
+    Returns:
+        What was added: methods, and presets by name.
 
     Raises:
         UserError: the file cannot be run or its methods do not fit beside the others.
     """
     resolved = path.resolve()
     if resolved in _LOADED:
-        return
+        return [], {}
     kinds, presets = read_method_file(resolved, taken={kind.__name__ for kind in REGISTRY})
     for name, options in presets.items():
         add_preset(name, options, source=resolved)
     REGISTRY.extend(kinds)
     _LOADED.add(resolved)
+    return kinds, presets

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LinearLR, LRScheduler, PolynomialLR, Sequen
 
 from argparser import Options
 from methods import Method
+from methods.checks import checked_factor
 from utils.errors import UserError
 
 WARMUP_FROM = 1e-3  # share of the poly curve that SSUL's warm-up begins with
@@ -131,7 +132,9 @@ def make_optimizer(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        factor = math.prod(method.lr_factor(name) for method in methods.values())
+        factor = math.prod(
+            checked_factor(method, "lr_factor", name, method.lr_factor(name)) for method in methods.values()
+        )
         if opts.lr_old is not None and name.startswith("cls.") and not name.startswith(newest):
             factor *= opts.lr_old
         groups.setdefault(factor, []).append(parameter)

@@ -19,7 +19,8 @@ from dataset.loaders import EpochSampler, Loader, Tolerance, make_train_loader
 from dataset.splits import list_digest
 from dataset.step_data import StepData, step_data
 from methods import Context
-from runs.checkpoint import make_manifest, save_checkpoint
+from methods.checks import fault
+from runs.checkpoint import check_loadable, make_manifest, save_checkpoint
 from runs.history import History
 from segmentation_module import load_state
 from session.evaluation import Evaluation
@@ -145,6 +146,7 @@ class StepTraining:
         )
         opened.callback(self.history.close)
         self._last_save = time.monotonic()
+        self._states_checked = False  # whether the methods' states were found savable after a batch
 
     @property
     def model(self) -> nn.Module:
@@ -331,8 +333,7 @@ class StepTraining:
             progress.best = max(progress.best, score)
         elif self._best is None or not score <= progress.best:  # NaN, where nothing is labelled: the latest
             progress.best = score
-            methods = {name: method.state_dict() for name, method in self.trainer.methods.items()}
-            state = {"model_state": self.model.state_dict(), "method_state": methods}
+            state = {"model_state": self.model.state_dict(), "method_state": self._method_states()}
             self._best = {"epoch": progress.epoch, **map_tensors(_copied, state)}
 
     def _choose(self) -> None:
@@ -415,6 +416,9 @@ class StepTraining:
     def _after_batch(self, position: int) -> None:
         """Save where ``--ckpt_minutes`` are over, save and end where a signal came; all processes alike."""
         self.progress.batch = position
+        if not self._states_checked:
+            self._method_states()  # what cannot be saved is told now rather than after an epoch
+            self._states_checked = True
         ballot = _END if self.stop else _SAVE if self._save_is_due() else _GO_ON
         decision = self.vote.cast(ballot)
         if decision == _GO_ON:
@@ -441,12 +445,11 @@ class StepTraining:
             for reasons in distributed.gather_objects(self.tolerance.reasons):
                 self.tolerance.note(reasons)
             self.progress.unreadable = set(self.tolerance.reasons)
-        trained = self.trainer.methods
-        methods = {name: method.state_dict() for name, method in trained.items()}
+        methods = self._method_states()
         # On the CPU: a pickled CUDA tensor comes back on the GPU that it left, in every process.
         local = {
             name: map_tensors(Tensor.cpu, methods[name])
-            for name, m in trained.items()
+            for name, m in self.trainer.methods.items()
             if m.differs_between_processes
         }
         gathered = {
@@ -461,6 +464,26 @@ class StepTraining:
                 )
         self._saved = self.progress.epoch, self.progress.batch
         self._last_save = time.monotonic()
+
+    def _method_states(self) -> dict[str, dict[str, Any]]:
+        """States of the methods, by name.
+
+        Raises:
+            UserError: a method's state is something that a checkpoint cannot hold.
+        """
+        states = {name: method.state_dict() for name, method in self.trainer.methods.items()}
+        for name, state in states.items():
+            method = self.trainer.methods[name]
+            if not isinstance(state, dict):
+                raise fault(
+                    method, "state_dict", f"returned a {type(state).__name__}; return a dict, {{}} for none"
+                )
+            try:
+                check_loadable(state, "state")
+            except TypeError as error:
+                remedy = "use tensors, numbers, strings, lists and dicts"
+                raise fault(method, "state_dict", f"{error}; {remedy}") from error
+        return states
 
     def _content(self) -> dict[str, Any]:
         """What the first process puts into the checkpoint on its own."""
