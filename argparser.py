@@ -527,7 +527,7 @@ def _parser_for(argv: Sequence[str]) -> argparse.ArgumentParser:
     actions = {action.dest: action for action in parser._actions}
     for preset_name, options in presets.items():
         for name, value in options.items():
-            if reason := preset_fault(actions.get(name), value):
+            if name != "extends" and (reason := preset_fault(actions.get(name), value)):
                 raise UserError(
                     f"--method_file {path}: PRESETS['{preset_name}']: --{name} {value!r}: {reason}"
                 )

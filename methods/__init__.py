@@ -19,6 +19,7 @@ from methods.pseudo_labels import PseudoLabels
 from methods.sats import AttentionTransfer
 from methods.sdr import FeatureSparsity, PrototypeLearning, SoftNearestNeighbours
 from methods.ssul import UnknownClass
+from utils.errors import UserError
 
 # A method of the package is one file and one line here, and a preset if it has a name of its own. A method of
 # one's own is one file anywhere: --method_file adds it to the list.
@@ -56,7 +57,8 @@ def build_methods(opts: Any, step: int) -> dict[str, Method]:
     """The methods that the options ask for at a step, by class name, in calling order.
 
     Raises:
-        UserError: a class of a file of one's own returned something else.
+        UserError: a class of a file of one's own returned something else, or two methods bring the
+            classification loss.
     """
     methods: dict[str, Method] = {}
     for kind in REGISTRY:
@@ -64,6 +66,14 @@ def build_methods(opts: Any, step: int) -> dict[str, Method]:
         check_built(kind, method)
         if method is not None and not (method.needs_teacher and step == 0):
             methods[kind.__name__] = method
+    replacing = [name for name, method in methods.items() if method.replaces_classification]
+    if len(replacing) > 1:
+        raise UserError(
+            f"{' and '.join(replacing)} each bring the classification loss (replaces_classification); "
+            "leave one of them off"
+        )
+    if replacing:
+        methods.pop(Classification.__name__, None)
     return methods
 
 

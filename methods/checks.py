@@ -20,6 +20,8 @@ from utils.option_types import Parser
 _PUBLIC = {name for name in (*vars(Method), *Method.__annotations__) if not name.startswith("_")}
 _HOOKS = {name for name in _PUBLIC if callable(getattr(Method, name, None))}
 _NEAR = 0.75  # similarity from which a name is taken for a misspelt hook: "loss" and "penalties" are
+_NAME_SETS = ("needs", "teacher_needs")
+_RENAMED = {"resume": "load_state_dict, and what load_state_dict did is now from_previous_step"}
 _MISSING = object()  # default of an option that was given none
 
 
@@ -53,6 +55,8 @@ def check_class(kind: type[Method]) -> None:
         if not name.startswith("_")
     }
     for name in sorted(written - _PUBLIC):
+        if name in _RENAMED:
+            raise fault(kind, name, f"is now called {_RENAMED[name]}")
         if near := difflib.get_close_matches(name, _PUBLIC, n=1, cutoff=_NEAR):
             raise fault(kind, name, f"is no hook; did you mean {near[0]}? If not, rename it, e.g. to _{name}")
     if "from_options" not in written:
@@ -61,8 +65,9 @@ def check_class(kind: type[Method]) -> None:
         )
     for name in sorted(written & _HOOKS):
         _check_signature(kind, name)
-    if isinstance(kind.needs, str):
-        check_names(kind, "needs", kind.needs)
+    for name in _NAME_SETS:
+        if isinstance(value := getattr(kind, name), str):
+            check_names(kind, name, value)
     check_options(kind)
 
 
@@ -178,7 +183,9 @@ def check_built(kind: type[Method], method: object) -> None:
         raise fault(
             kind, "from_options", f"returned {shown(method)}; return a {kind.__name__}, or None for off"
         )
-    check_names(method, "needs", method.needs)
+    for name in _NAME_SETS:
+        if (value := getattr(method, name)) is not None:
+            check_names(method, name, value)
 
 
 def check_names(owner: Method | type[Method], attribute: str, value: object) -> None:
@@ -208,7 +215,7 @@ def call_hook(method: Method, hook: str, *arguments: Any) -> None:
 
 
 def checked_factor(method: Method, hook: str, parameter: str, factor: object) -> float:
-    """A factor on a weight's learning rate.
+    """A factor on a weight's learning rate or weight decay.
 
     Raises:
         UserError: it is no number, negative or not finite.

@@ -103,12 +103,14 @@ class StepTraining:
         self.context: Context = networks.context
         self.context.batches = self._training_pass
         self.context.recall = Recall(folder, world, step, self._origin)
+        self.updates_per_epoch = math.ceil(self.sampler.batches_per_epoch / opts.accumulate)
+        updates = opts.epochs * self.updates_per_epoch
+        self.context.epochs, self.context.updates, self.context.lr = opts.epochs, updates, lr
         networks.begin()
         if begun is not None:
             networks.restore(begun.content)
         forward, optimizer = networks.wrapped(), networks.optimizer(lr)
-        self.updates_per_epoch = math.ceil(self.sampler.batches_per_epoch / opts.accumulate)
-        self.scheduler = schedule(opts, optimizer, opts.epochs * self.updates_per_epoch)
+        self.scheduler = schedule(opts, optimizer, updates)
         self.trainer = Trainer(
             self.context,
             networks.methods,

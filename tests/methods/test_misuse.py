@@ -129,6 +129,15 @@ HOOKS = {
         "def begin_steps(self, context): pass",
         "Mine.begin_steps: is no hook; did you mean begin_step?",
     ),
+    "a hook of the first version": (
+        "def resume(self, state): pass",
+        "Mine.resume: is now called load_state_dict, and what load_state_dict did is now from_previous_step",
+    ),
+    "no weight decay": (
+        "def weight_decay_factor(self, parameter): pass",
+        "Mine.weight_decay_factor: returned None for cls.0.weight",
+    ),
+    "teacher_needs as a string": ("teacher_needs = 'body'", "Mine.teacher_needs: must be a set of names"),
     "need": ("need = frozenset({'body'})", "Mine.need: is no hook; did you mean needs?"),
     "needs as a string": (
         "needs = 'pre_logits'",
