@@ -194,6 +194,15 @@ class Method:
         """
         return {}
 
+    def end_step(self, context: Context) -> None:
+        """Finish a step: called once, after the last batch, before the last checkpoint and the evaluation.
+
+        It may change the weights of ``context.model``, which is in evaluation mode, and pass over
+        ``context.batches()``. Every process calls it and then takes over the first one's weights. A run that
+        was killed before the last checkpoint was written calls it again, on the weights that it trained anew;
+        one that was killed later does not. With ``--keep best`` the weights are those of the best epoch.
+        """
+
     def state_dict(self) -> dict[str, Any]:
         """State that the next step or a resumed run needs; tensors, numbers, strings, lists and dicts."""
         return {}

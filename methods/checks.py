@@ -57,7 +57,9 @@ def check_class(kind: type[Method]) -> None:
     for name in sorted(written - _PUBLIC):
         if name in _RENAMED:
             raise fault(kind, name, f"is now called {_RENAMED[name]}")
-        if near := difflib.get_close_matches(name, _PUBLIC, n=1, cutoff=_NEAR):
+        # A value is near an attribute's name, a function near a hook's: "factor" may hold a number.
+        alike = _HOOKS if callable(getattr(kind, name)) else _PUBLIC - _HOOKS
+        if near := difflib.get_close_matches(name, alike, n=1, cutoff=_NEAR):
             raise fault(kind, name, f"is no hook; did you mean {near[0]}? If not, rename it, e.g. to _{name}")
     if "from_options" not in written:
         raise fault(

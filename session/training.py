@@ -18,8 +18,8 @@ from argparser import Options
 from dataset.loaders import EpochSampler, Loader, Tolerance, make_train_loader
 from dataset.splits import list_digest
 from dataset.step_data import StepData, step_data
-from methods import Context
-from methods.checks import fault
+from methods import Context, Method
+from methods.checks import call_hook, fault
 from runs.checkpoint import check_loadable, make_manifest, save_checkpoint
 from runs.history import History
 from segmentation_module import load_state
@@ -28,7 +28,15 @@ from session.folder import Begun, RunFolder
 from session.networks import StepNetworks
 from session.optimizer import advance, load_optimizer, schedule, take_momentum, weight_names
 from session.recall import Recall, weights_digest
-from session.resume import Progress, deciding_options, has_same_batches, is_within_epoch, job_id, rng_of_rank
+from session.resume import (
+    Progress,
+    deciding_options,
+    has_same_batches,
+    is_trained,
+    is_within_epoch,
+    job_id,
+    rng_of_rank,
+)
 from session.tensorboard import RunLogger
 from train import NonFiniteLoss, Precision, Trainer, map_tensors, to_device
 from utils import distributed
@@ -125,7 +133,8 @@ class StepTraining:
         self._rng: dict[str, Tensor] | None = None
         self._saved: tuple[int, int] | None = None  # epoch and batch of the checkpoint on the disk
         self._best: dict[str, Any] | None = None  # with --keep best: the best epoch so far and its states
-        self._chosen = opts.keep == "last"  # whether the weights in the model are the step's result
+        self._chosen = opts.keep == "last"  # whether the weights in the model are those of the kept epoch
+        self._ended = False  # whether the methods' ``end_step`` was called on them
         if begun is not None:
             self._go_on(begun)
         self._check_rate()
@@ -209,7 +218,11 @@ class StepTraining:
     def _training_pass(self) -> Iterator[tuple[Tensor, Tensor]]:
         """This step's training batches once, as epoch 0 draws them."""
         self.sampler.set_epoch(0)
-        for images, targets, *_ in self.loader:
+        rng = rng_state(self.world.device)
+        for position, (images, targets, *_) in enumerate(self.loader):
+            if position == 0:
+                # A loader that starts draws a number, one that runs already does not.
+                set_rng_state(rng, self.world.device)
             yield to_device(images, self.world.device), targets.to(self.world.device).long()
 
     def _origin(self) -> dict[str, Any]:
@@ -248,6 +261,7 @@ class StepTraining:
         self._saved = (progress.epoch, progress.batch) if begun.own else None
         self._best = content.get("best")
         self._chosen = self._chosen or "kept_epoch" in content
+        self._ended = is_trained(content, self.opts.epochs)
         log.info(
             "step %d goes on at epoch %d of %d, after batch %d of %d",
             self.step,
@@ -313,10 +327,14 @@ class StepTraining:
             if epoch > progress.epoch:
                 progress.epoch, progress.batch = epoch, 0
             last = epoch + 1 == opts.epochs
-            if progress.batch < batches:
+            trains = progress.batch < batches
+            if trains:
                 self._train_epoch()
-                if last or (epoch + 1) % opts.ckpt_interval == 0:
-                    self._save()
+            if last and self._chosen and not self._ended:
+                self._end_step()
+                self._save()
+            elif trains and (last or (epoch + 1) % opts.ckpt_interval == 0):
+                self._save()
             validates = not self._chosen if last else (epoch + 1) % opts.val_interval == 0
             if validates:
                 try:
@@ -346,13 +364,37 @@ class StepTraining:
         best = self._best
         assert best is not None  # the last epoch is always validated
         load_state(self.model, best["model_state"])
+        method_state = best["method_state"]
         self._chosen = True
+        if self._ends_step:
+            for name, method in self.trainer.methods.items():
+                call_hook(method, "load_state_dict", method_state[name])
+            self._end_step()
+            method_state = self._method_states()
+        self._ended = True
         with distributed.shared_errors():
             if self.world.is_main:
-                kept = {"method_state": best["method_state"], "kept_epoch": best["epoch"]}
+                kept = {"method_state": method_state, "kept_epoch": best["epoch"]}
                 save_checkpoint(self.folder.checkpoint(self.step), {**self._content(), **kept})
         shown = best["epoch"] + 1, 100 * self.progress.best
         log.info("step %d keeps the weights of epoch %d: validation mIoU %.2f %%", self.step, *shown)
+
+    @property
+    def _ends_step(self) -> bool:
+        """Whether a method has an ``end_step``."""
+        return any(type(m).end_step is not Method.end_step for m in self.trainer.methods.values())
+
+    def _end_step(self) -> None:
+        """Let the methods finish the step; what they draw is the same in a resumed run."""
+        self._ended = True
+        if not self._ends_step:
+            return
+        torch.manual_seed(self.opts.random_seed + self.step)
+        self.model.eval()
+        for method in self.trainer.methods.values():
+            call_hook(method, "end_step", self.context)
+        distributed.broadcast_weights(self.model)
+        _check_finite(self.model)
 
     def _train_epoch(self) -> None:
         """Train the rest of the epoch under way."""
@@ -492,6 +534,7 @@ class StepTraining:
         return {
             **self.progress.state(),
             "batches_per_epoch": self.sampler.batches_per_epoch,
+            "ended": self._ended or not self._ends_step,
             "model_state": self.model.state_dict(),
             "facts": self.facts,
             "job": job_id(),

@@ -225,7 +225,7 @@ def test_a_wrong_file_is_told_when_it_is_loaded(file: Path, name: str) -> None:
 
 def test_what_is_right_is_let_through(file: Path) -> None:
     file.write_text(
-        "from methods import Method\nclass _Base(Method):\n    weight = 1.0\n"
+        "from methods import Method\nclass _Base(Method):\n    weight = 1.0\n    factor = 1.0\n"
         + HEAD.replace("Mine(Method)", "Mine(_Base)")
         + "    needs = {'body'}\n\n    def losses(self, batch):\n"
         + "        return {'mine': batch.outputs.mean() * self.weight}\n"
