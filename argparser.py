@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from methods import METHODS, REGISTRY, Method, load_method_file, preset
+from methods.checks import fault, options_of, preset_fault
 from methods.presets import FAMILY_PLOP, preset_note, released_ssul_options
 from tasks import Task, get_task, read_class_order
 from utils.errors import UserError
@@ -106,7 +107,10 @@ def _method(word: str) -> str:
     by_lower = {name.lower(): name for name in METHODS}
     if word.lower() not in by_lower:
         hint = _nearest(word.lower(), list(by_lower)) or f"; known methods: {', '.join(METHODS)}"
-        raise argparse.ArgumentTypeError(f"unknown method '{word}'{hint}")
+        raise argparse.ArgumentTypeError(
+            f"unknown method '{word}': no preset of that name; a file of your own is given with "
+            f"--method_file{hint}"
+        )
     return by_lower[word.lower()]
 
 
@@ -762,13 +766,28 @@ def _parser_for(argv: Sequence[str]) -> OptionParser:
     path = first.parse_known_args(argv)[0].method_file
     if path is None:
         return build_parser()
-    load_method_file(path)
+    taken = {action.dest for action in build_parser()._actions} | set(Options.__annotations__)
+    kinds, presets = load_method_file(path)
     try:
-        return build_parser()
+        parser = build_parser()
     except argparse.ArgumentError as error:
         raise UserError(f"--method_file {path}: {error}; rename the option") from error
     except UserError as error:
         raise UserError(f"--method_file {path}: {error}") from error
+    for kind in kinds:
+        for action in options_of(kind):
+            if action.dest in taken:
+                name = action.option_strings[0]
+                what = f"{name} sets opts.{action.dest}, which has a meaning already; rename the option"
+                raise fault(kind, "add_options", what)
+    actions = {action.dest: action for action in parser._actions}
+    for preset_name, options in presets.items():
+        for name, value in options.items():
+            if name != "extends" and (reason := preset_fault(actions.get(name), value)):
+                raise UserError(
+                    f"--method_file {path}: PRESETS['{preset_name}']: --{name} {value!r}: {reason}"
+                )
+    return parser
 
 
 def _task(opts: Options) -> Task:
@@ -827,8 +846,6 @@ def _apply_preset(opts: Options) -> None:
     if opts.fidelity == "released" and (opts.unknown or chosen.get("unknown")):
         chosen.update(released_ssul_options(opts))
     for name, value in chosen.items():
-        if not hasattr(opts, name):
-            raise UserError(f"--method {opts.method} sets --{name}, which is no option; mend its preset")
         if name in opts.typed:
             if getattr(opts, name) != value:
                 typed = getattr(opts, name)

@@ -23,6 +23,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from dataset.transforms import normalize
 from methods.base import Batch, Context, Method
+from methods.checks import LossTerms, call_hook
 from metrics.stream_metrics import StreamSegMetrics
 from utils.distributed import unwrap
 from utils.errors import Fault, UserError
@@ -161,6 +162,7 @@ class Trainer:
         self.teacher = context.model_old if any(m.uses_teacher for m in methods.values()) else None
         self.precision = precision or Precision("O0", context.device)
         self.accumulate = accumulate
+        self._loss_terms = LossTerms()
         if compile:
             self.model = compiled(self.model)
             self.teacher = None if self.teacher is None else compiled(self.teacher)
@@ -268,12 +270,17 @@ class Trainer:
         batch = self._forward(images, targets, extras or {}, epoch)
         with self.precision.losses():
             for method in self.methods.values():
-                method.observe(batch)
+                call_hook(method, "observe", batch)
             for method in self.methods.values():
-                method.relabel(batch)
+                call_hook(method, "relabel", batch)
             terms: dict[str, Tensor] = {}
             for method in self.methods.values():
-                terms.update(method.losses(batch))
+                self._loss_terms.add(terms, method, "losses", method.losses(batch))
+        if not terms:
+            raise UserError(
+                f"step {self.context.step}: no method returned a loss ({', '.join(self.methods)}); "
+                "nothing can be learnt"
+            )
         total = torch.stack([term.float() for term in terms.values()]).sum()
         self.precision.scaler.scale(total / share).backward()
         terms["total"] = total
@@ -284,10 +291,10 @@ class Trainer:
         self.precision.scaler.unscale_(self.optimizer)
         if self._gradients_are_finite():
             for method in self.methods.values():
-                method.after_backward()
+                call_hook(method, "after_backward")
         penalties: dict[str, Tensor] = {}
         for method in self.methods.values():
-            penalties.update(method.penalty())
+            self._loss_terms.add(penalties, method, "penalty", method.penalty())
         for penalty in penalties.values():
             if penalty.requires_grad:  # else a constant, or the method added its gradient itself
                 penalty.backward()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from methods.base import Batch, Context, Method
+from methods.checks import check_built
 from methods.cil import CIL
 from methods.classification import Classification
 from methods.distillation import EncoderDistillation, OutputDistillation
@@ -18,6 +19,7 @@ from methods.pseudo_labels import PseudoLabels
 from methods.sats import AttentionTransfer
 from methods.sdr import FeatureSparsity, PrototypeLearning, SoftNearestNeighbours
 from methods.ssul import UnknownClass
+from utils.errors import UserError
 
 # A method of the package is one file and one line here, and a preset if it has a name of its own. A method of
 # one's own is one file anywhere: --method_file adds it to the list.
@@ -52,26 +54,44 @@ _LOADED: set[Path] = set()
 
 
 def build_methods(opts: Any, step: int) -> dict[str, Method]:
-    """The methods that the options ask for at a step, by class name, in calling order."""
-    built = ((kind.__name__, kind.from_options(opts)) for kind in REGISTRY)
-    return {
-        name: method
-        for name, method in built
-        if method is not None and not (method.needs_teacher and step == 0)
-    }
+    """The methods that the options ask for at a step, by class name, in calling order.
+
+    Raises:
+        UserError: a class of a file of one's own returned something else, or two methods bring the
+            classification loss.
+    """
+    methods: dict[str, Method] = {}
+    for kind in REGISTRY:
+        method = kind.from_options(opts)
+        check_built(kind, method)
+        if method is not None and not (method.needs_teacher and step == 0):
+            methods[kind.__name__] = method
+    replacing = [name for name, method in methods.items() if method.replaces_classification]
+    if len(replacing) > 1:
+        raise UserError(
+            f"{' and '.join(replacing)} each bring the classification loss (replaces_classification); "
+            "leave one of them off"
+        )
+    if replacing:
+        methods.pop(Classification.__name__, None)
+    return methods
 
 
-def load_method_file(path: Path) -> None:
+def load_method_file(path: Path) -> tuple[list[type[Method]], dict[str, dict[str, Any]]]:
     """Add the methods and presets of a Python file of one's own (``--method_file``); twice is once.
+
+    Returns:
+        What was added: methods, and presets by name.
 
     Raises:
         UserError: the file cannot be run or its methods do not fit beside the others.
     """
     resolved = path.resolve()
     if resolved in _LOADED:
-        return
+        return [], {}
     kinds, presets = read_method_file(resolved, taken={kind.__name__ for kind in REGISTRY})
     for name, options in presets.items():
         add_preset(name, options, source=resolved)
     REGISTRY.extend(kinds)
     _LOADED.add(resolved)
+    return kinds, presets

@@ -81,6 +81,9 @@ class Context:
             The networks, the training images in their order and all options are compared anyway;
             ``inputs`` is a JSON-like dict of what else counts.
         autocast: makes the context in which the loop runs the networks (``Precision.network``).
+        epochs: epochs of the step.
+        updates: optimiser steps of the step.
+        lr: learning rate that the step begins with, before any factor or warm-up.
     """
 
     task: Task
@@ -96,6 +99,9 @@ class Context:
         lambda name, inputs, compute: compute()
     )
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    epochs: int = 1
+    updates: int = 1
+    lr: float = 0.0
 
     @property
     def classes_per_step(self) -> list[int]:
@@ -113,24 +119,37 @@ class Context:
         return sum(self.classes_per_step[:-1])
 
 
+def needs_of_teacher(method: Method) -> frozenset[str]:
+    """The intermediates of the teacher that a method reads."""
+    if method.teacher_needs is not None:
+        return frozenset(method.teacher_needs)
+    return frozenset(method.needs) if method.needs_teacher else frozenset()
+
+
 class Method:
     """One idea against forgetting. Subclasses name what they need and fill in the hooks they use.
 
     Attributes:
-        needs: intermediates of the student and of the teacher; they are computed only if asked for.
+        needs: intermediates of the student; they are computed only if asked for.
         needs_teacher: the method compares with the previous step's network. Such a method is left out
             at step 0.
+        teacher_needs: intermediates of the teacher. Naming one means that its forward pass is run, where
+            there is a teacher. None: those of ``needs`` if ``needs_teacher``, else none.
+        replaces_classification: the method brings the classification loss itself, so that
+            ``Classification`` is left out at every step at which this method takes part.
         differs_between_processes: its state is not the same in every process, so each saves its own.
     """
 
     needs: frozenset[str] = frozenset()
     needs_teacher: bool = False
+    teacher_needs: frozenset[str] | None = None
+    replaces_classification: bool = False
     differs_between_processes: bool = False
 
     @property
     def uses_teacher(self) -> bool:
         """Whether the teacher's forward pass is needed for this method."""
-        return self.needs_teacher
+        return self.needs_teacher or bool(self.teacher_needs)
 
     @classmethod
     def add_options(cls, parser: argparse._ActionsContainer) -> None:
@@ -141,11 +160,18 @@ class Method:
         """The method as the options ask for it, None where they leave it off."""
         raise NotImplementedError
 
+    def from_previous_step(self, state: dict[str, Any]) -> None:
+        """Take over what the step before saved (``state_dict``), before ``begin_step``."""
+
     def begin_step(self, context: Context) -> None:
         """Prepare for a step: called once, after the network was grown, before the optimiser is made."""
 
     def lr_factor(self, parameter: str) -> float:
         """Factor on the learning rate of the named parameter of the student."""
+        return 1.0
+
+    def weight_decay_factor(self, parameter: str) -> float:
+        """Factor on the weight decay of the named parameter of the student."""
         return 1.0
 
     def observe(self, batch: Batch) -> None:
@@ -168,12 +194,18 @@ class Method:
         """
         return {}
 
+    def end_step(self, context: Context) -> None:
+        """Finish a step: called once, after the last batch, before the last checkpoint and the evaluation.
+
+        It may change the weights of ``context.model``, which is in evaluation mode, and pass over
+        ``context.batches()``. Every process calls it and then takes over the first one's weights. A run that
+        was killed before the last checkpoint was written calls it again, on the weights that it trained anew;
+        one that was killed later does not. With ``--keep best`` the weights are those of the best epoch.
+        """
+
     def state_dict(self) -> dict[str, Any]:
         """State that the next step or a resumed run needs; tensors, numbers, strings, lists and dicts."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of the previous step (before ``begin_step``)."""
-
-    def resume(self, state: dict[str, Any]) -> None:
-        """Go on where an interrupted run of this step stood (after ``begin_step``)."""
+        """Take over the state of an interrupted run of this step (after ``begin_step``)."""

@@ -19,11 +19,8 @@ class Classification(Method):
     in all four released programs.
     """
 
-    def __init__(
-        self, kind: str = "ce", *, alpha: float = 1.0, gamma: float = 2.0, only_at_step_0: bool = False
-    ) -> None:
+    def __init__(self, kind: str = "ce", *, alpha: float = 1.0, gamma: float = 2.0) -> None:
         self.kind = kind
-        self.only_at_step_0 = only_at_step_0
         self.alpha = alpha
         self.gamma = gamma
         self.criterion: nn.Module = nn.CrossEntropyLoss(ignore_index=255, reduction="none")
@@ -39,10 +36,8 @@ class Classification(Method):
         )
 
     @classmethod
-    def from_options(cls, opts: Any) -> Classification | None:
-        """Always on, unless a method brings a classification loss of its own (SSUL; iCaRL disjoint)."""
-        if opts.unknown:
-            return None
+    def from_options(cls, opts: Any) -> Classification:
+        """Always on; left out where another method brings the loss (``replaces_classification``)."""
         if opts.bce or opts.icarl:
             kind = "bce"
         elif opts.unce:
@@ -51,8 +46,7 @@ class Classification(Method):
             kind = "focal"
         else:
             kind = "ce"
-        disjoint = opts.icarl and opts.icarl_disjoint
-        return cls(kind, alpha=opts.alpha, gamma=opts.focal_loss_gamma, only_at_step_0=disjoint)
+        return cls(kind, alpha=opts.alpha, gamma=opts.focal_loss_gamma)
 
     def begin_step(self, context: Context) -> None:
         """Choose the criterion: the unbiased form needs old classes."""
@@ -69,8 +63,6 @@ class Classification(Method):
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Mean over all pixels of the weighted map."""
-        if self.only_at_step_0 and batch.incremental_step > 0:
-            return {}
         loss = self.criterion(batch.outputs, batch.targets)
         if batch.pixel_weights is not None:
             loss = loss * batch.pixel_weights

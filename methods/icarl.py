@@ -24,6 +24,7 @@ class ICaRL(Method):
 
     def __init__(self, importance: float, *, disjoint: bool = False, bkg: bool = False) -> None:
         self.importance = importance
+        self.replaces_classification = disjoint
         self.disjoint = IcarlLoss(reduction="mean", bkg=bkg) if disjoint else None
 
     @classmethod

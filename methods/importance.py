@@ -601,10 +601,10 @@ class Regularization(Method):
         """The regularizer's own state."""
         return self.regularizer.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def from_previous_step(self, state: dict[str, Any]) -> None:
         """Kept until ``begin_step`` knows the network."""
         self.state = state
 
-    def resume(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """The regularizer's running values; what it penalises stays that of the step before."""
         self.regularizer.load_state_dict(state)

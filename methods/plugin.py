@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from methods.base import Method
+from methods.checks import check_class
 from utils.errors import UserError
 
 
@@ -38,6 +39,12 @@ def read_method_file(
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__
     ]
+    # What others of the file extend and what cannot be built by itself is a base class.
+    kinds = [
+        kind
+        for kind in kinds
+        if "from_options" in vars(kind) or not any(k is not kind and issubclass(k, kind) for k in kinds)
+    ]
     if not kinds:
         raise UserError(f"--method_file {path}: defines no subclass of methods.Method")
     for kind in kinds:
@@ -45,6 +52,7 @@ def read_method_file(
             raise UserError(
                 f"--method_file {path}: there is a method {kind.__name__} already; rename the class"
             )
+        check_class(kind)
     presets = getattr(module, "PRESETS", {})
     if not isinstance(presets, dict) or not all(isinstance(options, dict) for options in presets.values()):
         raise UserError(

@@ -46,7 +46,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         **FAMILY_PLOP,
     },
     "SSUL": {"unknown": True, "threshold": 0.7, "memory": 0, **FAMILY_PLOP},
-    "SSUL-M": {"unknown": True, "threshold": 0.7, "memory": 100, **FAMILY_PLOP},
+    "SSUL-M": {"extends": "SSUL", "memory": 100},
     "SATS": {
         "distill_object": "sats-selfattn",
         "distill_weight_args": 20.0,
@@ -58,16 +58,15 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "init_balanced": True,
         **FAMILY_PLOP,
     },
-    "SATS-M": {},
+    "SATS-M": {"extends": "SATS", "memory": 100},
 }
-_PRESETS["SATS-M"] = {**_PRESETS["SATS"], "memory": 100}
 
 METHODS = list(_PRESETS)
 
 # What a release does beside its preset, and the papers do not name.
 _WHEN_RELEASED: dict[str, dict[str, Any]] = {
-    **{name: {"keep": "best"} for name in ("SATS", "SATS-M")},
-    **{name: {"keep": "best", "unseen_label": "ignore"} for name in ("SSUL", "SSUL-M")},
+    "SATS": {"keep": "best"},
+    "SSUL": {"keep": "best", "unseen_label": "ignore"},
 }
 
 
@@ -102,15 +101,23 @@ def add_preset(name: str, options: Mapping[str, Any], *, source: Path) -> None:
 
     Args:
         name: the name, in any case.
-        options: what it stands for, by the options' names without dashes.
+        options: what it stands for, by the options' names without dashes; ``extends`` names a preset that it
+            starts from, with what that one sets for the data set, the task and the fidelity.
         source: file that it comes from, for the message.
 
     Raises:
-        UserError: there is such a name already.
+        UserError: there is such a name already, or no preset that it extends.
     """
-    if name.lower() in {known.lower() for known in METHODS}:
+    base = options.get("extends")
+    by_lower = {known.lower(): known for known in METHODS}
+    if base is not None and (not isinstance(base, str) or base.lower() not in by_lower):
+        raise UserError(
+            f"{source}: PRESETS['{name}'] extends {base!r}, which is no preset before it; "
+            f"known are {', '.join(METHODS)}"
+        )
+    if name.lower() in by_lower:
         raise UserError(f"{source}: there is a --method {name} already; choose another name in PRESETS")
-    _PRESETS[name] = dict(options)
+    _PRESETS[name] = dict(options) if base is None else {**options, "extends": by_lower[base.lower()]}
     METHODS.append(name)
 
 
@@ -128,13 +135,15 @@ def preset(method: str, *, dataset: str, task: str, fidelity: str = "paper") -> 
     if preset_note(method, fidelity) is not None:
         return {}
     options = dict(_PRESETS[method])
+    if (base := options.pop("extends", None)) is not None:
+        options = {**preset(base, dataset=dataset, task=task, fidelity=fidelity), **options}
     ade = dataset == "ade"
     if method == "MIB" and task.startswith("15-5s"):
         options["loss_kd"] = 100.0
     if method == "PLOP":
         options["pod_factor"] = 1e-3 if ade else 1e-2
         options["pod_options"] = json.loads(_PLOP_LOGITS % ("1e-5" if ade else "5e-4"))
-    if options.get("memory") and ade:
+    if method in ("SSUL-M", "SATS-M") and ade:
         options["memory"] = 300
     if fidelity == "released":
         options |= _WHEN_RELEASED.get(method, {})

@@ -90,7 +90,7 @@ class PrototypeLearning(Method):
         self.classes = context.classes_old + context.classes_new
         self.device = context.device
         self.prototypes = None
-        self.resume(self.state or {})
+        self.load_state_dict(self.state or {})
         self.sequential = context.protocol == "sequential"
         # The released loss returns nothing at step 0.
         self.contrast = context.step > 0 or not self.released
@@ -150,11 +150,11 @@ class PrototypeLearning(Method):
         """Prototypes and counts."""
         return {} if self.prototypes is None else self.prototypes.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def from_previous_step(self, state: dict[str, Any]) -> None:
         """Kept until ``begin_step`` knows the number of classes."""
         self.state = state or None
 
-    def resume(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """The tables of an interrupted run, or of the step before with fewer classes."""
         if state:
             self.prototypes = self._table(state["prototypes"].shape[1], self.device)

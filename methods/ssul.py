@@ -28,6 +28,8 @@ class UnknownClass(Method):
     reaches ``threshold`` for an old class, that class is the label.
     """
 
+    replaces_classification = True
+
     def __init__(self, threshold: float, *, fidelity: str = "paper") -> None:
         self.threshold = threshold
         self.released = fidelity == "released"

@@ -72,7 +72,7 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
         UserError: the file cannot be written (disk full, read-only folder).
         TypeError: the content holds something that ``load_checkpoint`` would refuse.
     """
-    _check_loadable(dict(content), "content")
+    check_loadable(dict(content), "content")
     path = Path(path)
     save_id = secrets.token_hex(8)
     try:
@@ -154,19 +154,28 @@ def _manifest_path(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def _check_loadable(value: object, where: str) -> None:
+def check_loadable(value: object, where: str) -> None:
+    """Refuse what ``load_checkpoint`` could not read back.
+
+    Args:
+        value: what a checkpoint is to hold.
+        where: its place there, for the message.
+
+    Raises:
+        TypeError: naming type and place.
+    """
     # Exact types: a numpy float is a float too, but comes back only through a pickle.
     if value is None or isinstance(value, Tensor) or type(value) in (bool, int, float, str, torch.Size):
         return
     if type(value) in (dict, OrderedDict):
         assert isinstance(value, Mapping)
         for key, item in value.items():
-            _check_loadable(key, f"key of {where}")
-            _check_loadable(item, f"{where}[{key!r}]")
+            check_loadable(key, f"key of {where}")
+            check_loadable(item, f"{where}[{key!r}]")
     elif type(value) in (list, tuple):
         assert isinstance(value, Sequence)
         for position, item in enumerate(value):
-            _check_loadable(item, f"{where}[{position}]")
+            check_loadable(item, f"{where}[{position}]")
     else:
         raise TypeError(f"a checkpoint cannot hold {type(value).__name__} at {where}")
 

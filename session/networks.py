@@ -13,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from argparser import Options
 from inference.load import load_model
 from methods import Context, Method, build_methods
+from methods.base import needs_of_teacher
+from methods.checks import call_hook
 from modules.pretrained import LoadReport, load_default_pretrained, load_pretrained
 from runs.checkpoint import model_state
 from segmentation_module import IncrementalSegmentationModule, freeze, load_state, make_model
@@ -131,16 +133,16 @@ class StepNetworks:
         state = self.previous.get("method_state", {})
         for name, method in methods.items():
             if name in state:
-                method.load_state_dict(state[name])
+                call_hook(method, "from_previous_step", state[name])
         needs = frozenset().union(*(method.needs for method in methods.values()))
-        teacher = frozenset().union(*(m.needs for m in methods.values() if m.needs_teacher))
+        teacher = frozenset().union(*(needs_of_teacher(method) for method in methods.values()))
         context.model.intermediates = needs  # type: ignore[assignment]
         if context.model_old is not None:
             context.model_old.intermediates = teacher  # type: ignore[assignment]
             if not any(method.uses_teacher for method in methods.values()):
                 context.model_old = None  # fine-tuning needs no teacher: save its forward pass
         for method in methods.values():
-            method.begin_step(context)
+            call_hook(method, "begin_step", context)
         log.info("methods: %s", ", ".join(methods))
 
     def restore(self, resumed: Mapping[str, Any]) -> None:
@@ -151,7 +153,7 @@ class StepNetworks:
         states = states | (local[self.world.rank] if self.world.rank < len(local) else {})
         for name, method in self.methods.items():
             if name in states:
-                method.resume(states[name])
+                call_hook(method, "load_state_dict", states[name])
 
     # ── what trains them ─────────────────────────────────────────────────────────────────────────
 

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LinearLR, LRScheduler, PolynomialLR, Sequen
 
 from argparser import Options
 from methods import Method
+from methods.checks import checked_factor
 from utils.errors import UserError
 
 WARMUP_FROM = 1e-3  # share of the poly curve that SSUL's warm-up begins with
@@ -121,27 +122,35 @@ def advance(scheduler: LRScheduler, steps: int) -> None:
 def make_optimizer(
     opts: Options, model: nn.Module, methods: Mapping[str, Method], lr: float
 ) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum; one group of parameters per learning rate.
+    """SGD with Nesterov momentum; one group of parameters per learning rate and weight decay.
 
     Raises:
         UserError: no weight is left to train.
     """
     newest = f"cls.{len(model.cls) - 1}."  # type: ignore[arg-type]
-    groups: dict[float, list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        factor = math.prod(method.lr_factor(name) for method in methods.values())
+        factor = math.prod(
+            checked_factor(method, "lr_factor", name, method.lr_factor(name)) for method in methods.values()
+        )
         if opts.lr_old is not None and name.startswith("cls.") and not name.startswith(newest):
             factor *= opts.lr_old
-        groups.setdefault(factor, []).append(parameter)
+        decay = math.prod(
+            checked_factor(method, "weight_decay_factor", name, method.weight_decay_factor(name))
+            for method in methods.values()
+        )
+        groups.setdefault((factor, decay), []).append(parameter)
     if not groups:
         raise UserError("no weight is left to train: drop --freeze or --fix_bn")
     optimizer = torch.optim.SGD(
-        [{"params": parameters, "lr": lr * factor} for factor, parameters in groups.items()],
+        [
+            {"params": parameters, "lr": lr * factor, "weight_decay": opts.weight_decay * decay}
+            for (factor, decay), parameters in groups.items()
+        ],
         lr=lr,
         momentum=opts.momentum,
-        weight_decay=opts.weight_decay,
         nesterov=opts.momentum > 0,
         fused=_can_fuse(model.parameters()),
     )

@@ -52,9 +52,12 @@ class Progress:
 def is_trained(content: Mapping[str, Any], epochs: int) -> bool:
     """Whether a checkpoint holds a step's result: it stands at the end of the last epoch.
 
-    As long as ``--keep best`` has not chosen, the checkpoint holds ``best`` beside the latest weights.
+    As long as ``--keep best`` has not chosen, the checkpoint holds ``best`` beside the latest weights. One
+    that was saved after the last batch, but before the methods' ``end_step``, says so with ``ended``; those
+    without it are of versions that had no such hook.
     """
-    return int(content["epoch"]) + 1 >= epochs and not is_within_epoch(content) and "best" not in content
+    at_end = int(content["epoch"]) + 1 >= epochs and not is_within_epoch(content)
+    return at_end and "best" not in content and bool(content.get("ended", True))
 
 
 def is_within_epoch(content: Mapping[str, Any]) -> bool:

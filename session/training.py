@@ -18,8 +18,9 @@ from argparser import Options
 from dataset.loaders import EpochSampler, Loader, Tolerance, make_train_loader
 from dataset.splits import list_digest
 from dataset.step_data import StepData, step_data
-from methods import Context
-from runs.checkpoint import make_manifest, save_checkpoint
+from methods import Context, Method
+from methods.checks import call_hook, fault
+from runs.checkpoint import check_loadable, make_manifest, save_checkpoint
 from runs.history import History
 from segmentation_module import load_state
 from session.evaluation import Evaluation
@@ -27,7 +28,15 @@ from session.folder import Begun, RunFolder
 from session.networks import StepNetworks
 from session.optimizer import advance, load_optimizer, schedule, take_momentum, weight_names
 from session.recall import Recall, weights_digest
-from session.resume import Progress, deciding_options, has_same_batches, is_within_epoch, job_id, rng_of_rank
+from session.resume import (
+    Progress,
+    deciding_options,
+    has_same_batches,
+    is_trained,
+    is_within_epoch,
+    job_id,
+    rng_of_rank,
+)
 from session.tensorboard import RunLogger
 from train import NonFiniteLoss, Precision, Trainer, map_tensors, to_device
 from utils import distributed
@@ -102,12 +111,14 @@ class StepTraining:
         self.context: Context = networks.context
         self.context.batches = self._training_pass
         self.context.recall = Recall(folder, world, step, self._origin)
+        self.updates_per_epoch = math.ceil(self.sampler.batches_per_epoch / opts.accumulate)
+        updates = opts.epochs * self.updates_per_epoch
+        self.context.epochs, self.context.updates, self.context.lr = opts.epochs, updates, lr
         networks.begin()
         if begun is not None:
             networks.restore(begun.content)
         forward, optimizer = networks.wrapped(), networks.optimizer(lr)
-        self.updates_per_epoch = math.ceil(self.sampler.batches_per_epoch / opts.accumulate)
-        self.scheduler = schedule(opts, optimizer, opts.epochs * self.updates_per_epoch)
+        self.scheduler = schedule(opts, optimizer, updates)
         self.trainer = Trainer(
             self.context,
             networks.methods,
@@ -122,7 +133,8 @@ class StepTraining:
         self._rng: dict[str, Tensor] | None = None
         self._saved: tuple[int, int] | None = None  # epoch and batch of the checkpoint on the disk
         self._best: dict[str, Any] | None = None  # with --keep best: the best epoch so far and its states
-        self._chosen = opts.keep == "last"  # whether the weights in the model are the step's result
+        self._chosen = opts.keep == "last"  # whether the weights in the model are those of the kept epoch
+        self._ended = False  # whether the methods' ``end_step`` was called on them
         if begun is not None:
             self._go_on(begun)
         self._check_rate()
@@ -145,6 +157,7 @@ class StepTraining:
         )
         opened.callback(self.history.close)
         self._last_save = time.monotonic()
+        self._states_checked = False  # whether the methods' states were found savable after a batch
 
     @property
     def model(self) -> nn.Module:
@@ -205,7 +218,11 @@ class StepTraining:
     def _training_pass(self) -> Iterator[tuple[Tensor, Tensor]]:
         """This step's training batches once, as epoch 0 draws them."""
         self.sampler.set_epoch(0)
-        for images, targets, *_ in self.loader:
+        rng = rng_state(self.world.device)
+        for position, (images, targets, *_) in enumerate(self.loader):
+            if position == 0:
+                # A loader that starts draws a number, one that runs already does not.
+                set_rng_state(rng, self.world.device)
             yield to_device(images, self.world.device), targets.to(self.world.device).long()
 
     def _origin(self) -> dict[str, Any]:
@@ -244,6 +261,7 @@ class StepTraining:
         self._saved = (progress.epoch, progress.batch) if begun.own else None
         self._best = content.get("best")
         self._chosen = self._chosen or "kept_epoch" in content
+        self._ended = is_trained(content, self.opts.epochs)
         log.info(
             "step %d goes on at epoch %d of %d, after batch %d of %d",
             self.step,
@@ -309,10 +327,14 @@ class StepTraining:
             if epoch > progress.epoch:
                 progress.epoch, progress.batch = epoch, 0
             last = epoch + 1 == opts.epochs
-            if progress.batch < batches:
+            trains = progress.batch < batches
+            if trains:
                 self._train_epoch()
-                if last or (epoch + 1) % opts.ckpt_interval == 0:
-                    self._save()
+            if last and self._chosen and not self._ended:
+                self._end_step()
+                self._save()
+            elif trains and (last or (epoch + 1) % opts.ckpt_interval == 0):
+                self._save()
             validates = not self._chosen if last else (epoch + 1) % opts.val_interval == 0
             if validates:
                 try:
@@ -331,8 +353,7 @@ class StepTraining:
             progress.best = max(progress.best, score)
         elif self._best is None or not score <= progress.best:  # NaN, where nothing is labelled: the latest
             progress.best = score
-            methods = {name: method.state_dict() for name, method in self.trainer.methods.items()}
-            state = {"model_state": self.model.state_dict(), "method_state": methods}
+            state = {"model_state": self.model.state_dict(), "method_state": self._method_states()}
             self._best = {"epoch": progress.epoch, **map_tensors(_copied, state)}
 
     def _choose(self) -> None:
@@ -343,13 +364,37 @@ class StepTraining:
         best = self._best
         assert best is not None  # the last epoch is always validated
         load_state(self.model, best["model_state"])
+        method_state = best["method_state"]
         self._chosen = True
+        if self._ends_step:
+            for name, method in self.trainer.methods.items():
+                call_hook(method, "load_state_dict", method_state[name])
+            self._end_step()
+            method_state = self._method_states()
+        self._ended = True
         with distributed.shared_errors():
             if self.world.is_main:
-                kept = {"method_state": best["method_state"], "kept_epoch": best["epoch"]}
+                kept = {"method_state": method_state, "kept_epoch": best["epoch"]}
                 save_checkpoint(self.folder.checkpoint(self.step), {**self._content(), **kept})
         shown = best["epoch"] + 1, 100 * self.progress.best
         log.info("step %d keeps the weights of epoch %d: validation mIoU %.2f %%", self.step, *shown)
+
+    @property
+    def _ends_step(self) -> bool:
+        """Whether a method has an ``end_step``."""
+        return any(type(m).end_step is not Method.end_step for m in self.trainer.methods.values())
+
+    def _end_step(self) -> None:
+        """Let the methods finish the step; what they draw is the same in a resumed run."""
+        self._ended = True
+        if not self._ends_step:
+            return
+        torch.manual_seed(self.opts.random_seed + self.step)
+        self.model.eval()
+        for method in self.trainer.methods.values():
+            call_hook(method, "end_step", self.context)
+        distributed.broadcast_weights(self.model)
+        _check_finite(self.model)
 
     def _train_epoch(self) -> None:
         """Train the rest of the epoch under way."""
@@ -415,6 +460,9 @@ class StepTraining:
     def _after_batch(self, position: int) -> None:
         """Save where ``--ckpt_minutes`` are over, save and end where a signal came; all processes alike."""
         self.progress.batch = position
+        if not self._states_checked:
+            self._method_states()  # what cannot be saved is told now rather than after an epoch
+            self._states_checked = True
         ballot = _END if self.stop else _SAVE if self._save_is_due() else _GO_ON
         decision = self.vote.cast(ballot)
         if decision == _GO_ON:
@@ -441,12 +489,11 @@ class StepTraining:
             for reasons in distributed.gather_objects(self.tolerance.reasons):
                 self.tolerance.note(reasons)
             self.progress.unreadable = set(self.tolerance.reasons)
-        trained = self.trainer.methods
-        methods = {name: method.state_dict() for name, method in trained.items()}
+        methods = self._method_states()
         # On the CPU: a pickled CUDA tensor comes back on the GPU that it left, in every process.
         local = {
             name: map_tensors(Tensor.cpu, methods[name])
-            for name, m in trained.items()
+            for name, m in self.trainer.methods.items()
             if m.differs_between_processes
         }
         gathered = {
@@ -462,11 +509,32 @@ class StepTraining:
         self._saved = self.progress.epoch, self.progress.batch
         self._last_save = time.monotonic()
 
+    def _method_states(self) -> dict[str, dict[str, Any]]:
+        """States of the methods, by name.
+
+        Raises:
+            UserError: a method's state is something that a checkpoint cannot hold.
+        """
+        states = {name: method.state_dict() for name, method in self.trainer.methods.items()}
+        for name, state in states.items():
+            method = self.trainer.methods[name]
+            if not isinstance(state, dict):
+                raise fault(
+                    method, "state_dict", f"returned a {type(state).__name__}; return a dict, {{}} for none"
+                )
+            try:
+                check_loadable(state, "state")
+            except TypeError as error:
+                remedy = "use tensors, numbers, strings, lists and dicts"
+                raise fault(method, "state_dict", f"{error}; {remedy}") from error
+        return states
+
     def _content(self) -> dict[str, Any]:
         """What the first process puts into the checkpoint on its own."""
         return {
             **self.progress.state(),
             "batches_per_epoch": self.sampler.batches_per_epoch,
+            "ended": self._ended or not self._ends_step,
             "model_state": self.model.state_dict(),
             "facts": self.facts,
             "job": job_id(),

@@ -259,7 +259,7 @@ def run_ours(opts: Options, start: Start, carried: dict[str, Any] | None = None)
     )
     for name, method in methods.items():
         if carried and name in carried:
-            method.load_state_dict(carried[name])
+            method.from_previous_step(carried[name])
     if not any(method.uses_teacher for method in methods.values()):
         context.model_old = None
     for method in methods.values():

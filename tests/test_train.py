@@ -332,7 +332,7 @@ def ready(name: str, fidelity: str, device: str = "cpu") -> Trainer:
     teacher.requires_grad_(False).eval()
     methods = build_methods(opts, 1)
     for kind, method in methods.items():
-        method.load_state_dict(states.get(kind, {}))
+        method.from_previous_step(states.get(kind, {}))
         method.begin_step(made)
     trainer = Trainer(made, methods, torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9))
     trainer.model.train()

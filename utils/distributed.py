@@ -13,7 +13,7 @@ import platform
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -157,12 +157,22 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 def broadcast_buffers(module: nn.Module) -> None:
     """Give every process the first one's buffers (running statistics of norm layers)."""
+    _broadcast(module.buffers())
+
+
+def broadcast_weights(module: nn.Module) -> None:
+    """Give every process the first one's parameters and buffers."""
+    _broadcast((*module.parameters(), *module.buffers()))
+
+
+@torch.no_grad()
+def _broadcast(tensors: Iterable[Tensor]) -> None:
     if not _grouped():
         return
-    for buffer in module.buffers():
-        staged = buffer.to(_collective_device()).contiguous()
+    for tensor in tensors:
+        staged = tensor.to(_collective_device()).contiguous()
         dist.broadcast(staged, src=0)
-        buffer.copy_(staged)
+        tensor.copy_(staged)
 
 
 def gather_objects(obj: Any) -> list[Any]:

@@ -48,7 +48,7 @@ class Mine(Method):
 OWN_OPTION = """
     @classmethod
     def add_options(cls, parser):
-        parser.add_argument("--unce")
+        parser.add_argument("--unce", default="")
 """
 OWN_ROLE = """
     @classmethod
@@ -82,7 +82,7 @@ def test_a_bad_file_is_refused(tmp_path: Path, text: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (METHOD + "PRESETS = {'FT2': {'loss_none': 1}}\n", "sets --loss_none, which is no option"),
+        (METHOD + "PRESETS = {'FT2': {'loss_none': 1}}\n", "PRESETS['FT2']: --loss_none 1: is no option"),
         (METHOD + OWN_OPTION, "conflicting option string: --unce; rename the option"),
         (METHOD + OWN_ROLE, "mine.py: --mine: role 'sideways' is none of network, data"),
         (None, "mine.py: is no Python file"),
@@ -98,3 +98,30 @@ def test_a_bad_file_ends_the_command_with_one_line(
     assert outcome.code == 2, outcome.err
     assert said in outcome.last_error
     assert "Traceback" not in outcome.err
+
+
+UNSAVABLE = """
+import numpy
+from methods import Method
+
+class Mine(Method):
+    @classmethod
+    def from_options(cls, opts):
+        return cls()
+
+    def state_dict(self):
+        return {"mean": [numpy.zeros(2)]}
+"""
+
+
+def test_state_that_cannot_be_saved_ends_the_command_at_the_first_batch(cli: Launch, tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(UNSAVABLE)
+    words = ("--method_file", file, "--task", "10-10", "--logdir", tmp_path, "--name", "x", "--debug")
+    outcome = cli(*SMALL, *words, "--print_interval", "1")
+    assert outcome.code == 2, outcome.err[-2000:]
+    assert "Traceback" not in outcome.err
+    assert f"{file}: Mine.state_dict: a checkpoint cannot hold ndarray at state['mean'][0]; use tensors" in (
+        outcome.last_error
+    )
+    assert not list(tmp_path.rglob("*.pth"))

@@ -277,7 +277,7 @@ def test_a_skipped_step_reaches_the_penalty_but_not_the_estimate() -> None:
     old, state = learnt("ewc")
     net = Net("contiguous", 2)
     method = Regularization({"regularizer": "ewc", **OPTIONS}, 500.0)
-    method.load_state_dict(state)
+    method.from_previous_step(state)
     context: Any = SimpleNamespace(model=net, model_old=old, device=CPU)
     method.begin_step(context)
     before = copy.deepcopy(method.state_dict()["fisher"])

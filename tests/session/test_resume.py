@@ -35,6 +35,8 @@ def test_progress_comes_back_from_its_state() -> None:
     [
         *(({}, 3, False), ({"batch": 9}, 3, True), ({"batch": 9}, 4, False), ({"batch": None}, 3, True)),
         ({"batch": 9, "best": None}, 3, False),  # --keep best has not chosen
+        ({"batch": 9, "ended": False}, 3, False),  # before end_step
+        ({"batch": 9, "ended": True}, 3, True),
     ],
 )
 def test_is_trained(changes: dict[str, object], epochs: int, expected: bool) -> None:

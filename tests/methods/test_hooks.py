@@ -1,0 +1,98 @@
+"""What the hooks and attributes of a method do to a step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from argparser import parse_options
+from methods import METHODS, Method, build_methods, preset
+from methods.base import needs_of_teacher
+from methods.presets import _PRESETS, add_preset
+from session.optimizer import make_optimizer
+from utils.errors import UserError
+
+
+def options(*words: str) -> Any:
+    return parse_options(["--task", "15-5", *words])
+
+
+def test_who_brings_the_classification_loss() -> None:
+    assert "Classification" in build_methods(options("--method", "MIB"), 1)
+    assert "Classification" not in build_methods(options("--method", "SSUL"), 0)
+    disjoint = options("--method", "LWF-MC", "--icarl_disjoint")
+    assert "Classification" in build_methods(disjoint, 0)  # its other half begins where there is a teacher
+    assert list(build_methods(disjoint, 1)) == ["ICaRL"]
+    with pytest.raises(UserError, match="ICaRL and UnknownClass each bring the classification loss"):
+        build_methods(options("--method", "SSUL", "--icarl", "--icarl_disjoint"), 1)
+
+
+def test_what_is_needed_of_the_teacher() -> None:
+    class Reads(Method):
+        needs = frozenset({"body"})
+
+    method = Reads()
+    assert not method.uses_teacher and needs_of_teacher(method) == frozenset()
+    method.needs_teacher = True
+    assert method.uses_teacher and needs_of_teacher(method) == {"body"}
+    method.needs_teacher, method.teacher_needs = False, frozenset({"pre_logits"})
+    assert method.uses_teacher and needs_of_teacher(method) == {"pre_logits"}
+    assert method.needs == {"body"}
+    method.needs_teacher, method.teacher_needs = True, frozenset()
+    assert method.uses_teacher and needs_of_teacher(method) == frozenset()
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cls = nn.ModuleList([nn.Conv2d(3, 2, 1)])
+
+
+def test_factors_on_rate_and_weight_decay_make_groups() -> None:
+    class Factors(Method):
+        def lr_factor(self, parameter: str) -> float:
+            return 0.5 if parameter.endswith("bias") else 1.0
+
+        def weight_decay_factor(self, parameter: str) -> float:
+            return 0.0 if parameter.endswith("bias") else 2.0
+
+    optimizer = make_optimizer(options(), Net(), {"a": Factors(), "b": Method()}, 0.1)
+    found = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    assert found == [(0.1, 2e-4), (0.05, 0.0)]
+    plain = make_optimizer(options(), Net(), {"a": Method()}, 0.1)
+    assert [(group["lr"], group["weight_decay"]) for group in plain.param_groups] == [(0.1, 1e-4)]
+
+
+@pytest.fixture
+def presets() -> Any:
+    lists = list(METHODS), dict(_PRESETS)
+    yield
+    METHODS[:] = lists[0]
+    _PRESETS.clear()
+    _PRESETS.update(lists[1])
+
+
+def test_a_preset_extends_another_with_what_depends_on_data_and_task(presets: None) -> None:
+    add_preset("MINE", {"extends": "mib", "alpha": 0.5}, source=Path("mine.py"))
+    add_preset("MORE", {"extends": "MINE", "unce": False}, source=Path("mine.py"))
+    for task in ("15-5", "15-5s"):
+        mib = preset("MIB", dataset="voc", task=task)
+        assert preset("MINE", dataset="voc", task=task) == {**mib, "alpha": 0.5}
+        assert preset("MORE", dataset="voc", task=task) == {**mib, "alpha": 0.5, "unce": False}
+    add_preset("SSUL-X", {"extends": "SSUL-M", "threshold": 0.5}, source=Path("mine.py"))
+    released = preset("SSUL-M", dataset="ade", task="100-50", fidelity="released")
+    assert released["memory"] == 300 and released["keep"] == "best"
+    found = preset("SSUL-X", dataset="ade", task="100-50", fidelity="released")
+    assert found == {**released, "threshold": 0.5}
+    # A memory that a preset of one's own names counts on every data set.
+    add_preset("FEW", {"memory": 7}, source=Path("mine.py"))
+    assert preset("FEW", dataset="ade", task="100-50") == {"memory": 7}
+
+
+@pytest.mark.parametrize("base", ["MIBB", 3])
+def test_a_preset_that_extends_nothing_known(presets: None, base: Any) -> None:
+    with pytest.raises(UserError, match=r"mine.py: PRESETS\['MINE'\] extends .*, which is no preset"):
+        add_preset("MINE", {"extends": base}, source=Path("mine.py"))
