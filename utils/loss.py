@@ -158,7 +158,9 @@ def _one_hot_targets(inputs: Tensor, targets: Tensor, ignore_index: int) -> tupl
 
 
 class BCEWithLogitsLossWithIgnoreIndex(nn.Module):
-    """Binary cross-entropy of every class against the one-hot target, summed over classes (MiB's code).
+    """Binary cross-entropy of every class against the one-hot target (MiB's code).
+
+    −Σ_c [y_c·log σ(x_c) + (1 − y_c)·log(1 − σ(x_c))] at each pixel.
 
     Args:
         reduction: ``"mean"`` is over the pixels that are not void.
@@ -179,7 +181,10 @@ class BCEWithLogitsLossWithIgnoreIndex(nn.Module):
 
 
 class FocalLoss(nn.Module):
-    """Focal loss α·(1 − p)^γ·CE (arXiv 1708.02002). ``"mean"`` is over all pixels, void counted as zero."""
+    """Focal loss (arXiv 1708.02002): −α·(1 − p)^γ·log p with p = softmax(x)_y.
+
+    ``"mean"`` is over all pixels, void counted as zero.
+    """
 
     def __init__(
         self, alpha: float = 1.0, gamma: float = 2.0, reduction: str = "mean", ignore_index: int = VOID
@@ -254,7 +259,9 @@ def _distillation(student: Tensor, teacher: Tensor, alpha: float, unbiased: bool
 
 
 class KnowledgeDistillationLoss(nn.Module):
-    """−mean over old classes of softmax(αt)·log-softmax(x[:C_old]) (LwF; MiB's code).
+    """Distillation of the teacher's output (LwF, arXiv 1606.09282, in the form of MiB's code).
+
+    −(1/C_old)·Σ_{c<C_old} softmax(αt)_c · log softmax(x_{<C_old})_c at each pixel.
 
     Args:
         reduction: ``"mean"`` is over all pixels, masked ones counted as zero.
@@ -284,7 +291,9 @@ class KnowledgeDistillationLoss(nn.Module):
 
 
 class DistillationEncoderLoss(nn.Module):
-    """Distance between the student's and the teacher's features (ILT, arXiv 1907.13372).
+    """Mean squared error between the student's and the teacher's features (ILT, arXiv 1907.13372).
+
+    (1/D)·Σ_d (f_d − f_old,d)² at each position.
 
     Args:
         mask: only positions whose label is an old class or background.
@@ -378,6 +387,8 @@ def _unbiased_cross_entropy(logits: Tensor, targets: Tensor, old_cl: int, ignore
 class UnbiasedCrossEntropy(nn.Module):
     """Cross-entropy in which the old classes count as background (MiB, arXiv 2002.00718).
 
+    −log softmax(x)_y for a new class y, −log Σ_{c<old_cl} softmax(x)_c for any other target.
+
     Args:
         old_cl: number of old classes, background included; targets below it become background.
         reduction: ``"mean"`` is over the pixels that are not void.
@@ -401,6 +412,9 @@ class UnbiasedCrossEntropy(nn.Module):
 
 class UnbiasedKnowledgeDistillationLoss(KnowledgeDistillationLoss):
     """The teacher's background against background + new classes (MiB, arXiv 2002.00718).
+
+    −(1/C_old)·Σ_{c<C_old} softmax(αt)_c · log q_c with q = softmax(x), but q_0 = softmax(x)_0 + Σ_{c≥C_old}
+    softmax(x)_c.
 
     The student's softmax is over all classes; the sum over old classes is divided by their number. Arguments
     as for :class:`KnowledgeDistillationLoss`, to which it is equal where there is no new class.
@@ -572,8 +586,8 @@ def _class_statistics(
 class FeaturesClusteringSeparationLoss(nn.Module):
     """Attraction of features to their prototype and repulsion between class means (SDR).
 
-    Attraction: mean over the classes present of the MSE between the class's features and its prototype.
-    Repulsion: mean of 1/distance over pairs of distinct class means in the batch.
+    Attraction: (1/K)·Σ_c mean_{i: y_i=c} (1/D)·|f_i − p_c|² over the K classes present.
+    Repulsion: mean of 1/|m_a − m_b| over pairs of distinct class means m in the batch.
 
     ``fidelity="released"``: with more than one image the class's features are read through a mis-shaped view;
     the attraction's running sum is divided by the number of classes inside the loop over them, so class i of
@@ -1367,14 +1381,6 @@ def sigmoid_pseudo_labels(
 _DISTILL_OBJECTS = ("sats-selfattn", "sats-selfattn-GP", "sats-selfattn-NP", "sats-feature-CNN")
 
 
-def _region_difference(old: Tensor, new: Tensor, weight: Tensor) -> Tensor:
-    """Difference of weighted means over positions: B×heads×L×S twice, weights B×K×L → B×heads×K×S."""
-    if loss_kernels.gain(new):
-        return loss_kernels.region_difference(old, new, weight)
-    with _without_autocast(new):
-        return torch.matmul(weight[:, None], new - old)
-
-
 class AttentionTransferLoss(nn.Module):
     """Distance between student's and teacher's attention, averaged over class regions (SATS).
 
@@ -1436,7 +1442,9 @@ class AttentionTransferLoss(nn.Module):
             region = self._class_regions(downsample_labels(labels, size, "nearest-exact").flatten(1))
         positions = region.sum(dim=2)
         weight = region / positions.clamp(min=1)[:, :, None]
-        means = _region_difference(old.float(), new.float(), weight)
+        with _without_autocast(new):
+            # The mean is linear: the difference is averaged, once. B×heads×K×S
+            means = torch.matmul(weight[:, None], new.float() - old.float())
         distance = torch.linalg.vector_norm(means, dim=-1).mean(dim=1)
         present = positions > 0
         return _reduce((distance * present).sum(dim=1) / present.sum(dim=1).clamp(min=1), "mean")

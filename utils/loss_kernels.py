@@ -481,39 +481,3 @@ class _ChannelByChannel(torch.autograd.Function):
                 value = ctx.function(ctx.old[place], leaf)
             grad_new[place] = torch.autograd.grad(value, leaf, grad[place])[0]
         return None, grad_new, None
-
-
-# ----------------------------------------------------------------------------------------------------------
-# SATS
-# ----------------------------------------------------------------------------------------------------------
-
-
-def region_difference(old: Tensor, new: Tensor, weight: Tensor) -> Tensor:
-    """B×heads×L×S twice, B×K×L → B×heads×K×S."""
-    means: Tensor = _RegionDifference.apply(old, new, weight)
-    return means
-
-
-class _RegionDifference(torch.autograd.Function):
-    """Difference of weighted means over positions: B×heads×L×S twice, weights B×K×L → B×heads×K×S.
-
-    The mean is linear: it is the difference that is averaged, a block of positions at a time.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, old: Tensor, new: Tensor, weight: Tensor) -> Tensor:
-        batch, heads, length, keys = new.shape
-        means = new.new_zeros(batch, heads, weight.shape[1], keys)
-        with _without_autocast():
-            for images, rows in _blocks(batch, heads * keys, length):
-                difference = new[images, :, rows] - old[images, :, rows]
-                means[images] += torch.matmul(weight[images, None, :, rows], difference)
-        ctx.save_for_backward(weight)
-        return means
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        with _without_autocast():
-            return None, torch.matmul(weight.transpose(1, 2)[:, None], grad), None

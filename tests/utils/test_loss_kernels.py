@@ -22,8 +22,6 @@ class Inputs(NamedTuple):
     teacher: Tensor
     features: Tensor
     features_old: Tensor
-    attention: Tensor
-    attention_old: Tensor
     prototypes: Tensor
     labels: Tensor
 
@@ -54,11 +52,6 @@ def matching(batch: Inputs) -> Tensor:
 def sparsity(criterion: nn.Module) -> Callable[[Inputs], Tensor]:
     # After a ReLU, as SDR's features are: the ratio divides by their sum.
     return lambda batch: criterion(batch.features.abs(), batch.labels)
-
-
-def attention(distill_object: str) -> Callable[[Inputs], Tensor]:
-    criterion = L.AttentionTransferLoss(distill_object)
-    return lambda batch: criterion([batch.attention_old], [batch.attention], batch.labels)
 
 
 def pod(
@@ -107,10 +100,6 @@ CASES = {
     "local POD, grids not nested": Case("channel_by_channel", pod(spp_scales=(1, 3)), "features"),
     "spatial POD": Case("channel_by_channel", pod(pod="spatial"), "features"),
     "global POD": Case("channel_by_channel", pod(pod="global", difference="l1"), "features"),
-    **{
-        name: Case("region_difference", attention(name), "attention")
-        for name in ("sats-selfattn", "sats-selfattn-GP")
-    },
 }  # fmt: skip
 
 
@@ -129,8 +118,6 @@ def make(batch: int, side: int, dtype: torch.dtype, layout: torch.memory_format)
         teacher=randn(batch, OLD, side, side),
         features=randn(batch, 12, side, side),
         features_old=randn(batch, 12, side, side),
-        attention=randn(batch, 2, side * side, 7),
-        attention_old=randn(batch, 2, side * side, 7),
         prototypes=torch.randn(CLASSES, 12, generator=generator),
         labels=small.masked_fill(void[:, :side, :side], L.VOID),
     )

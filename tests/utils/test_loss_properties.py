@@ -354,7 +354,7 @@ def test_autocast_computes_in_float32(name, dtype):
 
 @pytest.mark.parametrize(
     "name",
-    ["ce", "kd", "unkd", "attraction", "repulsion", "sparsity max_maskedforclass", "pod", "sats-selfattn"],
+    ["ce", "kd", "unkd", "attraction", "repulsion", "sparsity max_maskedforclass", "pod"],
 )
 def test_blocks_do_not_change_the_result(name, monkeypatch):
     whole = differentiate(name, Problem(5, 3))
