@@ -1,7 +1,7 @@
 """One training loop for every method: train, evaluate.
 
 ``Trainer`` takes any module that maps images to ``(logits, intermediates)``; methods act through the
-hooks of ``methods/base.py``. Order in a step (SPEC section 6): teacher forward, student forward,
+hooks of ``methods/base.py``. Order in a step: teacher forward, student forward,
 running statistics, pseudo-labels, all terms, one backward, importance update, the penalty's backward,
 optimiser, scheduler. With ``accumulate`` the part up to the backward is done for several batches first.
 """

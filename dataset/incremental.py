@@ -58,7 +58,7 @@ def train_lookup(
     protocol: str = "disjoint",
     void_label: str = "ignore",
 ) -> Tensor:
-    """Table from mask value to training target, uint8[256] (SPEC 4; MiB, PLOP).
+    """Table from mask value to training target, uint8[256] (as MiB and PLOP).
 
     New classes get their network index, void ``255`` or ``0``, everything else ``0`` (background). An
     exemplar stored at step s goes through ``train_lookup(task, s, data_masking="current+old")``.
@@ -84,7 +84,7 @@ def train_lookup(
 def eval_lookup(
     task: Task, step: int, *, unseen_label: str = "ignore", ignore_ids: frozenset[int] = frozenset()
 ) -> Tensor:
-    """Table from mask value to evaluation target after a step, uint8[256] (SPEC 8).
+    """Table from mask value to evaluation target after a step, uint8[256].
 
     Seen classes get their network index; classes not yet seen are ``ignore`` (255; MiB, SDR) or
     ``background`` (0; PLOP, SATS); void and ``ignore_ids`` (ADE20K's "other") are 255.

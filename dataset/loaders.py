@@ -92,7 +92,7 @@ class EpochSampler(Sampler[SampleKey]):
 
 
 class MemoryMixSampler(EpochSampler):
-    """Half of each batch from the step's own samples, half from the exemplar memory (SSUL-M, SATS-M; SPEC 6).
+    """Half of each batch from the step's own samples, half from the exemplar memory (SSUL-M, SATS-M).
 
     An epoch is one pass over the step's own samples; the exemplars are gone through as often as that takes,
     each time in a new order. Of an odd batch the step's own samples get the larger half.

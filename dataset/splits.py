@@ -1,4 +1,4 @@
-"""Which images a step trains on: the presence index of a data set and the protocols over it (SPEC 2 and 3).
+"""Which images a step trains on: the presence index of a data set and the protocols over it.
 
 The masks are read once. For every image the *presence* is the set of class ids in its mask, without
 background (0) and void (255); every task, step and protocol is then a set operation:
@@ -288,7 +288,7 @@ def _load_cache(path: Path, key: str, num_images: int) -> BoolArray | None:
 def step_indices(
     presence: Sequence[Collection[int]], steps: Sequence[Sequence[int]], step: int, protocol: Protocol
 ) -> list[int]:
-    """Indices, ascending, of the images that a step trains on (SPEC 3).
+    """Indices, ascending, of the images that a step trains on.
 
     Args:
         presence: class ids of every image (background and void may be among them; they do not count).
@@ -377,7 +377,7 @@ def _indices(chosen: BoolArray) -> list[int]:
 def _partition(matrix: BoolArray, steps: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
     """The step of every image, -1 for an image without a class; int64, shape (images,).
 
-    The greedy rule of SPEC 3, which was recovered from the published ADE20K lists: a rare class, or one that
+    The greedy rule, which was recovered from the published ADE20K lists: a rare class, or one that
     has got few of its images so far, takes the image to its step. The order of visits and that of the
     floating-point operations decides ties, so both are kept as they are.
     """

@@ -73,7 +73,7 @@ class Context:
         model: the student, before it is wrapped for several processes.
         model_old: the teacher in evaluation mode, None at step 0.
         device: where tensors of this process live.
-        fidelity: "paper" or "released" (SPEC section 6).
+        fidelity: "paper" or "released" (docs/fidelity.md).
         batches: iterates once over this step's training images, (images, targets) as the loop sees them.
         reduce: sums a tensor over all processes, in place.
         recall: ``recall(name, inputs, compute)`` returns the dict of tensors that an earlier start of

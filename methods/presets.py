@@ -1,4 +1,4 @@
-"""``--method`` names as small sets of options (SPEC section 7). What the user typed wins over them."""
+"""``--method`` names as small sets of options (docs/methods.md). What the user typed wins over them."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ _NO_EFFECT_WHEN_RELEASED = {"CIL": "loss_CIL is compared with 1 instead of being
 
 
 def preset_note(method: str, fidelity: str) -> str | None:
-    """What the log should say about a preset that the released code never applies (SPEC section 6)."""
+    """What the log should say about a preset that the released code never applies (docs/fidelity.md)."""
     if fidelity != "released" or method not in _NO_EFFECT_WHEN_RELEASED:
         return None
     return (
@@ -128,7 +128,7 @@ def preset(method: str, *, dataset: str, task: str, fidelity: str = "paper") -> 
         method: one of ``METHODS``.
         dataset: "ade" has weights and an exemplar memory of its own.
         task: canonical task name; MiB distils ten times stronger when classes come one by one on VOC
-            (15-1; SPEC section 10).
+            (15-1; docs/fidelity.md).
         fidelity: "paper" or "released"; see ``preset_note``. Released adds what the programs of SATS and
             SSUL do by themselves.
     """

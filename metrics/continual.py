@@ -1,7 +1,8 @@
 """What a step is judged by: IoU of old, new and all classes, and what was forgotten.
 
-Sets of classes follow SPEC section 8. A class that is in no label and no prediction has no IoU (NaN) and
-is left out of every mean; so is ADE20K's "other", always. Numbers are fractions; tables show percent.
+"Old" are the classes of earlier steps, "new" those of this one. A class that is in no label and no prediction
+has no IoU (NaN) and is left out of every mean; so is ADE20K's "other", always. Numbers are fractions; tables
+show percent.
 """
 
 from __future__ import annotations

@@ -330,7 +330,7 @@ def test_mib_family(name: str) -> None:
     start = toy_start(1)
     theirs = run_theirs(start, released.mib_terms(old=OLD, **settings))
     assert_same(start, run_ours(options(*words), start).student, theirs)
-    # SPEC's table of differences names none of these methods: the paper form is the same program.
+    # docs/fidelity.md names none of these methods: the paper form is the same program.
     assert_same(start, run_ours(options(*words, fidelity="paper"), start).student, theirs)
 
 
@@ -500,7 +500,7 @@ def test_plop(overlap: list[str]) -> None:
 
 
 def test_plop_by_its_options() -> None:
-    """The command line of SPEC section 9: plain options instead of the preset."""
+    """The published command line: plain options instead of the preset."""
     start = toy_start(1, sharpness=SHARP)
     words = [
         *("--method", "FT", "--pod", "local", "--pod_factor", "0.01", "--pod_logits", "--pseudo", "entropy"),

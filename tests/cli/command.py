@@ -37,7 +37,7 @@ Launch = Callable[..., Outcome]
 
 
 def start(*arguments: str | Path, launcher: str = "python", processes: int = 1) -> subprocess.Popen[str]:
-    """Start ``run.py`` with the arguments, by one of the three launchers of SPEC section 9."""
+    """Start ``run.py`` with the arguments, by one of the three launchers."""
     python = [sys.executable, "-u"]
     commands = {
         "python": python,

@@ -149,7 +149,7 @@ def test_protocols_on_a_small_set():
 
 
 def reference_partition(presence: list[set[int]], steps: list[list[int]]) -> dict[int, int]:
-    """SPEC 3 word by word, in plain Python."""
+    """The protocols word by word, in plain Python."""
     clean = [{c for c in ids if c not in (0, 255)} for ids in presence]
     owner = {c: s for s, classes in enumerate(steps) for c in classes}
     count = {c: sum(c in ids for ids in clean) for c in owner}

@@ -46,7 +46,7 @@ def test_released_numbers(path):
     np.testing.assert_array_equal(labelled, data["class_iou"] >= 0)
     np.testing.assert_allclose(iou[labelled], data["class_iou"][labelled], rtol=1e-6)
     np.testing.assert_allclose(accuracy[labelled], data["class_acc"][labelled], rtol=1e-6)
-    # The released mean leaves out classes without labels. SPEC 8 leaves out those without labels and
+    # The released mean leaves out classes without labels. Ours leaves out those without labels and
     # predictions: here the last class is predicted but never labelled, and counts with IoU 0.
     assert iou[labelled].mean() == pytest.approx(data["mean_iou"], rel=1e-6)
     assert results.miou_all == pytest.approx(data["mean_iou"] * labelled.sum() / classes, rel=1e-6)

@@ -1,4 +1,4 @@
-"""Every script of a published experiment, run by the real bash up to its launcher, says what SPEC says."""
+"""Every script of a published experiment, run by bash up to its launcher, says what was published."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from argparser import Options, parse_options
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"
 
-# SPEC section 7, recipes: total batch, lr of step 0, lr of later steps, epochs VOC, epochs ADE20K, AMP level.
+# docs/recipes.md: total batch, lr of step 0, lr of later steps, epochs VOC, epochs ADE20K, AMP level.
 MIB_FAMILY = (24, 1e-2, {"voc": 1e-3, "ade": 1e-3}, {"voc": 30, "ade": 60}, "O1")
 RECIPES = {
     "sats": MIB_FAMILY,
@@ -153,7 +153,7 @@ def check(found: list[Call], dataset: str, method: str, task: str, processes: in
 
 
 def check_sdr(found: list[Options]) -> None:
-    """SPEC section 9: step 0 with prototypes, then SDR."""
+    """As published: step 0 with prototypes, then SDR."""
     first, later = found
     assert (first.method, first.unce, first.loss_de_prototypes, first.sample_num) == (None, True, 1.0, 10)
     assert (later.method, later.loss_kd, later.loss_de_prototypes, later.sample_num) == ("SDR", 100, 1e-2, 10)
