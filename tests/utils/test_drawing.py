@@ -16,10 +16,10 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 
 from inference.legend import with_legend
 from inference.tsne import draw
+from session.tensorboard import _tags
 from utils import drawing
 from utils.drawing import drawable, failure_is_a_warning, in_one_font
 from utils.errors import UserError
-from utils.logger import _tags
 from utils.tables import format_table, markdown_table
 from utils.visualize import confusion_figure, prediction_grid
 
