@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from argparser import Options, parse_options
 from methods import Context, Method, build_methods
+from methods.base import needs_of_teacher
 from segmentation_module import IncrementalSegmentationModule, freeze, make_model
 from session.optimizer import make_optimizer
 from train import Precision, Trainer, to_device
@@ -189,8 +190,8 @@ def _begun(opts: Options, context: Context, state: dict[str, Any]) -> dict[str, 
     methods = build_methods(opts, context.step)
     teachers: set[str] = set()
     for name, method in methods.items():
-        method.load_state_dict(state.get(name, {}))
-        teachers |= method.needs if method.needs_teacher else set()
+        method.from_previous_step(state.get(name, {}))
+        teachers |= needs_of_teacher(method)
     context.model.intermediates = frozenset().union(*(m.needs for m in methods.values()))  # type: ignore[assignment]
     if context.model_old is not None:
         context.model_old.intermediates = frozenset(teachers)  # type: ignore[assignment]

@@ -103,7 +103,7 @@ def test_full_shared_memory_is_not_told_as_a_full_disk(tmp_path, monkeypatch):
     def no_room(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("utils.logger.SummaryWriter", no_room)
+    monkeypatch.setattr("session.tensorboard.SummaryWriter", no_room)
     for free, remedy in ((0, r"/dev/shm \(Docker: --shm-size"), (1 << 30, "choose another --logdir")):
         monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
         with pytest.raises(UserError, match=rf"No space left on device\); .*{remedy}"):
