@@ -84,7 +84,7 @@ def test_a_bad_file_is_refused(tmp_path: Path, text: str, said: str) -> None:
     [
         (METHOD + "PRESETS = {'FT2': {'loss_none': 1}}\n", "PRESETS['FT2']: --loss_none 1: is no option"),
         (METHOD + OWN_OPTION, "conflicting option string: --unce; rename the option"),
-        (METHOD + OWN_ROLE, "mine.py: --mine: role 'sideways' is none of network, data"),
+        (METHOD + OWN_ROLE, "mine.py: Mine.add_options: --mine: role 'sideways' is none of network, data"),
         (None, "mine.py: is no Python file"),
     ],
 )
