@@ -94,6 +94,8 @@ class DeepLabHead(nn.Module):
         if padding is not None:
             # After the 1×1 layers rather than before: the same values from fewer positions.
             pooled = F.pad(pooled, padding, mode="replicate")
+            if (lowered := self.pool_red_conv.weight.dtype) != torch.float32:
+                pooled = pooled.to(lowered)  # O3: autocast on the CPU pads in float32, which the norm refuses
         return self.activation(self.red_bn(maps + pooled))
 
     def _pool(self, features: Tensor) -> tuple[Tensor, list[int] | None]:

@@ -16,7 +16,7 @@ from tasks import get_task
 
 def test_two_steps_a_test_and_predictions(cli: Launch, shapes_root: Path, tmp_path: Path) -> None:
     common = (*SMALL, "--task", "15-5", "--overlap", "--logdir", tmp_path, "--name", "run", "--lr", "0.01")
-    ssul = (*common, "--method", "SSUL-M", "--memory", "6", "--fidelity", "released")
+    ssul = (*common, "--method", "SSUL-M", "--memory", "6", "--fidelity", "released", "--keep", "last")
     trained = cli(*ssul, "--step", "all")
     assert trained.code == 0, trained.err[-3000:]
     for words in ("head=aspp (preset)", "augmentation=scale_crop (preset)", "min_lr=1e-06 (preset)"):
