@@ -104,8 +104,8 @@ assert torch.equal(metrics.confusion_matrix, data["expected"])
 d.stop()
 d.stop()
 print("threads", torch.get_num_threads(), flush=True)
-# Once in some dozen runs on a busy machine a thread of PyTorch's met the interpreter's end and aborted it (three
-# processes, torch 2.14.1). How programs end is what tests/faults/test_ends.py is about.
+# Once in some dozen runs on a busy machine a thread of PyTorch's met the interpreter's end and aborted it
+# (torch 2.14.1). How programs end is what tests/faults/test_ends.py is about.
 os._exit(0)
 """
 
