@@ -123,7 +123,7 @@ class Report:
             verdict = "ok" if code == 0 else "over its time" if code < 0 else f"exit code {code}"
             self.rows.append({"part": part.name, "verdict": verdict, "seconds": round(seconds, 1)})
             print(f"{part.name}: {verdict} after {seconds:.0f} s", flush=True)
-            print("\n".join(printed.splitlines()[-options_shown(code) :]), flush=True)
+            print("\n".join(printed.splitlines()[-_lines_shown(code) :]), flush=True)
             with (self.folder / "gpu_check.txt").open("a", encoding="utf-8") as file:
                 file.write(f"\n=== {part.name}: {verdict} after {seconds:.0f} s\n{printed}")
             write_report(
@@ -134,7 +134,7 @@ class Report:
             )
 
 
-def options_shown(code: int) -> int:
+def _lines_shown(code: int) -> int:
     """Lines of a part's output that the screen shows: more where it failed."""
     return 12 if code == 0 else 30
 
