@@ -180,7 +180,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data_root", type=path_option, required=True)
     parser.add_argument("--dataset", default="voc", choices=("voc", "shapes"))
     parser.add_argument("--weights", type=path_option, help="MobileNetV2's; random without")
-    parser.add_argument("--logs", type=path_option, default=Path("build/real_runs"), help="folder of the runs")
+    parser.add_argument(
+        "--logs", type=path_option, default=Path("build/real_runs"), help="folder of the runs"
+    )
     parser.add_argument("--num_workers", type=count, default=1)
     parser.add_argument("--side_by_side", type=positive_int, default=7, help="cases at a time")
     parser.add_argument("--only", default="", help="cases whose name contains this text")
