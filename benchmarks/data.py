@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from dataset import open_dataset
-from dataset.base import SegmentationDataset, voc_palette
+from dataset.base import SegmentationDataset
 from dataset.decoding import read_image
 from dataset.drawing import SHAPE_CLASSES, draw_sample
 from dataset.incremental import Entry, IncrementalDataset, SampleKey, train_lookup
@@ -32,6 +32,7 @@ from tasks import get_task
 from utils.command import run_command
 from utils.option_types import path_option, positive_int
 from utils.option_types import whole as whole_number
+from utils.palette import palette
 
 TARGET_MS = 7.0
 
@@ -47,7 +48,7 @@ def generated(folder: Path, count: int) -> SegmentationDataset:
         masks.append(folder / f"{number}.png")
         Image.fromarray(grain.clip(0, 255).astype(np.uint8)).save(images[-1], quality=90)
         indexed = Image.fromarray(mask[:375].copy())
-        indexed.putpalette([v for colour in voc_palette() for v in colour])
+        indexed.putpalette(palette().flatten().tolist())
         indexed.save(masks[-1])
     return SegmentationDataset("shapes", "train", folder, images, masks, SHAPE_CLASSES)
 

@@ -17,10 +17,10 @@ from methods.base import needs_of_teacher
 from segmentation_module import IncrementalSegmentationModule, freeze, make_model
 from session.optimizer import make_optimizer
 from train import Precision, Trainer, to_device
+from utils.labels import VOID
 from utils.memory import keep_freed_memory
 from utils.option_types import positive_int, whole
 
-VOID = 255
 Sample = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 MODELS = {

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
-import torch
 from torchvision import tv_tensors
 
 from dataset.decoding import read_image, read_mask
 from utils.errors import DataError, UserError
 from utils.files import is_utf8, printable
+from utils.labels import VOID
 
-VOID = 255  # mask value of pixels that belong to no class
 MAX_CLASSES = 255  # ids 0..254
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -48,11 +46,6 @@ class SegmentationDataset:
         """Number of dataset class ids, background included."""
         return len(self.class_names)
 
-    @property
-    def palette(self) -> list[tuple[int, int, int]]:
-        """VOC's colour of every mask value 0..255, as RGB in 0..255."""
-        return voc_palette()
-
     def __len__(self) -> int:
         return len(self.images)
 
@@ -78,16 +71,6 @@ class SegmentationDataset:
                 "and 255 for void; mend the mask"
             )
         return tv_tensors.Mask(mask)
-
-
-@cache
-def voc_palette() -> list[tuple[int, int, int]]:
-    """Colour map of the VOC development kit: the id's bits, three by three, become high bits of R, G, B."""
-    ids = torch.arange(256)
-    channels = [sum(((ids >> (3 * bit + c)) & 1) << (7 - bit) for bit in range(8)) for c in range(3)]
-    return [
-        (int(r), int(g), int(b)) for r, g, b in torch.stack([torch.as_tensor(c) for c in channels], dim=1)
-    ]
 
 
 def files_by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:

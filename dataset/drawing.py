@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dataset.base import VOID
+from utils.labels import VOID
 
 Array = NDArray[np.float32]
 Form = Callable[[Array, Array], NDArray[np.bool_]]

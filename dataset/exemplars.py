@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from dataset.splits import VOID, list_digest
+from dataset.splits import list_digest
 from tasks import Task, check_step
 from utils.errors import UserError
 from utils.files import atomic_write_text
+from utils.labels import VOID
 
 
 @dataclass(frozen=True)

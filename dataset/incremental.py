@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from dataset.base import VOID, SegmentationDataset
+from dataset.base import SegmentationDataset
 from dataset.decoding import read_mask
 from dataset.transforms import PairTransform
 from utils.errors import DataError
+from utils.labels import VOID
 
 if TYPE_CHECKING:
     from tasks import Task

@@ -19,10 +19,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from dataset.base import SegmentationDataset, voc_palette
+from dataset.base import SegmentationDataset
 from dataset.drawing import SHAPE_CLASSES, draw_sample
 from dataset.voc import IMAGES, MASKS, find_root, open_voc_layout
 from utils.errors import UserError
+from utils.palette import palette
 
 _LISTS = {"train": "train_aug", "val": "val"}  # split → name of its list file
 
@@ -100,5 +101,5 @@ def _write_sample(folder: Path, config: ShapesConfig, job: tuple[str, int]) -> N
     stem = _stem(split, number)
     Image.fromarray(image).save(folder / IMAGES / f"{stem}.jpg", quality=92, subsampling=0)
     indexed = Image.fromarray(mask)
-    indexed.putpalette([value for colour in voc_palette() for value in colour])
+    indexed.putpalette(palette().flatten().tolist())
     indexed.save(folder / MASKS / f"{stem}.png", optimize=False)

@@ -35,13 +35,13 @@ from dataset.decoding import PNG_SIGNATURE, png_image_data, read_mask
 from tasks import Steps, Task, check_step, get_task, task_names
 from utils.errors import DataError, UserError
 from utils.files import atomic_write, queue_lock
+from utils.labels import VOID
 
 logger = logging.getLogger(__name__)
 
 Protocol = Literal["sequential", "disjoint", "overlapped", "partitioned"]
 BoolArray = npt.NDArray[np.bool_]
 
-VOID = 255
 
 _PUBLISHED = Path(__file__).with_name("published_splits.json")
 _CACHE_VERSION = "presence-1"

@@ -30,7 +30,8 @@ from utils.errors import DataError, UserError
 from utils.files import atomic_write
 from utils.logger import progress, setup_logging
 from utils.memory import is_out_of_memory
-from utils.visualize import overlay, palette
+from utils.palette import palette
+from utils.visualize import overlay
 
 PREDICTIONS, OVERLAYS = "predictions", "overlays"
 

@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from utils.drawing import in_one_font
-from utils.visualize import VOID, palette
+from utils.labels import VOID
+from utils.palette import palette
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _SMALLEST_FONT = 12  # pixels

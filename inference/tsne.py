@@ -44,9 +44,10 @@ from utils.distributed import World
 from utils.drawing import drawable
 from utils.errors import UserError
 from utils.files import atomic_write, atomic_write_text
+from utils.labels import VOID
 from utils.logger import progress, setup_logging
 from utils.option_types import Parser, path_option, positive_int, seed
-from utils.visualize import VOID, palette
+from utils.palette import palette
 
 LAYERS = ("pre_logits", "body")
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -11,8 +11,7 @@ from torchmetrics import Metric
 
 from metrics.continual import Results, summarise
 from utils.errors import UserError
-
-VOID = 255
+from utils.labels import VOID
 
 
 class StreamSegMetrics(Metric):

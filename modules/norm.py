@@ -120,16 +120,6 @@ def norm_layers(module: nn.Module) -> Iterator[nn.Module]:
             yield layer
 
 
-def set_process_group(module: nn.Module, group: dist.ProcessGroup | None) -> None:
-    """Let every ``InPlaceABNSync`` in ``module`` gather its statistics over ``group``.
-
-    Only for a network that was built before ``init_process_group``; later ones find the group themselves.
-    """
-    for layer in module.modules():
-        if callable(set_group := getattr(layer, "set_group", None)):
-            set_group(group)
-
-
 def _has_nccl_group() -> bool:
     """Whether statistics can be gathered: the kernels need CUDA tensors and a process group."""
     return dist.is_available() and dist.is_initialized() and "nccl" in dist.get_backend()

@@ -23,8 +23,8 @@ from report.reading import Run
 from report.tables import Line, Table
 from utils.errors import UserError
 from utils.files import atomic_write, atomic_write_text, cannot_write
+from utils.palette import palette
 from utils.tables import markdown_text
-from utils.visualize import palette
 
 _REMEDY = "free some space or choose another --out"
 _LIST = "report_files.txt"

@@ -24,9 +24,10 @@ from train import Precision, evaluate
 from utils import distributed
 from utils.distributed import World
 from utils.drawing import failure_is_a_warning
+from utils.labels import VOID
 from utils.logger import progress
 from utils.signals import StopRequest
-from utils.visualize import VOID, prediction_grid, write_samples
+from utils.visualize import prediction_grid, write_samples
 
 log = logging.getLogger(__name__)
 

@@ -18,24 +18,12 @@ from torch import Tensor
 
 from utils.drawing import drawable
 from utils.files import atomic_write
+from utils.labels import VOID
+from utils.palette import palette
 
 Array = np.ndarray[Any, np.dtype[Any]]
-VOID = 255
 SAMPLE_SIDE = 320
 _NUMBERED = 40  # classes of a confusion matrix up to which its cells hold numbers
-
-
-def palette(num_classes: int = 256) -> Array:
-    """Colours of PASCAL VOC, for any number of classes: num_classes×3, uint8; 0 is black.
-
-    VOC's rule: the bits of the class id go in turn to red, green and blue, from the highest bit down.
-    """
-    ids = np.arange(num_classes, dtype=np.int64)
-    colours = np.zeros((num_classes, 3), dtype=np.int64)
-    for level in range(8):
-        for channel in range(3):
-            colours[:, channel] |= (ids >> (3 * level + channel) & 1) << (7 - level)
-    return colours.astype(np.uint8)
 
 
 def colorize(mask: Array | Tensor) -> Array:

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset.base import VOID
 from dataset.incremental import Entry, IncrementalDataset, SampleKey, Substitute
 from dataset.loaders import Tolerance, make_eval_loader, make_train_loader
 from dataset.shapes import open_shapes
 from dataset.transforms import eval_transform, train_transform
 from utils.errors import DataError
+from utils.labels import VOID
 
 
 def spoilt(

@@ -7,8 +7,9 @@ import torch
 from PIL import Image
 
 from dataset import open_dataset
-from dataset.base import SegmentationDataset, voc_palette
+from dataset.base import SegmentationDataset
 from utils.errors import DataError, UserError
+from utils.palette import palette
 
 TRAIN, VAL = ["2007_01", "2007_04"], ["2007_02", "2007_03"]
 
@@ -22,7 +23,7 @@ def make_voc(root: Path, *, lists: tuple[str, ...] = ("train_aug", "val")) -> Pa
         mask = np.full((20, 30), number + 1, np.uint8)
         mask[0] = 255
         indexed = Image.fromarray(mask)
-        indexed.putpalette([v for colour in voc_palette() for v in colour])
+        indexed.putpalette(palette().flatten().tolist())
         indexed.save(root / f"SegmentationClassAug/{stem}.png")
     for name in lists:
         stems = TRAIN if name == "train_aug" else VAL
@@ -166,8 +167,8 @@ def test_every_known_id_is_accepted(tmp_path: Path, last_id: int) -> None:
 
 
 def test_palette_is_that_of_voc() -> None:
-    palette = voc_palette()
-    assert len(set(palette)) == 256
+    colours = [tuple(colour) for colour in palette().tolist()]
+    assert len(set(colours)) == 256
     known = {
         0: (0, 0, 0),
         1: (128, 0, 0),
@@ -176,7 +177,7 @@ def test_palette_is_that_of_voc() -> None:
         20: (0, 64, 128),
         255: (224, 224, 192),
     }
-    assert {i: palette[i] for i in known} == known
+    assert {i: colours[i] for i in known} == known
 
 
 def test_real_subset(shared: Path) -> None:

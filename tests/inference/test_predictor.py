@@ -21,7 +21,8 @@ from inference.load import model_from_checkpoint
 from inference.multiscale import FusedPrediction
 from utils.distributed import World
 from utils.errors import DataError, UserError
-from utils.visualize import overlay, palette
+from utils.palette import palette
+from utils.visualize import overlay
 
 ALONE = World(0, 0, 1, torch.device("cpu"), None)
 

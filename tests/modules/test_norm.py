@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from modules import build_network, norm
-from modules.norm import NORM_KINDS, AbsWeightBatchNorm2d, NormAct, norm_layers, set_process_group
+from modules.norm import NORM_KINDS, AbsWeightBatchNorm2d, NormAct, norm_layers
 from utils.errors import UserError
 
 needs_inplace_abn = pytest.mark.skipif(
@@ -128,12 +128,3 @@ def test_in_place_group(monkeypatch):
     copied = copy.deepcopy(layer.eval())
     assert copied.group is world and copied.frozen and not copied.training
     assert copied.weight is not layer.weight
-
-
-@needs_inplace_abn
-def test_group_can_be_set_later():
-    net = build_network("deeplab", backbone="mobilenet_v2", norm_act="iabn_sync")
-    assert {layer.group for layer in norm_layers(net)} == {None}
-    marker = object()
-    set_process_group(net, marker)
-    assert {layer.group for layer in norm_layers(net)} == {marker}

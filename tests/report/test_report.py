@@ -20,7 +20,7 @@ from report.published import of_group, of_method, table
 from report.reading import read_run
 from report.tables import summary
 from utils.errors import UserError
-from utils.visualize import palette
+from utils.palette import palette
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,9 @@ from session.folder import RunFolder
 from session.tensorboard import RunLogger
 from train import Precision
 from utils.distributed import World
+from utils.palette import palette
 from utils.signals import StopRequest
-from utils.visualize import overlay, palette
+from utils.visualize import overlay
 
 SIDE = 40
 

@@ -4,7 +4,8 @@ import torch
 from PIL import Image
 
 from utils.errors import UserError
-from utils.visualize import colorize, confusion_figure, overlay, palette, prediction_grid, write_samples
+from utils.palette import palette
+from utils.visualize import colorize, confusion_figure, overlay, prediction_grid, write_samples
 
 NAMES = dict(enumerate(["background", "aeroplane", "bicycle", "bird"]))
 
