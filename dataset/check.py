@@ -19,7 +19,6 @@ from dataset import open_dataset
 from dataset.base import SegmentationDataset
 from dataset.decoding import StoredPicture, load_picture, read_mask
 from dataset.splits import (
-    VOID,
     Protocol,
     default_workers,
     list_digest,
@@ -31,6 +30,7 @@ from dataset.splits import (
 )
 from tasks import Task
 from utils.errors import DataError, UserError
+from utils.labels import VOID
 
 PUBLISHED_SIZE = {"voc": 10582, "ade": 20210}  # training images
 
@@ -160,18 +160,21 @@ def check_split(
     pool = ThreadPoolExecutor(workers or default_workers())
     try:
         pairs = pool.map(check_pair, dataset.images, dataset.masks, repeat(dataset.num_classes))
-        bar = tqdm(pairs, total=len(dataset.images), desc="checking", unit="image", disable=not progress)
-        for pair in bar:
-            report.images += pair.image_exists
-            report.masks += pair.mask_exists
-            report.presence.append(pair.classes)
-            if pair.pixels is not None:
-                report.pixels += pair.pixels
-            report.wide += pair.wide
-            report.turned += pair.turned
-            report.as_stored += pair.has_orientation and not pair.turned
-            for kind, file in pair.faults:
-                report.faults.setdefault(kind, []).append(file)
+        # Closed before an interrupt is told, so that its line is one of its own.
+        with tqdm(
+            pairs, total=len(dataset.images), desc="checking", unit="image", disable=not progress
+        ) as bar:
+            for pair in bar:
+                report.images += pair.image_exists
+                report.masks += pair.mask_exists
+                report.presence.append(pair.classes)
+                if pair.pixels is not None:
+                    report.pixels += pair.pixels
+                report.wide += pair.wide
+                report.turned += pair.turned
+                report.as_stored += pair.has_orientation and not pair.turned
+                for kind, file in pair.faults:
+                    report.faults.setdefault(kind, []).append(file)
     finally:
         pool.shutdown(cancel_futures=True)
     return report
