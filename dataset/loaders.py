@@ -7,9 +7,11 @@ of samples, with the same random crops, for every n that leaves the total batch 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import logging
+import signal
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -303,11 +305,32 @@ class Loader(DataLoader[Sample]):
 
     def _received(self) -> Iterator[Any]:
         try:
-            yield from super().__iter__()
+            with _no_errors_from_signals():
+                batches = super().__iter__()
+            yield from batches
         except Exception as error:
             if self.num_workers == 0:
                 raise
-            raise loader_fault(error) from error
+            raise loader_fault(error, self._fatal_signals()) from error
+
+    def _fatal_signals(self) -> list[str]:
+        """What the worker processes died of, in the system's words ("Killed", "Bus error")."""
+        codes = {worker.exitcode or 0 for worker in getattr(self._iterator, "_workers", ())}
+        return sorted(signal.strsignal(-code) or str(-code) for code in codes if code < 0)
+
+
+@contextlib.contextmanager
+def _no_errors_from_signals() -> Iterator[None]:
+    """Undo the SIGCHLD handler that torch sets with its first worker processes.
+
+    It raises the loss of a worker wherever the main thread happens to be: inside a lock, a save, a reduction.
+    Without it the loss shows where a batch is waited for, within five seconds.
+    """
+    number = getattr(signal, "SIGCHLD", None)  # Windows has none
+    before = number and signal.getsignal(number)
+    yield
+    if number and signal.getsignal(number) is not before:
+        signal.signal(number, before)
 
 
 _all_loaders: weakref.WeakSet[Loader] = weakref.WeakSet()

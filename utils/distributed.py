@@ -13,7 +13,7 @@ import platform
 import re
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -272,8 +272,6 @@ def as_fault(error: BaseException) -> Fault | None:
             f"out of memory ({_one_line(text)}); give a smaller --batch_size with more --accumulate, "
             "--grad_checkpointing or --opt_level O1, and start again"
         )
-    if "DataLoader worker" in text:
-        return loader_fault(error)
     if isinstance(error, dist.DistError) or any(mark in text.lower() for mark in _LOST):
         reason = _one_line(text)[-160:]
         if "Last error:" in text:  # NCCL says here what happened
@@ -285,8 +283,13 @@ def as_fault(error: BaseException) -> Fault | None:
     return None
 
 
-def loader_fault(error: BaseException) -> Fault:
-    """One line for an error in or about a loader process, however torch wrapped it up."""
+def loader_fault(error: BaseException, signals: Sequence[str] = ()) -> Fault:
+    """One line for an error in or about a loader process, however torch wrapped it up.
+
+    Args:
+        error: what torch raised.
+        signals: what loader processes were killed by, in the system's words.
+    """
     text = str(error)
     caught = _CAUGHT.match(text)
     if caught is not None:  # torch put the worker's traceback behind this: the reason is its last line
@@ -296,7 +299,9 @@ def loader_fault(error: BaseException) -> Fault:
         reason = _one_line(text)
     else:
         reason = f"{type(error).__name__}: {_one_line(text)}".removesuffix(": ")
-    if any(mark in text.lower() for mark in _SHARED_MEMORY_FULL):
+    if signals:
+        reason += f": {', '.join(signals)}"
+    if any(mark in f"{text} {reason}".lower() for mark in _SHARED_MEMORY_FULL):
         return Fault(
             f"the shared memory is full through which loader processes hand over their batches ({reason}); "
             f"{SHARED_MEMORY_REMEDY}, or give --num_workers 0, and start again to go on"

@@ -1,5 +1,6 @@
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -339,6 +340,25 @@ def test_an_error_in_a_worker_keeps_its_reason(shapes_root: Path, error: Excepti
     assert words in text and "\n" not in text
     with pytest.raises(type(error)):
         list(make_eval_loader(dataset, 8, num_workers=0))
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(signal.SIGKILL, "Killed): it was killed"), (signal.SIGBUS, "--shm-size 8g), or give --num_workers 0")],
+)
+def test_a_lost_worker_shows_only_where_a_batch_is_waited_for(
+    shapes_root: Path, number: signal.Signals, words: str
+) -> None:
+    before = signal.getsignal(signal.SIGCHLD)
+    with make_train_loader(make(shapes_root), 8, seed=4, num_workers=1) as loader:
+        batches = iter(loader)
+        next(batches)
+        assert signal.getsignal(signal.SIGCHLD) is before
+        (worker,) = workers_of(loader)
+        os.kill(worker.pid, number)
+        worker.join()  # with torch's handler the error came here, or in whatever else ran now
+        with pytest.raises(Fault, match=re.escape(words)):
+            list(batches)
 
 
 def test_loaders_that_cannot_start_are_told(shapes_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

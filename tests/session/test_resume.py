@@ -143,10 +143,6 @@ def test_alone_votes_and_errors_are_ones_own() -> None:
 def test_faults_of_others_are_told_from_own_ones() -> None:
     lost = as_fault(RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer [127.0.0.1]:1"))
     assert lost is not None and "--timeout" in str(lost)
-    worker = as_fault(RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed."))
-    assert worker is not None and "--num_workers" in str(worker)
-    full = as_fault(RuntimeError("DataLoader worker (pid 3) is killed by signal: Bus error. It is"))
-    assert full is not None and "--shm-size" in str(full) and "--num_workers 0" in str(full)
     own = Fault("a loss is not finite")
     assert as_fault(own) is own
     assert as_fault(RuntimeError("shapes differ")) is None
