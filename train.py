@@ -3,7 +3,7 @@
 ``Trainer`` takes any module that maps images to ``(logits, intermediates)``; methods act through the
 hooks of ``methods/base.py``. Order in a step: teacher forward, student forward,
 running statistics, pseudo-labels, all terms, one backward, importance update, the penalty's backward,
-optimiser, scheduler. With ``accumulate`` the part up to the backward is done for several batches first.
+optimiser, scheduler. In a group of batches the part up to the backward is done for each of them first.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from dataset.transforms import normalize
 from methods.base import Batch, Context, Method
 from methods.checks import LossTerms, call_hook
 from metrics.stream_metrics import StreamSegMetrics
-from utils.distributed import unwrap
 from utils.errors import Fault, UserError
 from utils.processor import fast_bfloat16
 
@@ -134,7 +133,6 @@ class Trainer:
         forward: the module whose forward trains (the student wrapped for several processes); the student
             itself if None.
         precision: O0 if None.
-        accumulate: batches per optimiser step; its gradient is the mean of theirs.
         compile: run both networks through ``torch.compile`` in training. Weights keep their names, and
             evaluation, whose images may have any size, runs the networks as they are.
 
@@ -151,7 +149,6 @@ class Trainer:
         *,
         forward: nn.Module | None = None,
         precision: Precision | None = None,
-        accumulate: int = 1,
         compile: bool = False,
     ) -> None:
         self.context = context
@@ -161,53 +158,15 @@ class Trainer:
         self.model = forward if forward is not None else context.model
         self.teacher = context.model_old if any(m.uses_teacher for m in methods.values()) else None
         self.precision = precision or Precision("O0", context.device)
-        self.accumulate = accumulate
         self._loss_terms = LossTerms()
         if compile:
             self.model = compiled(self.model)
             self.teacher = None if self.teacher is None else compiled(self.teacher)
 
-    def train_epoch(
-        self,
-        loader: Iterable[Any],
-        epoch: int,
-        *,
-        interval: int = 10,
-        report: Callable[[int, dict[str, float]], None] = lambda position, terms: None,
-        first_batch: int = 0,
-        after_batch: Callable[[int], None] = lambda position: None,
-    ) -> dict[str, float]:
-        """Train on every batch of the loader once.
-
-        Args:
-            loader: yields (images, targets) or (images, targets, extras); see ``train_step``.
-            epoch: number of the epoch, from 0.
-            interval: batches between two calls of ``report`` (the only points at which losses are read
-                from the device); at the optimiser step that completes them.
-            report: called with the number of batches done and the mean of every term since the last call.
-            first_batch: number of the epoch's batches that were done before this call.
-            after_batch: called after every optimiser step with the number of batches done; may raise to end
-                training. What it saves thus never stands between two batches of one step.
-
-        Returns:
-            Mean of every term over the epoch, "total" among them.
-
-        Raises:
-            NonFiniteLoss: a term is NaN or infinite.
-        """
-        self.model.train()
-        epoch_means, interval_means = _Means(), _Means()
-        position = first_batch
-        for samples in _groups(loader, self.accumulate):
-            terms = self.train_group(samples, epoch=epoch)
-            reported, position = position // interval, position + len(samples)
-            epoch_means.add(terms, len(samples))
-            interval_means.add(terms, len(samples))
-            if position // interval > reported:
-                report(position, interval_means.read())
-                interval_means = _Means()
-            after_batch(position)
-        return epoch_means.read()
+    @property
+    def lr(self) -> float:
+        """Learning rate of the first group of parameters."""
+        return float(self.optimizer.param_groups[0]["lr"])
 
     def train_step(
         self, images: Tensor, targets: Tensor, extras: dict[str, Tensor] | None = None, *, epoch: int = 0
@@ -239,7 +198,7 @@ class Trainer:
             The means of the loss terms, detached, on the device.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        means = _Means()
+        means = Means()
         # Only a network that is wrapped for several processes has gradients to hold back.
         hold_back = getattr(self.model, "no_sync", contextlib.nullcontext)
         for left in reversed(range(len(samples))):
@@ -337,19 +296,6 @@ class Trainer:
             epoch=epoch,
         )
 
-    def evaluate(
-        self, loader: Iterable[Any], metrics: StreamSegMetrics, *, predict: Predict | None = None
-    ) -> StreamSegMetrics:
-        """Confusion matrix over a loader's images, summed over all processes. See ``evaluate``."""
-        return evaluate(
-            unwrap(self.model),
-            loader,
-            metrics,
-            device=self.context.device,
-            precision=self.precision,
-            predict=predict,
-        )
-
 
 def class_scores(model: nn.Module, images: Tensor) -> Tensor:
     """Scores B×C×H×W of normalised images; arg-max over C is the prediction."""
@@ -421,7 +367,7 @@ def compiled(module: nn.Module) -> nn.Module:
     return cast(nn.Module, torch.compile(module))
 
 
-def _groups(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
+def groups(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
     """The batches in lists of ``size``; the last may be shorter."""
     iterator = iter(batches)
     while group := list(itertools.islice(iterator, size)):
@@ -450,7 +396,7 @@ def _savable(value: Tensor) -> Tensor:
     return plain.set_(value.untyped_storage(), value.storage_offset(), value.size(), value.stride())
 
 
-class _Means:
+class Means:
     """Means of loss terms, kept on the device until they are read."""
 
     def __init__(self) -> None:
@@ -471,6 +417,11 @@ class _Means:
         return {name: value / self.count for name, value in self.sums.items()}
 
     def read(self) -> dict[str, float]:
+        """The means as numbers, which waits for the device.
+
+        Raises:
+            NonFiniteLoss: one is NaN or infinite.
+        """
         if not self.sums:
             return {}
         values = (torch.stack([s.float() for s in self.sums.values()]) / self.count).tolist()

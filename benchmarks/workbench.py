@@ -161,7 +161,6 @@ def bench(opts: Options, device: torch.device, *, step: int = 1, channels_last: 
         methods,
         optimizer,
         precision=precision,
-        accumulate=opts.accumulate,
         compile=opts.compile,
     )
     trainer.model.train()

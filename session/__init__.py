@@ -1,11 +1,12 @@
-"""One run: data, networks, methods and files of each step, put together around the ``Trainer``.
+"""One run: its steps, trained or tested one after the other.
 
-``folder`` knows the run's files, ``networks`` what a step trains, ``training`` its epochs and checkpoints,
-``evaluation`` its results; ``Session`` runs one step after the other.
+``folder`` knows the run's files and where a step starts, ``networks`` what a step trains, ``training`` its
+epochs, ``state`` its checkpoint, ``monitor`` its progress, ``evaluation`` its results.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 
 import torch
@@ -17,6 +18,7 @@ from inference.load import load_model
 from runs.history import write_run_facts
 from session.evaluation import Evaluation
 from session.folder import RunFolder
+from session.run import Run
 from session.training import StepTraining
 from train import Precision
 from utils import distributed
@@ -41,22 +43,18 @@ class Session:
     """
 
     def __init__(self, opts: Options, world: World) -> None:
-        self.opts = opts
-        self.world = world
-        self.folder = RunFolder(opts, world)
-        self.stop = StopRequest().listen()
-        self.tolerance = Tolerance(opts.skip_corrupt)
-        self.evaluation = Evaluation(opts, world, self.folder, self.stop, self.tolerance)
+        folder = RunFolder(opts, world)
+        self.run = Run(opts, world, folder, StopRequest().listen(), Tolerance(opts.skip_corrupt))
         if opts.deterministic:
             make_deterministic()
         elif world.device.type == "cuda":
             # Crops are of one size, for which cuDNN's fastest kernels are looked up once.
             torch.backends.cudnn.benchmark = True
         with distributed.shared_errors():
-            self._lock = FolderLock(self.folder.path, "choose another --logdir") if world.is_main else None
-            setup_logging(world, self.folder.path, debug=opts.debug)
+            self._lock = FolderLock(folder.path, "choose another --logdir") if world.is_main else None
+            setup_logging(world, folder.path, debug=opts.debug)
             if world.is_main and not opts.test:
-                write_run_facts(self.folder.path, self.folder.options, opts.task_.steps)
+                write_run_facts(folder.path, folder.options, opts.task_.steps)
         if self._lock is not None and self._lock.warning is not None:
             log.warning("%s", self._lock.warning)
         log.info("%s", opts.summary())
@@ -66,70 +64,39 @@ class Session:
         for note in opts.notes:
             log.info(note)
 
+    def train(self, step: int, lr: float) -> None:
+        """Train a step from its beginning or from its checkpoint, then evaluate it.
+
+        Raises:
+            Stopped: a signal came; the step is saved and resumed when the command is given again.
+        """
+        run, folder, tolerance = self.run, self.run.folder, self.run.tolerance
+        run.stop.end_if_told()
+        start = folder.start(step, lr)
+        if start.resumed is not None and folder.is_done(start.resumed, step):
+            log.info("step %d is done (%s); --fresh starts it over", step, folder.checkpoint(step))
+            return
+        with distributed.shared_errors():
+            if run.world.is_main:
+                write_run_facts(folder.path, folder.options, run.opts.task_.steps, step=step, lr=lr)
+        with contextlib.closing(StepTraining(run, start)) as training:
+            training.train()
+            training.evaluate()
+        if tolerance.reasons:
+            listed = "; ".join(sorted(tolerance.reasons))
+            log.warning("%d unreadable images were skipped: %s", len(tolerance.reasons), listed)
+
     def test(self, step: int) -> None:
         """Evaluate a step's checkpoint on the final images.
 
         Raises:
             UserError: the checkpoint does not fit, or the data cannot be read.
         """
-        path = self.opts.ckpt or self.folder.checkpoint(step)
-        content = self.folder.load(path, step)
-        model = load_model(self.opts, content, path, self.opts.task_.classes_per_step(step))
-        precision = Precision.of(self.opts, self.world.device, self.world.bfloat16)
-        model = precision.place(model)
-        data = evaluation_data(self.opts, step)
+        opts, world, folder = self.run.opts, self.run.world, self.run.folder
+        path = opts.ckpt or folder.checkpoint(step)
+        model = load_model(opts, folder.load(path, step), path, opts.task_.classes_per_step(step))
+        precision = Precision.of(opts, world.device, world.bfloat16)
+        data, evaluation = evaluation_data(opts, step), Evaluation(self.run)
         log.info("testing %s on %d images", path, len(data.test))
-        metrics = self.evaluation.run(model, data.test, len(data.class_names), precision)
-        self.evaluation.report(step, data, metrics)
-
-    def train(self, step: int, lr: float) -> None:
-        """Train a step from its start or from where its checkpoint stands, then evaluate it.
-
-        Raises:
-            Stopped: a signal came; the step is saved and goes on when the command is given again.
-        """
-        self.stop.end_if_told()
-        facts = self.folder.facts(step, lr)
-        with distributed.shared_errors():
-            begun = self.folder.begun(step, facts)
-        self.folder.check_same_file(begun, step)
-        if begun is not None and self.folder.is_done(begun, step):
-            log.info("step %d is done (%s); --fresh starts it over", step, self.folder.checkpoint(step))
-            return
-        with distributed.shared_errors():
-            if self.world.is_main:
-                steps = self.opts.task_.steps
-                write_run_facts(self.folder.path, self.folder.options, steps, step=step, lr=lr)
-        training = StepTraining(
-            self.opts,
-            self.world,
-            self.folder,
-            self.evaluation,
-            self.stop,
-            self.tolerance,
-            step=step,
-            lr=lr,
-            facts=facts,
-            begun=begun,
-        )
-        try:
-            training.run()
-            self._finish(training)
-        finally:
-            training.close()
-        if self.tolerance.reasons:
-            listed = "; ".join(sorted(self.tolerance.reasons))
-            log.warning("%d unreadable images were passed over: %s", len(self.tolerance.reasons), listed)
-
-    def _finish(self, training: StepTraining) -> None:
-        """Evaluate a trained step. The results come first, for they tell that it is done; then pictures."""
-        step, data = training.step, training.data
-        model, precision = training.model, training.precision
-        metrics = self.evaluation.run(model, data.test, len(data.class_names), precision)
-        with distributed.shared_errors():
-            results = self.evaluation.report(step, data, metrics)
-        training.board.results(results, self.opts.epochs, metrics.confusion_matrix)
-        with distributed.shared_errors():
-            if self.opts.sample_num and self.world.is_main:
-                old_model = training.old_model()
-                self.evaluation.pictures(step, data, model, old_model, precision, training.board)
+        metrics = evaluation.run(precision.place(model), data.test, len(data.class_names), precision)
+        evaluation.report(step, data, metrics)

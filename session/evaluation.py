@@ -10,23 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from argparser import Options, declarations
+from argparser import declarations
 from dataset.incremental import IncrementalDataset, Substitute
-from dataset.loaders import Tolerance, choose_samples, make_eval_loader
+from dataset.loaders import choose_samples, make_eval_loader
 from dataset.step_data import EvaluationData
 from inference.multiscale import predict_classes, predictor
 from metrics.continual import Results, summarise
 from metrics.stream_metrics import StreamSegMetrics
 from runs.results import write_results
-from session.folder import RunFolder
+from session.run import Run
 from session.tensorboard import RunLogger
 from train import Precision, evaluate
 from utils import distributed
-from utils.distributed import World
 from utils.drawing import failure_is_a_warning
 from utils.labels import VOID
 from utils.logger import progress
-from utils.signals import StopRequest
 from utils.visualize import prediction_grid, write_samples
 
 log = logging.getLogger(__name__)
@@ -36,22 +34,13 @@ class Evaluation:
     """Evaluates networks and writes what came out.
 
     Args:
-        opts: checked options.
-        world: this process among the others.
-        folder: of the run.
-        stop: whether this process was told to stop.
-        tolerance: for unreadable images.
+        run: the run.
     """
 
-    def __init__(
-        self, opts: Options, world: World, folder: RunFolder, stop: StopRequest, tolerance: Tolerance
-    ) -> None:
-        self.opts = opts
-        self.world = world
-        self.folder = folder
-        self.stop = stop
-        self.tolerance = tolerance
-        self.predict = predictor(opts.test_scales, opts.test_flip, opts.fusion_mode)
+    def __init__(self, run: Run) -> None:
+        self.opts, self.world, self.folder = run.opts, run.world, run.folder
+        self.stop, self.tolerance = run.stop, run.tolerance
+        self.predict = predictor(run.opts.test_scales, run.opts.test_flip, run.opts.fusion_mode)
 
     def run(
         self, model: nn.Module, images: IncrementalDataset, classes: int, precision: Precision
@@ -126,30 +115,37 @@ class Evaluation:
                 },
             )
             log.info("results: %s", ", ".join(str(path) for path in written))
-            with self._task_board() as board:
-                board.options(self.folder.options)
-                board.results(results, step, metrics.confusion_matrix)
+            with self._task_writer() as writer:
+                writer.options(self.folder.options)
+                writer.results(results, step, metrics.confusion_matrix)
         return results
 
     @contextlib.contextmanager
-    def _task_board(self) -> Iterator[RunLogger]:
+    def _task_writer(self) -> Iterator[RunLogger]:
         """The whole task in TensorBoard: a point and a picture per step."""
-        board = RunLogger(self.world, self.folder.path / "task", enabled=self.opts.visualize)
+        writer = RunLogger(self.world, self.folder.path / "task", enabled=self.opts.visualize)
         try:
-            yield board
+            yield writer
         finally:
-            board.close()
+            writer.close()
 
     def pictures(
         self,
         step: int,
         data: EvaluationData,
-        model: nn.Module,
-        old_model: nn.Module | None,
+        networks: tuple[nn.Module, nn.Module | None],
         precision: Precision,
-        board: RunLogger,
+        writer: RunLogger,
     ) -> None:
-        """``--sample_num`` images of the evaluation, the same in every step, beside truth and predictions."""
+        """Show ``--sample_num`` images, the same in every step, with their labels and predictions.
+
+        Args:
+            step: number of the step.
+            data: images to choose from.
+            networks: of this step and of the one before.
+            precision: how they compute.
+            writer: TensorBoard's for the step.
+        """
         images, targets = self._samples(data)
         if not images:
             return
@@ -167,15 +163,16 @@ class Evaluation:
         def by_id(masks: list[Tensor]) -> list[Tensor]:
             return [ids[mask.long()] for mask in masks]
 
+        model, previous = networks
         truth, found = by_id(targets), by_id(predicted(model))
-        before = None if old_model is None else by_id(predicted(old_model))
+        before = None if previous is None else by_id(predicted(previous))
         path = self.folder.path / f"predictions_{step}.png"
         names = dict(zip(seen, data.class_names, strict=True))
         with failure_is_a_warning(f"the pictures of step {step}"):
             write_samples(self.folder.path / "samples", images, truth, found, step)
             picture = prediction_grid(images, truth, found, names, old_predictions=before, path=path)
-            board.image("predictions", picture, self.opts.epochs)
-            with self._task_board() as whole:
+            writer.image("predictions", picture, self.opts.epochs)
+            with self._task_writer() as whole:
                 whole.image("predictions", picture, step)
             log.info("pictures: %s", path)
 

@@ -23,8 +23,8 @@ from utils.errors import UserError
 
 
 @dataclass(frozen=True)
-class Begun:
-    """A checkpoint that a step goes on from.
+class Resumed:
+    """A checkpoint that a step is resumed from.
 
     Attributes:
         path: its file.
@@ -38,9 +38,29 @@ class Begun:
 
     @property
     def is_exact(self) -> bool:
-        """Whether it is known to be trained with this run's options, so that its optimiser and schedule go on
-        as they are. One of a release or of an early version does not say at which rate it was trained."""
+        """Whether it was trained with this run's options, so that optimiser and schedule are restored.
+
+        One of a release or of an early version does not say at which rate it was trained.
+        """
         return self.own and "facts" in self.content
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a step starts.
+
+    Attributes:
+        step: its number.
+        lr: its learning rate.
+        fingerprint: what beside the options a checkpoint must have been trained with, by the words for a
+            message; the images' digests come in when they are known.
+        resumed: the checkpoint that it is resumed from; None: it starts from its beginning.
+    """
+
+    step: int
+    lr: float
+    fingerprint: dict[str, Any]
+    resumed: Resumed | None
 
 
 class RunFolder:
@@ -121,40 +141,52 @@ class RunFolder:
             )
         return content
 
-    def facts(self, step: int, lr: float) -> dict[str, Any]:
-        """What beside the options must be the same for a step to go on, by the words for a message."""
-        return {
-            "--lr": lr,
-            "total batch": self.opts.batch_size * self.world.size,
-            "number of processes": self.world.size,
-            "previous step's checkpoint": None if step == 0 else save_id(self.previous(step)),
-        }
-
-    def begun(self, step: int, facts: dict[str, Any]) -> Begun | None:
-        """The checkpoint that a step goes on from: this run's own, or ``--ckpt``, or none.
+    def start(self, step: int, lr: float) -> Start:
+        """How a step starts. Every process must call it.
 
         Raises:
-            UserError: it is of a run with other options, or cannot be continued.
+            UserError: the checkpoint to resume from is of a run with other options, cannot be continued, or
+                is not the same file for every process.
         """
+        with distributed.shared_errors():
+            fingerprint = {
+                "--lr": lr,
+                "total batch": self.opts.batch_size * self.world.size,
+                "number of processes": self.world.size,
+                "previous step's checkpoint": None if step == 0 else save_id(self.previous(step)),
+            }
+            resumed = self._resumed(step, fingerprint)
+        seen = distributed.gather_objects(None if resumed is None else resumed.content.get("save_id", ""))
+        if len(set(seen)) > 1:
+            raise UserError(
+                f"{self.checkpoint(step)}: not the same file for every process; --logdir must be a folder "
+                "that all machines share"
+            )
+        return Start(step, lr, fingerprint, resumed)
+
+    def _resumed(self, step: int, fingerprint: dict[str, Any]) -> Resumed | None:
+        """The checkpoint that a step is resumed from: this run's own, or ``--ckpt``, or none."""
         opts, path = self.opts, self.checkpoint(step)
         content = self._own(path, step)
         if content is not None:
-            self.check_same_run(step, content, facts)
-            begun = Begun(path, content, own=True)
+            self.check_same_run(step, content, fingerprint)
+            resumed = Resumed(path, content, own=True)
         elif opts.ckpt is not None:
-            begun = Begun(opts.ckpt, self.load(opts.ckpt, step), own=False)
+            resumed = Resumed(opts.ckpt, self.load(opts.ckpt, step), own=False)
         else:
             return None
-        epoch = int(begun.content["epoch"])
-        trained = is_trained(begun.content, opts.epochs)
-        if not begun.own and (trained or epoch >= opts.epochs):
+        epoch = int(resumed.content["epoch"])
+        trained = is_trained(resumed.content, opts.epochs)
+        if not resumed.own and (trained or epoch >= opts.epochs):
             raise UserError(
-                f"--ckpt {begun.path} stands in epoch {epoch + 1} and --epochs is {opts.epochs}: nothing is "
-                "left to train; give more --epochs, counted from the step's start, or --test to evaluate it"
+                f"--ckpt {resumed.path} stands in epoch {epoch + 1} and --epochs is {opts.epochs}: nothing "
+                "is left to train; give more --epochs, counted from the step's start, or --test"
             )
-        if "optimizer_state" not in begun.content and not trained:
-            raise UserError(f"{begun.path} holds no optimiser state to continue from; give it to --step_ckpt")
-        return begun
+        if "optimizer_state" not in resumed.content and not trained:
+            raise UserError(
+                f"{resumed.path} holds no optimiser state to continue from; give it to --step_ckpt"
+            )
+        return resumed
 
     def _own(self, path: Path, step: int) -> dict[str, Any] | None:
         """This run's checkpoint of a step if it goes on with it."""
@@ -170,38 +202,25 @@ class RunFolder:
         """Whether this run wrote it, rather than one that began from another ``--ckpt``."""
         return bool(saved_options(content).get("ckpt") == self.options["ckpt"])
 
-    def differences(self, content: dict[str, Any], facts: dict[str, Any]) -> list[str]:
+    def differences(self, content: dict[str, Any], fingerprint: dict[str, Any]) -> list[str]:
         """What a checkpoint was trained with that this run has otherwise."""
-        return differences(content, self.options, facts)
+        return differences(content, self.options, fingerprint)
 
-    def check_same_run(self, step: int, content: dict[str, Any], facts: dict[str, Any]) -> None:
-        """Refuse to go on from a checkpoint that was trained with other options or facts.
+    def check_same_run(self, step: int, content: dict[str, Any], fingerprint: dict[str, Any]) -> None:
+        """Refuse to resume from a checkpoint that was trained with other options or another fingerprint.
 
         Raises:
             UserError: naming each difference.
         """
-        if differing := self.differences(content, facts):
+        if differing := self.differences(content, fingerprint):
             raise UserError(
                 f"{self.checkpoint(step)} was trained otherwise: {'; '.join(differing)}; give the same "
                 "options to go on, --fresh to start the step over, or another --name"
             )
 
-    def check_same_file(self, begun: Begun | None, step: int) -> None:
-        """Refuse to go on where processes see different files. Every process must call it.
-
-        Raises:
-            UserError: on every process.
-        """
-        seen = distributed.gather_objects(None if begun is None else begun.content.get("save_id", ""))
-        if len(set(seen)) > 1:
-            raise UserError(
-                f"{self.checkpoint(step)}: not the same file for every process; --logdir must be a folder "
-                "that all machines share"
-            )
-
-    def is_done(self, begun: Begun, step: int) -> bool:
+    def is_done(self, resumed: Resumed, step: int) -> bool:
         """Whether a step is trained and evaluated."""
-        trained = begun.own and is_trained(begun.content, self.opts.epochs)
+        trained = resumed.own and is_trained(resumed.content, self.opts.epochs)
         return trained and self.results(step).is_file()
 
     def learnt_iou(self, step: int) -> dict[str, float]:

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from argparser import Options
 from inference.load import load_model
 from methods import Context, Method, build_methods
 from methods.base import needs_of_teacher
@@ -18,11 +17,10 @@ from methods.checks import call_hook
 from modules.pretrained import LoadReport, load_default_pretrained, load_pretrained
 from runs.checkpoint import model_state
 from segmentation_module import IncrementalSegmentationModule, freeze, load_state, make_model
-from session.folder import RunFolder
 from session.optimizer import make_optimizer
+from session.run import Run
 from train import Precision
 from utils import distributed
-from utils.distributed import World
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -32,10 +30,8 @@ class StepNetworks:
     """What a step trains, as at its start.
 
     Args:
-        opts: checked options.
-        world: this process among the others.
-        folder: of the run.
-        step: the step.
+        run: the run.
+        step: number of the step.
         precision: how the networks compute.
 
     Attributes:
@@ -47,12 +43,10 @@ class StepNetworks:
             weights cannot be had.
     """
 
-    def __init__(
-        self, opts: Options, world: World, folder: RunFolder, step: int, precision: Precision
-    ) -> None:
-        self.opts = opts
-        self.world = world
-        self.folder = folder
+    def __init__(self, run: Run, step: int, precision: Precision) -> None:
+        self.opts = opts = run.opts
+        self.world = world = run.world
+        self.folder = folder = run.folder
         self.step = step
         self.precision = precision
         # First: they check their options, which costs nothing yet.
@@ -121,6 +115,12 @@ class StepNetworks:
         path, classes = self.folder.previous(self.step), self.opts.task_.classes_per_step(self.step - 1)
         return freeze(load_model(self.opts, self.previous, path, classes)).eval()
 
+    def previous_network(self) -> IncrementalSegmentationModule | None:
+        """The network of the step before, loaded where no method needed it; None at step 0."""
+        if self.step == 0 or self.context.model_old is not None:
+            return self.context.model_old  # type: ignore[return-value]
+        return self.place(self.teacher())
+
     def place(self, model: IncrementalSegmentationModule) -> IncrementalSegmentationModule:
         """A network on this process's device, in the precision and memory layout that it computes in."""
         return self.precision.place(model)
@@ -146,7 +146,7 @@ class StepNetworks:
         log.info("methods: %s", ", ".join(methods))
 
     def restore(self, resumed: Mapping[str, Any]) -> None:
-        """Weights and the methods' states of an interrupted run; after ``begin``, which sets its own."""
+        """Restore the weights and methods' states of an interrupted run; call it after ``begin``."""
         load_state(self.context.model, model_state(resumed))
         local = resumed.get("method_state_of_rank") or []
         states = resumed.get("method_state", {})

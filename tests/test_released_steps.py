@@ -29,7 +29,7 @@ from methods import Context, Method, build_methods
 from modules.network import Network
 from segmentation_module import IncrementalSegmentationModule
 from session.optimizer import make_optimizer, schedule
-from train import Trainer
+from train import Means, Trainer
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 STEPS, ITERATIONS, LR = 4, 10, 0.01
@@ -266,7 +266,11 @@ def run_ours(opts: Options, start: Start, carried: dict[str, Any] | None = None)
         method.begin_step(context)
     optimizer = make_optimizer(opts, student, methods, opts.lrs[0])
     scheduler = schedule(opts, optimizer, ITERATIONS)
-    terms = Trainer(context, methods, optimizer, scheduler).train_epoch(start.batches, 0)
+    trainer, means = Trainer(context, methods, optimizer, scheduler), Means()
+    trainer.model.train()
+    for batch in start.batches:
+        means.add(trainer.train_step(*batch))
+    terms = means.read()
     states = {name: method.state_dict() for name, method in methods.items()}
     return Ours(student, methods, terms, through_a_file(states))
 

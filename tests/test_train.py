@@ -22,7 +22,7 @@ from methods import Batch, Context, Method, build_methods
 from methods.classification import Classification
 from metrics.stream_metrics import StreamSegMetrics
 from tasks import get_task
-from train import NonFiniteLoss, Precision, Trainer
+from train import Means, NonFiniteLoss, Precision, Trainer, evaluate, groups
 from utils.errors import UserError
 
 CLASSES = [16, 5]  # VOC 15-5
@@ -61,7 +61,21 @@ def sgd(model: nn.Module) -> torch.optim.SGD:
 def trained(made: Context, methods: dict[str, Method], loader: Any) -> dict[str, float]:
     for method in methods.values():
         method.begin_step(made)
-    return Trainer(made, methods, sgd(made.model)).train_epoch(loader, 0)
+    return train_epoch(Trainer(made, methods, sgd(made.model)), loader)
+
+
+def train_epoch(trainer: Trainer, loader: Any, accumulate: int = 1) -> dict[str, float]:
+    """The means of every term over the loader's batches."""
+    means = Means()
+    trainer.model.train()
+    for samples in groups(loader, accumulate):
+        means.add(trainer.train_group(samples), len(samples))
+    return means.read()
+
+
+def evaluated(model: nn.Module, loader: Any, metrics: StreamSegMetrics) -> StreamSegMetrics:
+    device = torch.device("cpu")
+    return evaluate(model, loader, metrics, device=device, precision=Precision("O0", device))
 
 
 # ── order ────────────────────────────────────────────────────────────────────────────────────────
@@ -190,10 +204,8 @@ def kd(made: Context) -> dict[str, Method]:
 def test_an_accumulated_step_is_that_of_the_mean_of_the_losses() -> None:
     loader = batches(5)
     made, by_hand = context(), context()
-    seen: list[int] = []
-    trainer = Trainer(made, kd(made), sgd(made.model), accumulate=2)
-    trainer.train_epoch(loader, 0, after_batch=seen.append)
-    assert seen == [2, 4, 5], "checkpoints stand at the ends of optimiser steps only"
+    assert [len(samples) for samples in groups(loader, 2)] == [2, 2, 1]
+    train_epoch(Trainer(made, kd(made), sgd(made.model)), loader, accumulate=2)
     model, teacher, optimizer = by_hand.model, by_hand.model_old, sgd(by_hand.model)
     methods = kd(by_hand)
     model.train()
@@ -235,14 +247,14 @@ def test_importance_penalty_and_schedule_come_once_per_optimiser_step() -> None:
     optimizer = torch.optim.SGD([parameter], lr=0.1)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
     before = parameter.detach().clone()
-    trainer = Trainer(made, {"a": method}, optimizer, scheduler, accumulate=2)
+    trainer = Trainer(made, {"a": method}, optimizer, scheduler)
     terms = trainer.train_group(loader[:2])
     slopes = [images.mean() for images, _ in loader]
     torch.testing.assert_close(parameter.detach(), before - 0.1 * (sum(slopes[:2]) / 2 + 3.0))
     torch.testing.assert_close(terms["a"], sum(slopes[:2]) / 2 * before.sum())
     torch.testing.assert_close(terms["reg"], 3.0 * before.sum())
     torch.testing.assert_close(terms["total"], terms["a"] + terms["reg"])
-    trainer.train_epoch(loader, 0)
+    train_epoch(trainer, loader, accumulate=2)
     expected = [sum(slopes[:2]) / 2, sum(slopes[:2]) / 2, slopes[2]]
     for gradient, slope in zip(method.gradients, expected, strict=True):
         torch.testing.assert_close(gradient, torch.full_like(gradient, float(slope)))
@@ -251,13 +263,8 @@ def test_importance_penalty_and_schedule_come_once_per_optimiser_step() -> None:
 
 def test_means_of_an_epoch_count_every_batch_alike() -> None:
     made = context()
-    told: list[tuple[int, float]] = []
-    trainer = Trainer(made, {"a": Counting()}, sgd(made.model), accumulate=3)
-    means = trainer.train_epoch(
-        batches(7), 0, interval=2, report=lambda position, terms: told.append((position, terms["count"]))
-    )
-    assert told == [(3, 1.0), (6, 4.0)]
-    assert means == {"count": 3.0, "total": 3.0}
+    trainer = Trainer(made, {"a": Counting()}, sgd(made.model))
+    assert train_epoch(trainer, batches(7), accumulate=3) == {"count": 3.0, "total": 3.0}
 
 
 # ── nothing waits ────────────────────────────────────────────────────────────────────────────────
@@ -385,8 +392,8 @@ def test_no_step_of_any_method_waits_for_a_gpu(name: str, fidelity: str) -> None
 
 def test_no_batch_of_an_evaluation_waits_for_a_value() -> None:
     made = context()
-    trainer, metrics = Trainer(made, {}, sgd(made.model)), StreamSegMetrics(21)
-    assert not waits(lambda: trainer.evaluate(batches(2), metrics))
+    metrics = StreamSegMetrics(21)
+    assert not waits(lambda: evaluated(made.model, batches(2), metrics))
     assert int(metrics.confusion_matrix.sum()) == sum(int((t != 255).sum()) for _, t in batches(2))
 
 
@@ -449,8 +456,8 @@ def test_compiled_networks_train_alike_under_the_same_names() -> None:
         teacher, student = Tiny(16).requires_grad_(False).eval(), Tiny(21)
         made = Context(task=get_task("voc", "15-5"), step=1, model=student, model_old=teacher)
         trainer = Trainer(made, kd(made), sgd(student), compile=compile)
-        means = trainer.train_epoch(batches(2), 0)
-        metrics = trainer.evaluate(batches(1), StreamSegMetrics(21))
+        means = train_epoch(trainer, batches(2))
+        metrics = evaluated(student, batches(1), StreamSegMetrics(21))
         states.append((student.state_dict(), means, metrics.confusion_matrix))
     (weights, means, matrix), (compiled, compiled_means, compiled_matrix) = states
     assert weights.keys() == compiled.keys()
@@ -501,7 +508,7 @@ def test_extras_reach_the_methods_by_name() -> None:
     assert means["saliency"] == 0.5
 
 
-# ── reports ──────────────────────────────────────────────────────────────────────────────────────
+# ── means ──────────────────────────────────────────────────────────────────────────────────────
 
 
 class Counting(Method):
@@ -513,17 +520,6 @@ class Counting(Method):
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         self.count += 1
         return {"count": self.count - 1 + 0.0 * batch.outputs.sum()}
-
-
-def test_reports_are_means_of_an_interval_and_the_result_of_the_epoch() -> None:
-    made = context()
-    told: list[tuple[int, float]] = []
-    trainer = Trainer(made, {"a": Counting()}, sgd(made.model))
-    means = trainer.train_epoch(
-        batches(5), 0, interval=2, report=lambda position, terms: told.append((position, terms["count"]))
-    )
-    assert told == [(2, 0.5), (4, 2.5)]
-    assert means == {"count": 2.0, "total": 2.0}
 
 
 class TurnsBad(Counting):
@@ -540,21 +536,13 @@ class TurnsBad(Counting):
 
 
 @pytest.mark.parametrize(("value", "shown"), [(math.nan, "nan"), (math.inf, "inf")])
-def test_a_loss_that_is_not_finite_stops_with_the_terms_and_their_values(value: float, shown: str) -> None:
-    made, method = context(), TurnsBad(value)
-    trainer = Trainer(made, {"a": method}, sgd(made.model))
-    with pytest.raises(NonFiniteLoss) as caught:
-        trainer.train_epoch(batches(8), 0, interval=2)
-    assert method.count == 4, "stops at the next report, not at the end of the epoch"
-    message = str(caught.value)
-    assert f"bad {shown}" in message and "good 0.5" in message and "total" in message
-    assert "\n" not in message and "--lr" in message
-
-
-def test_a_short_epoch_is_checked_at_its_end() -> None:
+def test_a_loss_that_is_not_finite_is_named_with_all_terms_and_their_values(value: float, shown: str) -> None:
     made = context()
-    with pytest.raises(NonFiniteLoss, match="bad nan"):
-        Trainer(made, {"a": TurnsBad(math.nan)}, sgd(made.model)).train_epoch(batches(3), 0, interval=10)
+    with pytest.raises(NonFiniteLoss) as caught:
+        train_epoch(Trainer(made, {"a": TurnsBad(value)}, sgd(made.model)), batches(3))
+    message = str(caught.value)
+    assert f"bad {shown}" in message and "good " in message and "total" in message
+    assert "\n" not in message and "--lr" in message
 
 
 def test_weights_that_are_not_finite_are_named_by_the_real_losses() -> None:
@@ -594,7 +582,8 @@ def test_what_the_levels_lower(level: str, weights: torch.dtype, losses: torch.d
     made.model, made.model_old = precision.cast(made.model), precision.cast(made.model_old)  # type: ignore[type-var]
     convolved = []
     made.model.stem[0].register_forward_hook(lambda *found: convolved.append(found[2].dtype))  # type: ignore[union-attr, index]
-    Trainer(made, {"a": method}, sgd(made.model), precision=precision).train_epoch(batches(), 0)
+    trainer = Trainer(made, {"a": method}, sgd(made.model), precision=precision)
+    train_epoch(trainer, batches())
     assert {p.dtype for p in made.model.parameters()} == {weights}
     assert method.seen == {losses}
     assert set(convolved) == {torch.float32 if level == "O0" else torch.bfloat16}
@@ -607,7 +596,8 @@ def test_every_level_is_single_precision_where_the_processor_would_emulate_bfloa
         made, method = context(), Types()
         precision = Precision(chosen, made.device, bfloat16)
         made.model, made.model_old = precision.place(made.model), precision.place(made.model_old)  # type: ignore[type-var]
-        Trainer(made, {"a": method}, sgd(made.model), precision=precision).train_epoch(batches(), 0)
+        trainer = Trainer(made, {"a": method}, sgd(made.model), precision=precision)
+        train_epoch(trainer, batches())
         assert method.seen == {torch.float32}
         assert (precision.level, precision.description) == (chosen, "float32")
         found[chosen] = made.model.state_dict()
@@ -678,7 +668,7 @@ def test_every_level_gives_finite_losses_near_those_of_single_precision(
             method.begin_step(made)
         trainer = Trainer(made, methods, sgd(made.model), precision=precision)
         results[chosen] = {n: t.item() for n, t in trainer.train_step(*batches()[0]).items()}
-        assert all(math.isfinite(value) for value in trainer.train_epoch(batches(), 0).values())
+        assert all(math.isfinite(value) for value in train_epoch(trainer, batches()).values())
         assert all(torch.isfinite(p).all() for p in made.model.parameters())
     for term, value in results["O0"].items():
         assert results[level][term] == pytest.approx(value, rel=0.1, abs=1e-4), term
@@ -729,13 +719,11 @@ class Constant(nn.Module):
 
 def test_evaluation_counts_every_pixel_once_and_trains_nothing() -> None:
     model = Constant()
-    made = Context(task=get_task("voc", "15-5"), step=0, model=model)
-    trainer = Trainer(made, {}, sgd(model))
     labels = torch.zeros(2, 4, 4, dtype=torch.long)
     labels[:, 0], labels[:, 1], labels[0, 2] = 1, 2, 255
     metrics = StreamSegMetrics(3)
     for _ in range(2):  # emptied first: the second pass does not add to the first
-        trainer.evaluate([(torch.randn(2, 3, 4, 4), labels)], metrics)
+        evaluated(model, [(torch.randn(2, 3, 4, 4), labels)], metrics)
     matrix = torch.as_tensor(metrics.confusion_matrix)
     assert matrix[:, 1].tolist() == [12, 8, 8] and int(matrix.sum()) == 28
     assert not model.training and torch.equal(model.norm.running_mean, torch.zeros(3))

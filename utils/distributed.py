@@ -221,14 +221,14 @@ def shared_errors() -> Iterator[None]:
             raise other[0](other[1])
 
 
-class Vote:
-    """Processes agree between batches on what to do, one batch late, without waiting for the device.
+class AllReducedFlag:
+    """The highest flag over all processes, one batch late, without waiting for the device.
 
-    The ballots travel in a Gloo group of their own while the next batch is computed: an answer read from
+    The flags are reduced in a Gloo group of their own while the next batch is computed: a value read from
     the GPU after every batch would let it run empty.
 
     Args:
-        timeout_s: seconds after which waiting for another process's ballot becomes an error.
+        timeout_s: seconds after which waiting for another process's flag becomes an error.
     """
 
     def __init__(self, timeout_s: float = 1800.0) -> None:
@@ -238,28 +238,28 @@ class Vote:
                 self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         self._pending: tuple[dist.Work, Tensor] | None = None
 
-    def cast(self, ballot: int) -> int:
-        """Cast this batch's ballot and return the highest of the batch before (0 for the first).
+    def reduce(self, flag: int) -> int:
+        """Hand in this batch's flag and return the highest of the batch before (0 for the first).
 
-        Every process calls this equally often. One process alone gets its own ballot back at once.
+        Every process calls this equally often. One process alone gets its own flag back at once.
         """
         if self._group is None:
-            return ballot
-        decided = self.close()
-        box = torch.tensor(ballot)
-        work = dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+            return flag
+        before = self.wait()
+        value = torch.tensor(flag)
+        work = dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         assert work is not None
-        self._pending = work, box
-        return decided
+        self._pending = work, value
+        return before
 
-    def close(self) -> int:
-        """Wait for the ballots that are under way and return the highest (0 if there are none)."""
+    def wait(self) -> int:
+        """Wait for the flags that are being reduced and return the highest (0 if there are none)."""
         if self._pending is None:
             return 0
-        work, box = self._pending
+        work, value = self._pending
         self._pending = None
         work.wait()
-        return int(box)
+        return int(value)
 
 
 def as_fault(error: BaseException) -> Fault | None:

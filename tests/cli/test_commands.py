@@ -114,7 +114,7 @@ def test_resumed_epochs_give_the_weights_of_an_unbroken_run(
     process.communicate()
     resumed = launch(*common, "--name", "broken")
     assert resumed.code == 0, resumed.err
-    assert "goes on at epoch" in resumed.out
+    assert "resumes at epoch" in resumed.out
     states = [
         torch.load(tmp_path / f"15-5-shapes_{name}" / f"15-5-shapes_{name}_0.pth", weights_only=True)
         for name in ("whole", "broken")

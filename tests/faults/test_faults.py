@@ -122,7 +122,7 @@ def test_skip_corrupt_passes_over_images_lists_them_and_has_a_limit(own_data: Pa
     for path in spoilt:
         path.write_bytes(b"\xff\xd8\xff no picture")
     run = completed(command(own_data, logs, "--skip_corrupt", "3"), tmp_path / "out", 2)
-    lines = [line for line in run.output().splitlines() if "unreadable images were passed over" in line]
+    lines = [line for line in run.output().splitlines() if "unreadable images were skipped" in line]
     assert len(lines) == 1
     assert [path.name for path in spoilt if path.name in lines[0]] == [path.name for path in spoilt]
     with running(command(own_data, logs, "--skip_corrupt", "2", "--fresh"), tmp_path / "out") as run:

@@ -13,7 +13,7 @@ import pytest
 from faults import BOUND, TINY, Fork, completed, differences, left_by, running, saves_now
 
 from runs.checkpoint import load_checkpoint
-from session.training import StepTraining
+from session.state import StepState
 
 SCORES = (30.0, 60.0, 20.0)  # added to each epoch's validation mIoU, which decides nothing then
 
@@ -57,7 +57,7 @@ def test_killed_in_a_save_in_a_batch_and_in_an_evaluation(tiny_data: Path, tmp_p
     assert_whole(run_dir)
     last = completed(broken, tmp_path / "out")
     assert "step 0 is done" in last.output()
-    assert "step 1 goes on at epoch" in last.output()
+    assert "step 1 resumes at epoch" in last.output()
     assert differences(left_by(folder_of(tmp_path, "whole")), left_by(run_dir)) == []
 
 
@@ -96,14 +96,14 @@ def test_state_of_methods_survives(
 
 def script_validation() -> None:
     """Let the second epoch be the best, and validation kill the process in the epoch that KILL_IN names."""
-    validate = StepTraining._validate
+    rate = StepState.rate
 
-    def scripted(self: StepTraining) -> float:
+    def scripted(self: StepState, score: float) -> None:
         if os.environ.get("KILL_IN") == str(self.progress.epoch):
             os.kill(os.getpid(), signal.SIGKILL)
-        return validate(self) + SCORES[self.progress.epoch]
+        rate(self, score + SCORES[self.progress.epoch])
 
-    StepTraining._validate = scripted  # type: ignore[method-assign]
+    StepState.rate = scripted  # type: ignore[method-assign]
 
 
 class Scripted(Fork):
@@ -132,7 +132,7 @@ def test_the_best_epoch_is_kept_through_kills(
     second_epoch = saved("last")  # --keep last, killed when two of the three epochs are trained
     best = words("best", "--keep", "best")
     killed_in(1, best)
-    assert "step 0 goes on at epoch 2 of 3" in killed_in(2, best)
+    assert "step 0 resumes at epoch 2 of 3" in killed_in(2, best)
     unfinished = saved("best")
     assert unfinished["epoch"] == 2 and unfinished["best"]["epoch"] == 1
     ended = completed([*best, "--step", "0"], tmp_path / "out", start=Scripted).output()

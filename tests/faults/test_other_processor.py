@@ -47,5 +47,5 @@ def test_a_step_goes_on_at_the_other_kind_of_machine(
         assert weights == {torch.bfloat16 if "weights" in precision else torch.float32}
         assert content["manifest"]["options"]["opt_level"] == level
         if epoch > 1:
-            assert "step 0 goes on at epoch" in run.output()
+            assert "step 0 resumes at epoch" in run.output()
     assert json.loads((folder / "results_0.json").read_text())["step"] == 0

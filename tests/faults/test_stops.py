@@ -38,7 +38,7 @@ def test_one_process_of_two_is_told_and_both_save_and_end(tiny_data: Path, tmp_p
         assert "saved step 0 after batch 2 of epoch 1" in run.output() or "after batch 3" in run.output()
         assert "Traceback" not in run.output() + run.output(1)
     again = completed(broken, tmp_path / "out", 2)
-    assert "step 0 goes on at epoch 1 of 2, after batch" in again.output()
+    assert "step 0 resumes at epoch 1 of 2, after batch" in again.output()
     left = [left_by(tmp_path / f"15-5-shapes_{name}") for name in ("whole", "broken")]
     assert differences(*left) == []
 
@@ -89,7 +89,7 @@ def test_slurm_script_saves_requeues_and_goes_on(tiny_data: Path, tmp_path: Path
     assert "goes back into the queue" not in job.stdout
     # The first process may hear of it from the second.
     assert re.search(r"run.py: (SIGUSR1|a signal to another process): saved step 0 after batch", printed)
-    assert "step 0 goes on at epoch 1 of 2, after batch" in printed
+    assert "step 0 resumes at epoch 1 of 2, after batch" in printed
     assert (tmp_path / "15-5-shapes_job" / "results_0.json").is_file()
 
 
@@ -113,5 +113,5 @@ def test_torchrun_starts_killed_processes_again(tiny_data: Path, tmp_path: Path)
         assert process.wait() == 0, output.read_text()[-3000:]
     finally:
         process.kill()
-    assert "step 0 goes on at epoch" in output.read_text()
+    assert "step 0 resumes at epoch" in output.read_text()
     assert (run_dir / "results_0.json").is_file()

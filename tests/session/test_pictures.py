@@ -16,6 +16,7 @@ from dataset.loaders import Tolerance
 from dataset.step_data import EvaluationData
 from session.evaluation import Evaluation
 from session.folder import RunFolder
+from session.run import Run
 from session.tensorboard import RunLogger
 from train import Precision
 from utils.distributed import World
@@ -49,9 +50,9 @@ def test_classes_have_the_data_sets_colours_in_every_class_order(tmp_path: Path)
     image = torch.full((3, SIDE, SIDE), 90, dtype=torch.uint8)
     names = [f"class {number}" for number in seen]
     data = cast(EvaluationData, SimpleNamespace(test=[(image, truth)], class_names=names))
-    evaluation = Evaluation(opts, world, folder, StopRequest(), Tolerance())
-    precision, board = Precision(opts.opt_level, world.device), RunLogger(world, tmp_path, enabled=False)
-    evaluation.pictures(1, data, Knows(found, 21), None, precision, board)
+    evaluation = Evaluation(Run(opts, world, folder, StopRequest(), Tolerance()))
+    precision, writer = Precision(opts.opt_level, world.device), RunLogger(world, tmp_path, enabled=False)
+    evaluation.pictures(1, data, (Knows(found, 21), None), precision, writer)
 
     ids = torch.where(truth == seen.index(5), 5, truth)
     for name, mask in (("truth", ids), ("step1", torch.full_like(ids, 20))):

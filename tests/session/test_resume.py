@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from session.resume import Progress, differences, is_trained, restarted, rng_of_rank
-from utils.distributed import Vote, as_fault, shared_errors
+from utils.distributed import AllReducedFlag, as_fault, shared_errors
 from utils.errors import Fault, UserError
 from utils.files import FolderLock
 from utils.randomness import rng_state, set_rng_state
@@ -132,10 +132,10 @@ def test_a_signal_leaves_a_note_and_a_second_ctrl_c_ends(monkeypatch: pytest.Mon
             signal.signal(number, handler)
 
 
-def test_alone_votes_and_errors_are_ones_own() -> None:
-    vote = Vote()
-    assert [vote.cast(ballot) for ballot in (0, 2, 1)] == [0, 2, 1]
-    assert vote.close() == 0
+def test_alone_flags_and_errors_are_ones_own() -> None:
+    flag = AllReducedFlag()
+    assert [flag.reduce(value) for value in (0, 2, 1)] == [0, 2, 1]
+    assert flag.wait() == 0
     with pytest.raises(UserError, match="mine"), shared_errors():
         raise UserError("mine")
 

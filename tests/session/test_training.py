@@ -56,13 +56,13 @@ def whole(run: Run, logs: Path) -> Path:
 
     def save_and_keep(self: StepTraining) -> None:
         save(self)
-        kept = path.with_name("half.pth" if self.progress.epoch == 0 else "within.pth")
+        kept = path.with_name("half.pth" if self.state.progress.epoch == 0 else "within.pth")
         if not kept.exists():
             save_checkpoint(kept, load_checkpoint(path))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StepTraining, "_save", save_and_keep)
-        patch.setattr(StepTraining, "_save_is_due", lambda self: self.progress.batch == 2)
+        patch.setattr(StepTraining, "_save_is_due", lambda self: self.state.progress.batch == 2)
         assert run("--name whole --epochs 2 --lr 0.01") == 0
     assert load_checkpoint(path.with_name("within.pth"))["batch"] == 2
     return path
@@ -140,18 +140,18 @@ def test_another_runs_checkpoint_goes_on_with_the_commands_options(
         made.append(self)
         raise Stopped("enough")
 
-    monkeypatch.setattr(StepTraining, "run", caught)
+    monkeypatch.setattr(StepTraining, "train", caught)
     typed = f"--epochs 4 {options}" + ("" if "--lr " in options else " --lr 0.01")
     assert run(f"--name other --fresh --ckpt {whole} {typed}") == 75
     (training,) = made
-    opts, optimizer = training.opts, training.trainer.optimizer
-    updates = training.updates_per_epoch
+    opts, optimizer = training.run.opts, training.trainer.optimizer
+    updates = training.networks.context.updates // opts.epochs
     assert updates == {"--accumulate 2": 3, "--batch_size 4": 11}.get(options, BATCHES)
     expected = unbroken(typed, 4 * updates)[2 * updates :]
     found = []
     for _ in expected:
         found.append(optimizer.param_groups[0]["lr"])
-        training.scheduler.step()
+        training.state.scheduler.step()
     assert found == expected and min(found) > 0
     for group in optimizer.param_groups:
         assert (group["momentum"], group["weight_decay"]) == (opts.momentum, opts.weight_decay)
@@ -186,10 +186,10 @@ def test_other_rates_for_old_classifiers_keep_the_momentum(
         made.append(self)
         raise Stopped("enough")
 
-    monkeypatch.setattr(StepTraining, "run", caught)
+    monkeypatch.setattr(StepTraining, "train", caught)
     monkeypatch.setattr("methods.Method.lr_factor", lambda self, name: 0.1 if "body" in name else 1.0)
     assert run(f"--name grouped --ckpt {whole} --epochs 4") == 75
-    optimizer, names = made[0].trainer.optimizer, dict(made[0].model.named_parameters())
+    optimizer, names = made[0].trainer.optimizer, dict(made[0].state.model.named_parameters())
     assert len(optimizer.param_groups) == 2
     content = load_checkpoint(whole)
     for i, name in enumerate(content["optimizer_weights"]):

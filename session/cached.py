@@ -19,8 +19,8 @@ from utils.distributed import World
 log = logging.getLogger(__name__)
 
 
-class Recall:
-    """``Context.recall``: takes what an earlier start of the step computed from the same, or computes it.
+class Cache:
+    """``Context.cached``: takes what an earlier start of the step computed from the same, or computes it.
 
     Args:
         folder: of the run; it gets a file ``<name>_<step>.pth``.

@@ -17,7 +17,7 @@ from dataset.incremental import Entry, IncrementalDataset, SampleKey
 from dataset.shapes import open_shapes
 from dataset.transforms import eval_transform, train_transform
 from run import main
-from session.recall import weights_digest
+from session.cached import weights_digest
 from session.training import StepTraining
 from utils.signals import Stopped
 
@@ -52,7 +52,7 @@ def takes(
     def caught(self: StepTraining) -> None:
         raise Stopped("enough")
 
-    monkeypatch.setattr(StepTraining, "run", caught)
+    monkeypatch.setattr(StepTraining, "train", caught)
 
     def begin(options: str) -> bool:
         common = f"{SMALL} --data_root {data} --logdir {logs} --step 1 --fresh"

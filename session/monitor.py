@@ -1,0 +1,131 @@
+"""Progress of a step's training: log lines, ``history_<step>.jsonl`` and TensorBoard."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from metrics.continual import Results
+from runs.history import History
+from session.run import Run
+from session.tensorboard import RunLogger
+from train import Means
+from utils.logger import progress
+
+log = logging.getLogger(__name__)
+
+
+class Monitor:
+    """Reports a step's losses every ``--print_interval`` batches, after each epoch, and its validations.
+
+    Losses are read from the device at these points only.
+
+    Args:
+        run: the run.
+        step: number of the step.
+        batches_per_epoch: batches of a whole epoch.
+        iteration: batches of the step that are done already; None: the step starts from its beginning.
+
+    Attributes:
+        writer: TensorBoard's.
+    """
+
+    def __init__(self, run: Run, step: int, *, batches_per_epoch: int, iteration: int | None) -> None:
+        opts, world, path = run.opts, run.world, run.folder.path
+        self.interval, self.epochs, self.world, self.step = opts.print_interval, opts.epochs, world, step
+        self.batches_per_epoch = batches_per_epoch
+        self.total_batch = opts.batch_size * world.size
+        self._lr = 0.0
+        with contextlib.ExitStack() as opened:
+            begins_at = 0 if iteration is None else iteration + 1
+            self.writer = RunLogger(world, path / f"step_{step}", enabled=opts.visualize, begins_at=begins_at)
+            opened.callback(self.writer.close)
+            self.writer.options(run.folder.options)
+            self.history = History(
+                path,
+                step,
+                enabled=world.is_main,
+                iteration=iteration or 0,
+                images=self.total_batch,
+                device=world.device,
+            )
+            opened.callback(self.history.close)
+            self._opened = opened.pop_all()
+
+    def close(self) -> None:
+        """Close the files."""
+        self._opened.close()
+
+    def begin_epoch(self, epoch: int, first_batch: int) -> None:
+        """Begin an epoch.
+
+        Args:
+            epoch: its number, from 0.
+            first_batch: number of its batches that are done already.
+        """
+        self._epoch, self._first, self._batch = epoch, first_batch, first_batch
+        self._epoch_means, self._interval_means = Means(), Means()
+        self._started = time.perf_counter()
+        self.history.lap()
+
+    def shown(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Pass on what is left of the epoch's batches and show the progress, as a bar or in lines."""
+        left = self.batches_per_epoch - self._first
+        return progress(batches, total=left, desc=self._title, world=self.world, interval=self.interval)
+
+    @property
+    def _title(self) -> str:
+        return f"step {self.step} epoch {self._epoch + 1}/{self.epochs}"
+
+    def add(self, terms: Mapping[str, Tensor], batches: int, lr: float) -> None:
+        """Take in the loss terms of an optimiser step.
+
+        Args:
+            terms: their means over the batches, on the device.
+            batches: number of batches of the step.
+            lr: learning rate after the step.
+
+        Raises:
+            NonFiniteLoss: a term of the interval that ends here was NaN or infinite.
+        """
+        reported = self._batch // self.interval
+        self._batch, self._lr = self._batch + batches, lr
+        self._epoch_means.add(terms, batches)
+        self._interval_means.add(terms, batches)
+        if self._batch // self.interval > reported:
+            self._report(self._interval_means.read())
+            self._interval_means = Means()
+
+    def end_epoch(self) -> None:
+        """Report the means of the epoch.
+
+        Raises:
+            NonFiniteLoss: a term was NaN or infinite.
+        """
+        images = (self._batch - self._first) * self.total_batch
+        speed = images / (time.perf_counter() - self._started)
+        means = self._epoch_means.read()
+        if self.batches_per_epoch < self.interval:
+            self._report(means)
+        log.info("%s: %s (%.1f images/s)", self._title, _listed(means), speed)
+
+    def _report(self, terms: Mapping[str, float]) -> None:
+        """One point of the curves."""
+        epoch, iteration = self._epoch, self._epoch * self.batches_per_epoch + self._batch
+        self.writer.progress(self.history.progress(iteration, epoch + 1, terms, self._lr))
+        log.debug("step %d epoch %d batch %d: %s", self.step, epoch + 1, self._batch, _listed(terms))
+
+    def validation(self, results: Results, epoch: int) -> None:
+        """Report a validation after an epoch (counted from 0)."""
+        self.history.validation(epoch + 1, results.miou_all)
+        self.writer.results(results, epoch + 1)
+        log.info("step %d epoch %d: validation mIoU %.2f %%", self.step, epoch + 1, 100 * results.miou_all)
+
+
+def _listed(terms: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in terms.items())

@@ -1,0 +1,30 @@
+"""What the steps of a run share on one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from argparser import Options
+from dataset.loaders import Tolerance
+from session.folder import RunFolder
+from utils.distributed import World
+from utils.signals import StopRequest
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run on this process.
+
+    Attributes:
+        opts: checked options.
+        world: this process among the others.
+        folder: files of the run.
+        stop: whether this process received a signal to stop.
+        tolerance: unreadable images so far, over all steps.
+    """
+
+    opts: Options
+    world: World
+    folder: RunFolder
+    stop: StopRequest
+    tolerance: Tolerance
