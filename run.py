@@ -5,12 +5,12 @@ Several processes:  torchrun --nproc_per_node=2 run.py ...           (NCCL on CU
                     python -m torch.distributed.launch --nproc_per_node=2 run.py ...
 All steps:          --step all
 A checkpoint:       --test [--ckpt FILE]
-Own pictures:       --predict PATH --out DIR --ckpt FILE
+Own images:         --predict PATH --out DIR --ckpt FILE
 The data set:       --check_data
 
 ``--batch_size`` is per process. Exit code 0: done; 1: a fault of the program or the machine; 2: bad input,
 with one line that says what to change; 75: a signal (SIGTERM, SIGUSR1, Ctrl-C) ended the run after it was
-saved, and the same command goes on from there; 130: Ctrl-C where there is nothing to save, or a second one
+saved, and the same command resumes there; 130: Ctrl-C where there is nothing to save, or a second one
 (docs/long_runs.md).
 """
 
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(opts: Options) -> int:
-    """Check the data, predict pictures, or train or test every step that the options name."""
+    """Check the data, predict images, or train or test every step that the options name."""
     # Imported here so that --help and a wrong option answer at once.
     if opts.check_data:
         from dataset.check import check_data

@@ -71,7 +71,7 @@ class Session:
             Stopped: a signal came; the step is saved and resumed when the command is given again.
         """
         run, folder, tolerance = self.run, self.run.folder, self.run.tolerance
-        run.stop.end_if_told()
+        run.stop.raise_if_set()
         start = folder.start(step, lr)
         if start.resumed is not None and folder.is_done(start.resumed, step):
             log.info("step %d is done (%s); --fresh starts it over", step, folder.checkpoint(step))

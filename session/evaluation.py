@@ -1,4 +1,4 @@
-"""Evaluation of a step: confusion matrix, results files, pictures of predictions."""
+"""Evaluation of a step: confusion matrix, result files, images of predictions."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ class Evaluation:
         with loader:
             metrics = evaluate(
                 model,
-                self.stop.until_told(batches),
+                self.stop.until_set(batches),
                 StreamSegMetrics(classes, self.world.device),
                 device=self.world.device,
                 precision=precision,
                 predict=self.predict,
             )
-        self.stop.end_if_told()
+        self.stop.raise_if_set()
         return metrics
 
     def summarise(
@@ -122,14 +122,14 @@ class Evaluation:
 
     @contextlib.contextmanager
     def _task_writer(self) -> Iterator[RunLogger]:
-        """The whole task in TensorBoard: a point and a picture per step."""
+        """The whole task in TensorBoard: a point and an image per step."""
         writer = RunLogger(self.world, self.folder.path / "task", enabled=self.opts.visualize)
         try:
             yield writer
         finally:
             writer.close()
 
-    def pictures(
+    def images(
         self,
         step: int,
         data: EvaluationData,
@@ -168,16 +168,16 @@ class Evaluation:
         before = None if previous is None else by_id(predicted(previous))
         path = self.folder.path / f"predictions_{step}.png"
         names = dict(zip(seen, data.class_names, strict=True))
-        with failure_is_a_warning(f"the pictures of step {step}"):
+        with failure_is_a_warning(f"the images of step {step}"):
             write_samples(self.folder.path / "samples", images, truth, found, step)
-            picture = prediction_grid(images, truth, found, names, old_predictions=before, path=path)
-            writer.image("predictions", picture, self.opts.epochs)
+            grid = prediction_grid(images, truth, found, names, old_predictions=before, path=path)
+            writer.image("predictions", grid, self.opts.epochs)
             with self._task_writer() as whole:
-                whole.image("predictions", picture, step)
-            log.info("pictures: %s", path)
+                whole.image("predictions", grid, step)
+            log.info("images of predictions: %s", path)
 
     def _samples(self, data: EvaluationData) -> tuple[list[Tensor], list[Tensor]]:
-        """On the first process, the pictures to show with their labels."""
+        """On the first process, the images to show with their labels."""
         images: list[Tensor] = []
         targets: list[Tensor] = []
         count = min(self.opts.sample_num, len(data.test)) if self.world.is_main else 0

@@ -1,4 +1,4 @@
-"""What lies in a run's folder: its checkpoints, and which of them a step goes on from."""
+"""What lies in a run's folder: its checkpoints, and which of them a step is resumed from."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class RunFolder:
         return opts.step_ckpt if opts.step_ckpt and step == opts.steps[0] else self.checkpoint(step - 1)
 
     def results(self, step: int) -> Path:
-        """Results of a step; written last, they tell that it is done."""
+        """Results of a step; written last, they mark the step as done."""
         return self.path / f"results_{step}.json"
 
     def load(self, path: Path, step: int) -> dict[str, Any]:
@@ -137,7 +137,7 @@ class RunFolder:
         if epochs is not None and not is_trained(content, epochs):
             raise UserError(
                 f"{path}: step {step - 1} is not finished, it stands in epoch "
-                f"{content['epoch'] + 1} of {epochs}; go on with --step {step - 1} first"
+                f"{content['epoch'] + 1} of {epochs}; finish --step {step - 1} first"
             )
         return content
 
@@ -189,8 +189,8 @@ class RunFolder:
         return resumed
 
     def _own(self, path: Path, step: int) -> dict[str, Any] | None:
-        """This run's checkpoint of a step if it goes on with it."""
-        # A job that was requeued with --fresh goes on with what it has done itself.
+        """This run's checkpoint of a step if the step is resumed from it."""
+        # A job that was requeued with --fresh resumes what it has done itself.
         if not path.is_file() or not (self.opts.resume == "auto" or restarted()):
             return None
         content = self.load(path, step)
@@ -215,7 +215,7 @@ class RunFolder:
         if differing := self.differences(content, fingerprint):
             raise UserError(
                 f"{self.checkpoint(step)} was trained otherwise: {'; '.join(differing)}; give the same "
-                "options to go on, --fresh to start the step over, or another --name"
+                "options to resume it, --fresh to start the step over, or another --name"
             )
 
     def is_done(self, resumed: Resumed, step: int) -> bool:

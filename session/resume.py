@@ -21,7 +21,7 @@ class Progress:
         epoch: the epoch under way, from 0.
         batch: its batches that are done.
         best: best validation score so far.
-        unreadable: images that ``--skip_corrupt`` passed over.
+        unreadable: images that ``--skip_corrupt`` skipped.
     """
 
     epoch: int = 0
@@ -66,14 +66,17 @@ def is_within_epoch(content: Mapping[str, Any]) -> bool:
 
 
 def has_same_batches(
-    content: Mapping[str, Any], options: Mapping[str, Any], facts: Mapping[str, Any], batches_per_epoch: int
+    content: Mapping[str, Any],
+    options: Mapping[str, Any],
+    fingerprint: Mapping[str, Any],
+    batches_per_epoch: int,
 ) -> bool:
     """Whether the epoch of a checkpoint has the same images in the same order as this run's.
 
     Args:
         content: of the checkpoint.
         options: this run's, in JSON types.
-        facts: this run's.
+        fingerprint: this run's.
         batches_per_epoch: this run's.
     """
     saved, known = saved_options(content), content.get("facts", {})
@@ -81,7 +84,7 @@ def has_same_batches(
     return (
         content.get("batches_per_epoch") == batches_per_epoch
         and saved.get("random_seed") == options["random_seed"]
-        and all(known.get(name) == facts[name] for name in decide)
+        and all(known.get(name) == fingerprint[name] for name in decide)
     )
 
 
@@ -95,14 +98,14 @@ def deciding_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(
-    content: Mapping[str, Any], options: Mapping[str, Any], facts: Mapping[str, Any]
+    content: Mapping[str, Any], options: Mapping[str, Any], fingerprint: Mapping[str, Any]
 ) -> list[str]:
     """What a checkpoint was trained with that this run has otherwise, e.g. ``--momentum 0.9, now 0.5``.
 
     Args:
         content: of the checkpoint.
-        options: this run's, in JSON types; those that only one of the two knows are passed over.
-        facts: this run's, by the words that the message shall use.
+        options: this run's, in JSON types; those that only one of the two knows are skipped.
+        fingerprint: this run's, by the words that the message shall use.
     """
     saved = saved_options(content)
     found = []
@@ -114,7 +117,7 @@ def differences(
     known = content.get("facts", {})
     return found + [
         f"{name} {_short(known[name])}, now {_short(value)}"
-        for name, value in facts.items()
+        for name, value in fingerprint.items()
         if name in known and known[name] != value and None not in (known[name], value)
     ]
 

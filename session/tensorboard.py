@@ -32,8 +32,8 @@ class RunLogger:
         world: this process.
         run_dir: folder of the event files, made if missing.
         enabled: False for ``--no_tensorboard``, which switches TensorBoard off.
-        begins_at: where the curves begin or go on: TensorBoard hides what earlier files of the folder have
-            from there on. None: it shows all.
+        begins_at: where the curves begin or are resumed: TensorBoard hides what earlier files of the folder
+            have from there on. None: it shows all.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class RunLogger:
     def _open(self) -> SummaryWriter | None:
         """The writer, as long as its thread lives: to a dead one's queue this process would wait forever."""
         if self._writer is not None and not self._writer.file_writer.event_writer._worker.is_alive():
-            _log.warning("TensorBoard's file cannot be written any more; the run goes on without it")
+            _log.warning("TensorBoard's file cannot be written any more; the run continues without it")
             self._writer = None
         return self._writer
 
@@ -79,12 +79,12 @@ class RunLogger:
             writer.add_figure(tag, figure, step)
 
     def image(self, tag: str, image: Any, step: int) -> None:
-        """A picture, H×W×3, uint8."""
+        """An image, H×W×3, uint8."""
         if (writer := self._open()) is not None:
             writer.add_image(tag, image, step, dataformats="HWC")
 
     def progress(self, record: Record) -> None:
-        """A point of a step's course: every loss term under its own name, learning rate, speed, memory."""
+        """A point of a step's curves: every loss term under its own name, learning rate, speed, memory."""
         values = {f"loss/{name}": value for name, value in record.losses.items()}
         values["lr"] = record.lr
         for tag, value in (("images_per_second", record.images_per_second), ("memory_MiB", record.memory)):

@@ -103,7 +103,7 @@ class StepTraining:
         return self.loader.sampler
 
     def _networks(self) -> StepNetworks:
-        """Student, teacher and methods; the context tells the methods about the step."""
+        """Student, teacher and methods; the context describes the step to the methods."""
         run, opts = self.run, self.run.opts
         networks = StepNetworks(run, self.step, Precision.of(opts, run.world.device, run.world.bfloat16))
         context = networks.context
@@ -173,7 +173,7 @@ class StepTraining:
         """
         opts, state, progress = self.run.opts, self.state, self.state.progress
         if self.run.world.is_main:
-            # Results tell that a step is done.
+            # A results file marks the step as done.
             self.run.folder.results(self.step).unlink(missing_ok=True)
         for epoch in range(progress.epoch, opts.epochs):
             if epoch > progress.epoch:
@@ -200,7 +200,7 @@ class StepTraining:
             state.keep_best()
 
     def evaluate(self) -> None:
-        """Evaluate the trained step. The results come first, for they tell that it is done; then pictures."""
+        """Evaluate the trained step. The results come first, for they show that it is done; then images."""
         opts, step, data, model = self.run.opts, self.step, self.data, self.state.model
         precision, writer = self.trainer.precision, self.monitor.writer
         metrics = self.evaluation.run(model, data.test, len(data.class_names), precision)
@@ -210,7 +210,7 @@ class StepTraining:
         with distributed.shared_errors():
             if opts.sample_num and self.run.world.is_main:
                 networks = model, self.networks.previous_network()
-                self.evaluation.pictures(step, data, networks, precision, writer)
+                self.evaluation.images(step, data, networks, precision, writer)
 
     def _batches(self, epoch: int) -> Iterator[Any]:
         """What is left of an epoch; dropout and drop path draw what they draw in an uninterrupted run."""
@@ -252,7 +252,7 @@ class StepTraining:
             progress = self.state.progress
             raise Stopped(
                 f"{self.run.stop.reason}: saved step {self.step} after batch {progress.batch} of epoch "
-                f"{progress.epoch + 1}; the same command goes on from there"
+                f"{progress.epoch + 1}; the same command resumes there"
             )
 
     def _save_is_due(self) -> bool:

@@ -1,7 +1,7 @@
-"""Being told to stop: by Slurm before the time is over, by ``kill``, by ``torchrun``, by Ctrl-C.
+"""Signals that ask a run to stop: from Slurm before its time limit, ``kill``, ``torchrun`` or Ctrl-C.
 
-SIGTERM, SIGUSR1 and SIGINT only leave a note. Training looks at it between two batches, saves, and ends with
-exit code ``EXIT_STOPPED``: start the same command again and it goes on with the next batch. A second Ctrl-C
+SIGTERM, SIGUSR1 and SIGINT only set a flag. Training looks at it between two batches, saves, and ends with
+exit code ``EXIT_STOPPED``: the same command, started again, resumes with the next batch. A second Ctrl-C
 does not wait for that.
 """
 
@@ -25,11 +25,11 @@ _ONE_CTRL_C_S = 1.0
 
 
 class Stopped(Exception):
-    """A signal ended the run; everything that it needs to go on is saved."""
+    """A signal ended the run; everything that it needs to be resumed is saved."""
 
 
 class StopRequest:
-    """Whether this process was told to stop.
+    """Whether this process received a signal to stop.
 
     Attributes:
         signal: name of the signal that came, None before.
@@ -44,7 +44,7 @@ class StopRequest:
         return self.signal is not None
 
     def listen(self) -> StopRequest:
-        """Take note of the signals from now on. Only the main thread can; in another this does nothing."""
+        """Catch the signals from now on. Only the main thread can; in another this does nothing."""
         if threading.current_thread() is threading.main_thread():
             for number in _signals():
                 signal.signal(number, self._note)
@@ -55,8 +55,8 @@ class StopRequest:
         """What ended the run, for a message."""
         return self.signal or "a signal to another process"
 
-    def end_if_told(self) -> None:
-        """End every process if one was told to stop; every process must call it.
+    def raise_if_set(self) -> None:
+        """End every process if one received a signal; every process must call it.
 
         Raises:
             Stopped: on every process.
@@ -64,8 +64,8 @@ class StopRequest:
         if distributed.any_rank(bool(self)):
             raise Stopped(f"{self.reason}: stopped")
 
-    def until_told(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, up to the one after which this process was told to stop."""
+    def until_set(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, up to the one during which a signal came."""
         for item in items:
             yield item
             if self:
@@ -109,7 +109,7 @@ def outlive_signals(unwanted: Flag, worker: int = 0) -> None:
 
 
 def _signals() -> list[signal.Signals]:
-    """The signals to listen to; a background job ignores Ctrl-C, and goes on doing so."""
+    """The signals to listen to; a background job ignores Ctrl-C, and continues to do so."""
     numbers = [signal.Signals[name] for name in _NAMES if hasattr(signal, name)]
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     return [number for number in numbers if not (ignored and number == signal.SIGINT)]

@@ -31,7 +31,7 @@ def test_a_step_does_not_begin_from_one_that_is_half_trained(tmp_path: Path) -> 
     path = tmp_path / "other.pth"
     save_untrained(path, f"{STEP_0} --epochs 5")  # written in epoch 1
     with pytest.raises(
-        UserError, match=r"other\.pth: step 0 is not finished, .* epoch 1 of 5; go on with --step 0 first"
+        UserError, match=r"other\.pth: step 0 is not finished, .* epoch 1 of 5; finish --step 0 first"
     ):
         folder_of(STEP_1, tmp_path, path).load_previous(1)
     save_untrained(path, f"{STEP_0} --epochs 1 --keep best")

@@ -52,7 +52,7 @@ def test_classes_have_the_data_sets_colours_in_every_class_order(tmp_path: Path)
     data = cast(EvaluationData, SimpleNamespace(test=[(image, truth)], class_names=names))
     evaluation = Evaluation(Run(opts, world, folder, StopRequest(), Tolerance()))
     precision, writer = Precision(opts.opt_level, world.device), RunLogger(world, tmp_path, enabled=False)
-    evaluation.pictures(1, data, (Knows(found, 21), None), precision, writer)
+    evaluation.images(1, data, (Knows(found, 21), None), precision, writer)
 
     ids = torch.where(truth == seen.index(5), 5, truth)
     for name, mask in (("truth", ids), ("step1", torch.full_like(ids, 20))):
