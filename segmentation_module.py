@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modules import Network, build_network, is_sdr_network
+from modules import Network, NetworkSpec, build_network
 from modules.norm import norm_layers
 from utils.errors import UserError
 
@@ -181,28 +181,15 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], *, may_miss: str 
     module.load_state_dict(state, strict=False)
 
 
-def make_model(opts: Any, classes: Sequence[int]) -> IncrementalSegmentationModule:
+def make_model(spec: NetworkSpec, classes: Sequence[int]) -> IncrementalSegmentationModule:
     """The network of a step, with random weights.
 
     Args:
-        opts: options ``model``, ``backbone``, ``norm_act``, ``output_stride``, ``pooling``, ``decoder``,
-            ``unknown``; ``head``, ``grad_checkpointing`` and ``fidelity`` may be missing.
+        spec: its form.
         classes: number of classes of each step up to the present one.
     """
-    head = getattr(opts, "head", "mib")
-    network = build_network(
-        opts.model,
-        backbone=opts.backbone,
-        norm_act=opts.norm_act,
-        output_stride=opts.output_stride,
-        pooling=opts.pooling,
-        head=head,
-        decoder=opts.decoder,
-        checkpointing=getattr(opts, "grad_checkpointing", False),
-        sdr=is_sdr_network(vars(opts)),
-    )
-    model = IncrementalSegmentationModule(network, classes, unknown=opts.unknown)
-    if head == "aspp" and model.unknown is not None:
+    model = IncrementalSegmentationModule(build_network(spec), classes, unknown=spec.classifier == "unknown")
+    if spec.head == "aspp" and model.unknown is not None:
         # As SSUL does, whose classifiers are part of this head.
         for module in (*model.cls.modules(), *model.unknown.modules()):
             if isinstance(module, nn.Conv2d):

@@ -12,7 +12,7 @@ from typing import Any
 
 from argparser import Options, build_parser, declarations, declared
 from dataset import class_names
-from modules import is_sdr_network
+from modules import NetworkSpec
 from runs.checkpoint import check_fits, load_checkpoint, model_state, saved_options
 from segmentation_module import IncrementalSegmentationModule, load_state, make_model
 from tasks import DATASETS, Task
@@ -65,32 +65,20 @@ def model_from_checkpoint(path: Path, opts: Options) -> TrainedNetwork:
     task, step = _task_and_step(opts, content, path)
     opts.task_, opts.task, opts.dataset = task, task.name, task.dataset
     opts.step, opts.steps = [str(step)], [step]
-    check_fits(
-        content,
-        path=path,
-        task=task.name,
-        dataset=task.dataset,
-        class_order=[list(classes) for classes in task.steps],
-        step=step,
-        model=opts.model,
-        backbone=opts.backbone,
-        norm_act=opts.norm_act,
-        decoder=opts.decoder,
-        sdr=is_sdr_network(vars(opts)),
-        head=opts.head,
-    )
-    model = load_model(opts, content, path, task.classes_per_step(step))
+    spec = NetworkSpec.of(opts)
+    check_fits(content, path=path, task=task, step=step, spec=spec)
+    model = load_model(spec, content, path, task.classes_per_step(step))
     names = _class_names(task, opts.data_root)
     return TrainedNetwork(model.eval(), task, step, opts, names)
 
 
 def load_model(
-    opts: Any, content: Mapping[str, Any], path: Path, classes: list[int]
+    spec: NetworkSpec, content: Mapping[str, Any], path: Path, classes: list[int]
 ) -> IncrementalSegmentationModule:
-    """The network of the options with the weights of a checkpoint, all of them and no others.
+    """A network with the weights of a checkpoint, all of them and no others.
 
     Args:
-        opts: as for ``make_model``.
+        spec: form of the network.
         content: of ``load_checkpoint``.
         path: of the checkpoint, for the message.
         classes: number of classes of each step up to the present one.
@@ -98,7 +86,7 @@ def load_model(
     Raises:
         UserError: the weights are of another network.
     """
-    model = make_model(opts, classes)
+    model = make_model(spec, classes)
     try:
         load_state(model, model_state(content))
     except UserError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from argparser import Options
-from modules import is_sdr_network
+from modules import NetworkSpec
 from runs.checkpoint import (
     check_fits,
     checkpoint_path,
@@ -53,6 +53,7 @@ class RunFolder:
     Attributes:
         path: ``<logdir>/<task>-<dataset>_<name>``.
         options: the options in JSON types, as checkpoints hold them.
+        spec: form of the network.
     """
 
     def __init__(self, opts: Options, world: World) -> None:
@@ -60,6 +61,7 @@ class RunFolder:
         self.world = world
         self.path: Path = opts.logdir / f"{opts.task}-{opts.dataset}_{opts.name}"
         self.options = opts.as_json()
+        self.spec = NetworkSpec.of(opts)
 
     def checkpoint(self, step: int) -> Path:
         """Checkpoint of a step."""
@@ -83,21 +85,7 @@ class RunFolder:
             UserError: it is damaged, or of another network, task or step.
         """
         content = load_checkpoint(path)
-        opts = self.opts
-        check_fits(
-            content,
-            path=path,
-            task=opts.task,
-            dataset=opts.dataset,
-            class_order=[list(ids) for ids in opts.task_.steps],
-            step=step,
-            model=opts.model,
-            backbone=opts.backbone,
-            norm_act=opts.norm_act,
-            decoder=opts.decoder,
-            sdr=is_sdr_network(vars(opts)),
-            head=opts.head,
-        )
+        check_fits(content, path=path, task=self.opts.task_, step=step, spec=self.spec)
         return content
 
     def load_previous(self, step: int) -> dict[str, Any]:

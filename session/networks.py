@@ -74,7 +74,7 @@ class StepNetworks:
     def _student(self) -> IncrementalSegmentationModule:
         """It starts from the previous step or from ImageNet."""
         opts = self.opts
-        model = make_model(opts, opts.task_.classes_per_step(self.step))
+        model = make_model(self.folder.spec, opts.task_.classes_per_step(self.step))
         if self.step:
             model.load_previous(model_state(self.previous))
             log.info("previous step: %s", self.folder.previous(self.step))
@@ -119,7 +119,7 @@ class StepNetworks:
             UserError: its checkpoint does not fit.
         """
         path, classes = self.folder.previous(self.step), self.opts.task_.classes_per_step(self.step - 1)
-        return freeze(load_model(self.opts, self.previous, path, classes)).eval()
+        return freeze(load_model(self.folder.spec, self.previous, path, classes)).eval()
 
     def place(self, model: IncrementalSegmentationModule) -> IncrementalSegmentationModule:
         """A network on this process's device, in the precision and memory layout that it computes in."""

@@ -552,17 +552,10 @@ class StepTraining:
         }
 
     def _manifest(self) -> dict[str, Any]:
-        opts = self.opts
         return make_manifest(
-            task=opts.task,
-            dataset=opts.dataset,
-            steps=[list(ids) for ids in opts.task_.steps],
+            task=self.opts.task_,
             step=self.step,
-            model=opts.model,
-            backbone=opts.backbone,
-            decoder=opts.decoder,
-            head=opts.head,
-            norm_act=opts.norm_act,
+            spec=self.folder.spec,
             options=self.folder.options,
             precision=self.precision.description,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 
 from methods.base import Context
 from methods.ssul import UnknownClass
+from modules import NetworkSpec
 from segmentation_module import IncrementalSegmentationModule, freeze, load_state, make_model
 from tasks import get_task
 from utils.errors import UserError
@@ -22,16 +22,7 @@ IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 def model(classes: list[int], **options: Any) -> IncrementalSegmentationModule:
     torch.manual_seed(0)
-    defaults = {
-        "model": "deeplab",
-        "backbone": "mobilenet_v2",
-        "norm_act": "std",
-        "output_stride": 16,
-        "pooling": 0,
-        "decoder": "sats",
-        "unknown": False,
-    }
-    return make_model(SimpleNamespace(**{**defaults, **options}), classes)
+    return make_model(NetworkSpec.of({"backbone": "mobilenet_v2", "pooling": 0, **options}), classes)
 
 
 @pytest.mark.parametrize("kind", ["deeplab", "segformer_b0"])
