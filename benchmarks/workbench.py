@@ -214,7 +214,8 @@ def make_sample(opts: Options, context: Context) -> Sample:
     ids = torch.tensor([0, 0, 0, *new, VOID], dtype=torch.uint8)
     coarse = ids[torch.randint(len(ids), (batch, 1, cells, cells), generator=generator)]
     targets = F.interpolate(coarse.float(), size=(crop, crop)).to(torch.uint8)[:, 0].contiguous()
-    extras = {"saliency": (targets % 2).contiguous()} if opts.unknown else {}
+    reads_saliency = any("saliency" in method.extras for method in build_methods(opts, context.step).values())
+    extras = {"saliency": (targets % 2).contiguous()} if reads_saliency else {}
     if context.device.type == "cuda":  # as the loader hands them over
         images, targets = images.pin_memory(), targets.pin_memory()
         extras = {name: extra.pin_memory() for name, extra in extras.items()}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
+
+from modules.classifiers import classifier_kind
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class NetworkSpec:
         head: of DeepLab: ``mib`` (MiB, PLOP, SDR) or ``aspp`` (SSUL, torchvision).
         decoder: of SegFormer: ``sats`` or ``segformer``.
         checkpointing: compute the activations inside the backbone's stages anew in the backward pass.
-        classifier: kind of classifier: ``linear``, or ``unknown`` for SSUL's.
+        classifier: kind of classifier, see :mod:`modules.classifiers`.
         released_resnet: the ResNet's dilations, running statistics and activations are those of SDR's
             program; the weights have the same names and shapes.
     """
@@ -41,21 +43,23 @@ class NetworkSpec:
     def of(cls, options: Mapping[str, Any] | Namespace) -> NetworkSpec:
         """The network that a run's options ask for; an option that is missing has the default here.
 
-        ``--fidelity released`` means SDR's ResNet where that has BatchNorm and ReLU, but not for SSUL, whose
-        ResNet is torchvision's (docs/fidelity.md).
+        ``--fidelity released`` means SDR's ResNet where that has BatchNorm and ReLU, but for a kind of
+        classifier whose program has torchvision's (docs/fidelity.md).
+
+        Raises:
+            UserError: there is no such kind of classifier.
         """
         given = options if isinstance(options, Mapping) else vars(options)
-        names = ("model", "backbone", "norm_act", "output_stride", "pooling", "head", "decoder")
+        names = {field.name for field in fields(cls)} - {"released_resnet"}
         spec = cls(
-            **{name: given[name] for name in names if name in given},
+            **{name: given[name] for name in names & given.keys()},
             checkpointing=given.get("grad_checkpointing", False),
-            classifier="unknown" if given.get("unknown") else "linear",
         )
         released_resnet = (
             given.get("fidelity") == "released"
             and spec.model == "deeplab"
             and spec.backbone.startswith("resnet")
             and spec.norm_act in ("std", "sync")
-            and spec.classifier != "unknown"
+            and not classifier_kind(spec.classifier).torchvision_resnet
         )
         return replace(spec, released_resnet=released_resnet)

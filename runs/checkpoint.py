@@ -28,6 +28,7 @@ import torchvision
 from torch import Tensor
 
 from modules import NetworkSpec
+from modules.classifiers import classifier_kind, classifier_names
 from tasks import Task
 from utils.errors import UserError
 from utils.files import atomic_write, atomic_write_text, cannot_write
@@ -39,8 +40,6 @@ _NO_SPACE = "free some space or choose another --logdir"
 _DOS_FOLDER = 0x10  # bit of a zip record's attributes
 _WRAPPERS = ("module.", "_orig_mod.")
 _SAME_WEIGHTS = ({"std", "sync"}, {"iabn", "iabn_sync", "iabn_sync_test"})  # --norm_act: same arithmetic
-_BEFORE = {"head": "mib"}  # value of options that are younger than some checkpoints
-
 # Released checkpoints hold their best score as a numpy number. These rebuild one and can do nothing else.
 _SCALAR = np.float64(0).__reduce__()[0]
 _NUMPY_NUMBERS: list[Any] = [
@@ -133,6 +132,7 @@ def make_manifest(
         "norm_act": spec.norm_act,
         "released_resnet": spec.released_resnet,
         "head": spec.head,
+        "classifier": spec.classifier,
         "options": {str(key): _plain(value) for key, value in options.items()},
         "precision": precision,
         "git_commit": _git_commit(),
@@ -273,6 +273,25 @@ def model_state(content: Mapping[str, Any]) -> dict[str, Tensor]:
     return {f"network.{n}" if n.startswith(("body.", "head.")) else n: t for n, t in weights.items()}
 
 
+def with_current_names(content: Mapping[str, Any], spec: NetworkSpec) -> dict[str, Any]:
+    """The content of a checkpoint with today's names of the weights, whichever version wrote it."""
+    former = classifier_kind(spec.classifier).former_names
+
+    def current(name: Any) -> Any:
+        begins = (old for old in former if isinstance(name, str) and name.startswith(old))
+        return next((former[old] + name.removeprefix(old) for old in begins), name)
+
+    def renamed(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {current(key): renamed(item) for key, item in value.items()}
+        return value
+
+    found = {key: renamed(value) for key, value in content.items()} if former else dict(content)
+    if "optimizer_weights" in found:
+        found["optimizer_weights"] = [current(name) for name in found["optimizer_weights"]]
+    return found
+
+
 def _sha256(file: BinaryIO) -> str:
     digest = hashlib.sha256()
     while block := file.read(1 << 20):
@@ -406,11 +425,14 @@ def _task_misfits(manifest: Mapping[str, Any], task: Task, step: int) -> list[st
 def _network_misfits(manifest: Mapping[str, Any], spec: NetworkSpec) -> list[str]:
     misfits = []
     shaping = ("backbone", "norm_act", "head") if spec.model == "deeplab" else ("decoder",)
-    for option in ("model", *shaping):
+    for option in ("model", *shaping, "classifier"):
         value = getattr(spec, option)
-        found = manifest.get(option, _BEFORE.get(option))
+        # Those that are younger than some checkpoints; there the weights tell the kind of classifier.
+        found = manifest.get(option, {"head": "mib", "classifier": value}.get(option))
         if found != value and not any(found in kinds and value in kinds for kinds in _SAME_WEIGHTS):
-            misfits.append(f"it has --{option} {found}, not {value}")
+            own = option == "classifier" and found not in classifier_names()
+            brought = ", which a --method_file brings" if own else ""
+            misfits.append(f"it has --{option} {found}{brought}, not {value}")
     return misfits
 
 

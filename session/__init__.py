@@ -74,7 +74,7 @@ class Session:
         """
         path = self.opts.ckpt or self.folder.checkpoint(step)
         content = self.folder.load(path, step)
-        model = load_model(self.folder.spec, content, path, self.opts.task_.classes_per_step(step))
+        model = load_model(self.folder.spec, content, path, self.opts.task_, step)
         precision = Precision.of(self.opts, self.world.device, self.world.bfloat16)
         model = precision.place(model)
         data = evaluation_data(self.opts, step)

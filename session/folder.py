@@ -15,6 +15,7 @@ from runs.checkpoint import (
     load_checkpoint,
     save_id,
     saved_options,
+    with_current_names,
 )
 from session.resume import differences, is_trained, job_id, restarted
 from utils import distributed
@@ -86,7 +87,7 @@ class RunFolder:
         """
         content = load_checkpoint(path)
         check_fits(content, path=path, task=self.opts.task_, step=step, spec=self.spec)
-        return content
+        return with_current_names(content, self.spec)
 
     def load_previous(self, step: int) -> dict[str, Any]:
         """The checkpoint of the step before.

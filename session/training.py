@@ -18,7 +18,7 @@ from argparser import Options
 from dataset.loaders import EpochSampler, Loader, Tolerance, make_train_loader
 from dataset.splits import list_digest
 from dataset.step_data import StepData, step_data
-from methods import Context, Method
+from methods import Context, Method, build_methods
 from methods.checks import call_hook, fault
 from runs.checkpoint import check_loadable, make_manifest, save_checkpoint
 from runs.history import History
@@ -95,6 +95,7 @@ class StepTraining:
         self.vote = distributed.Vote(opts.timeout)
         self.precision = Precision.of(opts, world.device, world.bfloat16)
         torch.manual_seed(opts.random_seed + step)
+        self.methods = build_methods(opts, step)  # first: they check their options, which costs nothing yet
         with distributed.shared_errors():
             self.data = self._step_data(begun)
         with contextlib.ExitStack() as opened:
@@ -107,7 +108,7 @@ class StepTraining:
         self.loader = opened.enter_context(self._train_loader())
         assert isinstance(self.loader.sampler, EpochSampler)
         self.sampler = self.loader.sampler
-        networks = self.networks = StepNetworks(opts, world, folder, step, self.precision)
+        networks = self.networks = StepNetworks(opts, world, folder, step, self.precision, self.methods)
         self.context: Context = networks.context
         self.context.batches = self._training_pass
         self.context.recall = Recall(folder, world, step, self._origin)
@@ -180,7 +181,8 @@ class StepTraining:
         """The step's images, once the checkpoint to go on from is known to fit them."""
         opts, step = self.opts, self.step
         exemplar_list = self.folder.path / f"exemplars_{step}.json"
-        data = step_data(opts, step, exemplar_list=exemplar_list, is_main=self.world.is_main)
+        extras = frozenset[str]().union(*(method.extras for method in self.methods.values()))
+        data = step_data(opts, step, extras=extras, exemplar_list=exemplar_list, is_main=self.world.is_main)
         self.facts["list of training images"] = list_digest([entry.index for entry in data.train.entries])
         names = [data.train.dataset.images[entry.index].name for entry in data.train.entries]
         self.facts["names of the training images"] = _digest(names)
@@ -206,7 +208,7 @@ class StepTraining:
             self.data.train,
             opts.batch_size,
             num_memory=self.data.num_memory,
-            memory_overwrites=opts.released_ssul,
+            memory_overwrites=opts.memory_batches == "overwrite",
             seed=opts.random_seed,
             rank=world.rank,
             world_size=world.size,

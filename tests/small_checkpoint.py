@@ -40,7 +40,7 @@ def _spread(model: IncrementalSegmentationModule) -> None:
     """Let several classes win somewhere: as they are drawn, all features are much alike."""
     for layer in norm_layers(model):
         layer.momentum = 1.0
-    for head in model.cls:
+    for head in model.cls.parts:
         if isinstance(head, nn.Conv2d):
             nn.init.normal_(head.weight)
     model.train()
