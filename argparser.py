@@ -15,9 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from methods import METHODS, REGISTRY, Method, load_method_file, preset
+from methods import METHODS, REGISTRY, Method, classifier_of, load_method_file, preset
 from methods.checks import fault, options_of, preset_fault
-from methods.presets import FAMILY_PLOP, preset_note, released_ssul_options
+from methods.presets import preset_note
+from modules.classifiers import classifier_kind, classifier_names
 from tasks import Task, get_task, read_class_order
 from utils.errors import UserError
 from utils.files import name_fault, printable
@@ -43,11 +44,6 @@ class Options(argparse.Namespace):
     protocol: str
     notes: list[str]
     typed: set[str]
-
-    @property
-    def released_ssul(self) -> bool:
-        """Whether schedule, exemplars and batches are those of SSUL's released program."""
-        return bool(self.unknown and self.fidelity == "released")
 
     def as_dict(self) -> dict[str, Any]:
         """The options as plain values, for the log and for checkpoints."""
@@ -114,6 +110,14 @@ def _method(word: str) -> str:
     return by_lower[word.lower()]
 
 
+def _classifier(word: str) -> str:
+    """A kind of classifier that there is."""
+    try:
+        return classifier_kind(word).name
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error).partition(": ")[2]) from None
+
+
 def build_parser() -> OptionParser:
     """The parser with all groups: the general ones, then each method's own options."""
     parser = OptionParser(
@@ -172,9 +176,15 @@ _DERIVED = (
 
 
 @functools.cache
+def _parser(kinds: tuple[type[Method], ...]) -> OptionParser:
+    """With the options of these methods: those of the registry, which ``--method_file`` extends."""
+    return build_parser()
+
+
+@functools.cache
 def _declared(kinds: tuple[type[Method], ...]) -> Mapping[str, Declaration]:
-    """By name, with the options of these methods: those of the registry, which ``--method_file`` extends."""
-    return {value.name: value for value in _DERIVED} | build_parser().declared
+    """By name, with the options of these methods."""
+    return {value.name: value for value in _DERIVED} | _parser(kinds).declared
 
 
 def declared(name: str) -> Declaration:
@@ -370,6 +380,30 @@ def _add_task(group: OptionGroup) -> None:
         help="exemplars of earlier steps' images, half of each batch",
     )
     group.add_argument(
+        "--memory_choice",
+        choices=("balanced", "in_turn"),
+        default="balanced",
+        role="learning",
+        help="how exemplars are chosen; balanced: the class that has fewest is next; in_turn: each class in "
+        "turn takes any image that shows it (SSUL)",
+    )
+    group.add_argument(
+        "--memory_labels",
+        choices=("stored", "current"),
+        default="stored",
+        role="learning",
+        help="classes that exemplars' labels show: those known when the image was stored, or also those of "
+        "the current step (SSUL)",
+    )
+    group.add_argument(
+        "--memory_batches",
+        choices=("halves", "overwrite"),
+        default="halves",
+        role="learning",
+        help="halves: a batch is half exemplars, an epoch shows each image once; overwrite: exemplars take "
+        "the place of half of each batch's images (SSUL)",
+    )
+    group.add_argument(
         "--splits_dir",
         type=path_option,
         default=None,
@@ -474,6 +508,13 @@ def _add_model(group: OptionGroup) -> None:
         help="head of the SegFormer models",
     )
     group.add_argument(
+        "--classifier",
+        type=_classifier,
+        default="linear",
+        role="network",
+        help=f"kind of classifier: {', '.join(classifier_names())} (default: the method's, or linear)",
+    )
+    group.add_argument(
         "--feat_dim",
         type=Number(float, 1, 1e6),
         default=2048,
@@ -551,6 +592,13 @@ def _add_training(group: OptionGroup) -> None:
         help="share of the iterations that warm up",
     )
     group.add_argument(
+        "--warmup_form",
+        choices=("before", "factor"),
+        default="before",
+        help="before: the policy has the iterations after the warm-up; factor: the warm-up multiplies "
+        "poly's curve over all iterations (SSUL)",
+    )
+    group.add_argument(
         "--opt_level",
         choices=("O0", "O1", "O2", "O3"),
         default="O0",
@@ -609,6 +657,13 @@ def _add_evaluation(group: OptionGroup) -> None:
         restored=True,
         with_results=False,
         help="what classes of later steps count as: ignored (MiB, SDR) or background (PLOP, SATS, SSUL)",
+    )
+    group.add_argument(
+        "--eval_images",
+        choices=("all", "seen"),
+        default="all",
+        role="evaluation",
+        help="images of the final evaluation: all, or those with a class seen so far (--fidelity released)",
     )
     group.add_argument(
         "--test_scales",
@@ -753,7 +808,7 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     opts.notes = []
     opts.task_ = _task(opts)
     opts.task = opts.task_.name
-    _apply_preset(opts)
+    _apply_preset(opts, parser)
     _derive(opts)
     _check(opts)
     return opts
@@ -833,32 +888,77 @@ def _typed(argv: Sequence[str]) -> set[str]:
     return set(vars(parser.parse_known_args(argv)[0]))
 
 
-def _apply_preset(opts: Options) -> None:
-    chosen: dict[str, Any] = {}
-    if opts.pod or opts.pseudo or opts.distill_object:
-        chosen.update(FAMILY_PLOP)
-    if opts.no_mask and opts.fidelity == "released":
-        chosen["void_label"] = "ignore"  # SDR's data sets, the only ones with published sequential numbers
+def _apply_preset(opts: Options, parser: OptionParser) -> None:
+    """Set what was not typed: what ``--method`` stands for, then what the other options imply."""
+    named: dict[str, Any] = {}
     if opts.method is not None:
-        chosen.update(preset(opts.method, dataset=opts.dataset, task=opts.task, fidelity=opts.fidelity))
+        named = preset(opts.method, dataset=opts.dataset, task=opts.task, fidelity=opts.fidelity)
         if note := preset_note(opts.method, opts.fidelity):
             opts.notes.append(note)
-    if opts.fidelity == "released" and (opts.unknown or chosen.get("unknown")):
-        chosen.update(released_ssul_options(opts))
-    for name, value in chosen.items():
-        if name in opts.typed:
-            if getattr(opts, name) != value:
-                typed = getattr(opts, name)
-                source = f"--method {opts.method}" if opts.method else "the other options"
-                opts.notes.append(f"--{name} {typed} was typed and wins over {value} of {source}")
-        else:
+    _set_untyped(opts, named)
+    _set_untyped(opts, {**_implied(opts, parser), **named}, tell=True)
+
+
+def _set_untyped(opts: Options, values: Mapping[str, Any], *, tell: bool = False) -> None:
+    for name, value in values.items():
+        typed = getattr(opts, name)
+        if name not in opts.typed:
             setattr(opts, name, value)
+        elif tell and typed != value:
+            source = f"--method {opts.method}" if opts.method else "the other options"
+            opts.notes.append(f"--{name} {typed} was typed and wins over {value} of {source}")
+
+
+def _implied(opts: argparse.Namespace, parser: OptionParser) -> dict[str, Any]:
+    """What options become by others, where they are neither typed nor set by the preset."""
+    implied: dict[str, Any] = {}
+    if opts.fidelity == "released":
+        implied["eval_images"] = "seen"
+        if opts.no_mask:
+            # SDR's data sets, the only ones with published sequential numbers.
+            implied["void_label"] = "ignore"
+    actions = {action.dest: action for action in parser._actions}
+    for kind in REGISTRY:
+        chosen = kind.implied_options(opts)
+        for name, value in chosen.items():
+            if reason := preset_fault(actions.get(name), value):
+                raise fault(kind, "implied_options", f"--{name} {value!r}: {reason}")
+        implied |= chosen
+    return implied
+
+
+def option_defaults() -> dict[str, Any]:
+    """Every option's default, in JSON types as runs keep them."""
+    return dict(_defaults(tuple(REGISTRY)))
+
+
+@functools.cache
+def _defaults(kinds: tuple[type[Method], ...]) -> dict[str, Any]:
+    defaults = vars(_parser(kinds).parse_args([], namespace=argparse.Namespace()))
+    return dict(json.loads(json.dumps(defaults, default=str)))
+
+
+def with_implied(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's recorded options with those that its version lacked: as the others imply, else the default."""
+    parser, defaults = _parser(tuple(REGISTRY)), option_defaults()
+    opts = argparse.Namespace(**{**defaults, **recorded}, typed=set())
+    implied = _implied(opts, parser)
+    implied["classifier"] = classifier_of(opts) or opts.classifier
+    return {**defaults, **implied, **recorded}
 
 
 def _derive(opts: Options) -> None:
     opts.protocol = "sequential" if opts.no_mask else "overlapped" if opts.overlap else "disjoint"
     if not opts.net_pytorch and "norm_act" not in opts.typed:
         opts.norm_act = "iabn_sync"
+    needed = classifier_of(opts)
+    if needed is not None and needed != opts.classifier:
+        if "classifier" in opts.typed or opts.classifier != "linear":
+            raise UserError(
+                f"--classifier {opts.classifier}: the method needs --classifier {needed}; drop --classifier, "
+                "or choose another method"
+            )
+        opts.classifier = needed
     if opts.keep == "best" and opts.val_interval >= opts.epochs > 1:
         opts.notes.append(
             f"--keep best has nothing to choose from: --val_interval {opts.val_interval} validates only the "
@@ -932,6 +1032,11 @@ def _check(opts: Options) -> None:
 
 def _check_unused(opts: Options) -> None:
     """Typed options that another option leaves without effect."""
+    for name in ("memory_choice", "memory_labels", "memory_batches"):
+        if name in opts.typed and not opts.memory:
+            raise UserError(f"--{name} goes with --memory; give it, or drop this")
+    if "warmup_form" in opts.typed and (opts.warmup == 0 or opts.lr_policy != "poly"):
+        raise UserError("--warmup_form goes with --warmup and --lr_policy poly; give them, or drop this")
     if "head" in opts.typed and opts.model != "deeplab":
         raise UserError(f"--head is deeplab's, --model {opts.model} has --decoder; drop it")
     if "pooling" in opts.typed and opts.pooling and opts.head == "aspp":

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modules import Network, build_network, is_sdr_network
+from modules import Network, NetworkSpec, build_network
+from modules.classifiers import classifier_kind
 from modules.norm import norm_layers
 from utils.errors import UserError
 
 M = TypeVar("M", bound=nn.Module)
-
-
-class ConvolutionalClassifier(nn.Sequential):
-    """SSUL's head of a step: 3×3 convolution, norm, ReLU, 1×1 convolution (SSUL, section 3.2)."""
-
-    def __init__(self, channels: int, classes: int) -> None:
-        super().__init__(
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-            nn.BatchNorm2d(channels),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(channels, classes, 1),
-        )
 
 
 def freeze(module: M) -> M:
@@ -43,29 +30,29 @@ class IncrementalSegmentationModule(nn.Module):
     Args:
         network: body and head; returns (pre_logits B×256×h×w, intermediates).
         classes: number of classes of each step up to the present one; the first counts the background.
-        unknown: SSUL's network: convolutional classifiers, the background in one of its own, and an
-            "unknown" class whose logit is the last channel.
+        later: number of classes of each step to come.
+        classifier: its kind (``--classifier``).
 
     ``intermediates`` names what ``forward`` hands out beside the logits; nothing else is computed.
     """
 
-    def __init__(self, network: Network, classes: Sequence[int], *, unknown: bool = False) -> None:
+    def __init__(
+        self,
+        network: Network,
+        classes: Sequence[int],
+        later: Sequence[int] = (),
+        *,
+        classifier: str = "linear",
+    ) -> None:
         super().__init__()
         self.network = network
         self.classes = list(classes)
         self.intermediates: frozenset[str] = frozenset()
-        channels = network.out_channels
-        self.unknown: nn.Module | None = None
-        if unknown:
-            widths = [1, self.classes[0] - 1, *self.classes[1:]]
-            self.cls = nn.ModuleList(ConvolutionalClassifier(channels, n) for n in widths)
-            self.unknown = ConvolutionalClassifier(channels, 1)
-        else:
-            self.cls = nn.ModuleList(nn.Conv2d(channels, n, 1) for n in self.classes)
+        self.cls = classifier_kind(classifier)(network.out_channels, classes, later)
 
     @property
     def num_classes(self) -> int:
-        """Number of classes seen up to this step, background included, "unknown" left out."""
+        """Number of classes seen up to this step, background included."""
         return sum(self.classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
@@ -75,60 +62,25 @@ class IncrementalSegmentationModule(nn.Module):
             images: B×3×H×W, float.
 
         Returns:
-            Logits B×C×H×W (C+1 with "unknown"), float32 or the autocast type, and the intermediates
-            asked for by ``self.intermediates``.
+            Logits B×C×H×W, float32 or the autocast type (C may be more than the classes, with some kinds of
+            classifiers), and the intermediates asked for by ``self.intermediates``.
         """
         inner = self.intermediates - {"logits_small"}
         pre_logits, features = self.network(images, inner)
-        small = self._classify(pre_logits)
+        small = self.cls(pre_logits)
         if "logits_small" in self.intermediates:
             features["logits_small"] = small
         logits = F.interpolate(small, size=images.shape[-2:], mode="bilinear", align_corners=False)
         return logits, features
 
-    def _classify(self, pre_logits: Tensor) -> Tensor:
-        if self.unknown is not None:
-            return torch.cat([head(pre_logits) for head in [*self.cls, self.unknown]], dim=1)
-        # One convolution with the classifiers' joined weights: one pass for any number of steps.
-        heads = [cast(nn.Conv2d, head) for head in self.cls]
-        weight = torch.cat([head.weight for head in heads])
-        bias = torch.cat([cast(Tensor, head.bias) for head in heads])
-        return F.conv2d(pre_logits, weight, bias)
-
     def scores(self, logits: Tensor) -> Tensor:
-        """Scores B×C×H×W whose arg-max is the prediction.
+        """Scores B×C×H×W whose arg-max is the prediction, by the classifier's rule of decision."""
+        return self.cls.scores(logits)
 
-        They are the logits themselves; with "unknown", its sigmoid is added to the background's
-        (SSUL: what is unknown at evaluation counts as background).
-        """
-        if self.unknown is None:
-            return logits
-        scores = logits.float().sigmoid()
-        scores[:, 0] += scores[:, -1]
-        return scores[:, :-1]
-
-    def init_new_classifier(self) -> None:
-        """Balanced initialisation of the newest classifier (MiB, eqs. 9 and 10).
-
-        New weights are the background's; the background's mass is shared with the new classes through
-        the biases: b_bkg − log(N_new + 1), for the new classes and for the background.
-        """
-        first, last = cast(nn.Conv2d, self.cls[0]), cast(nn.Conv2d, self.cls[-1])
-        old_bias, new_bias = cast(Tensor, first.bias), cast(Tensor, last.bias)
-        with torch.no_grad():
-            bias = old_bias[0] - math.log(self.classes[-1] + 1)
-            last.weight.copy_(first.weight[0].expand_as(last.weight))
-            new_bias.fill_(bias)
-            old_bias[0] = bias
-
-    def init_from_unknown(self) -> None:
-        """Start the newest classifier from the unknown class's (SSUL, section 3.2)."""
-        assert self.unknown is not None
-        with torch.no_grad():
-            for new, unknown in zip(
-                self.cls[-1].state_dict().values(), self.unknown.state_dict().values(), strict=True
-            ):
-                new.copy_(unknown.expand_as(new))
+    def is_older_classifier(self, weight: str) -> bool:
+        """Whether a weight, by its name in this module, belongs to a classifier of an earlier step."""
+        part = self.cls.part_of(weight.removeprefix("cls.")) if weight.startswith("cls.") else None
+        return part is not None and part < self.cls.newest
 
     def fix_bn(self, *, statistics: bool = True) -> None:
         """Freeze every norm layer.
@@ -158,8 +110,7 @@ class IncrementalSegmentationModule(nn.Module):
         Raises:
             UserError: the state belongs to a network of another form.
         """
-        newest = f"cls.{len(self.cls) - 1}."
-        load_state(self, state, may_miss=newest)
+        load_state(self, state, may_miss=f"cls.{self.cls.newest}.")
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor], *, may_miss: str | None = None) -> None:
@@ -181,30 +132,19 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], *, may_miss: str 
     module.load_state_dict(state, strict=False)
 
 
-def make_model(opts: Any, classes: Sequence[int]) -> IncrementalSegmentationModule:
+def make_model(
+    spec: NetworkSpec, classes: Sequence[int], later: Sequence[int] = ()
+) -> IncrementalSegmentationModule:
     """The network of a step, with random weights.
 
     Args:
-        opts: options ``model``, ``backbone``, ``norm_act``, ``output_stride``, ``pooling``, ``decoder``,
-            ``unknown``; ``head``, ``grad_checkpointing`` and ``fidelity`` may be missing.
+        spec: its form.
         classes: number of classes of each step up to the present one.
+        later: number of classes of each step to come.
+
+    Raises:
+        UserError: a value of the form is not among the choices.
     """
-    head = getattr(opts, "head", "mib")
-    network = build_network(
-        opts.model,
-        backbone=opts.backbone,
-        norm_act=opts.norm_act,
-        output_stride=opts.output_stride,
-        pooling=opts.pooling,
-        head=head,
-        decoder=opts.decoder,
-        checkpointing=getattr(opts, "grad_checkpointing", False),
-        sdr=is_sdr_network(vars(opts)),
-    )
-    model = IncrementalSegmentationModule(network, classes, unknown=opts.unknown)
-    if head == "aspp" and model.unknown is not None:
-        # As SSUL does, whose classifiers are part of this head.
-        for module in (*model.cls.modules(), *model.unknown.modules()):
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight)
+    model = IncrementalSegmentationModule(build_network(spec), classes, later, classifier=spec.classifier)
+    model.cls.initialise(spec.head)
     return model

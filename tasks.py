@@ -154,6 +154,11 @@ class Task:
         check_step(self, step)
         return [len(classes) for classes in self.steps[: step + 1]]
 
+    def later_classes_per_step(self, step: int) -> list[int]:
+        """Number of classes of each step after this one."""
+        check_step(self, step)
+        return [len(classes) for classes in self.steps[step + 1 :]]
+
 
 def check_step(task: Task, step: int) -> None:
     """Raise UserError unless ``step`` is one of the task's steps."""

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from argparser import Options, parse_options
 from methods import Context, Method, build_methods
 from methods.base import needs_of_teacher
+from modules import NetworkSpec
 from segmentation_module import IncrementalSegmentationModule, freeze, make_model
 from session.optimizer import make_optimizer
 from train import Precision, Trainer, to_device
@@ -137,7 +138,9 @@ def bench(opts: Options, device: torch.device, *, step: int = 1, channels_last: 
     """Networks with random weights, methods and optimiser of a step; in plain memory if not channels-last."""
     torch.manual_seed(0)
     precision = Precision.of(opts, device)
-    student = _placed(make_model(opts, opts.task_.classes_per_step(step)), precision, channels_last)
+    student = _placed(
+        make_model(NetworkSpec.of(opts), opts.task_.classes_per_step(step)), precision, channels_last
+    )
     context = Context(
         task=opts.task_,
         step=step,
@@ -151,7 +154,9 @@ def bench(opts: Options, device: torch.device, *, step: int = 1, channels_last: 
     context.batches = lambda: [(to_device(sample[0], device), sample[1].to(device).long())]
     state: dict[str, Any] = {}
     if step:
-        teacher = _placed(make_model(opts, opts.task_.classes_per_step(step - 1)), precision, channels_last)
+        teacher = _placed(
+            make_model(NetworkSpec.of(opts), opts.task_.classes_per_step(step - 1)), precision, channels_last
+        )
         state = _state_before(opts, replace(context, step=step - 1, model=teacher))
         context.model_old = freeze(teacher).eval()
     methods = _begun(opts, context, state)
@@ -208,7 +213,8 @@ def make_sample(opts: Options, context: Context) -> Sample:
     ids = torch.tensor([0, 0, 0, *new, VOID], dtype=torch.uint8)
     coarse = ids[torch.randint(len(ids), (batch, 1, cells, cells), generator=generator)]
     targets = F.interpolate(coarse.float(), size=(crop, crop)).to(torch.uint8)[:, 0].contiguous()
-    extras = {"saliency": (targets % 2).contiguous()} if opts.unknown else {}
+    reads_saliency = any("saliency" in method.extras for method in build_methods(opts, context.step).values())
+    extras = {"saliency": (targets % 2).contiguous()} if reads_saliency else {}
     if context.device.type == "cuda":  # as the loader hands them over
         images, targets = images.pin_memory(), targets.pin_memory()
         extras = {name: extra.pin_memory() for name, extra in extras.items()}

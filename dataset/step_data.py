@@ -28,6 +28,7 @@ from utils.errors import UserError
 
 CACHE = Path(__file__).resolve().parent.parent / "data" / "cache"
 HELD_OUT_SEED = 1  # --test_on_val: the same images for every step and every run
+EXTRAS = frozenset({"saliency", "exemplar"})  # tensors of the samples that only some methods read
 log = logging.getLogger(__name__)
 
 
@@ -65,8 +66,8 @@ def evaluation_data(opts: Any, step: int) -> EvaluationData:
     """The images of a step's final evaluation.
 
     They are the validation list's, or with ``--val_on_trainset`` the training list's, or with
-    ``--test_on_val`` the fifth of the training list that no step trains on. Released, all programs but
-    SSUL's leave out images that show no class seen so far.
+    ``--test_on_val`` the fifth of the training list that no step trains on. ``--eval_images seen`` leaves
+    out images that show no class seen so far.
 
     Raises:
         UserError: the data set is missing or faulty.
@@ -75,7 +76,7 @@ def evaluation_data(opts: Any, step: int) -> EvaluationData:
     dataset = open_dataset(opts.dataset, opts.data_root, "train" if on_training_images else "val")
     chosen = _held_out(len(dataset))[1] if opts.test_on_val else range(len(dataset))
     seen = opts.task_.seen_classes(step)
-    if opts.fidelity == "released" and not opts.unknown:
+    if opts.eval_images == "seen":
         presence = scan_presence(
             dataset.masks, cache_dir=CACHE, num_classes=dataset.num_classes, progress=False
         )
@@ -87,19 +88,26 @@ def evaluation_data(opts: Any, step: int) -> EvaluationData:
     )
 
 
-def step_data(opts: Any, step: int, *, exemplar_list: Path, is_main: bool) -> StepData:
+def step_data(
+    opts: Any, step: int, *, extras: frozenset[str] = frozenset(), exemplar_list: Path, is_main: bool
+) -> StepData:
     """All images of a step, training ones by the published rule of the task.
 
     Args:
         opts: the options of the run.
         step: number of the step.
+        extras: further tensors that the training samples hold, of ``EXTRAS``.
         exemplar_list: file of the exemplars of ``--memory``; used again if it was made from the same
             choices, else made.
         is_main: this process shows progress and writes files.
 
     Raises:
-        UserError: the data set or a list is missing or faulty.
+        UserError: the data set or a list is missing or faulty, or samples have no such tensor.
     """
+    if strange := extras - EXTRAS:
+        raise UserError(
+            f"a method's extras name {', '.join(sorted(strange))}; samples have {', '.join(sorted(EXTRAS))}"
+        )
     final = evaluation_data(opts, step)
     dataset = open_dataset(opts.dataset, opts.data_root, "train")
     lists = _StepLists(opts, dataset, is_main)
@@ -120,16 +128,17 @@ def step_data(opts: Any, step: int, *, exemplar_list: Path, is_main: bool) -> St
     entries = [Entry(i) for i in indices] + [Entry(e.index, 1 + e.step) for e in exemplars]
     # Look-up 0 is the step's own; 1 + s shows the classes that were known when step s stored an exemplar.
     lookups = [_train_table(opts, step, opts.data_masking)]
-    # SSUL's release lets them show the classes of this step too.
-    lookups += [_train_table(opts, step if opts.released_ssul else s, "current+old") for s in range(step)]
+    # With --memory_labels current they show the classes of this step too.
+    current = opts.memory_labels == "current"
+    lookups += [_train_table(opts, step if current else s, "current+old") for s in range(step)]
     train = IncrementalDataset(
         dataset,
         entries,
         lookups,
         train_transform(opts.crop_size, opts.augmentation, released=opts.fidelity == "released"),
         opts.random_seed,
-        saliency=_saliency_maps(dataset) if opts.unknown else None,
-        tell_exemplars=opts.released_ssul and bool(exemplars),
+        saliency=_saliency_maps(dataset) if "saliency" in extras else None,
+        tell_exemplars="exemplar" in extras and bool(exemplars),
         skip_corrupt=opts.skip_corrupt,
     )
     return StepData(**vars(final), train=train, num_memory=len(exemplars), val=val)
@@ -186,10 +195,10 @@ class _StepLists:
 
 
 def _saliency_maps(dataset: SegmentationDataset) -> list[Path] | None:
-    """SSUL's saliency maps beside the pictures, or None where the data set has none."""
+    """The saliency maps beside the images, or None where the data set has none."""
     folder = dataset.images[0].parent.parent / "saliency_map"
     if not folder.is_dir():
-        log.info("no saliency maps in %s: all background is unknown, as SSUL does on ADE20K", folder)
+        log.info("no saliency maps in %s: all background counts as salient", folder)
         return None
     maps = [folder / f"{image.stem}.png" for image in dataset.images]
     for path in maps:
@@ -234,7 +243,8 @@ def _exemplars(opts: Any, step: int, lists: _StepLists, path: Path, is_main: boo
     """Exemplars of the earlier steps: the list on disk if it was made from the same choices, or a new one."""
     candidates = [lists.indices(earlier) for earlier in range(step)]
     choices = (lists.presence, opts.task_, step, opts.memory, opts.random_seed, candidates)
-    origin = exemplar_origin(*choices, in_turn=opts.released_ssul)
+    in_turn = opts.memory_choice == "in_turn"
+    origin = exemplar_origin(*choices, in_turn=in_turn)
     exemplars: list[Exemplar] | None = None
     if path.is_file():
         try:
@@ -243,7 +253,7 @@ def _exemplars(opts: Any, step: int, lists: _StepLists, path: Path, is_main: boo
         except UserError as error:
             log.info("%s; it is made again", error)
     if exemplars is None:
-        exemplars = select_exemplars(*choices, in_turn=opts.released_ssul)
+        exemplars = select_exemplars(*choices, in_turn=in_turn)
         if is_main:
             save_exemplars(path, exemplars, origin)
     counts = class_counts(exemplars, lists.presence, opts.task_)

@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from argparser import Options, build_parser, declarations, declared
+from argparser import Options, build_parser, declarations, declared, with_implied
 from dataset import class_names
-from modules import is_sdr_network
-from runs.checkpoint import check_fits, load_checkpoint, model_state, saved_options
+from methods.checks import preset_fault
+from modules import NetworkSpec
+from runs.checkpoint import check_fits, load_checkpoint, model_state, saved_options, with_current_names
 from segmentation_module import IncrementalSegmentationModule, load_state, make_model
 from tasks import DATASETS, Task
 from utils.errors import UserError
 from utils.files import given_path
+from utils.option_types import path_option
 
 log = logging.getLogger(__name__)
 
@@ -65,40 +67,32 @@ def model_from_checkpoint(path: Path, opts: Options) -> TrainedNetwork:
     task, step = _task_and_step(opts, content, path)
     opts.task_, opts.task, opts.dataset = task, task.name, task.dataset
     opts.step, opts.steps = [str(step)], [step]
-    check_fits(
-        content,
-        path=path,
-        task=task.name,
-        dataset=task.dataset,
-        class_order=[list(classes) for classes in task.steps],
-        step=step,
-        model=opts.model,
-        backbone=opts.backbone,
-        norm_act=opts.norm_act,
-        decoder=opts.decoder,
-        sdr=is_sdr_network(vars(opts)),
-        head=opts.head,
-    )
-    model = load_model(opts, content, path, task.classes_per_step(step))
+    try:
+        spec = NetworkSpec.of(opts)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    check_fits(content, path=path, task=task, step=step, spec=spec)
+    model = load_model(spec, with_current_names(content, spec), path, task, step)
     names = _class_names(task, opts.data_root)
     return TrainedNetwork(model.eval(), task, step, opts, names)
 
 
 def load_model(
-    opts: Any, content: Mapping[str, Any], path: Path, classes: list[int]
+    spec: NetworkSpec, content: Mapping[str, Any], path: Path, task: Task, step: int
 ) -> IncrementalSegmentationModule:
-    """The network of the options with the weights of a checkpoint, all of them and no others.
+    """A network with the weights of a checkpoint, all of them and no others.
 
     Args:
-        opts: as for ``make_model``.
+        spec: form of the network.
         content: of ``load_checkpoint``.
         path: of the checkpoint, for the message.
-        classes: number of classes of each step up to the present one.
+        task: class order.
+        step: number of the step that it has learnt.
 
     Raises:
         UserError: the weights are of another network.
     """
-    model = make_model(opts, classes)
+    model = make_model(spec, task.classes_per_step(step), task.later_classes_per_step(step))
     try:
         load_state(model, model_state(content))
     except UserError as error:
@@ -109,6 +103,8 @@ def load_model(
 def _completed(opts: Options, saved: Mapping[str, Any], path: Path) -> Options:
     """A copy of the options in which what was not typed is as the manifest has it."""
     completed = copy.copy(opts)
+    if saved:
+        saved = with_implied(saved)
     actions = {action.dest: action for action in build_parser()._actions}
     brought = (option.name for option in declarations() if option.comes_with_checkpoint)
     for name in brought:
@@ -119,10 +115,10 @@ def _completed(opts: Options, saved: Mapping[str, Any], path: Path) -> Options:
 
 def _value(action: Action, value: Any, path: Path) -> Any:
     """A manifest's value of an option, as the parser would have made it."""
-    if isinstance(action.default, Path) and isinstance(value, str):
+    if action.type is path_option and isinstance(value, str):
         return given_path(value)  # one that an earlier version kept may begin with ~
-    if type(value) is not type(action.default) or (action.choices and value not in action.choices):
-        raise _bad_manifest(path, f"{value!r} for --{action.dest}")
+    if reason := preset_fault(action, value):
+        raise _bad_manifest(path, f"{value!r} for --{action.dest}: {reason}")
     return value
 
 

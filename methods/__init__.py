@@ -46,6 +46,7 @@ __all__ = [
     "Context",
     "Method",
     "build_methods",
+    "classifier_of",
     "load_method_file",
     "preset",
 ]
@@ -75,6 +76,19 @@ def build_methods(opts: Any, step: int) -> dict[str, Method]:
     if replacing:
         methods.pop(Classification.__name__, None)
     return methods
+
+
+def classifier_of(opts: Any) -> str | None:
+    """Kind of classifier that the methods need which the options ask for; None: they take any.
+
+    Raises:
+        UserError: two of them need different ones.
+    """
+    needed = {kind: kind.classifier for kind in REGISTRY if kind.classifier and kind.from_options(opts)}
+    if len(set(needed.values())) > 1:
+        listed = ", ".join(f"{kind.__name__} needs --classifier {name}" for kind, name in needed.items())
+        raise UserError(f"{listed}; leave one of them off")
+    return next(iter(needed.values()), None)
 
 
 def load_method_file(path: Path) -> tuple[list[type[Method]], dict[str, dict[str, Any]]]:

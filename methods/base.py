@@ -41,8 +41,7 @@ class Batch:
         features_old: the teacher's intermediates by name.
         image_weights: B; factor on each image's classification loss (PLOP's adaptive factor), or None.
         pixel_weights: B×H×W; factor on each pixel's classification loss (pseudo-label confidence), or None.
-        extras: further per-image tensors of the data set, by name (SSUL's saliency maps; for its
-            released form "exemplar", B, true of exemplars).
+        extras: further tensors of the samples, by name (``Method.extras``).
         epoch: number of the epoch, from 0.
     """
 
@@ -137,6 +136,9 @@ class Method:
             there is a teacher. None: those of ``needs`` if ``needs_teacher``, else none.
         replaces_classification: the method brings the classification loss itself, so that
             ``Classification`` is left out at every step at which this method takes part.
+        extras: further tensors of the samples that it reads as ``batch.extras``: "saliency" (B×H×W bool; none
+            where the data set has no maps), "exemplar" (B bool; none in batches of a step without exemplars).
+        classifier: kind of classifier that it needs, for ``--classifier``; None: any.
         differs_between_processes: its state is not the same in every process, so each saves its own.
     """
 
@@ -144,6 +146,8 @@ class Method:
     needs_teacher: bool = False
     teacher_needs: frozenset[str] | None = None
     replaces_classification: bool = False
+    extras: frozenset[str] = frozenset()
+    classifier: str | None = None
     differs_between_processes: bool = False
 
     @property
@@ -159,6 +163,14 @@ class Method:
     def from_options(cls, opts: Any) -> Method | None:
         """The method as the options ask for it, None where they leave it off."""
         raise NotImplementedError
+
+    @classmethod
+    def implied_options(cls, opts: Any) -> dict[str, Any]:
+        """What other options become where ``opts`` turn the method on, unless typed or set by the preset.
+
+        Called once the preset is applied; ``opts.typed`` has the names of the options that were typed.
+        """
+        return {}
 
     def from_previous_step(self, state: dict[str, Any]) -> None:
         """Take over what the step before saved (``state_dict``), before ``begin_step``."""

@@ -14,13 +14,14 @@ from typing import Any
 from torch import Tensor
 
 from methods.base import Method
+from modules.classifiers import classifier_names
 from utils.errors import UserError
 from utils.option_roles import OptionParser
 
 _PUBLIC = {name for name in (*vars(Method), *Method.__annotations__) if not name.startswith("_")}
 _HOOKS = {name for name in _PUBLIC if callable(getattr(Method, name, None))}
 _NEAR = 0.75  # similarity from which a name is taken for a misspelt hook: "loss" and "penalties" are
-_NAME_SETS = ("needs", "teacher_needs")
+_NAME_SETS = ("needs", "teacher_needs", "extras")
 _RENAMED = {"resume": "load_state_dict, and what load_state_dict did is now from_previous_step"}
 _MISSING = object()  # default of an option that was given none
 
@@ -70,6 +71,9 @@ def check_class(kind: type[Method]) -> None:
     for name in _NAME_SETS:
         if isinstance(value := getattr(kind, name), str):
             check_names(kind, name, value)
+    if kind.classifier is not None and kind.classifier not in classifier_names():
+        known = ", ".join(classifier_names())
+        raise fault(kind, "classifier", f"{shown(kind.classifier)} is no kind of classifier; known: {known}")
     check_options(kind)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from methods.base import Batch, Method
+from methods.presets import FAMILY_PLOP
 from utils.errors import UserError
 from utils.loss import LocalPODLoss
 from utils.option_types import loss_weight, positive_int
@@ -118,6 +119,11 @@ class PooledOutputDistillation(Method):
             )
         last = "small" if opts.pod_logits else "large" if opts.pod_large_logits else None
         return cls(criterion, last=last)
+
+    @classmethod
+    def implied_options(cls, opts: Any) -> dict[str, Any]:
+        """Typed rather than by a preset, it brings the void and unseen labels of PLOP's program."""
+        return FAMILY_PLOP if "pod" in opts.typed else {}
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The distance over all maps."""

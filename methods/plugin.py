@@ -12,13 +12,14 @@ from typing import Any
 
 from methods.base import Method
 from methods.checks import check_class
+from modules.classifiers import Classifier, add_classifier
 from utils.errors import UserError
 
 
 def read_method_file(
     path: Path, taken: AbstractSet[str]
 ) -> tuple[list[type[Method]], dict[str, dict[str, Any]]]:
-    """Run a Python file and return the methods that it defines.
+    """Run a Python file, make its kinds of classifiers known and return the methods that it defines.
 
     Only a file that the user names on the command line may be given: whatever stands in it is run.
 
@@ -34,11 +35,18 @@ def read_method_file(
         UserError: the file is missing or fails, defines no method, or a method or presets that do not fit.
     """
     module = _run(path)
-    kinds = [
+    own = [
         value
         for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__
+        if isinstance(value, type) and value.__module__ == module.__name__
     ]
+    for classifier in own:
+        if issubclass(classifier, Classifier) and "name" in vars(classifier):
+            try:
+                add_classifier(classifier)
+            except UserError as error:
+                raise UserError(f"--method_file {path}: {error}") from error
+    kinds = [value for value in own if issubclass(value, Method)]
     # What others of the file extend and what cannot be built by itself is a base class.
     kinds = [
         kind

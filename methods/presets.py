@@ -70,19 +70,6 @@ _WHEN_RELEASED: dict[str, dict[str, Any]] = {
 }
 
 
-def released_ssul_options(opts: Any) -> dict[str, Any]:
-    """What SSUL's released program does beside its loss: head, augmentation and smallest learning rate.
-
-    Its schedule with warm-up, the published one on ADE20K, has no smallest rate.
-    """
-    found: dict[str, Any] = {"augmentation": "scale_crop"}
-    if opts.model == "deeplab":
-        found["head"] = "aspp"
-    if opts.warmup == 0 and opts.lr_policy == "poly":
-        found["min_lr"] = 1e-6
-    return found
-
-
 _NO_EFFECT_WHEN_RELEASED = {"CIL": "loss_CIL is compared with 1 instead of being set to it"}
 
 

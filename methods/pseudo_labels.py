@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from methods.base import Batch, Context, Method
+from methods.presets import FAMILY_PLOP
 from utils.loss import (
     class_median_thresholds,
     confidence_pseudo_labels,
@@ -20,7 +21,6 @@ from utils.option_types import Number, share, whole
 
 ENTROPY_BINS = 100
 PROBABILITY_BINS = 20
-SATS_INFINITE_THRESHOLD = 0.005  # what SATS's released code puts where PLOP's median is infinite
 
 
 def _kind(word: str) -> str:
@@ -54,12 +54,8 @@ class PseudoLabels(Method):
         self.min_factor: float = opts.classif_adaptive_min_factor
         self.fidelity: str = opts.fidelity
         self.thresholds = torch.empty(0)
-        self.infinite: float | None = None
-        self.weighted = True
-        if opts.fidelity == "released" and opts.distill_object is not None:
-            # SATS's released trainer computes adaptive factor and confidence but never applies them.
-            self.adaptive = self.weighted = False
-            self.infinite = SATS_INFINITE_THRESHOLD
+        self.weighted: bool = not opts.pseudo_unweighted
+        self.infinite: float | None = opts.pseudo_infinite
 
     @classmethod
     def add_options(cls, parser: argparse._ActionsContainer) -> None:
@@ -96,11 +92,28 @@ class PseudoLabels(Method):
         parser.add_argument(
             "--classif_adaptive_min_factor", type=share, default=0.0, help="smallest such factor"
         )
+        parser.add_argument(
+            "--pseudo_unweighted",
+            action="store_true",
+            help="pseudo-labels alone: no factor or confidence scales the loss (SATS's released code)",
+        )
+        parser.add_argument(
+            "--pseudo_infinite",
+            type=Number(float, 0, 1e9),
+            default=None,
+            metavar="T",
+            help="threshold where a class's median is infinite (SATS's released code: 0.005)",
+        )
 
     @classmethod
     def from_options(cls, opts: Any) -> PseudoLabels | None:
         """On with ``--pseudo``."""
         return cls(opts) if opts.pseudo is not None else None
+
+    @classmethod
+    def implied_options(cls, opts: Any) -> dict[str, Any]:
+        """Typed rather than by a preset, they bring the void and unseen labels of PLOP's program."""
+        return FAMILY_PLOP if "pseudo" in opts.typed else {}
 
     def begin_step(self, context: Context) -> None:
         """Find each class's median certainty over the step's images, with the teacher."""
@@ -157,7 +170,7 @@ class PseudoLabels(Method):
                 min_factor=self.min_factor,
                 fidelity=self.fidelity,
             )
-            if self.adaptive:
+            if self.adaptive and self.weighted:
                 batch.image_weights = factor
         elif self.kind == "confidence":
             batch.targets, weights = confidence_pseudo_labels(outputs, labels, classes_old=old)

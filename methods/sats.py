@@ -8,9 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from methods.base import Batch, Context, Method
+from methods.presets import FAMILY_PLOP
 from utils.loss import AttentionTransferLoss
 from utils.option_types import loss_weight
 
+INFINITE_THRESHOLD = 0.005  # what the released code puts where PLOP's median is infinite
 OBJECTS = ("sats-selfattn", "sats-selfattn-GP", "sats-selfattn-NP", "sats-feature-CNN")
 
 
@@ -48,6 +50,17 @@ class AttentionTransfer(Method):
         if opts.distill_object is None:
             return None
         return cls(opts.distill_object, opts.distill_weight_args, fidelity=opts.fidelity)
+
+    @classmethod
+    def implied_options(cls, opts: Any) -> dict[str, Any]:
+        """Typed rather than by a preset, it brings the void and unseen labels of PLOP's program.
+
+        Released, the trainer computes the weights of pseudo-labels but never applies them.
+        """
+        implied: dict[str, Any] = dict(FAMILY_PLOP) if "distill_object" in opts.typed else {}
+        if opts.distill_object is not None and opts.fidelity == "released":
+            implied |= {"pseudo_unweighted": True, "pseudo_infinite": INFINITE_THRESHOLD}
+        return implied
 
     def begin_step(self, context: Context) -> None:
         """The classes whose regions are averaged."""

@@ -52,7 +52,7 @@ class DeepLabHead(nn.Module):
         norm_act: norm layers and activations.
         output_stride: of the body, 16 or 8; sets the dilations (6, 12, 18) or (12, 24, 32).
         pooling: window of the evaluation pooling, in features; 0 for all.
-        sdr: as in SDR's program: torch's own initialisation, and no activations behind the norms.
+        released: as in SDR's program: torch's own initialisation, and no activations behind the norms.
     """
 
     out_channels = HIDDEN_CHANNELS
@@ -64,7 +64,7 @@ class DeepLabHead(nn.Module):
         output_stride: int = 16,
         pooling: int = 32,
         *,
-        sdr: bool = False,
+        released: bool = False,
     ) -> None:
         super().__init__()
         self.pooling = pooling
@@ -79,8 +79,8 @@ class DeepLabHead(nn.Module):
         self.global_pooling_bn = norm_act(width)
         self.pool_red_conv = nn.Conv2d(width, width, 1, bias=False)
         self.red_bn = norm_act(width)
-        self.activation = nn.Identity() if sdr else norm_act.activation()
-        for module in () if sdr else self.modules():
+        self.activation = nn.Identity() if released else norm_act.activation()
+        for module in () if released else self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.xavier_normal_(module.weight, norm_act.gain)
 

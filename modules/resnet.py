@@ -14,7 +14,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 from modules.checkpointing import run_stage
 from modules.norm import NormAct, norm_layers
 
-SDR_MOMENTUM = 3e-4
+RELEASED_MOMENTUM = 3e-4  # of the running statistics, in SDR's program
 LAYERS = {"resnet50": [3, 4, 6, 3], "resnet101": [3, 4, 23, 3]}
 
 
@@ -67,8 +67,8 @@ class ResNetBody(ResNet):
         backbone: ``resnet50`` or ``resnet101``.
         norm_act: norm layers and activations.
         output_stride: 16 or 8.
-        sdr: as in SDR's program: the stage's own dilation from its first block on, in ResNet-50's last stage
-            1, 2, 1 times 16 over the stride, and slow running statistics.
+        released: as in SDR's program: the stage's own dilation from its first block on, in ResNet-50's last
+            stage 1, 2, 1 times 16 over the stride, and slow running statistics.
 
     Attributes:
         checkpointing: keep only what is between the stages for the backward pass, and compute the rest anew.
@@ -77,7 +77,9 @@ class ResNetBody(ResNet):
     out_channels = 2048
     checkpointing = False
 
-    def __init__(self, backbone: str, norm_act: NormAct, output_stride: int, *, sdr: bool = False) -> None:
+    def __init__(
+        self, backbone: str, norm_act: NormAct, output_stride: int, *, released: bool = False
+    ) -> None:
         dilate = [False, output_stride == 8, True]
         super().__init__(
             ResidualBlock,
@@ -87,15 +89,15 @@ class ResNetBody(ResNet):
         )
         del self.avgpool, self.fc
         self.relu = norm_act.activation()
-        if norm_act.leaky or sdr:
+        if norm_act.leaky or released:
             for stage in (self.layer3, self.layer4):
                 stage[0].conv2.dilation = stage[0].conv2.padding = stage[1].conv2.dilation
-        if sdr:
+        if released:
             if backbone == "resnet50":
                 for block, factor in zip(self.layer4, (1, 2, 1), strict=True):
                     block.conv2.dilation = block.conv2.padding = (factor * 16 // output_stride,) * 2
             for norm in norm_layers(self):
-                norm.momentum = SDR_MOMENTUM  # type: ignore[assignment]
+                norm.momentum = RELEASED_MOMENTUM  # type: ignore[assignment]
 
     def forward(self, images: Tensor, keep_stages: bool = False) -> tuple[Tensor, list[Tensor]]:
         """Features of the last stage, and if asked for those of all four before their last activation.

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import functools
-import json
 import math
 import os
 import re
@@ -15,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from argparser import build_parser, declared
+from argparser import declared, option_defaults, with_implied
 from report.reading import Run
 from tasks import DATASETS, get_task
 from utils.errors import UserError
@@ -209,27 +206,21 @@ def task_title(dataset: str, task: str) -> str:
 def deciding(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that decide what is learnt and which numbers come out, each with its value.
 
-    Options that a run of an earlier version lacks have their default. Those that say where and how fast a
-    run works, or which of several equal runs it is, are left out. The folder of the data counts, by its path
-    as it was given: two folders may hold different pictures, so runs on two of them are different methods
-    even where one data set lies in two places.
+    Options that a run of an earlier version lacks are as its others imply, else their default. Those that say
+    where and how fast a run works, or which of several equal runs it is, are left out. The folder of the data
+    counts, by its path as it was given: two folders may hold different pictures, so runs on two of them are
+    different methods even where one data set lies in two places.
 
     Args:
         options: of a run, or of one of its steps, as plain JSON types.
     """
-    everything = {**_defaults(), **options}
-    kept = {name: value for name, value in everything.items() if declared(name).tells_methods_apart}
+    kept = {
+        name: value for name, value in with_implied(options).items() if declared(name).tells_methods_apart
+    }
     return {
         name: os.path.normpath(value) if declared(name).is_path and isinstance(value, str) else value
         for name, value in kept.items()
     }
-
-
-@functools.cache
-def _defaults() -> dict[str, Any]:
-    """Every option's default, in JSON types as runs keep them."""
-    defaults = vars(build_parser().parse_args([], namespace=argparse.Namespace()))
-    return dict(json.loads(json.dumps(defaults, default=str)))
 
 
 def _methods(runs: Sequence[Run]) -> list[Method]:
@@ -284,10 +275,11 @@ def _same_method(one: Run, other: Run) -> bool:
 
 def _unusual(run: Run) -> dict[str, Any]:
     """Options of its last evaluation that are not the default."""
+    defaults = option_defaults()
     return {
         name: value
         for name, value in sorted((run.evaluation or {}).items())
-        if name not in _defaults() or value != _defaults()[name]
+        if name not in defaults or value != defaults[name]
     }
 
 

@@ -27,7 +27,9 @@ import torch
 import torchvision
 from torch import Tensor
 
-from modules import is_sdr_network
+from modules import NetworkSpec
+from modules.classifiers import classifier_kind, classifier_names
+from tasks import Task
 from utils.errors import UserError
 from utils.files import atomic_write, atomic_write_text, cannot_write
 
@@ -38,7 +40,6 @@ _NO_SPACE = "free some space or choose another --logdir"
 _DOS_FOLDER = 0x10  # bit of a zip record's attributes
 _WRAPPERS = ("module.", "_orig_mod.")
 _SAME_WEIGHTS = ({"std", "sync"}, {"iabn", "iabn_sync", "iabn_sync_test"})  # --norm_act: same arithmetic
-
 # Released checkpoints hold their best score as a numpy number. These rebuild one and can do nothing else.
 _SCALAR = np.float64(0).__reduce__()[0]
 _NUMPY_NUMBERS: list[Any] = [
@@ -105,39 +106,33 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
 
 def make_manifest(
     *,
-    task: str,
-    dataset: str,
-    steps: Sequence[Sequence[int]],
+    task: Task,
     step: int,
-    model: str,
-    backbone: str,
-    decoder: str,
-    norm_act: str,
+    spec: NetworkSpec,
     options: Mapping[str, Any],
-    head: str = "mib",
     precision: str = "float32",
 ) -> dict[str, Any]:
     """What a checkpoint belongs to, in JSON types: task, networks, options, git commit, library versions.
 
     Args:
-        task, dataset: names.
-        steps: dataset class ids of every step of the task.
+        task: class order.
         step: number of the step whose network it is.
-        model, backbone, decoder, norm_act, head: options that shape the network.
+        spec: form of the network.
         options: all options of the run.
         precision: in which it was trained, at the end; ``--opt_level`` means another one on another device.
     """
     return {
-        "task": task,
-        "dataset": dataset,
-        "steps": [[int(class_id) for class_id in classes] for classes in steps],
+        "task": task.name,
+        "dataset": task.dataset,
+        "steps": [[int(class_id) for class_id in classes] for classes in task.steps],
         "step": step,
-        "model": model,
-        "backbone": backbone,
-        "decoder": decoder,
-        "norm_act": norm_act,
-        "sdr_network": is_sdr_network(options),
-        "head": head,
+        "model": spec.model,
+        "backbone": spec.backbone,
+        "decoder": spec.decoder,
+        "norm_act": spec.norm_act,
+        "released_resnet": spec.released_resnet,
+        "head": spec.head,
+        "classifier": spec.classifier,
         "options": {str(key): _plain(value) for key, value in options.items()},
         "precision": precision,
         "git_commit": _git_commit(),
@@ -278,6 +273,25 @@ def model_state(content: Mapping[str, Any]) -> dict[str, Tensor]:
     return {f"network.{n}" if n.startswith(("body.", "head.")) else n: t for n, t in weights.items()}
 
 
+def with_current_names(content: Mapping[str, Any], spec: NetworkSpec) -> dict[str, Any]:
+    """The content of a checkpoint with today's names of the weights, whichever version wrote it."""
+    former = classifier_kind(spec.classifier).former_names
+
+    def current(name: Any) -> Any:
+        begins = (old for old in former if isinstance(name, str) and name.startswith(old))
+        return next((former[old] + name.removeprefix(old) for old in begins), name)
+
+    def renamed(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {current(key): renamed(item) for key, item in value.items()}
+        return value
+
+    found = {key: renamed(value) for key, value in content.items()} if former else dict(content)
+    if "optimizer_weights" in found:
+        found["optimizer_weights"] = [current(name) for name in found["optimizer_weights"]]
+    return found
+
+
 def _sha256(file: BinaryIO) -> str:
     digest = hashlib.sha256()
     while block := file.read(1 << 20):
@@ -354,16 +368,9 @@ def check_fits(
     content: Mapping[str, Any],
     *,
     path: Path,
-    task: str,
-    dataset: str,
-    class_order: Sequence[Sequence[int]],
+    task: Task,
     step: int,
-    model: str,
-    backbone: str,
-    norm_act: str,
-    decoder: str,
-    sdr: bool = False,
-    head: str = "mib",
+    spec: NetworkSpec,
 ) -> None:
     """Raise unless the checkpoint is of this task's step and of this network.
 
@@ -373,29 +380,22 @@ def check_fits(
     Args:
         content: of ``load_checkpoint``.
         path: for the message.
-        task, dataset: names.
-        class_order: dataset class ids of every step of the task.
+        task: class order.
         step: number of the step that the checkpoint must be of.
-        model, backbone, norm_act, decoder, head: options that shape the network.
-        sdr: the network is that of SDR's program; see ``is_sdr_network``.
+        spec: form of the network.
 
     Raises:
         UserError: says everything that does not fit.
     """
     manifest = content.get("manifest")
     if manifest is None:
-        misfits = _classifier_misfits(model_state(content), class_order, step)
+        misfits = _classifier_misfits(model_state(content), task, step)
     elif isinstance(manifest, Mapping):
-        misfits = _task_misfits(manifest, task, dataset, class_order, step)
-        wanted = {"model": model}
-        if model == "deeplab":
-            wanted |= {"backbone": backbone, "norm_act": norm_act, "head": head}
-        else:
-            wanted["decoder"] = decoder
-        # The option is younger than some checkpoints.
-        misfits += _network_misfits({"head": "mib", **manifest}, wanted)
-        if manifest.get("sdr_network", False) != sdr:
-            theirs, ours = ("paper", "released") if sdr else ("released", "paper")
+        misfits = _task_misfits(manifest, task, step)
+        misfits += _network_misfits(manifest, spec)
+        released = manifest.get("released_resnet", manifest.get("sdr_network", False))
+        if released != spec.released_resnet:
+            theirs, ours = ("released", "paper") if released else ("paper", "released")
             misfits.append(f"it has the network of --fidelity {theirs}, not {ours}")
     else:
         misfits = ["its manifest is no dictionary"]
@@ -405,45 +405,44 @@ def check_fits(
         )
 
 
-def _task_misfits(
-    manifest: Mapping[str, Any], task: str, dataset: str, class_order: Sequence[Sequence[int]], step: int
-) -> list[str]:
+def _task_misfits(manifest: Mapping[str, Any], task: Task, step: int) -> list[str]:
     misfits = []
-    if manifest.get("dataset") != dataset:
-        misfits.append(f"it is of --dataset {manifest.get('dataset')}, not {dataset}")
+    if manifest.get("dataset") != task.dataset:
+        misfits.append(f"it is of --dataset {manifest.get('dataset')}, not {task.dataset}")
     if manifest.get("step") != step:
         misfits.append(f"it is of step {manifest.get('step')}, not {step}")
     theirs = manifest.get("steps")
-    ours = [list(classes) for classes in class_order]
+    ours = [list(classes) for classes in task.steps]
+    name = manifest.get("task")
     if not isinstance(theirs, list) or theirs[: step + 1] != ours[: step + 1]:
-        same_name = manifest.get("task") == task
-        what = "another class order" if same_name else f"--task {manifest.get('task')}, not {task}"
+        what = "another class order" if name == task.name else f"--task {name}, not {task.name}"
         misfits.append(f"it is of {what}")
-    elif manifest.get("task") != task:
-        _log.info(
-            "checkpoint of task %s: its steps up to %d are those of %s", manifest.get("task"), step, task
-        )
+    elif name != task.name:
+        _log.info("checkpoint of task %s: its steps up to %d are those of %s", name, step, task.name)
     return misfits
 
 
-def _network_misfits(manifest: Mapping[str, Any], wanted: Mapping[str, str]) -> list[str]:
+def _network_misfits(manifest: Mapping[str, Any], spec: NetworkSpec) -> list[str]:
     misfits = []
-    for option, value in wanted.items():
-        found = manifest.get(option)
+    shaping = ("backbone", "norm_act", "head") if spec.model == "deeplab" else ("decoder",)
+    for option in ("model", *shaping, "classifier"):
+        value = getattr(spec, option)
+        # Those that are younger than some checkpoints; there the weights tell the kind of classifier.
+        found = manifest.get(option, {"head": "mib", "classifier": value}.get(option))
         if found != value and not any(found in kinds and value in kinds for kinds in _SAME_WEIGHTS):
-            misfits.append(f"it has --{option} {found}, not {value}")
+            own = option == "classifier" and found not in classifier_names()
+            brought = ", which a --method_file brings" if own else ""
+            misfits.append(f"it has --{option} {found}{brought}, not {value}")
     return misfits
 
 
-def _classifier_misfits(
-    state: Mapping[str, Tensor], class_order: Sequence[Sequence[int]], step: int
-) -> list[str]:
+def _classifier_misfits(state: Mapping[str, Tensor], task: Task, step: int) -> list[str]:
     widths = {}
     for name, tensor in state.items():
         if match := re.fullmatch(r"cls\.(\d+)\.weight", name):
             widths[int(match[1])] = tensor.shape[0]
     found = [widths[index] for index in sorted(widths)]
-    wanted = [len(classes) for classes in class_order[: step + 1]]
+    wanted = task.classes_per_step(step)
     if not found or found == wanted:
         return []
     return [f"it has {_sum(found)} classes, step {step} has {_sum(wanted)}"]

@@ -94,7 +94,7 @@ class Session:
         """
         opts, world, folder = self.run.opts, self.run.world, self.run.folder
         path = opts.ckpt or folder.checkpoint(step)
-        model = load_model(opts, folder.load(path, step), path, opts.task_.classes_per_step(step))
+        model = load_model(folder.spec, folder.load(path, step), path, opts.task_, step)
         precision = Precision.of(opts, world.device, world.bfloat16)
         data, evaluation = evaluation_data(opts, step), Evaluation(self.run)
         log.info("testing %s on %d images", path, len(data.test))

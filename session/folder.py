@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from argparser import Options
-from modules import is_sdr_network
+from modules import NetworkSpec
 from runs.checkpoint import (
     check_fits,
     checkpoint_path,
     load_checkpoint,
     save_id,
     saved_options,
+    with_current_names,
 )
 from session.resume import differences, is_trained, job_id, restarted
 from utils import distributed
@@ -73,6 +74,7 @@ class RunFolder:
     Attributes:
         path: ``<logdir>/<task>-<dataset>_<name>``.
         options: the options in JSON types, as checkpoints hold them.
+        spec: form of the network.
     """
 
     def __init__(self, opts: Options, world: World) -> None:
@@ -80,6 +82,7 @@ class RunFolder:
         self.world = world
         self.path: Path = opts.logdir / f"{opts.task}-{opts.dataset}_{opts.name}"
         self.options = opts.as_json()
+        self.spec = NetworkSpec.of(opts)
 
     def checkpoint(self, step: int) -> Path:
         """Checkpoint of a step."""
@@ -103,22 +106,8 @@ class RunFolder:
             UserError: it is damaged, or of another network, task or step.
         """
         content = load_checkpoint(path)
-        opts = self.opts
-        check_fits(
-            content,
-            path=path,
-            task=opts.task,
-            dataset=opts.dataset,
-            class_order=[list(ids) for ids in opts.task_.steps],
-            step=step,
-            model=opts.model,
-            backbone=opts.backbone,
-            norm_act=opts.norm_act,
-            decoder=opts.decoder,
-            sdr=is_sdr_network(vars(opts)),
-            head=opts.head,
-        )
-        return content
+        check_fits(content, path=path, task=self.opts.task_, step=step, spec=self.spec)
+        return with_current_names(content, self.spec)
 
     def load_previous(self, step: int) -> dict[str, Any]:
         """The checkpoint of the step before.

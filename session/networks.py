@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from inference.load import load_model
-from methods import Context, Method, build_methods
+from methods import Context, Method
 from methods.base import needs_of_teacher
 from methods.checks import call_hook
 from modules.pretrained import LoadReport, load_default_pretrained, load_pretrained
@@ -33,24 +33,24 @@ class StepNetworks:
         run: the run.
         step: number of the step.
         precision: how the networks compute.
+        methods: of the step, by name.
 
     Attributes:
         context: networks, classes and device, as the methods know them.
-        methods: by name, already through ``begin_step`` once :meth:`begin` was called.
+        methods: already through ``begin_step`` once :meth:`begin` was called.
 
     Raises:
-        UserError: wrong options of a method, the step before has no checkpoint that fits, or pretrained
+        UserError: the step before has no checkpoint that fits, or pretrained
             weights cannot be had.
     """
 
-    def __init__(self, run: Run, step: int, precision: Precision) -> None:
+    def __init__(self, run: Run, step: int, precision: Precision, methods: dict[str, Method]) -> None:
         self.opts = opts = run.opts
         self.world = world = run.world
         self.folder = folder = run.folder
         self.step = step
         self.precision = precision
-        # First: they check their options, which costs nothing yet.
-        self.methods: dict[str, Method] = build_methods(opts, step)
+        self.methods = methods
         self.previous: dict[str, Any] = folder.load_previous(step) if step else {}
         model = self._student()
         self.context = Context(
@@ -68,12 +68,12 @@ class StepNetworks:
     def _student(self) -> IncrementalSegmentationModule:
         """It starts from the previous step or from ImageNet."""
         opts = self.opts
-        model = make_model(opts, opts.task_.classes_per_step(self.step))
+        task, step = opts.task_, self.step
+        model = make_model(self.folder.spec, task.classes_per_step(step), task.later_classes_per_step(step))
         if self.step:
             model.load_previous(model_state(self.previous))
             log.info("previous step: %s", self.folder.previous(self.step))
-            if opts.init_balanced and not opts.unknown:
-                model.init_new_classifier()
+            model.cls.start(balanced=opts.init_balanced)
         elif not opts.no_pretrained:
             log.info(self._pretrained(model).summary())
         if opts.fix_bn:
@@ -112,8 +112,8 @@ class StepNetworks:
         Raises:
             UserError: its checkpoint does not fit.
         """
-        path, classes = self.folder.previous(self.step), self.opts.task_.classes_per_step(self.step - 1)
-        return freeze(load_model(self.opts, self.previous, path, classes)).eval()
+        path, task = self.folder.previous(self.step), self.opts.task_
+        return freeze(load_model(self.folder.spec, self.previous, path, task, self.step - 1)).eval()
 
     def previous_network(self) -> IncrementalSegmentationModule | None:
         """The network of the step before, loaded where no method needed it; None at step 0."""

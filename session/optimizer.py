@@ -127,7 +127,6 @@ def make_optimizer(
     Raises:
         UserError: no weight is left to train.
     """
-    newest = f"cls.{len(model.cls) - 1}."  # type: ignore[arg-type]
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -135,7 +134,7 @@ def make_optimizer(
         factor = math.prod(
             checked_factor(method, "lr_factor", name, method.lr_factor(name)) for method in methods.values()
         )
-        if opts.lr_old is not None and name.startswith("cls.") and not name.startswith(newest):
+        if opts.lr_old is not None and model.is_older_classifier(name):  # type: ignore[operator]
             factor *= opts.lr_old
         decay = math.prod(
             checked_factor(method, "weight_decay_factor", name, method.weight_decay_factor(name))
@@ -223,7 +222,7 @@ def schedule(
     opts: Options, optimizer: torch.optim.Optimizer, iterations: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """Learning-rate schedule of the options over a step's iterations."""
-    warmup = opts.warmup * iterations
+    warmup, multiplies = opts.warmup * iterations, opts.warmup_form == "factor"
     return make_scheduler(
         optimizer,
         opts.lr_policy,
@@ -231,7 +230,7 @@ def schedule(
         lr_power=opts.lr_power,
         lr_decay_step=opts.lr_decay_step,
         lr_decay_factor=opts.lr_decay_factor,
-        warmup_iters=int(warmup) if opts.released_ssul else round(warmup),
-        warmup_multiplies=opts.released_ssul,
+        warmup_iters=int(warmup) if multiplies else round(warmup),
+        warmup_multiplies=multiplies,
         min_lr=opts.min_lr,
     )

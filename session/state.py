@@ -227,17 +227,10 @@ class StepState:
         }
 
     def _manifest(self) -> dict[str, Any]:
-        opts = self.run.opts
         return make_manifest(
-            task=opts.task,
-            dataset=opts.dataset,
-            steps=[list(ids) for ids in opts.task_.steps],
+            task=self.run.opts.task_,
             step=self.start.step,
-            model=opts.model,
-            backbone=opts.backbone,
-            decoder=opts.decoder,
-            head=opts.head,
-            norm_act=opts.norm_act,
+            spec=self.run.folder.spec,
             options=self.run.folder.options,
             precision=self.trainer.precision.description,
         )

@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from dataset.loaders import EpochSampler, Loader, make_train_loader
 from dataset.splits import list_digest
 from dataset.step_data import StepData, step_data
+from methods import Method, build_methods
 from session.cached import Cache, weights_digest
 from session.evaluation import Evaluation
 from session.folder import Start
@@ -58,8 +59,10 @@ class StepTraining:
         self.run, self.start, self.step = run, start, start.step
         self.evaluation = Evaluation(run)
         torch.manual_seed(run.opts.random_seed + self.step)
+        # First: methods check their options, which costs nothing yet.
+        self.methods = build_methods(run.opts, self.step)
         with distributed.shared_errors():
-            self.data = load_data(run, start)
+            self.data = load_data(run, start, self.methods)
         with contextlib.ExitStack() as opened:
             self.loader = opened.enter_context(self._loader())
             self.networks = self._networks()
@@ -87,7 +90,7 @@ class StepTraining:
             self.data.train,
             opts.batch_size,
             num_memory=self.data.num_memory,
-            memory_overwrites=opts.released_ssul,
+            memory_overwrites=opts.memory_batches == "overwrite",
             seed=opts.random_seed,
             rank=world.rank,
             world_size=world.size,
@@ -105,7 +108,8 @@ class StepTraining:
     def _networks(self) -> StepNetworks:
         """Student, teacher and methods; the context describes the step to the methods."""
         run, opts = self.run, self.run.opts
-        networks = StepNetworks(run, self.step, Precision.of(opts, run.world.device, run.world.bfloat16))
+        precision = Precision.of(opts, run.world.device, run.world.bfloat16)
+        networks = StepNetworks(run, self.step, precision, self.methods)
         context = networks.context
         context.batches = self._training_pass
         context.recall = Cache(run.folder, run.world, self.step, self._origin)
@@ -268,7 +272,7 @@ class StepTraining:
         self._last_save = time.monotonic()
 
 
-def load_data(run: Run, start: Start) -> StepData:
+def load_data(run: Run, start: Start, methods: Mapping[str, Method]) -> StepData:
     """A step's images, once the checkpoint to resume from is known to fit them.
 
     Raises:
@@ -276,7 +280,8 @@ def load_data(run: Run, start: Start) -> StepData:
     """
     opts, step, fingerprint, resumed = run.opts, start.step, start.fingerprint, start.resumed
     exemplar_list = run.folder.path / f"exemplars_{step}.json"
-    data = step_data(opts, step, exemplar_list=exemplar_list, is_main=run.world.is_main)
+    extras = frozenset[str]().union(*(method.extras for method in methods.values()))
+    data = step_data(opts, step, extras=extras, exemplar_list=exemplar_list, is_main=run.world.is_main)
     fingerprint["list of training images"] = list_digest([entry.index for entry in data.train.entries])
     names = [data.train.dataset.images[entry.index].name for entry in data.train.entries]
     fingerprint["names of the training images"] = _digest(names)

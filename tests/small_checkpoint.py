@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from argparser import Options, parse_options
+from modules import NetworkSpec
 from modules.norm import norm_layers
 from runs.checkpoint import make_manifest, save_checkpoint
 from segmentation_module import IncrementalSegmentationModule, make_model
@@ -25,19 +26,10 @@ def save_untrained(
     opts = parse_options(shlex.split(command))
     step, task = opts.steps[0], opts.task_
     torch.manual_seed(0)
-    model = make_model(opts, task.classes_per_step(step))
+    spec = NetworkSpec.of(opts)
+    model = make_model(spec, task.classes_per_step(step))
     _spread(model)
-    facts = make_manifest(
-        task=task.name,
-        dataset=task.dataset,
-        steps=task.steps,
-        step=step,
-        model=opts.model,
-        backbone=opts.backbone,
-        decoder=opts.decoder,
-        norm_act=opts.norm_act,
-        options=opts.as_dict(),
-    )
+    facts = make_manifest(task=task, step=step, spec=spec, options=opts.as_dict())
     content: dict[str, Any] = {"epoch": 0, "model_state": model.state_dict()}
     save_checkpoint(path, {**content, "manifest": {**facts, **changes}} if manifest else content)
     return model, opts
@@ -48,7 +40,7 @@ def _spread(model: IncrementalSegmentationModule) -> None:
     """Let several classes win somewhere: as they are drawn, all features are much alike."""
     for layer in norm_layers(model):
         layer.momentum = 1.0
-    for head in model.cls:
+    for head in model.cls.parts:
         if isinstance(head, nn.Conv2d):
             nn.init.normal_(head.weight)
     model.train()

@@ -247,6 +247,8 @@ def options(*words: str, fidelity: str = "released", lr: float = LR) -> Options:
 def run_ours(opts: Options, start: Start, carried: dict[str, Any] | None = None) -> Ours:
     """Train as a session does, with the state of the previous step's methods."""
     student = copy.deepcopy(start.student)
+    if start.step and isinstance(student, IncrementalSegmentationModule):
+        student.cls.start(balanced=False)
     methods = build_methods(opts, start.step)
     context = Context(
         task=opts.task_,
@@ -631,7 +633,9 @@ class ToyBody(Network):
 
 def ssul_start(step: int, saliency: bool) -> Start:
     torch.manual_seed(0)
-    network = [IncrementalSegmentationModule(ToyBody(), CLASSES[: s + 1], unknown=True) for s in (0, step)]
+    network = [
+        IncrementalSegmentationModule(ToyBody(), CLASSES[: s + 1], classifier="unknown") for s in (0, step)
+    ]
     teacher, student = (settle(net, seed, sharpness=SSUL_SHARP) for seed, net in enumerate(network))
     batches = draw_batches(step, 5, saliency=saliency)
     if step == 0:
@@ -661,7 +665,7 @@ def slow_statistics(student: nn.Module) -> None:
 def freeze_as_ssul(student: nn.Module) -> None:
     """The published runs' --freeze --bn_freeze: every norm layer rests, all but three heads are frozen."""
     for name, parameter in student.named_parameters():
-        parameter.requires_grad_(name.startswith(("cls.0.", "cls.2.", "unknown.")))
+        parameter.requires_grad_(name.startswith(("cls.0.", "cls.2.", "cls.unknown.")))
     student.train()
     for module in student.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -670,7 +674,7 @@ def freeze_as_ssul(student: nn.Module) -> None:
 
 def start_from_unknown(student: nn.Module) -> None:
     """--w_transfer: the new head is the unknown class's, its last layer once per new class."""
-    new, unknown = student.cls[2].state_dict(), student.unknown.state_dict()
+    new, unknown = student.cls.parts[2].state_dict(), student.cls.unknown.state_dict()
     for name, value in unknown.items():
         new[name].copy_(torch.stack([value[0]] * NEW) if name.startswith("3.") else value)
 
@@ -706,7 +710,7 @@ def test_ssul(saliency: bool, memory: bool) -> None:
     assert 0.01 < float((scores >= 0.7).double().mean()) < 0.99, "the pseudo-labels are no choice"
     paper = run_ours(options("--method", "SSUL", "--overlap", fidelity="paper"), start)
     assert all(math.isfinite(value) for value in paper.terms.values())
-    assert not torch.allclose(paper.student.cls[2][3].weight, theirs.cls[2][3].weight, atol=1e-6)
+    assert not torch.allclose(paper.student.cls.parts[2][3].weight, theirs.cls.parts[2][3].weight, atol=1e-6)
 
 
 def test_ssul_at_step_0() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 
 from methods.base import Context
 from methods.ssul import UnknownClass
+from modules import NetworkSpec
 from segmentation_module import IncrementalSegmentationModule, freeze, load_state, make_model
 from tasks import get_task
 from utils.errors import UserError
@@ -22,16 +22,7 @@ IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 def model(classes: list[int], **options: Any) -> IncrementalSegmentationModule:
     torch.manual_seed(0)
-    defaults = {
-        "model": "deeplab",
-        "backbone": "mobilenet_v2",
-        "norm_act": "std",
-        "output_stride": 16,
-        "pooling": 0,
-        "decoder": "sats",
-        "unknown": False,
-    }
-    return make_model(SimpleNamespace(**{**defaults, **options}), classes)
+    return make_model(NetworkSpec.of({"backbone": "mobilenet_v2", "pooling": 0, **options}), classes)
 
 
 @pytest.mark.parametrize("kind", ["deeplab", "segformer_b0"])
@@ -61,7 +52,7 @@ def test_joined_classifiers_equal_one_by_one() -> None:
     net = model([3, 1, 2]).eval()
     net.intermediates = frozenset({"pre_logits", "logits_small"})
     _, features = net(IMAGES)
-    one_by_one = torch.cat([head(features["pre_logits"]) for head in net.cls], dim=1)
+    one_by_one = torch.cat([head(features["pre_logits"]) for head in net.cls.parts], dim=1)
     torch.testing.assert_close(features["logits_small"], one_by_one)
 
 
@@ -76,14 +67,14 @@ def test_balanced_initialisation_shares_the_background_probability() -> None:
     old = model([16]).eval()
     grown = model([16, 5]).eval()
     grown.load_previous(old.state_dict())
-    grown.init_new_classifier()
+    grown.cls.start(balanced=True)
     before, after = old(IMAGES)[0].softmax(1), grown(IMAGES)[0].softmax(1)
     # Background and new classes together hold what background held, in equal shares.
     mass = after[:, 0] + after[:, 16:].sum(1)
     torch.testing.assert_close(mass, before[:, 0])
     torch.testing.assert_close(after[:, 16], before[:, 0] / 6)
-    bias = old.cls[0].bias
-    torch.testing.assert_close(grown.cls[1].bias, (bias[0] - math.log(6)).expand(5))
+    bias = old.cls.parts[0].bias
+    torch.testing.assert_close(grown.cls.parts[1].bias, (bias[0] - math.log(6)).expand(5))
 
 
 def test_a_state_of_another_network_is_refused_by_what_differs() -> None:
@@ -120,7 +111,7 @@ def test_fix_bn_freezes_every_norm_layer() -> None:
         ({"fidelity": "paper"}, False),
         ({"norm_act": "abn"}, False),
         ({"backbone": "mobilenet_v2"}, False),
-        ({"unknown": True}, False),
+        ({"classifier": "unknown"}, False),
     ],
 )
 def test_released_networks_with_batch_norm_and_relu_are_sdrs(
@@ -133,29 +124,29 @@ def test_released_networks_with_batch_norm_and_relu_are_sdrs(
 def test_ssuls_classifiers_start_as_its_head_does() -> None:
     """He's initialisation with its head, torch's own without; weights of a uniform draw have an end."""
     for head, std, end in (("aspp", (2 / 256) ** 0.5, 2.5), ("mib", (1 / 3 / 256) ** 0.5, 1.74)):
-        weight = model([16], unknown=True, head=head).cls[1][3].weight.detach()
+        weight = model([16], classifier="unknown", head=head).cls.parts[1][3].weight.detach()
         assert abs(float(weight.std()) / std - 1) < 0.05
         assert (float(weight.abs().max()) / std > end) == (head == "aspp")
 
 
 @pytest.mark.parametrize("fidelity", ["paper", "released"])
 def test_frozen_head_of_ssul_keeps_its_dropout_when_released(fidelity: str) -> None:
-    net = model([16, 5], unknown=True, head="aspp")
+    net = model([16, 5], classifier="unknown", head="aspp")
     task = get_task("voc", "15-5")
     UnknownClass(0.7, fidelity=fidelity).begin_step(Context(task, 1, net, fidelity=fidelity))
     net.train()
     assert net.network.head.project[3].training == (fidelity == "released")
     learns = {name for name, p in net.named_parameters() if p.requires_grad}
-    assert all(name.startswith(("cls.0.", "cls.2.", "unknown.")) for name in learns)
+    assert all(name.startswith(("cls.0.", "cls.2.", "cls.unknown.")) for name in learns)
     norms = [m for m in net.network.modules() if isinstance(m, nn.BatchNorm2d)]
     assert norms and not any(norm.training for norm in norms)
-    assert net.cls[2][1].training == net.unknown[1].training == (fidelity == "paper")  # type: ignore[index]
-    assert not net.cls[1][1].training
+    assert net.cls.parts[2][1].training == net.cls.unknown[1].training == (fidelity == "paper")  # type: ignore[index]
+    assert not net.cls.parts[1][1].training
 
 
 def test_unknown_counts_as_background_and_new_heads_start_from_it() -> None:
-    net = model([16, 5], unknown=True).eval()
-    net.init_from_unknown()
+    net = model([16, 5], classifier="unknown").eval()
+    net.cls.start(balanced=False)
     logits, _ = net(IMAGES)
     assert logits.shape[1] == 22
     for channel in range(16, 21):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from methods import Context
 from methods.classification import Classification
+from modules import NetworkSpec
 from segmentation_module import IncrementalSegmentationModule, make_model
 from tasks import get_task
 from train import Trainer
@@ -31,16 +31,7 @@ def batch() -> tuple[Tensor, Tensor]:
 
 def network() -> IncrementalSegmentationModule:
     torch.manual_seed(0)
-    options = SimpleNamespace(
-        model="deeplab",
-        backbone="mobilenet_v2",
-        norm_act="std",
-        output_stride=16,
-        pooling=0,
-        decoder="sats",
-        unknown=False,
-    )
-    model = make_model(options, [20])
+    model = make_model(NetworkSpec(backbone="mobilenet_v2", pooling=0), [20])
     model.fix_bn()
     for module in model.modules():
         if isinstance(module, nn.Dropout):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import socket
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 from faults import TINY, completed
 
+from modules import NetworkSpec
 from runs.checkpoint import load_checkpoint, save_checkpoint
 from segmentation_module import make_model
 from utils import distributed
@@ -20,9 +20,7 @@ from utils.loss import Prototypes
 
 def see_every_class(state: dict[str, torch.Tensor]) -> None:
     """Draw the classifier at random, centred: a network of one epoch sees background everywhere."""
-    options = SimpleNamespace(model="deeplab", backbone="mobilenet_v2", norm_act="std", output_stride=16)
-    options.pooling, options.decoder, options.unknown = 0, "sats", False
-    model = make_model(options, [16]).eval()
+    model = make_model(NetworkSpec(backbone="mobilenet_v2", pooling=0), [16]).eval()
     model.load_state_dict(state)
     with torch.no_grad():
         pre_logits, _ = model.network(torch.randn(4, 3, 64, 64), frozenset())

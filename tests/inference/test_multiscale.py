@@ -17,6 +17,7 @@ from argparser import parse_options
 from dataset.transforms import RandomCropFlip, ResizeCenterCrop, normalize
 from inference.multiscale import MIN_SIDE, FusedPrediction, PaddedPrediction, predict_classes, predictor
 from metrics.stream_metrics import StreamSegMetrics
+from modules import NetworkSpec
 from segmentation_module import IncrementalSegmentationModule, make_model
 from train import Precision, class_scores, evaluate
 
@@ -28,7 +29,7 @@ CASES = [((1.0,), False), ((0.25, 1.0), True)]
 def model(request: pytest.FixtureRequest) -> IncrementalSegmentationModule:
     words = ["--backbone", "mobilenet_v2", "--no_pretrained", "--model", request.param]
     torch.manual_seed(0)
-    return make_model(parse_options(words), [3]).eval()
+    return make_model(NetworkSpec.of(parse_options(words)), [3]).eval()
 
 
 @given(height=st.integers(1, 40), width=st.integers(1, 40), case=st.sampled_from(CASES))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from argparser import parse_options
-from modules import build_network
+from modules import NetworkSpec, build_network
 from modules.checkpointing import run_stage
 from segmentation_module import make_model
 from utils.errors import UserError
@@ -22,7 +22,7 @@ NETWORKS = [
 def trained(choice, checkpointing, images):
     """Outputs, gradients, state, bytes kept for the backward pass, and random numbers drawn afterwards."""
     torch.manual_seed(0)
-    network = build_network(**choice, checkpointing=checkpointing).train()
+    network = build_network(NetworkSpec(**choice, checkpointing=checkpointing)).train()
     needs = network.intermediates
     kept = []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t)
@@ -83,7 +83,7 @@ def test_a_frozen_norm_stays_in_evaluation():
 def test_the_option_reaches_every_body():
     for words in (["--backbone", "resnet50"], ["--backbone", "mobilenet_v2"], ["--model", "segformer_b0"]):
         for flag in ([], ["--grad_checkpointing"]):
-            model = make_model(parse_options([*words, *flag]), [16])
+            model = make_model(NetworkSpec.of(parse_options([*words, *flag])), [16])
             assert model.network.body.checkpointing == bool(flag)
 
 
@@ -94,4 +94,4 @@ def test_what_it_does_not_go_with(monkeypatch):
     with pytest.raises(UserError, match="--grad_checkpointing does not go with --norm_act iabn"):
         # The layers themselves need a package: the refusal comes before anything trains.
         monkeypatch.setattr("modules.ResNetBody", lambda *_, **__: None)
-        build_network("deeplab", backbone="resnet50", norm_act="iabn", checkpointing=True)
+        build_network(NetworkSpec(backbone="resnet50", norm_act="iabn", checkpointing=True))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.models.segmentation.deeplabv3 import ASPP
 
-from modules import build_network
+from modules import NetworkSpec, build_network
 from modules.deeplab import ASPPHead, AtrousConv2d, DeepLabHead
 from modules.norm import NormAct
 from utils.errors import UserError
@@ -113,7 +113,7 @@ def test_aspp_head_has_the_weights_of_ssuls_release(shared):
     listed = json.loads((shared / "released" / "checkpoint_keys_SSUL.json").read_text(encoding="utf-8"))
     prefix = "classifier.aspp."
     theirs = {k.removeprefix(prefix): v[0] for k, v in listed["state"].items() if k.startswith(prefix)}
-    head = build_network("deeplab", backbone="resnet50", norm_act="std", head="aspp").head
+    head = build_network(NetworkSpec(backbone="resnet50", norm_act="std", head="aspp")).head
     assert {name: list(value.shape) for name, value in head.state_dict().items()} == theirs
 
 
@@ -128,7 +128,7 @@ def test_aspp_head_follows_norm_act(kind):
 @pytest.fixture(scope="module")
 def network():
     torch.manual_seed(0)
-    return build_network("deeplab", backbone="mobilenet_v2", norm_act="std").eval()
+    return build_network(NetworkSpec(backbone="mobilenet_v2", norm_act="std")).eval()
 
 
 def test_intermediates(network):
@@ -151,7 +151,7 @@ def test_unknown_intermediate(network):
 @pytest.mark.parametrize("backbone", ["resnet50", "mobilenet_v2"])
 def test_autocast_and_channels_last(backbone):
     torch.manual_seed(0)
-    net = build_network(None, backbone=backbone, norm_act="std", pooling=3).eval()
+    net = build_network(NetworkSpec(backbone=backbone, norm_act="std", pooling=3)).eval()
     images = torch.randn(2, 3, 80, 64)
     expected, _ = net.double()(images.double())
     channels_last = net.to(memory_format=torch.channels_last)
@@ -180,7 +180,7 @@ def test_autocast_and_channels_last(backbone):
 )
 def test_bad_choices_are_named(options, word):
     with pytest.raises(UserError, match=word):
-        build_network(**({"model": "deeplab", "norm_act": "std"} | options))
+        build_network(NetworkSpec(**options))
 
 
 @pytest.mark.parametrize("dilation", [1, 6, 12])
@@ -220,7 +220,7 @@ def test_atrous_convolution_leaves_out_what_meets_padding_alone():
 
 def test_the_head_of_sdr_is_initialised_by_torch_and_has_no_activation():
     torch.manual_seed(0)
-    head = DeepLabHead(64, NormAct("std"), sdr=True).train()
+    head = DeepLabHead(64, NormAct("std"), released=True).train()
     for conv in [*head.map_convs, head.red_conv, head.global_pooling_conv, head.pool_red_conv]:
         bound = conv.weight[0].numel() ** -0.5  # Kaiming's uniform rule with a = √5
         assert 0.99 * bound < conv.weight.abs().max() <= bound

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from modules import build_network, norm
+from modules import NetworkSpec, build_network, norm
 from modules.norm import NORM_KINDS, AbsWeightBatchNorm2d, NormAct, norm_layers
 from utils.errors import UserError
 
@@ -48,11 +48,11 @@ def test_without_inplace_abn(monkeypatch):
     monkeypatch.setitem(sys.modules, "inplace_abn", None)
     norm._in_place_layers.cache_clear()
     with pytest.raises(UserError, match="pip install --no-build-isolation inplace-abn"):
-        build_network("deeplab", backbone="resnet50", norm_act="iabn_sync")
+        build_network(NetworkSpec(backbone="resnet50", norm_act="iabn_sync"))
 
 
 def test_norm_layers_finds_all():
-    net = build_network("deeplab", backbone="resnet50", norm_act="abn")
+    net = build_network(NetworkSpec(backbone="resnet50", norm_act="abn"))
     # 53 in ResNet-50, 3 in the head.
     assert len(list(norm_layers(net))) == 56
 
@@ -70,11 +70,11 @@ def test_absolute_weight_norm_is_batch_norm_for_positive_weights():
 def twins(kind, backbone="resnet50"):
     """The same network in place and in plain torch, with weights of both signs."""
     torch.manual_seed(0)
-    fused = build_network("deeplab", backbone=backbone, norm_act=kind)
+    fused = build_network(NetworkSpec(backbone=backbone, norm_act=kind))
     for layer in norm_layers(fused):
         layer.weight.data.uniform_(0.5, 1.5).mul_(torch.randint(0, 2, layer.weight.shape) * 2 - 1)
         layer.bias.data.normal_(std=0.2)
-    plain = build_network("deeplab", backbone=backbone, norm_act="iabn_sync_test")
+    plain = build_network(NetworkSpec(backbone=backbone, norm_act="iabn_sync_test"))
     plain.load_state_dict(fused.state_dict())
     return fused.double(), plain.double()
 
@@ -105,7 +105,7 @@ def test_in_place_equals_plain_torch(kind, backbone):
 @needs_inplace_abn
 def test_in_place_under_autocast_and_copied():
     torch.manual_seed(0)
-    net = build_network("deeplab", backbone="resnet50", norm_act="iabn_sync")
+    net = build_network(NetworkSpec(backbone="resnet50", norm_act="iabn_sync"))
     images = torch.randn(2, 3, 64, 64)
     with torch.autocast("cpu", torch.bfloat16):
         net(images)[0].float().mean().backward()

@@ -11,7 +11,7 @@ import torchvision
 from safetensors.torch import save_file
 from transformers import SegformerConfig, SegformerForImageClassification
 
-from modules import build_network, load_pretrained
+from modules import NetworkSpec, build_network, load_pretrained
 from modules.pretrained import load_default_pretrained, rename
 from modules.segformer import MiTConfig, SegFormer
 from utils.errors import UserError
@@ -23,12 +23,12 @@ CONFIG = MiTConfig((1, 2, 1, 1), widths=(16, 32, 40, 64))
 
 @pytest.fixture
 def resnet():
-    return build_network("deeplab", backbone="resnet50", norm_act="std")
+    return build_network(NetworkSpec(backbone="resnet50", norm_act="std"))
 
 
 @pytest.fixture
 def mobilenet():
-    return build_network("deeplab", backbone="mobilenet_v2", norm_act="std")
+    return build_network(NetworkSpec(backbone="mobilenet_v2", norm_act="std"))
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_mib_file(resnet, resnet_state, tmp_path):
     assert "module.mod5.block1.convs.conv2.weight" in state
     path = tmp_path / "resnet50_abn.pth.tar"
     torch.save({"epoch": 90, "arch": "resnet50", "state_dict": state}, path)
-    network = build_network("deeplab", backbone="resnet50", norm_act="abn")
+    network = build_network(NetworkSpec(backbone="resnet50", norm_act="abn"))
     report = load_default_pretrained(
         network, model=None, backbone="resnet50", norm_act="abn", folder=tmp_path
     )
@@ -300,7 +300,7 @@ def test_unknown_torchvision_name(resnet):
 def test_no_network_for_the_hub(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    network = build_network("segformer_b0")
+    network = build_network(NetworkSpec("segformer_b0"))
     with pytest.raises(UserError, match=r"co/nvidia/mit-b0: cannot be downloaded.*--pretrained_path"):
         load_default_pretrained(
             network, model="segformer_b0", backbone="resnet101", norm_act="std", folder=tmp_path

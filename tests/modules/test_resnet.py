@@ -138,7 +138,7 @@ def test_gradient_through_kept_stages():
 )
 def test_the_body_of_sdr(backbone, output_stride, last_stage):
     """Its program dilates the last stage's first block too, and its running statistics hardly move."""
-    body = ResNetBody(backbone, NormAct("std"), output_stride, sdr=True)
+    body = ResNetBody(backbone, NormAct("std"), output_stride, released=True)
     assert [block.conv2.dilation[0] for block in body.layer4] == last_stage
     assert all(block.conv2.padding == block.conv2.dilation for block in body.layer4)
     assert {block.conv2.dilation[0] for block in body.layer3} == {16 // output_stride}

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from transformers import SegformerConfig, SegformerModel
 
-from modules import build_network
+from modules import NetworkSpec, build_network
 from modules.pretrained import load_pretrained
 from modules.segformer import CONFIGS, AllMLPHead, MiTConfig, SATSHead, SegFormer
 from utils.errors import UserError
@@ -77,7 +77,7 @@ def test_equals_transformers_in_double(tmp_path):
 def test_published_sizes(size):
     """Parameters of the encoders as the paper counts them (table 6), in millions."""
     with torch.device("meta"):
-        network = build_network(f"segformer_b{size}")
+        network = build_network(NetworkSpec(f"segformer_b{size}"))
     millions = sum(p.numel() for p in network.body.parameters()) / 1e6
     assert millions == pytest.approx((3.4, 13.1, 24.2, 44.0, 60.8, 81.4)[size], abs=0.1)
     assert network.body_channels == (256 if size == 0 else 512)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 
+from modules import NetworkSpec
 from runs.checkpoint import (
     FORMAT_VERSION,
     check_fits,
@@ -25,25 +27,19 @@ from runs.checkpoint import (
     model_state,
     save_checkpoint,
 )
+from tasks import Task
 from utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-STEPS = [[0, 1, 2], [3], [4]]
+
+
+TASK = Task("2-1", "shapes", ((0, 1, 2), (3,), (4,)))
+SPEC = NetworkSpec(backbone="mobilenet_v2")
+OPTIONS = {"lr": 0.1, "logdir": Path("logs"), "steps": (0, 1), "typed": frozenset({"b", "a"})}
 
 
 def manifest(**changes):
-    values = {
-        "task": "2-1",
-        "dataset": "shapes",
-        "steps": STEPS,
-        "step": 1,
-        "model": "deeplab",
-        "backbone": "mobilenet_v2",
-        "decoder": "sats",
-        "norm_act": "std",
-        "options": {"lr": 0.1, "logdir": Path("logs"), "steps": (0, 1), "typed": frozenset({"b", "a"})},
-    }
-    return make_manifest(**{**values, **changes})
+    return make_manifest(task=TASK, step=1, spec=replace(SPEC, **changes), options=OPTIONS)
 
 
 def content(seed=0, **changes):
@@ -383,17 +379,14 @@ def test_no_weights(bad):
 # ── fitting ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-WANTED = {
-    "path": Path("a_1.pth"),
-    "task": "2-1",
-    "dataset": "shapes",
-    "class_order": STEPS,
-    "step": 1,
-    "model": "deeplab",
-    "backbone": "mobilenet_v2",
-    "norm_act": "std",
-    "decoder": "sats",
-}
+def fits(found, *, step=1, name="2-1", dataset="shapes", steps=TASK.steps, **spec):
+    check_fits(
+        found,
+        path=Path("a_1.pth"),
+        task=Task(name, dataset, steps),
+        step=step,
+        spec=replace(SPEC, **spec),
+    )
 
 
 @pytest.mark.parametrize(
@@ -402,59 +395,66 @@ WANTED = {
         {},
         {"norm_act": "sync"},
         {"decoder": "segformer"},  # DeepLab has no decoder
-        {"task": "2-2", "class_order": [[0, 1, 2], [3], [4, 5]]},  # the same up to step 1
+        {"name": "2-2", "steps": ((0, 1, 2), (3,), (4, 5))},  # the same up to step 1
     ],
 )
 def test_fits(changes):
-    check_fits(content(), **{**WANTED, **changes})
+    fits(content(), **changes)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": "3-1", "class_order": [[0, 1, 2, 3], [4]]}, "--task 2-1, not 3-1"),
-        ({"class_order": [[0, 2, 1], [3], [4]]}, "another class order"),
+        ({"name": "3-1", "steps": ((0, 1, 2, 3), (4,))}, "--task 2-1, not 3-1"),
+        ({"steps": ((0, 2, 1), (3,), (4,))}, "another class order"),
         ({"dataset": "voc"}, "--dataset shapes, not voc"),
         ({"step": 0}, "step 1, not 0"),
         ({"model": "segformer_b0"}, "--model deeplab, not segformer_b0"),
         ({"backbone": "resnet50"}, "--backbone mobilenet_v2, not resnet50"),
         ({"norm_act": "iabn"}, "--norm_act std, not iabn"),
+        ({"released_resnet": True}, "--fidelity paper, not released"),
         ({"dataset": "voc", "backbone": "resnet50"}, "--dataset.*; .*--backbone"),
     ],
 )
 def test_misfits(changes, message):
     with pytest.raises(UserError, match=message) as caught:
-        check_fits(content(), **{**WANTED, **changes})
+        fits(content(), **changes)
     assert one_line(caught).startswith("a_1.pth: does not fit this run")
 
 
 def test_decoder_matters_to_segformer():
     segformer = content(manifest=manifest(model="segformer_b0"))
-    check_fits(segformer, **{**WANTED, "model": "segformer_b0", "backbone": "resnet101"})
+    fits(segformer, model="segformer_b0", backbone="resnet101")
     with pytest.raises(UserError, match="--decoder sats, not segformer"):
-        check_fits(segformer, **{**WANTED, "model": "segformer_b0", "decoder": "segformer"})
+        fits(segformer, model="segformer_b0", decoder="segformer")
 
 
 def test_head_matters_to_deeplab():
-    check_fits(content(), **WANTED, head="mib")
     with pytest.raises(UserError, match="--head mib, not aspp"):
-        check_fits(content(), **WANTED, head="aspp")
-    older = {key: value for key, value in manifest().items() if key != "head"}
-    check_fits(content(manifest=older), **WANTED, head="mib")
+        fits(content(), head="aspp")
     segformer = content(manifest=manifest(model="segformer_b0"))
-    check_fits(segformer, **{**WANTED, "model": "segformer_b0"}, head="aspp")
+    fits(segformer, model="segformer_b0", head="aspp")
+
+
+def test_manifests_of_earlier_versions_fit():
+    older = {key: value for key, value in manifest().items() if key not in ("head", "released_resnet")}
+    fits(content(manifest=older))
+    older["sdr_network"] = True
+    fits(content(manifest=older), released_resnet=True)
+    with pytest.raises(UserError, match="--fidelity released, not paper"):
+        fits(content(manifest=older))
 
 
 def test_released_checkpoints_are_judged_by_their_classifiers():
     state = {f"module.cls.{i}.weight": torch.zeros(n, 8, 1, 1) for i, n in enumerate([3, 1])}
-    check_fits({"model_state": state}, **WANTED)
+    fits({"model_state": state})
     with pytest.raises(UserError, match=r"3 \+ 1 classes, step 0 has 3"):
-        check_fits({"model_state": state}, **{**WANTED, "step": 0})
-    check_fits({"model_state": {"w": torch.ones(1)}}, **WANTED)
+        fits({"model_state": state}, step=0)
+    fits({"model_state": {"w": torch.ones(1)}})
 
 
 @pytest.mark.parametrize("bad", [3, "x", [], {}, {"steps": 3, "step": "1", "dataset": None}])
 def test_strange_manifests_are_misfits(bad):
     with pytest.raises(UserError, match="does not fit") as caught:
-        check_fits(content(manifest=bad), **WANTED)
+        fits(content(manifest=bad))
     one_line(caught)

@@ -51,7 +51,7 @@ def test_released_checkpoints_name_body_and_head_without_the_network(tmp_path: P
     torch.save({"epoch": 0, "model_state": state}, path)
     folder = folder_of(STEP_1, tmp_path, path)
     assert folder.load_previous(1).keys() == {"epoch", "model_state"}
-    loaded = load_model(folder.opts, folder.load_previous(1), path, folder.opts.task_.classes_per_step(0))
+    loaded = load_model(folder.spec, folder.load_previous(1), path, folder.opts.task_, 0)
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name])
 

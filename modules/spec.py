@@ -1,0 +1,65 @@
+"""What a network is built from: the options that shape it."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from modules.classifiers import classifier_kind
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """The choices that shape a network.
+
+    Attributes:
+        model: ``deeplab``, ``segformer_b0`` ... ``segformer_b5``.
+        backbone: of DeepLab: ``resnet50``, ``resnet101`` or ``mobilenet_v2``.
+        norm_act: of DeepLab, see :mod:`modules.norm`.
+        output_stride: of DeepLab, 16 or 8.
+        pooling: of DeepLab's ``mib`` head: window of the evaluation pooling in features, 0 for the whole map.
+        head: of DeepLab: ``mib`` (MiB, PLOP, SDR) or ``aspp`` (SSUL, torchvision).
+        decoder: of SegFormer: ``sats`` or ``segformer``.
+        checkpointing: compute the activations inside the backbone's stages anew in the backward pass.
+        classifier: kind of classifier, see :mod:`modules.classifiers`.
+        released_resnet: the ResNet's dilations, running statistics and activations are those of SDR's
+            program; the weights have the same names and shapes.
+    """
+
+    model: str = "deeplab"
+    backbone: str = "resnet101"
+    norm_act: str = "std"
+    output_stride: int = 16
+    pooling: int = 32
+    head: str = "mib"
+    decoder: str = "sats"
+    checkpointing: bool = False
+    classifier: str = "linear"
+    released_resnet: bool = False
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any] | Namespace) -> NetworkSpec:
+        """The network that a run's options ask for; an option that is missing has the default here.
+
+        ``--fidelity released`` means SDR's ResNet where that has BatchNorm and ReLU, but for a kind of
+        classifier whose program has torchvision's (docs/fidelity.md).
+
+        Raises:
+            UserError: there is no such kind of classifier.
+        """
+        given = options if isinstance(options, Mapping) else vars(options)
+        names = {field.name for field in fields(cls)} - {"released_resnet"}
+        spec = cls(
+            **{name: given[name] for name in names & given.keys()},
+            checkpointing=given.get("grad_checkpointing", False),
+        )
+        released_resnet = (
+            given.get("fidelity") == "released"
+            and spec.model == "deeplab"
+            and spec.backbone.startswith("resnet")
+            and spec.norm_act in ("std", "sync")
+            and not classifier_kind(spec.classifier).torchvision_resnet
+        )
+        return replace(spec, released_resnet=released_resnet)
