@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from argparser import Options
 from dataset.loaders import EpochSampler, Loader, Tolerance, make_train_loader
-from dataset.splits import list_digest
+from dataset.protocols import list_digest
 from dataset.step_data import StepData, step_data
 from methods import Context, Method
 from methods.checks import call_hook, fault
