@@ -1,4 +1,4 @@
-"""Tables as text and as Markdown: numbers at the right, dashes, wide characters, signs that mean something."""
+"""Tables as text and as Markdown: numbers at the right, dashes, wide characters, escaped signs."""
 
 from __future__ import annotations
 
