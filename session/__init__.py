@@ -14,7 +14,7 @@ from argparser import Options
 from dataset.loaders import Tolerance
 from dataset.step_data import evaluation_data
 from inference.load import load_model
-from runs.history import write_run_facts
+from runs.options import write_run_options
 from session.evaluation import Evaluation
 from session.folder import RunFolder
 from session.training import StepTraining
@@ -56,7 +56,7 @@ class Session:
             self._lock = FolderLock(self.folder.path, "choose another --logdir") if world.is_main else None
             setup_logging(world, self.folder.path, debug=opts.debug)
             if world.is_main and not opts.test:
-                write_run_facts(self.folder.path, self.folder.options, opts.task_.steps)
+                write_run_options(self.folder.path, self.folder.options, opts.task_.steps)
         if self._lock is not None and self._lock.warning is not None:
             log.warning("%s", self._lock.warning)
         log.info("%s", opts.summary())
@@ -99,7 +99,7 @@ class Session:
         with distributed.shared_errors():
             if self.world.is_main:
                 steps = self.opts.task_.steps
-                write_run_facts(self.folder.path, self.folder.options, steps, step=step, lr=lr)
+                write_run_options(self.folder.path, self.folder.options, steps, step=step, lr=lr)
         training = StepTraining(
             self.opts,
             self.world,

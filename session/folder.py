@@ -11,11 +11,11 @@ from argparser import Options
 from modules import is_sdr_network
 from runs.checkpoint import (
     check_fits,
-    checkpoint_path,
     load_checkpoint,
     save_id,
     saved_options,
 )
+from runs.files import checkpoint_path
 from session.resume import differences, is_trained, job_id, restarted
 from utils import distributed
 from utils.distributed import World
