@@ -25,6 +25,7 @@ import torch
 
 from benchmarks.measure import write_report
 from runs.checkpoint import load_checkpoint
+from runs.files import CHECKPOINT, PREDICTIONS, RESULTS, step_file
 from utils.command import run_command
 from utils.option_types import count, path_option, positive_int
 
@@ -77,7 +78,7 @@ class Runs:
 
     def checkpoint(self, name: str) -> Path:
         """That of step 1."""
-        return self.folder(name) / f"{TASK}-{self.dataset}_{name}_1.pth"
+        return step_file(self.folder(name), CHECKPOINT, 1)
 
     def execute(self, name: str, command: list[str]) -> None:
         """Run a command to its end.
@@ -98,7 +99,7 @@ class Runs:
             Failed: the exit code is not 0.
         """
         self.execute(name, self.command(name, *words))
-        return dict(json.loads((self.folder(name) / "results_1.json").read_text(encoding="utf-8")))
+        return dict(json.loads(step_file(self.folder(name), RESULTS, 1).read_text(encoding="utf-8")))
 
     def kill(self, name: str, *words: str) -> None:
         """Start a run and kill it in the middle of step 1, once a checkpoint of that step is there.
@@ -135,7 +136,7 @@ class Runs:
         if differing or resumed != results:
             raise Failed(f"the resumed run differs in {len(differing)} tensors: {differing[:5]}")
         ckpt = ("--ckpt", str(self.checkpoint("whole")))
-        masks, picture = self.folder("whole") / "masks", self.folder("whole") / "predictions_1.png"
+        masks, picture = self.folder("whole") / "masks", step_file(self.folder("whole"), PREDICTIONS, 1)
         predict = [sys.executable, "run.py", "--predict", str(picture), *ckpt, "--out", str(masks)]
         tsne = [sys.executable, "-m", "inference.tsne", *ckpt, "--images", "8", "--per_class", "20"]
         with ThreadPoolExecutor() as pool:

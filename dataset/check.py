@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import repeat
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from tqdm import tqdm
 
 from dataset import open_dataset
 from dataset.base import SegmentationDataset
 from dataset.decoding import StoredPicture, load_picture, read_mask
-from dataset.splits import (
+from dataset.image_labels import map_in_threads
+from dataset.protocols import (
     Protocol,
-    default_workers,
     list_digest,
     load_step_list,
     named_classes,
@@ -49,7 +47,7 @@ class SplitReport:
         images: image files that exist.
         masks: mask files that exist.
         faults: kind of fault -> ``file (detail)`` in list order.
-        presence: class ids of every mask, without background and void; empty for a faulty mask.
+        image_labels: class ids of every mask, without background and void; empty for a faulty mask.
         pixels: how many pixels of the sound masks have each value; int64, shape (256,).
         as_stored: images with a camera orientation (EXIF) that are read as they are stored.
         turned: images with one that are turned, as only that makes them fit their masks.
@@ -59,7 +57,7 @@ class SplitReport:
     images: int = 0
     masks: int = 0
     faults: dict[str, list[str]] = field(default_factory=dict)
-    presence: list[frozenset[int]] = field(default_factory=list)
+    image_labels: list[frozenset[int]] = field(default_factory=list)
     pixels: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, np.int64))
     as_stored: int = 0
     turned: int = 0
@@ -74,7 +72,7 @@ class SplitReport:
     @property
     def shows_nothing(self) -> bool:
         """Whether there are sound masks, but no class in any."""
-        return bool(self.pixels.any()) and not any(self.presence)
+        return bool(self.pixels.any()) and not any(self.image_labels)
 
     def notes(self) -> Iterator[str]:
         """What is no fault, but good to know: how images are read, and what share of the pixels counts."""
@@ -138,7 +136,7 @@ def check_data(opts: Any) -> int:
         sound &= check_task(
             opts.task_,
             opts.protocol,
-            reports["train"].presence,
+            reports["train"].image_labels,
             splits_dir=opts.splits_dir,
             class_names=class_names,
         )
@@ -146,37 +144,28 @@ def check_data(opts: Any) -> int:
     return 0 if sound else 2
 
 
-def check_split(
-    dataset: SegmentationDataset, *, workers: int | None = None, progress: bool = True
-) -> SplitReport:
+def check_split(dataset: SegmentationDataset, *, progress: bool = True) -> SplitReport:
     """Decode every image and mask of a split, in parallel.
 
     Args:
         dataset: images and masks on disk.
-        workers: threads (decoding does not hold the interpreter's lock); default one per core at hand.
         progress: show a progress bar.
     """
     report = SplitReport()
-    pool = ThreadPoolExecutor(workers or default_workers())
-    try:
-        pairs = pool.map(check_pair, dataset.images, dataset.masks, repeat(dataset.num_classes))
-        # Closed before an interrupt is told, so that its line is one of its own.
-        with tqdm(
-            pairs, total=len(dataset.images), desc="checking", unit="image", disable=not progress
-        ) as bar:
-            for pair in bar:
-                report.images += pair.image_exists
-                report.masks += pair.mask_exists
-                report.presence.append(pair.classes)
-                if pair.pixels is not None:
-                    report.pixels += pair.pixels
-                report.wide += pair.wide
-                report.turned += pair.turned
-                report.as_stored += pair.has_orientation and not pair.turned
-                for kind, file in pair.faults:
-                    report.faults.setdefault(kind, []).append(file)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    check = partial(check_pair, num_classes=dataset.num_classes)
+    for pair in map_in_threads(
+        check, dataset.images, dataset.masks, desc="checking", unit="image", progress=progress
+    ):
+        report.images += pair.image_exists
+        report.masks += pair.mask_exists
+        report.image_labels.append(pair.classes)
+        if pair.pixels is not None:
+            report.pixels += pair.pixels
+        report.wide += pair.wide
+        report.turned += pair.turned
+        report.as_stored += pair.has_orientation and not pair.turned
+        for kind, file in pair.faults:
+            report.faults.setdefault(kind, []).append(file)
     return report
 
 
@@ -270,14 +259,14 @@ def print_class_table(class_names: tuple[str, ...], reports: dict[str, SplitRepo
     print(f"{'id':>4} {'class':<24}" + "".join(f"{split:>8}" for split in reports))
     for c, name in enumerate(class_names):
         if c != 0:
-            counts = (sum(c in ids for ids in report.presence) for report in reports.values())
+            counts = (sum(c in ids for ids in report.image_labels) for report in reports.values())
             print(f"{c:>4} {name:<24}" + "".join(f"{count:>8}" for count in counts))
 
 
 def check_task(
     task: Task,
     protocol: Protocol,
-    presence: list[frozenset[int]],
+    image_labels: list[frozenset[int]],
     *,
     splits_dir: Path | None = None,
     class_names: tuple[str, ...] = (),
@@ -288,16 +277,16 @@ def check_task(
         False where a step has no image, or where the training set has the published size but a list differs.
     """
     print(f"task {task.name}, {protocol}:")
-    size = PUBLISHED_SIZE.get(task.dataset, len(presence))
+    size = PUBLISHED_SIZE.get(task.dataset, len(image_labels))
     sound, differs = True, False
     for step in range(task.num_steps):
         if splits_dir is None:
-            indices = task_indices(task.dataset, task, step, protocol, presence)
+            indices = task_indices(task.dataset, task, step, protocol, image_labels)
         else:
-            indices = load_step_list(splits_dir, step, len(presence))
+            indices = load_step_list(splits_dir, step, len(image_labels))
         published = published_list(task, step, protocol)
         if not indices:
-            reason = why_empty(task, step, protocol, presence, class_names)
+            reason = why_empty(task, step, protocol, image_labels, class_names)
             sound, verdict = False, f"fault: the step has nothing to train on: {reason}"
         elif published is None:
             verdict = "no published list is known"
@@ -307,13 +296,13 @@ def check_task(
             differs = True
             verdict = f"differs from the published list of {published[0]} images"
         print(f"  step {step}: {len(task.new_classes(step))} classes, {len(indices)} images; {verdict}")
-        shown = frozenset().union(*(presence[i] for i in indices))
+        shown = frozenset().union(*(image_labels[i] for i in indices))
         if indices and (missing := [c for c in task.new_classes(step) if c != 0 and c not in shown]):
             print(f"  step {step}: warning: no image of it shows {named_classes(missing, class_names)}")
-    if differs and len(presence) == size and splits_dir is None:
+    if differs and len(image_labels) == size and splits_dir is None:
         print("fault: the training set has the published size, but its masks or their order differ")
         return False
     if differs:
         print("warning: results on other lists cannot be compared with published ones", end="")
-        print(f" (training set: {len(presence)} images, published: {size})")
+        print(f" (training set: {len(image_labels)} images, published: {size})")
     return sound

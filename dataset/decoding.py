@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,8 +87,8 @@ def read_mask(path: Path) -> Tensor:
         raise DataError(
             f"{path}: the mask holds colours, not class indices; save it as a palette or greyscale PNG"
         )
-    _check_png(path, "mask", data)
     try:
+        _check_png(data)
         with PILImage.open(io.BytesIO(data)) as picture:
             indices = np.array(picture)
     except _PIL_ERRORS as error:
@@ -120,9 +119,9 @@ def _decode_rgb(path: Path, data: bytearray, *, upright: bool) -> Tensor:
         with contextlib.suppress(RuntimeError):  # what it cannot read (CMYK of some kinds), Pillow may
             encoded = torch.frombuffer(data, dtype=torch.uint8)
             return decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=upright)
-    if data.startswith(PNG_SIGNATURE):
-        _check_png(path, "image", data)
     try:
+        if data.startswith(PNG_SIGNATURE):
+            _check_png(data)
         stored = load_picture(path, data)
     except _PIL_ERRORS as error:
         raise _broken(path, "image", error) from error
@@ -199,28 +198,13 @@ def _rgb(path: Path, picture: PILImage.Image, bits: int) -> PILImage.Image:
     return rgb
 
 
-def png_image_data(data: bytes | bytearray) -> bytes | None:
-    """The joined IDAT chunks of a PNG file (a zlib stream); None where it is cut or a chunk's CRC is wrong.
+def _check_png(data: bytearray) -> None:
+    """Raise what Pillow raises for a PNG that is cut, or has a chunk with a wrong CRC.
 
-    Pillow does not check the CRC of the pixels, and gives wrong ones for some damaged files.
+    Decoding does not check the CRC of the pixels, and gives wrong ones for some damaged files.
     """
-    view, parts, start = memoryview(data), [], len(PNG_SIGNATURE)
-    while start + 12 <= len(data):
-        end = start + 8 + int.from_bytes(view[start : start + 4], "big")
-        if zlib.crc32(view[start + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
-            return None
-        kind = view[start + 4 : start + 8]
-        if kind == b"IDAT":
-            parts.append(view[start + 8 : end])
-        elif kind == b"IEND":
-            return b"".join(parts)
-        start = end + 4
-    return None
-
-
-def _check_png(path: Path, kind: str, data: bytearray) -> None:
-    if png_image_data(data) is None:
-        raise _broken(path, kind, "a chunk is missing or its checksum is wrong")
+    with PILImage.open(io.BytesIO(data)) as picture:
+        picture.verify()
 
 
 def _broken(path: Path, kind: str, reason: object) -> DataError:

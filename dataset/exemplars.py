@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dataset.splits import list_digest
+from dataset.protocols import list_digest
 from tasks import Task, check_step
 from utils.errors import UserError
 from utils.files import atomic_write_text
@@ -31,7 +31,7 @@ class Exemplar:
 
 
 def select_exemplars(
-    presence: Sequence[Collection[int]],
+    image_labels: Sequence[Collection[int]],
     task: Task,
     step: int,
     memory: int,
@@ -43,7 +43,7 @@ def select_exemplars(
     """At most ``memory`` images for use at a step; the same for the same arguments.
 
     Args:
-        presence: class ids of every training image (background and void do not count).
+        image_labels: class ids of every training image (background and void do not count).
         task: class order.
         step: the step that trains with the memory; 0 has none.
         memory: number of images.
@@ -62,7 +62,7 @@ def select_exemplars(
     for current in range(1, step + 1):
         # An image that the previous step trained on again is known with that step's classes.
         pool = kept | dict.fromkeys(candidates[current - 1], current - 1)
-        known = {i: _known(presence[i], task, stored) for i, stored in pool.items()}
+        known = {i: _known(image_labels[i], task, stored) for i, stored in pool.items()}
         pick = _pick_in_turn if in_turn else _pick_balanced
         chosen = pick(known, memory, np.random.RandomState([seed % 2**32, current]))
         kept = {i: pool[i] for i in chosen}
@@ -70,13 +70,13 @@ def select_exemplars(
 
 
 def class_counts(
-    exemplars: Sequence[Exemplar], presence: Sequence[Collection[int]], task: Task
+    exemplars: Sequence[Exemplar], image_labels: Sequence[Collection[int]], task: Task
 ) -> dict[int, int]:
     """Number of exemplars that show each old class (dataset class id -> images), for the log."""
     last = max((exemplar.step for exemplar in exemplars), default=-1)
     counts = {c: 0 for classes in task.steps[: last + 1] for c in classes if c != 0}
     for exemplar in exemplars:
-        for c in _known(presence[exemplar.index], task, exemplar.step):
+        for c in _known(image_labels[exemplar.index], task, exemplar.step):
             counts[c] += 1
     return counts
 
@@ -125,7 +125,7 @@ def _pick_in_turn(known: Mapping[int, set[int]], memory: int, rng: np.random.Ran
 
 
 def exemplar_origin(
-    presence: Sequence[Collection[int]],
+    image_labels: Sequence[Collection[int]],
     task: Task,
     step: int,
     memory: int,
@@ -144,7 +144,7 @@ def exemplar_origin(
         "seed": seed,
         "rule": "in turn" if in_turn else "fewest first",
         "candidates": [list_digest(indices) for indices in candidates[:step]],
-        "presence": hashlib.sha256(json.dumps([sorted(ids) for ids in presence]).encode()).hexdigest(),
+        "presence": hashlib.sha256(json.dumps([sorted(ids) for ids in image_labels]).encode()).hexdigest(),
     }
 
 

@@ -20,9 +20,10 @@ from dataset.exemplars import (
     save_exemplars,
     select_exemplars,
 )
+from dataset.image_labels import scan_image_labels
 from dataset.incremental import Entry, IncrementalDataset, eval_lookup, train_lookup
 from dataset.loaders import cross_val_split
-from dataset.splits import load_step_list, scan_presence, task_indices, why_empty
+from dataset.protocols import load_step_list, task_indices, why_empty
 from dataset.transforms import eval_transform, train_transform
 from utils.errors import UserError
 
@@ -77,7 +78,7 @@ def evaluation_data(opts: Any, step: int) -> EvaluationData:
     chosen = _held_out(len(dataset))[1] if opts.test_on_val else range(len(dataset))
     seen = opts.task_.seen_classes(step)
     if opts.eval_images == "seen":
-        presence = scan_presence(
+        presence = scan_image_labels(
             dataset.masks, cache_dir=CACHE, num_classes=dataset.num_classes, progress=False
         )
         chosen = [i for i in chosen if presence[i].intersection(seen)]
@@ -157,7 +158,7 @@ class _StepLists:
     def presence(self) -> Sequence[frozenset[int]]:
         """Class ids of every training image."""
         if self._presence is None:
-            self._presence = scan_presence(
+            self._presence = scan_image_labels(
                 self.dataset.masks,
                 cache_dir=CACHE,
                 num_classes=self.dataset.num_classes,

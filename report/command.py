@@ -10,6 +10,7 @@ from pathlib import Path
 from report.page import write_report
 from report.reading import find_runs, read_run
 from report.tables import comparison
+from runs.files import PREDICTIONS, step_files
 from utils.command import run_command
 from utils.errors import UserError
 from utils.option_types import path_option
@@ -47,9 +48,9 @@ def _report(argv: list[str] | None) -> None:
         page = write_report([read_run(run) for run in runs], args.out or _common(args.folders) / "report")
     finally:  # where the page cannot be written, the numbers are all that there is to see
         print(table)
-    pictures = [path for run in runs for path in sorted(run.glob("predictions_*.png"))]
+    pictures = [path for run in runs for path in step_files(run, PREDICTIONS).values()]
     if len(pictures) > _LISTED:
-        print(f"pictures: {len(pictures)}, predictions_<step>.png in the folders of the runs")
+        print(f"pictures: {len(pictures)}, {PREDICTIONS.format(step='<step>')} in the folders of the runs")
     else:
         for picture in pictures:
             print(f"picture: {picture}")

@@ -7,13 +7,14 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from argparser import declared, option_defaults, with_implied
+from argparser import option_defaults
 from report.reading import Run
+from runs.options import deciding
 from tasks import DATASETS, get_task
 from utils.errors import UserError
 
@@ -203,26 +204,6 @@ def task_title(dataset: str, task: str) -> str:
 # ── runs of one method ───────────────────────────────────────────────────────────────────────────────
 
 
-def deciding(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that decide what is learnt and which numbers come out, each with its value.
-
-    Options that a run of an earlier version lacks are as its others imply, else their default. Those that say
-    where and how fast a run works, or which of several equal runs it is, are left out. The folder of the data
-    counts, by its path as it was given: two folders may hold different pictures, so runs on two of them are
-    different methods even where one data set lies in two places.
-
-    Args:
-        options: of a run, or of one of its steps, as plain JSON types.
-    """
-    kept = {
-        name: value for name, value in with_implied(options).items() if declared(name).tells_methods_apart
-    }
-    return {
-        name: os.path.normpath(value) if declared(name).is_path and isinstance(value, str) else value
-        for name, value in kept.items()
-    }
-
-
 def _methods(runs: Sequence[Run]) -> list[Method]:
     members = [part for seeds in _alike(runs) for part in _without_twins(seeds)]
     labels = [_with_evaluation(_label(runs), runs, members) for runs in members]
@@ -257,20 +238,18 @@ def _same_method(one: Run, other: Run) -> bool:
     Where one has steps that the other lacks, or the last step is still to come, what differs may not be there
     yet: their names without seed must be the same then.
     """
-    if one.task != other.task or bool(one.options) != bool(other.options):
+    if one.task != other.task or (one.group is None) != (other.group is None):
         return False
     if None not in (one.evaluation, other.evaluation) and _unusual(one) != _unusual(other):
         return False
     same_name = _bare_name(one) == _bare_name(other)
-    if not one.options:
+    if one.group is None:
         return same_name
-    if not one.options_by_step or not other.options_by_step:  # of an earlier version
-        return deciding(one.options) == deciding(other.options)
-    steps = one.options_by_step.keys() & other.options_by_step.keys()
-    whole = one.options_by_step.keys() == other.options_by_step.keys() and one.num_steps - 1 in steps
-    return (whole or same_name) and all(
-        deciding(one.options_by_step[step]) == deciding(other.options_by_step[step]) for step in steps
-    )
+    ones, others = one.group_by_step, other.group_by_step
+    if not ones or not others:  # of an earlier version
+        return one.group == other.group
+    whole = ones.keys() == others.keys() and one.num_steps - 1 in ones
+    return (whole or same_name) and all(ones[step] == others[step] for step in ones.keys() & others.keys())
 
 
 def _unusual(run: Run) -> dict[str, Any]:

@@ -17,10 +17,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from report import figures, tables
-from report.groups import JOINT, Group, Stat, arrange, deciding
+from report.groups import JOINT, Group, Stat, arrange
 from report.published import of_group
 from report.reading import Run
 from report.tables import Line, Table
+from runs.options import deciding
 from utils.errors import UserError
 from utils.files import atomic_write, atomic_write_text, cannot_write
 from utils.palette import palette

@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from metrics.continual import Array
-from runs.history import FACTS, Course, history_path, read_history, read_options_by_step
-from runs.results import confusion_path, read_confusion
+from runs.files import CONFUSION, HISTORY, OPTIONS, RESULTS, SAMPLES, step_file, step_files
+from runs.history import Course, read_history
+from runs.options import read_run_options
+from runs.results import read_confusion
 from tasks import DATASETS, get_task
 from utils.errors import UserError
 
 _FOLDER = re.compile(rf"(?P<task>.+)-(?P<dataset>{'|'.join(DATASETS)})_(?P<name>.+)")
 _SAMPLE = re.compile(r"(\d+)_(?:input|truth|step(\d+))\.png")
-_TRACES = ("results_*.json", "history_*.jsonl", FACTS)
+_TRACES = (RESULTS.format(step="*"), HISTORY.format(step="*"), OPTIONS)
 
 
 def find_runs(folders: Iterable[Path]) -> list[Path]:
@@ -45,13 +47,13 @@ def find_runs(folders: Iterable[Path]) -> list[Path]:
 
 
 def read_results(run: Path) -> dict[int, dict[str, Any]]:
-    """Results of a run by step, as ``metrics.continual.write_results`` wrote them.
+    """Results of a run by step, as ``runs.results.write_results`` wrote them.
 
     Raises:
         UserError: a file is no file of results.
     """
     results = {}
-    for path in run.glob("results_*.json"):
+    for path in step_files(run, RESULTS).values():
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             results[int(content["step"])] = content
@@ -69,6 +71,8 @@ class Run:
         options: those of its last start; empty where nothing tells them.
         options_by_step: those of every step, with its own ``lr``; of a first step that it took over, the
             other run's. Empty where a version wrote it that did not keep them.
+        group: key of ``options``, equal for the seeds of one method; None where nothing tells them.
+        group_by_step: likewise of ``options_by_step``.
         steps: dataset class ids of every step of the task; empty where nothing tells them.
         task, dataset, name: of the options, else of the folder's name.
         results: by step; those of a first step that it took over from another run are among them.
@@ -80,6 +84,8 @@ class Run:
     folder: Path
     options: dict[str, Any]
     options_by_step: dict[int, dict[str, Any]]
+    group: str | None
+    group_by_step: dict[int, str]
     steps: list[list[int]]
     task: str
     dataset: str
@@ -172,7 +178,7 @@ class Run:
 
     def confusion(self, step: int) -> tuple[Array, list[str]] | None:
         """Counts and class names after a step; None where they were not written."""
-        path = confusion_path(self.folder, step)
+        path = step_file(self.folder, CONFUSION, step)
         return read_confusion(path) if path.is_file() else None
 
     @cached_property
@@ -221,7 +227,7 @@ class Run:
         if course is None or not course.records:
             return f"step {step} begun"
         point = course.records[-1]
-        age = time.time() - history_path(self.folder, step).stat().st_mtime
+        age = time.time() - step_file(self.folder, HISTORY, step).stat().st_mtime
         of = f" of {self.options['epochs']}" if "epochs" in self.options else ""
         return f"step {step}, epoch {point.epoch}{of}, iteration {point.iteration}, {_ago(age)}"
 
@@ -238,12 +244,14 @@ def read_run(folder: Path) -> Run:
     Raises:
         UserError: a file there cannot be read as what it should be.
     """
-    options, steps = _facts(folder)
+    known = read_run_options(folder)
+    options, by_step, groups = known.options, known.by_step, known.group_by_step
     match = _FOLDER.fullmatch(folder.name)
     named = match.groupdict() if match else {"task": "", "dataset": "", "name": folder.name}
     task, dataset, name = (str(options.get(key, text)) for key, text in named.items())
-    known = _known_steps(dataset, task)
-    results, courses, by_step = read_results(folder), _courses(folder), read_options_by_step(folder)
+    task, published_steps = _known_steps(dataset, task)
+    results = read_results(folder)
+    courses = {step: read_history(path) for step, path in step_files(folder, HISTORY).items()}
     taken_over: dict[int, str] = {}
     base = _base_folder(folder, options)
     if base is not None:
@@ -251,13 +259,17 @@ def read_run(folder: Path) -> Run:
         for step, content in read_results(base).items():
             if step < first:
                 results[step], taken_over[step] = content, base.name
-        by_step |= {step: known for step, known in read_options_by_step(base).items() if step < first}
+        theirs = read_run_options(base)
+        by_step |= {step: each for step, each in theirs.by_step.items() if step < first}
+        groups |= {step: key for step, key in theirs.group_by_step.items() if step < first}
     return Run(
         folder=folder,
         options=options,
         options_by_step=dict(sorted(by_step.items())),
-        steps=steps or known[1],
-        task=known[0],
+        group=known.group,
+        group_by_step=groups,
+        steps=known.steps or published_steps,
+        task=task,
         dataset=dataset,
         name=name,
         results=dict(sorted(results.items())),
@@ -270,34 +282,10 @@ def read_run(folder: Path) -> Run:
 def _samples(folder: Path) -> dict[int, dict[str, Path]]:
     """Sample pictures of a run's folder by number, then by ``input``, ``truth`` and ``step<k>``."""
     found: dict[int, dict[str, Path]] = {}
-    for path in sorted((folder / "samples").glob("*.png")):
+    for path in sorted((folder / SAMPLES).glob("*.png")):
         if match := _SAMPLE.fullmatch(path.name):
             found.setdefault(int(match[1]), {})[path.stem.split("_", 1)[1]] = path
     return dict(sorted(found.items()))
-
-
-def _courses(folder: Path) -> dict[int, Course]:
-    steps = [path.stem.removeprefix("history_") for path in folder.glob("history_*.jsonl")]
-    numbers = sorted(int(step) for step in steps if step.isdecimal())
-    return {step: read_history(history_path(folder, step)) for step in numbers}
-
-
-def _facts(folder: Path) -> tuple[dict[str, Any], list[list[int]]]:
-    """Options and steps of ``run.json``, else of what a checkpoint says about itself beside it."""
-    path = folder / FACTS
-    if path.is_file():
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            return dict(content["options"]), list(content["steps"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); remove it") from error
-    for path in sorted(folder.glob(f"{folder.name}_*.json"), reverse=True):
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))["manifest"]
-            return dict(manifest["options"]), list(manifest["steps"])
-        except (OSError, ValueError, KeyError, TypeError):  # another kind of file under such a name
-            continue
-    return {}, []
 
 
 def _known_steps(dataset: str, task: str) -> tuple[str, list[list[int]]]:

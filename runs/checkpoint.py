@@ -50,12 +50,6 @@ _NUMPY_NUMBERS: list[Any] = [
 ]
 
 
-def checkpoint_path(logdir: Path | str, task: str, dataset: str, name: str, step: int) -> Path:
-    """``<logdir>/<task>-<dataset>_<name>/<task>-<dataset>_<name>_<step>.pth``."""
-    run = f"{task}-{dataset}_{name}"
-    return Path(logdir) / run / f"{run}_{step}.pth"
-
-
 # ── writing ──────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -1,9 +1,8 @@
-"""What a run leaves behind for reports while it trains: its options and the course of every step.
+"""The history of a step's training, for reports while it runs and later.
 
-``run.json`` holds the options, of the last start and of every step. ``history_<step>.jsonl`` holds one JSON
-object per line: where training begins or goes on (``{"begin": iteration}``), a ``Record`` at every print
-interval, and a validation's mIoU. Lines are appended as they happen, so that a run still going on can be
-reported, and one that is killed loses one line at most.
+``history_<step>.jsonl`` holds one JSON object per line: where training starts or resumes
+(``{"begin": iteration}``), a ``Record`` at every print interval, and a validation's mIoU. Lines are appended
+as they happen, so that a run under way can be reported, and one that is killed loses one line at most.
 """
 
 from __future__ import annotations
@@ -14,15 +13,14 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
-from utils.errors import UserError
-from utils.files import atomic_write_text
+from runs.files import HISTORY, step_file
 
 try:
     import resource
@@ -30,8 +28,6 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 _log = logging.getLogger(__name__)
-
-FACTS = "run.json"
 
 
 @dataclass(frozen=True)
@@ -110,7 +106,7 @@ class History:
         images: int = 0,
         device: torch.device | None = None,
     ) -> None:
-        self._path = history_path(run_dir, step)
+        self._path = step_file(run_dir, HISTORY, step)
         self._images = images
         self._device = device or torch.device("cpu")
         self._iteration = iteration
@@ -191,11 +187,6 @@ class History:
         _log.warning("%s cannot be written (%s); the run goes on without it", self._path, error.strerror)
 
 
-def history_path(run_dir: Path, step: int) -> Path:
-    """Where the course of a step stands."""
-    return run_dir / f"history_{step}.jsonl"
-
-
 def read_history(path: Path) -> Course:
     """The course of a step; empty where there is no file.
 
@@ -237,58 +228,3 @@ def peak_memory(device: torch.device) -> float | None:
         return None
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most / 2**20 if sys.platform == "darwin" else most / 2**10  # bytes there, KiB on Linux
-
-
-def write_run_facts(
-    run_dir: Path,
-    options: Mapping[str, Any],
-    steps: Sequence[Sequence[int]] = (),
-    *,
-    step: int | None = None,
-    lr: float | None = None,
-) -> None:
-    """Write ``run.json``, by which a report tells methods, seeds and tasks apart.
-
-    The options of the steps that were trained before stay: a later start may train other steps with others.
-
-    Args:
-        run_dir: folder of the run, made if missing.
-        options: of this start, as plain JSON types.
-        steps: dataset class ids of every step of the task.
-        step: the step that is trained now with these options; they replace those it was trained with before.
-        lr: learning rate of that step.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    try:
-        by_step = read_options_by_step(run_dir)
-    except UserError as error:
-        _log.warning("%s; it is written anew, without the options of earlier steps", error)
-        by_step = {}
-    if step is not None:
-        by_step[step] = {**options, "lr": lr}
-    content: dict[str, Any] = {"options": dict(options), "steps": [list(ids) for ids in steps]}
-    if by_step:
-        content["options_by_step"] = {str(number): known for number, known in sorted(by_step.items())}
-    text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False)
-    atomic_write_text(run_dir / FACTS, f"{text}\n")
-
-
-def read_options_by_step(run_dir: Path) -> dict[int, dict[str, Any]]:
-    """The options that each step of a run was trained with, its own ``lr`` (one number) among them.
-
-    Returns:
-        By step; empty where ``run.json`` is not there or of a version that did not keep them.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    path = run_dir / FACTS
-    if not path.is_file():
-        return {}
-    try:
-        by_step = json.loads(path.read_text(encoding="utf-8")).get("options_by_step", {})
-        return dict(sorted((int(step), dict(options)) for step, options in by_step.items()))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); remove it") from error

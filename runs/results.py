@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from metrics.continual import Results
+from runs.files import CONFUSION, RESULTS, step_file
 from utils.errors import UserError
 from utils.files import atomic_write_text
 
@@ -53,10 +54,10 @@ def write_results(
     Raises:
         UserError: a file cannot be written, or the CSV file that stands there cannot be read.
     """
-    json_path, csv_path = run_dir / f"results_{step}.json", run_dir / csv_name
+    json_path, csv_path = step_file(run_dir, RESULTS, step), run_dir / csv_name
     written = [json_path, csv_path]
     if confusion is not None:
-        written.append(_write_confusion(confusion_path(run_dir, step), confusion, class_names))
+        written.append(_write_confusion(step_file(run_dir, CONFUSION, step), confusion, class_names))
     content = {"step": step, **results.to_json()} | ({"evaluation": dict(evaluation)} if evaluation else {})
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
     atomic_write_text(json_path, f"{text}\n")
@@ -65,11 +66,6 @@ def write_results(
     rows.sort(key=lambda row: int(row[0]))
     _write_csv(csv_path, rows)
     return written
-
-
-def confusion_path(run_dir: Path, step: int) -> Path:
-    """Where the confusion matrix of a step stands."""
-    return run_dir / f"confusion_{step}.csv"
 
 
 def read_confusion(path: Path) -> tuple[Array, list[str]]:

@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from argparser import Options, build_parser, declared, parse_options
-from runs.checkpoint import checkpoint_path
-from runs.history import read_options_by_step
+from runs.files import CHECKPOINT, RESULTS, checkpoint_path, step_file
+from runs.options import deciding, read_run_options
 from tasks import Task
 from utils.errors import UserError
 from utils.files import given_path, read_text
@@ -87,7 +87,7 @@ class Run:
     @property
     def results(self) -> Path:
         """File that stands when the run is done."""
-        return self.folder / f"results_{self.task.num_steps - 1}.json"
+        return step_file(self.folder, RESULTS, self.task.num_steps - 1)
 
     @property
     def is_done(self) -> bool:
@@ -96,13 +96,12 @@ class Run:
 
     def has_begun(self, step: int) -> bool:
         """Whether it has a checkpoint of its own of a step, under way or trained, or its results."""
-        checkpoint = self.folder / f"{self.folder.name}_{step}.pth"
-        return checkpoint.is_file() or (self.folder / f"results_{step}.json").is_file()
+        return any(step_file(self.folder, kind, step).is_file() for kind in (CHECKPOINT, RESULTS))
 
     @property
     def can_start(self) -> bool:
         """Whether the step 0 that it begins with is complete: its results are written last."""
-        return self.begins_from is None or (self.begins_from.folder / "results_0.json").is_file()
+        return self.begins_from is None or step_file(self.begins_from.folder, RESULTS, 0).is_file()
 
 
 # ── the file ─────────────────────────────────────────────────────────────────────────────────────────
@@ -368,7 +367,7 @@ def _commands(run: Run, options: Mapping[str, Any], first: Mapping[str, Any]) ->
     if run.begins_from is None:
         commands.append(arguments({**first, **given, "step": 0}))
     else:
-        later["step_ckpt"] = run.begins_from.folder / f"{run.begins_from.folder.name}_0.pth"
+        later["step_ckpt"] = step_file(run.begins_from.folder, CHECKPOINT, 0)
     if run.task.num_steps > 1:
         commands.append(arguments({**_without_own_words(options), **given, **later}))
     for command in commands:
@@ -390,7 +389,7 @@ def check_begun(runs: Iterable[Run]) -> None:
         UserError: naming folder, step and options.
     """
     for run in runs:
-        recorded = read_options_by_step(run.folder)
+        recorded = read_run_options(run.folder).by_step
         begun = {step for step in recorded if run.has_begun(step)}
         for command in run.commands if begun else ():
             options = parse_options(command)
@@ -414,9 +413,6 @@ def _check_origin(run: Run, step: int, recorded: Mapping[str, Any]) -> None:
 
 
 def _check_step(run: Run, step: int, recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    # The report's libraries take a second that an experiment without runs need not wait for.
-    from report.groups import deciding
-
     then, wanted = deciding(recorded), deciding(now)
     names = [
         name

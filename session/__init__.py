@@ -15,7 +15,7 @@ from argparser import Options
 from dataset.loaders import Tolerance
 from dataset.step_data import evaluation_data
 from inference.load import load_model
-from runs.history import write_run_facts
+from runs.options import write_run_options
 from session.evaluation import Evaluation
 from session.folder import RunFolder
 from session.run import Run
@@ -54,7 +54,7 @@ class Session:
             self._lock = FolderLock(folder.path, "choose another --logdir") if world.is_main else None
             setup_logging(world, folder.path, debug=opts.debug)
             if world.is_main and not opts.test:
-                write_run_facts(folder.path, folder.options, opts.task_.steps)
+                write_run_options(folder.path, folder.options, opts.task_.steps)
         if self._lock is not None and self._lock.warning is not None:
             log.warning("%s", self._lock.warning)
         log.info("%s", opts.summary())
@@ -78,7 +78,7 @@ class Session:
             return
         with distributed.shared_errors():
             if run.world.is_main:
-                write_run_facts(folder.path, folder.options, run.opts.task_.steps, step=step, lr=lr)
+                write_run_options(folder.path, folder.options, run.opts.task_.steps, step=step, lr=lr)
         with contextlib.closing(StepTraining(run, start)) as training:
             training.train()
             training.evaluate()

@@ -11,12 +11,12 @@ from argparser import Options
 from modules import NetworkSpec
 from runs.checkpoint import (
     check_fits,
-    checkpoint_path,
     load_checkpoint,
     save_id,
     saved_options,
     with_current_names,
 )
+from runs.files import checkpoint_path
 from session.resume import differences, is_trained, job_id, restarted
 from utils import distributed
 from utils.distributed import World

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dataset.loaders import EpochSampler, Loader, make_train_loader
-from dataset.splits import list_digest
+from dataset.protocols import list_digest
 from dataset.step_data import StepData, step_data
 from methods import Method, build_methods
 from session.cached import Cache, weights_digest

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from metrics.continual import summarise
-from runs.history import History, write_run_facts
+from runs.history import History
+from runs.options import write_run_options
 from runs.results import write_results
 from tasks import get_task
 from utils.visualize import write_samples
@@ -38,9 +39,9 @@ def write_run(
     folder = logdir / f"{task}-{dataset}_{method}_{seed}"
     known = {"dataset": dataset, "task": task, "protocol": "overlapped", "model": model, "backbone": backbone}
     mine = {"method": method, "name": f"{method}_{seed}", "random_seed": seed, "epochs": 4, **options}
-    write_run_facts(folder, {**known, **mine}, order.steps)
+    write_run_options(folder, {**known, **mine}, order.steps)
     for step, others in (by_step or {}).items():
-        write_run_facts(folder, {**known, **mine, **others}, order.steps, step=step, lr=0.01)
+        write_run_options(folder, {**known, **mine, **others}, order.steps, step=step, lr=0.01)
     rng = np.random.default_rng([seed, *method.encode()])
     for step in [*done, *([] if going_on is None else [going_on])]:
         _train(folder, step, rng, epochs=2 if step == going_on else 4)

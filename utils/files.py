@@ -12,7 +12,7 @@ import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
 
 from utils.errors import DataError, UserError
 
@@ -181,7 +181,7 @@ class FolderLock:
             raise cannot_write(path, error, remedy) from error
         self.warning: str | None = None
         try:
-            self._lock()
+            _lock(self._file, wait=False)
         except OSError as error:
             if error.errno in _HELD:
                 owner = self._owner()
@@ -198,17 +198,6 @@ class FolderLock:
             self._file.truncate(0)
             self._file.write(f"process {os.getpid()} on {platform.node()}\n")
             self._file.flush()
-
-    def _lock(self) -> None:
-        if fcntl is not None:
-            # A record lock: unlike flock's it does not pass on to loader processes, which can outlive a
-            # killed run by some seconds. It works on NFS too.
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            import msvcrt
-
-            self._file.seek(0)
-            msvcrt.locking(self._file.fileno(), msvcrt.LK_NBLCK, 1)
 
     def _owner(self) -> str:
         with contextlib.suppress(OSError):  # Windows does not let others read what is locked
@@ -232,12 +221,26 @@ def queue_lock(path: Path) -> Iterator[None]:
         OSError: the file cannot be written.
     """
     with path.open("ab") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError as error:
-                log.warning("%s", no_locks(path, error))
+        try:
+            _lock(file, wait=True)
+        except OSError as error:
+            log.warning("%s", no_locks(path, error))
         yield
+
+
+def _lock(file: IO[Any], *, wait: bool) -> None:
+    """Lock a file until it is closed, at once or not at all unless ``wait``.
+
+    A record lock: unlike flock's (which filelock takes) it does not pass on to loader processes, which can
+    outlive a killed run by some seconds. It works on NFS too.
+    """
+    if fcntl is not None:
+        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    else:
+        import msvcrt
+
+        file.seek(0)
+        msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
 
 
 def no_locks(path: Path, error: OSError) -> str:

@@ -12,7 +12,7 @@ import pytest
 from command import launch
 from PIL import Image
 
-from dataset.splits import task_indices
+from dataset.protocols import task_indices
 from tasks import get_task
 
 CLASSES = ("background", "cat", "dog", "cow")

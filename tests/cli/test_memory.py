@@ -10,8 +10,9 @@ from pathlib import Path
 from command import SMALL, Launch
 
 from dataset import open_dataset
+from dataset.image_labels import scan_image_labels
+from dataset.protocols import task_indices
 from dataset.shapes import SHAPE_CLASSES
-from dataset.splits import scan_presence, task_indices
 from tasks import get_task
 
 
@@ -23,7 +24,7 @@ def test_lists_log_and_changed_choices(cli: Launch, shapes_root: Path, tmp_path:
     assert not (run_dir / "exemplars_0.json").exists(), "step 0 has no earlier images"
 
     task = get_task("shapes", "10-5-5")
-    presence = scan_presence(open_dataset("shapes", shapes_root, "train").masks, progress=False)
+    presence = scan_image_labels(open_dataset("shapes", shapes_root, "train").masks, progress=False)
     lists = [task_indices("shapes", task, step, "overlapped", presence) for step in range(3)]
     for step in (1, 2):
         content = (run_dir / f"exemplars_{step}.json").read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ import torch
 from command import SMALL, Launch
 
 from dataset import open_dataset
-from dataset.splits import scan_presence
+from dataset.image_labels import scan_image_labels
 from tasks import get_task
 
 
@@ -24,7 +24,7 @@ def test_norms_void_and_tested_images(cli: Launch, shapes_root: Path, tmp_path: 
 
     seen = set(get_task("shapes", "5-5").seen_classes(0))
     masks = open_dataset("shapes", shapes_root, "val").masks
-    shown = sum(bool(seen & ids) for ids in scan_presence(masks, progress=False))
+    shown = sum(bool(seen & ids) for ids in scan_image_labels(masks, progress=False))
     assert 0 < shown < len(masks)
     results = json.loads((tmp_path / "5-5-shapes_run" / "results_0.json").read_text(encoding="utf-8"))
     assert results["evaluation"] == {"fidelity": "released"}  # other images than without

@@ -10,7 +10,8 @@ import torch
 from command import SMALL, Launch
 
 from dataset import open_dataset
-from dataset.splits import scan_presence, task_indices
+from dataset.image_labels import scan_image_labels
+from dataset.protocols import task_indices
 from tasks import get_task
 
 
@@ -23,7 +24,7 @@ def test_two_steps_a_test_and_predictions(cli: Launch, shapes_root: Path, tmp_pa
         assert words in trained.out
 
     masks = open_dataset("shapes", shapes_root, "train").masks
-    presence = scan_presence(masks, progress=False)
+    presence = scan_image_labels(masks, progress=False)
     run_dir = tmp_path / "15-5-shapes_run"
     for step in (0, 1):
         path = run_dir / f"15-5-shapes_run_{step}.pth"

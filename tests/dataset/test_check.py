@@ -14,7 +14,8 @@ from PIL import Image
 from dataset import check
 from dataset.base import SegmentationDataset
 from dataset.check import SplitReport, check_data, check_split, check_task, print_class_table
-from dataset.splits import scan_presence, task_indices
+from dataset.image_labels import scan_image_labels
+from dataset.protocols import task_indices
 from tasks import Task, get_task
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
@@ -151,7 +152,7 @@ def test_every_fault_has_its_line(tmp_path, damage):
     assert "\n" not in line
     assert report.images == 6 - (damage is remove_image)
     assert report.masks == 6 - (damage is remove_mask)
-    assert report.presence[0] == {1} and report.presence[2] == {3}
+    assert report.image_labels[0] == {1} and report.image_labels[2] == {3}
 
 
 @pytest.mark.parametrize("damage", FAULTS, ids=lambda damage: damage.__name__)
@@ -167,7 +168,7 @@ def test_many_faults_name_the_first_files(tmp_path):
     root = make_folder(tmp_path)
     for i in range(1, 6):
         (root / "masks" / "train" / f"{i}.png").write_bytes(b"")
-    (line,) = check_split(open_split(root), progress=False, workers=2).fault_lines()
+    (line,) = check_split(open_split(root), progress=False).fault_lines()
     assert line.startswith("fault: 5 unreadable masks: ") and line.endswith(", ...")
     assert "1.png" in line and "3.png" in line and "4.png" not in line
 
@@ -282,21 +283,21 @@ def test_progress_is_shown(tmp_path, capsys):
 )
 def test_published_lists(capsys):
     lines = (SHARED / "voc_masks" / "splits" / "train_aug.txt").read_text().splitlines()
-    presence = scan_presence(
+    image_labels = scan_image_labels(
         [SHARED / "voc_masks" / line.split()[1].lstrip("/") for line in lines], progress=False
     )
     task = get_task("voc", "15-1")
-    assert check_task(task, "overlapped", presence)
+    assert check_task(task, "overlapped", image_labels)
     assert capsys.readouterr().out.count("equal to the published list") == 6
 
-    changed = list(presence)
-    changed[task_indices("voc", task, 3, "overlapped", presence)[0]] = frozenset({1})
+    changed = list(image_labels)
+    changed[task_indices("voc", task, 3, "overlapped", image_labels)[0]] = frozenset({1})
     assert not check_task(task, "overlapped", changed)
     out = capsys.readouterr().out
     assert "step 3: 1 classes, 490 images; differs from the published list of 491 images" in out
     assert "fault: the training set has the published size, but its masks or their order differ" in out
 
-    assert check_task(task, "overlapped", presence[:5000])
+    assert check_task(task, "overlapped", image_labels[:5000])
     out = capsys.readouterr().out
     assert "warning: results on other lists cannot be compared" in out
     assert "(training set: 5000 images, published: 10582)" in out
@@ -323,7 +324,7 @@ def test_real_photos(tmp_path, capsys):
 
 
 def test_class_table_lists_every_class(capsys):
-    report = SplitReport(presence=[frozenset({1, 2}), frozenset({2})])
+    report = SplitReport(image_labels=[frozenset({1, 2}), frozenset({2})])
     print_class_table(CLASSES, {"train": report})
     assert [line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:]] == [
         ["cat", "1"], ["dog", "2"], ["cow", "0"],

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from dataset import decoding
 from dataset.check import check_pair
 from dataset.decoding import PNG_SIGNATURE, read_image, read_mask
-from dataset.splits import mask_values
+from dataset.image_labels import mask_values
 from utils.errors import DataError
 
 # Left half red, right half blue, top right corner green: any turn or flip shows.

@@ -18,7 +18,7 @@ from dataset.exemplars import (
     save_exemplars,
     select_exemplars,
 )
-from dataset.splits import task_indices
+from dataset.protocols import task_indices
 from tasks import get_task
 from utils.errors import UserError
 

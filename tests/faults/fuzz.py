@@ -1,7 +1,7 @@
 """Damaged files for every reader: a clear error or the right content, nothing else.
 
 Readers: checkpoints, step lists (``train-<step>.npy``), exemplar lists, task files, lists of class names,
-VOC's image lists, the presence index, label masks.
+VOC's image lists, the cache of the image-level labels, label masks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from PIL import Image
 from dataset.decoding import read_mask
 from dataset.exemplars import Exemplar, load_exemplars, save_exemplars
 from dataset.folder import read_class_names
-from dataset.splits import load_step_list, mask_values, scan_presence
+from dataset.image_labels import mask_values, scan_image_labels
+from dataset.protocols import load_step_list
 from dataset.voc import VOC_CLASSES, open_voc_layout
 from runs.checkpoint import load_checkpoint, model_state, save_checkpoint
 from tasks import get_task
@@ -188,24 +189,24 @@ def mask(folder: Path) -> Target:
     return Target("mask", path, lambda: read_mask(path), checked=True)
 
 
-def mask_presence(folder: Path) -> Target:
+def mask_labels(folder: Path) -> Target:
     path = folder / "mask.png"
     _mask(path)
     return Target("mask's classes", path, lambda: mask_values(path).tolist(), checked=True)
 
 
-def presence_index(folder: Path) -> Target:
+def image_labels_cache(folder: Path) -> Target:
     mask_path = folder / "mask.png"
     _mask(mask_path)
     cache = folder / "cache"
     shutil.rmtree(cache, ignore_errors=True)
 
     def read() -> list[list[int]]:
-        return [sorted(s) for s in scan_presence([mask_path], cache_dir=cache, workers=1, progress=False)]
+        return [sorted(s) for s in scan_image_labels([mask_path], cache_dir=cache, progress=False)]
 
     read()
     (path,) = cache.glob("*.npz")
-    return Target("presence index", path, read, checked=True)
+    return Target("cache of the image-level labels", path, read, checked=True)
 
 
 def class_names(folder: Path) -> Target:
@@ -227,7 +228,7 @@ def image_list(folder: Path) -> Target:
 
     def read() -> list[list[int]]:
         masks = open_voc_layout("voc", folder, "train", VOC_CLASSES).masks
-        return [sorted(s) for s in scan_presence(masks, workers=1, progress=False)]
+        return [sorted(s) for s in scan_image_labels(masks, progress=False)]
 
     return Target("image list", path, read, checked=False)
 
@@ -240,8 +241,8 @@ _MAKERS: tuple[Callable[[Path], Target], ...] = (
     task_file,
     task_file_yaml,
     mask,
-    mask_presence,
-    presence_index,
+    mask_labels,
+    image_labels_cache,
     class_names,
     image_list,
 )

@@ -14,11 +14,12 @@ from report_runs import write_run
 
 from report import comparison, figures, find_runs, main
 from report.command import _common
-from report.groups import Group, arrange, deciding, task_title
+from report.groups import Group, arrange, task_title
 from report.page import _class_colours, write_report
 from report.published import of_group, of_method, table
 from report.reading import read_run
 from report.tables import summary
+from runs.options import deciding
 from utils.errors import UserError
 from utils.palette import palette
 

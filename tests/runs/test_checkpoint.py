@@ -21,7 +21,6 @@ from modules import NetworkSpec
 from runs.checkpoint import (
     FORMAT_VERSION,
     check_fits,
-    checkpoint_path,
     load_checkpoint,
     make_manifest,
     model_state,
@@ -80,11 +79,6 @@ def one_line(caught):
 
 
 # ── names, round trip ────────────────────────────────────────────────────────────────────────────────
-
-
-def test_published_name():
-    path = checkpoint_path(Path("logs/19-1"), "19-1", "voc", "FT", 0)
-    assert path == Path("logs/19-1/19-1-voc_FT/19-1-voc_FT_0.pth")
 
 
 def test_round_trip_and_manifest(tmp_path):

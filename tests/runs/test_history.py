@@ -9,22 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from runs.files import HISTORY, step_file
 from runs.history import (
-    FACTS,
     History,
-    history_path,
     peak_memory,
     read_history,
-    read_options_by_step,
-    write_run_facts,
 )
-from utils.errors import UserError
 
 CPU = torch.device("cpu")
 
 
 def points(folder: Path, step: int = 0) -> list[tuple[int, float]]:
-    return [(r.iteration, r.losses["ce"]) for r in read_history(history_path(folder, step)).records]
+    return [(r.iteration, r.losses["ce"]) for r in read_history(step_file(folder, HISTORY, step)).records]
 
 
 def write(folder: Path, iterations: range, loss: float, begin: int = 0) -> History:
@@ -41,7 +37,9 @@ def test_what_is_written_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     first = history.progress(10, 1, {"ce": 2.0, "kd": 0.5}, lr=0.1)
     history.validation(1, 0.25)
     history.validation(1, float("nan"))
-    course = read_history(history_path(tmp_path / "run", 2))  # before the file is closed: a run going on
+    course = read_history(
+        step_file(tmp_path / "run", HISTORY, 2)
+    )  # before the file is closed: a run going on
     assert course.records == [first]
     assert first.losses == {"ce": 2.0, "kd": 0.5} and first.lr == 0.1 and first.epoch == 1
     assert (first.seconds, first.images_per_second) == (4.0, 80 / 4)
@@ -74,10 +72,10 @@ def test_a_resumed_step_replaces_what_lay_beyond(tmp_path: Path) -> None:
     history = write(tmp_path, range(10, 60, 10), 1.0)
     history.validation(1, 0.9)
     history.close()
-    before = read_history(history_path(tmp_path, 0)).records[1].seconds
+    before = read_history(step_file(tmp_path, HISTORY, 0)).records[1].seconds
     write(tmp_path, range(35, 50, 10), 2.0, begin=20).close()
     assert points(tmp_path) == [(10, 1.0), (20, 1.0), (35, 2.0), (45, 2.0)]
-    course = read_history(history_path(tmp_path, 0))
+    course = read_history(step_file(tmp_path, HISTORY, 0))
     assert course.validations == []
     assert course.records[2].seconds > before
 
@@ -98,7 +96,7 @@ def test_the_later_line_of_an_iteration_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cut", [1, 20, 60])
 def test_a_torn_last_line_costs_that_line_only(tmp_path: Path, cut: int) -> None:
     write(tmp_path, range(10, 40, 10), 1.0).close()
-    path = history_path(tmp_path, 0)
+    path = step_file(tmp_path, HISTORY, 0)
     path.write_bytes(path.read_bytes()[:-cut])
     expected = [(10, 1.0), (20, 1.0), (30, 1.0)][: 3 if cut == 1 else 2]  # cut=1 loses the newline alone
     assert points(tmp_path) == expected
@@ -107,8 +105,8 @@ def test_a_torn_last_line_costs_that_line_only(tmp_path: Path, cut: int) -> None
 
 
 def test_lines_of_another_kind_are_passed_over(tmp_path: Path) -> None:
-    history_path(tmp_path, 0).write_text('[1]\n{"iteration": 3}\n7\n{"begin": "x"}\n\x00\n')
-    assert read_history(history_path(tmp_path, 0)).records == []
+    step_file(tmp_path, HISTORY, 0).write_text('[1]\n{"iteration": 3}\n7\n{"begin": "x"}\n\x00\n')
+    assert read_history(step_file(tmp_path, HISTORY, 0)).records == []
     assert read_history(tmp_path / "missing.jsonl").records == []
 
 
@@ -151,48 +149,10 @@ def test_peak_memory_grows_with_what_is_held() -> None:
     assert after is not None and after >= before and after > held.numel() / 2**20
 
 
-def test_facts(tmp_path: Path) -> None:
-    write_run_facts(tmp_path / "run", {"method": "MIB", "lr": [0.1]}, ((0, 1), (2,)))
-    content = json.loads((tmp_path / "run" / FACTS).read_text())
-    assert content == {"options": {"method": "MIB", "lr": [0.1]}, "steps": [[0, 1], [2]]}
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
-        write_run_facts(tmp_path / "file", {})
-
-
-def test_options_of_every_step_are_kept(tmp_path: Path) -> None:
-    assert read_options_by_step(tmp_path) == {}
-    write_run_facts(tmp_path, {"epochs": 30, "lr": [0.1]})
-    assert read_options_by_step(tmp_path) == {}  # as an earlier version left it
-    write_run_facts(tmp_path, {"epochs": 30, "lr": [0.1]}, step=0, lr=0.1)
-    for step in range(1, 11):
-        write_run_facts(tmp_path, {"epochs": 10, "lr": [0.01, 0.02]}, step=step, lr=0.01)
-    write_run_facts(tmp_path, {"epochs": 7, "lr": [0.3]})  # a start that has trained nothing yet
-    kept = read_options_by_step(tmp_path)
-    assert list(kept) == list(range(11))
-    assert kept[0] == {"epochs": 30, "lr": 0.1} and kept[10] == {"epochs": 10, "lr": 0.01}
-    write_run_facts(tmp_path, {"epochs": 5, "lr": [0.4]}, step=1, lr=0.4)
-    assert read_options_by_step(tmp_path) == {**kept, 1: {"epochs": 5, "lr": 0.4}}
-    assert json.loads((tmp_path / FACTS).read_text())["options"] == {"epochs": 5, "lr": [0.4]}
-    assert [path.name for path in tmp_path.iterdir()] == [FACTS]
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"options_by_step": 3}', '{"options_by_step": {"x": {}}}'])
-def test_damaged_facts_are_told_and_stop_no_training(
-    tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / FACTS).write_text(text)
-    with pytest.raises(UserError, match=r"run\.json: cannot be read .*; remove it"):
-        read_options_by_step(tmp_path)
-    write_run_facts(tmp_path, {"epochs": 1}, step=0, lr=0.1)
-    assert read_options_by_step(tmp_path) == {0: {"epochs": 1, "lr": 0.1}}
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-
-
 def test_records_are_plain_json(tmp_path: Path) -> None:
     history = History(tmp_path, 0)
     record = history.progress(1, 1, {"ce": 1.5}, 0.1)
     history.close()
-    begin, line = history_path(tmp_path, 0).read_text().splitlines()
+    begin, line = step_file(tmp_path, HISTORY, 0).read_text().splitlines()
     assert json.loads(begin) == {"begin": 0}
     assert json.loads(line) == asdict(record)

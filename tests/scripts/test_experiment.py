@@ -20,7 +20,7 @@ import yaml
 from argparser import parse_options
 from report.groups import arrange
 from report.reading import read_run
-from runs.history import write_run_facts
+from runs.options import write_run_options
 from scripts import experiment
 from scripts.experiment_plan import Run, check_begun, check_content, plan, read_experiment
 from utils.errors import UserError
@@ -366,7 +366,7 @@ def trained(file: Path, *methods: str) -> None:
         for command in run.commands if run.method in methods else ():
             options = parse_options(command)
             for step, lr in zip(options.steps, options.lrs, strict=True):
-                write_run_facts(run.folder, options.as_json(), run.task.steps, step=step, lr=lr)
+                write_run_options(run.folder, options.as_json(), run.task.steps, step=step, lr=lr)
                 results(run, {}, step)
 
 
@@ -448,7 +448,7 @@ def test_every_step_has_its_own_rate_and_flags_are_named_as_typed(
 def test_what_left_nothing_or_is_of_an_older_version_is_not_compared(tmp_path: Path) -> None:
     (run,) = planned(tmp_path, seeds=[1], runs={"FT": {}})
     other = parse_options([*run.commands[0], "--epochs", "9"])
-    write_run_facts(run.folder, other.as_json(), run.task.steps, step=0, lr=0.01)
+    write_run_options(run.folder, other.as_json(), run.task.steps, step=0, lr=0.01)
     check_begun([run])  # ended before its first checkpoint: it starts over
     (run.folder / f"{run.folder.name}_0.pth").touch()
     with pytest.raises(UserError, match="step 0 was trained with --epochs 9, the file says --epochs 5;"):
@@ -540,7 +540,7 @@ def test_the_report_of_what_is_there_is_made_after_submitting(
         for step in steps:
             results(run, dict.fromkeys(run.task.seen_classes(step), 0.5), step)
             options = parse_options(run.commands[min(step, 1)])
-            write_run_facts(run.folder, options.as_json(), run.task.steps, step=step, lr=0.01)
+            write_run_options(run.folder, options.as_json(), run.task.steps, step=step, lr=0.01)
     capsys.readouterr()
     assert experiment.main([str(file), "--slurm"]) == 0
     shown = page.read_text(encoding="utf-8")
@@ -644,7 +644,7 @@ def test_new_are_the_classes_of_all_later_steps_as_in_the_report(tmp_path: Path)
     for one in (joint, run):
         results(one, iou)
         words = [word for command in one.commands for word in command]
-        write_run_facts(one.folder, parse_options(words).as_json(), one.task.steps)
+        write_run_options(one.folder, parse_options(words).as_json(), one.task.steps)
         assert experiment.scores(one, run.task) == pytest.approx([6 / 11, 0.125, (6 + 1.25) / 21])
     (group,) = arrange([read_run(one.folder) for one in (run, joint)])
     for one in (run, joint):

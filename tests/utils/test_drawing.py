@@ -20,7 +20,6 @@ from session.tensorboard import _tags
 from utils import drawing
 from utils.drawing import drawable, failure_is_a_warning, in_one_font
 from utils.errors import UserError
-from utils.tables import format_table, markdown_table
 from utils.visualize import confusion_figure, prediction_grid
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,14 +126,6 @@ def test_a_drawing_that_fails_is_a_line_and_a_full_disk_an_error(caplog: pytest.
         raise UserError("no space")
     with pytest.raises(KeyboardInterrupt), failure_is_a_warning("the picture"):
         raise KeyboardInterrupt
-
-
-def test_tables_of_strange_names() -> None:
-    text = format_table(["class", "IoU"], [["猫", 1.0], ["cat", 22.5], ["e\u0301", 3.0]]).splitlines()
-    assert text == ["class    IoU", "-----  -----", "猫      1.00", "cat    22.50", "e\u0301       3.00"]
-    table = markdown_table(["class"], [["a\\|b"], ["*x* <b> `$"], ["15-5_FT"], ["_y_"]]).splitlines()[2:]
-    wanted = [r"| a\\\|b |", r"| \*x\* \<b\> \`\$ |", "| 15-5_FT |", r"| \_y\_ |"]
-    assert table == wanted
 
 
 def test_every_class_has_a_tag_of_its_own() -> None:

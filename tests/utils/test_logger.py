@@ -17,7 +17,6 @@ from session.tensorboard import RunLogger
 from utils.distributed import World
 from utils.errors import UserError
 from utils.logger import progress, setup_logging
-from utils.tables import format_table, markdown_table
 
 MAIN = World(0, 0, 2, torch.device("cpu"), None)
 OTHER = World(1, 1, 2, torch.device("cpu"), None)
@@ -140,16 +139,6 @@ def test_a_curve_that_begins_again_hides_what_stood_there(tmp_path):
     assert begun == [0, 3]
 
 
-def test_markdown_table():
-    assert markdown_table(["class", "IoU"], [["a|b", 1.5], ["c", None]]).splitlines() == [
-        "| class | IoU |",
-        "| --- | ---: |",
-        "| a\\|b | 1.50 |",
-        "| c | – |",
-    ]
-    assert markdown_table(["a"], []).splitlines() == ["| a |", "| --- |"]
-
-
 @pytest.mark.parametrize(("world", "enabled"), [(OTHER, True), (MAIN, False)])
 def test_tensorboard_elsewhere_or_off_does_nothing(tmp_path, world, enabled):
     board = RunLogger(world, tmp_path / "run", enabled=enabled)
@@ -187,17 +176,3 @@ def test_progress_is_silent_on_other_ranks(capsys):
     setup_logging(OTHER, None)
     assert list(progress(iter("ab"), total=2, desc="x", world=OTHER, interval=1)) == ["a", "b"]
     assert capsys.readouterr() == ("", "")
-
-
-def test_table():
-    text = format_table(["class", "IoU"], [["cat", 1.5], ["background", math.nan], ["dog", None]])
-    assert text.splitlines() == [
-        "class        IoU",
-        "----------  ----",
-        "cat         1.50",
-        "background     –",
-        "dog            –",
-    ]
-    assert format_table(["a", "bc"], []).splitlines() == ["a  bc", "-  --"]
-    with pytest.raises(ValueError, match="2 headers for 1 columns"):
-        format_table(["a", "b"], [["c"]])

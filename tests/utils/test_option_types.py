@@ -25,7 +25,6 @@ from utils.option_types import path_option
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = (
     "data",
-    "data_index",
     "gpu_check",
     "losses",
     "profile",

@@ -1,0 +1,211 @@
+"""Which images a step trains on: the protocols over the image-level labels of a data set.
+
+- ``overlapped``: images that have a new class (MiB, arXiv 2002.00718).
+- ``disjoint`` and ``sequential``: of these, images without a class that is not yet seen.
+- ``partitioned``: every image belongs to one step. This is the rule behind ADE20K's published disjoint lists.
+
+``task_indices`` picks the rule that the published lists of a data set follow.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from dataset.image_labels import DAMAGED_ARRAY, BoolArray, label_matrix
+from tasks import Steps, Task, check_step, get_task, task_names
+from utils.errors import UserError
+from utils.labels import VOID
+
+Protocol = Literal["sequential", "disjoint", "overlapped", "partitioned"]
+
+_PUBLISHED = Path(__file__).with_name("published_splits.json")
+
+# ADE20K: the published 100-50 lists are those of 100-10 with steps 1..5 merged.
+_MERGED = {"100-50": "100-10", "100-50b": "100-10b"}
+
+
+def step_indices(
+    image_labels: Sequence[Collection[int]], steps: Sequence[Sequence[int]], step: int, protocol: Protocol
+) -> list[int]:
+    """Indices, ascending, of the images that a step trains on.
+
+    Args:
+        image_labels: class ids of every image (background and void may be among them; they do not count).
+        steps: dataset class ids of every step.
+        step: index into ``steps``.
+        protocol: see the module's description.
+
+    Raises:
+        UserError: unknown step or protocol.
+    """
+    if protocol not in get_args(Protocol):
+        raise UserError(f"protocol {protocol!r}: unknown; choose from {', '.join(get_args(Protocol))}")
+    if not 0 <= step < len(steps):
+        raise UserError(f"--step {step}: the task's steps are 0 to {len(steps) - 1}")
+    matrix = label_matrix(image_labels)
+    if protocol == "partitioned":
+        return _indices(_partition(matrix, steps) == step)
+    chosen = np.logical_or.reduce(matrix[:, list(steps[step])], axis=1)
+    if protocol != "overlapped":
+        seen = {c for classes in steps[: step + 1] for c in classes}
+        chosen &= ~matrix[:, [c for c in range(256) if c not in seen]].any(axis=1)
+    return _indices(chosen)
+
+
+def task_indices(
+    dataset: str, task: str | Task, step: int, protocol: Protocol, image_labels: Sequence[Collection[int]]
+) -> list[int]:
+    """Indices, ascending, of the published list of a task's step.
+
+    ADE20K's disjoint (and sequential) lists are ``partitioned``; those of ``100-50`` and ``100-50b`` are the
+    lists of ``100-10`` and ``100-10b`` with steps 1..5 merged. Everywhere else the protocol says it all.
+
+    Raises:
+        UserError: unknown task, step or protocol.
+    """
+    if isinstance(task, str):
+        task = get_task(dataset, task)
+    check_step(task, step)
+    if dataset != "ade" or protocol == "overlapped":
+        return step_indices(image_labels, task.steps, step, protocol)
+    finer = _finer_steps(task)
+    if finer is None:
+        return step_indices(image_labels, task.steps, step, "partitioned")
+    owner = _partition(label_matrix(image_labels), finer)
+    return _indices(owner == 0 if step == 0 else owner > 0)
+
+
+def _finer_steps(task: Task) -> Steps | None:
+    """Steps of the task whose lists, merged, are this ADE20K task's; by the classes, whatever its name."""
+    for name, finer in _MERGED.items():
+        if task.steps == get_task("ade", name).steps:
+            return get_task("ade", finer).steps
+    return None
+
+
+def why_empty(
+    task: Task,
+    step: int,
+    protocol: Protocol,
+    image_labels: Sequence[Collection[int]],
+    class_names: Sequence[str] = (),
+) -> str:
+    """Why a step's rule chooses no image, and what to change; for a message."""
+    new = [c for c in task.new_classes(step) if c != 0]
+    if not any(c in ids for ids in image_labels for c in new):
+        return f"no training mask shows {named_classes(new, class_names)}; mend the masks or change the task"
+    if task.dataset == "ade" and protocol != "overlapped":
+        return "every image with its classes belongs to another step; --overlap gives an image to several"
+    return (
+        f"every image with its classes also shows one of a later step, which {protocol} leaves out; "
+        "--overlap takes these images too"
+    )
+
+
+def named_classes(ids: Sequence[int], class_names: Sequence[str] = (), most: int = 5) -> str:
+    """Class ids with their names, the first few of them, for a message."""
+    shown = [f"{c} {class_names[c]}" if c < len(class_names) else f"class {c}" for c in ids[:most]]
+    more = f" and {len(ids) - most} more classes" if len(ids) > most else ""
+    return ", ".join(shown) + more
+
+
+def _indices(chosen: BoolArray) -> list[int]:
+    return np.flatnonzero(chosen).tolist()
+
+
+def _partition(matrix: BoolArray, steps: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
+    """The step of every image, -1 for an image without a class; int64, shape (images,).
+
+    The greedy rule, which was recovered from the published ADE20K lists: a rare class, or one that
+    has got few of its images so far, takes the image to its step. The order of visits and that of the
+    floating-point operations decides ties, so both are kept as they are.
+    """
+    owner = {c: s for s, classes in enumerate(steps) for c in classes if c not in (0, VOID)}
+    known = np.zeros(256, dtype=bool)
+    known[list(owner)] = True
+    matrix = matrix & known
+    count = matrix.sum(axis=0).tolist()
+    given = [0] * 256
+    result = np.full(len(matrix), -1, dtype=np.int64)
+
+    filled = np.flatnonzero(matrix.any(axis=1))
+    visits = filled[np.argsort(matrix[filled].argmax(axis=1), kind="stable")]
+    for i in visits.tolist():
+        classes = np.flatnonzero(matrix[i]).tolist()
+        total = sum(count[c] for c in classes)
+        best = max(classes, key=lambda c: 120 * (1 - given[c] / count[c]) + total / count[c])
+        step = owner[best]
+        result[i] = step
+        for c in classes:
+            if owner[c] == step:
+                given[c] += 1
+    return result
+
+
+# --- lists on disk ------------------------------------------------------------------------------------------
+
+
+def load_step_list(splits_dir: Path, step: int, num_images: int) -> list[int]:
+    """Image indices of ``<splits_dir>/train-<step>.npy`` (``--splits_dir``), in the file's order.
+
+    Raises:
+        UserError: the file is missing or not a 1-D array of distinct indices below ``num_images``.
+    """
+    path = splits_dir / f"train-{step}.npy"
+    try:
+        indices = np.load(path, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"--splits_dir: {path} is missing; the folder needs one train-<step>.npy per step"
+        ) from error
+    except DAMAGED_ARRAY as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--splits_dir: {path} is not a readable .npy array ({reason})") from error
+    if not isinstance(indices, np.ndarray) or indices.ndim != 1 or indices.dtype.kind not in "iu":
+        raise UserError(f"--splits_dir: {path} must hold a one-dimensional array of integers")
+    if indices.size == 0:
+        raise UserError(f"--splits_dir: {path} is empty; step {step} would have no image")
+    outside = indices[(indices < 0) | (indices >= num_images)]
+    if outside.size:
+        raise UserError(
+            f"--splits_dir: {path} has index {outside[0]}; "
+            f"the training set has {num_images} images (0 to {num_images - 1}); mend the list"
+        )
+    places: dict[int, int] = {}
+    for place, index in enumerate(indices.tolist()):
+        if (first := places.setdefault(index, place)) != place:
+            raise UserError(
+                f"--splits_dir: {path} lists image {index} at the places {first} and {place}, and an image "
+                "counts once; take one of the two out"
+            )
+    return indices.tolist()
+
+
+def list_digest(indices: Collection[int]) -> str:
+    """sha256 of the sorted indices joined by commas, as in ``published_splits.json``."""
+    return hashlib.sha256(",".join(str(i) for i in sorted(indices)).encode()).hexdigest()
+
+
+def published_list(task: Task, step: int, protocol: Protocol) -> tuple[int, str] | None:
+    """(number of images, digest) of the published list; None where none is known.
+
+    ``sequential`` trains on the images of ``disjoint``. A task counts as published by its classes, so a task
+    file with other classes under a published name is not compared.
+    """
+    if task.dataset not in ("voc", "ade") or task.name not in task_names(task.dataset):
+        return None
+    if task.steps != get_task(task.dataset, task.name).steps:
+        return None
+    wanted = "overlapped" if protocol == "overlapped" else "disjoint"
+    key = (task.dataset, task.name, step, wanted)
+    for entry in json.loads(_PUBLISHED.read_text(encoding="utf-8")):
+        if (entry["dataset"], entry["task"], entry["step"], entry["protocol"]) == key:
+            return entry["images"], entry["sha256"]
+    return None

@@ -1,0 +1,39 @@
+"""Names of the files in a run's folder, ``<logdir>/<task>-<dataset>_<name>/``; each is spelled here alone.
+
+Users' scripts know these names, and folders of earlier versions have them: they stay.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+OPTIONS = "run.json"  # options of the last start and of every step
+SAMPLES = "samples"  # folder of the sample images
+# One per step; {run} is the folder's name.
+CHECKPOINT = "{run}_{step}.pth"
+MANIFEST = "{run}_{step}.json"  # of the checkpoint
+RESULTS = "results_{step}.json"  # written last: the step is done
+CONFUSION = "confusion_{step}.csv"
+HISTORY = "history_{step}.jsonl"
+EXEMPLARS = "exemplars_{step}.json"
+PREDICTIONS = "predictions_{step}.png"
+TENSORBOARD = "step_{step}"  # folder
+
+
+def step_file(run_dir: Path, kind: str, step: int) -> Path:
+    """Where a run's file of one kind (``RESULTS``, ...) of a step is."""
+    return run_dir / kind.format(run=run_dir.name, step=step)
+
+
+def step_files(run_dir: Path, kind: str) -> dict[int, Path]:
+    """The files of one kind that are there, by step, in order."""
+    before, after = kind.replace("{run}", re.escape(run_dir.name)).split("{step}")
+    pattern = re.compile(rf"{before}(\d+){re.escape(after)}")
+    found = ((pattern.fullmatch(path.name), path) for path in run_dir.iterdir())
+    return dict(sorted((int(match[1]), path) for match, path in found if match))
+
+
+def checkpoint_path(logdir: Path | str, task: str, dataset: str, name: str, step: int) -> Path:
+    """``<logdir>/<task>-<dataset>_<name>/<task>-<dataset>_<name>_<step>.pth``."""
+    return step_file(Path(logdir) / f"{task}-{dataset}_{name}", CHECKPOINT, step)

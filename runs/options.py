@@ -1,0 +1,146 @@
+"""The options of a run, kept in ``run.json``, and the key by which a report finds the seeds of one method."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from argparser import declared, with_implied
+from runs.files import MANIFEST, OPTIONS, step_files
+from utils.errors import UserError
+from utils.files import atomic_write_text
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class RunOptions:
+    """What a run was started with.
+
+    Attributes:
+        options: of the last start, as plain JSON types; empty where nothing tells them.
+        steps: dataset class ids of every step of the task.
+        group: key of the last start's options, see ``group_key``; None where nothing tells them.
+        by_step: the options that each step was trained with, its own ``lr`` (one number) among them; empty
+            where a version wrote the file that did not keep them.
+        group_by_step: key of each of these.
+    """
+
+    options: dict[str, Any] = field(default_factory=dict)
+    steps: list[list[int]] = field(default_factory=list)
+    group: str | None = None
+    by_step: dict[int, dict[str, Any]] = field(default_factory=dict)
+    group_by_step: dict[int, str] = field(default_factory=dict)
+
+
+def write_run_options(
+    run_dir: Path,
+    options: Mapping[str, Any],
+    steps: Sequence[Sequence[int]] = (),
+    *,
+    step: int | None = None,
+    lr: float | None = None,
+) -> None:
+    """Write ``run.json``, by which a report tells methods, seeds and tasks apart.
+
+    The options of the steps that were trained before stay: a later start may train other steps with others.
+
+    Args:
+        run_dir: folder of the run, made if missing.
+        options: of this start, as plain JSON types.
+        steps: dataset class ids of every step of the task.
+        step: the step that is trained now with these options; they replace those it was trained with before.
+        lr: learning rate of that step.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        known = read_run_options(run_dir)
+    except UserError as error:
+        _log.warning("%s; it is written anew, without the options of earlier steps", error)
+        known = RunOptions()
+    if step is not None:
+        known.by_step[step] = {**options, "lr": lr}
+        known.group_by_step[step] = group_key(known.by_step[step])
+    content: dict[str, Any] = {
+        "options": dict(options),
+        "steps": [list(ids) for ids in steps],
+        "group": group_key(options),
+    }
+    if known.by_step:
+        content["options_by_step"] = {str(number): each for number, each in sorted(known.by_step.items())}
+        content["group_by_step"] = {str(number): key for number, key in sorted(known.group_by_step.items())}
+    text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False)
+    atomic_write_text(run_dir / OPTIONS, f"{text}\n")
+
+
+def read_run_options(run_dir: Path) -> RunOptions:
+    """What ``run.json`` says, else what the manifest of the last checkpoint does, else nothing.
+
+    Keys that a version did not write are computed from the options.
+
+    Raises:
+        UserError: ``run.json`` is damaged.
+    """
+    path = run_dir / OPTIONS
+    if path.is_file():
+        try:
+            return _from_json(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); remove it") from error
+    for manifest in reversed(step_files(run_dir, MANIFEST).values()) if run_dir.is_dir() else ():
+        try:
+            return _from_json(json.loads(manifest.read_text(encoding="utf-8"))["manifest"])
+        except (OSError, ValueError, KeyError, TypeError):  # another kind of file under such a name
+            continue
+    return RunOptions()
+
+
+def _from_json(content: dict[str, Any]) -> RunOptions:
+    options = dict(content["options"])
+    by_step = {int(step): dict(each) for step, each in content.get("options_by_step", {}).items()}
+    keys = content.get("group_by_step", {})
+    return RunOptions(
+        options=options,
+        steps=list(content["steps"]),
+        group=content.get("group") or group_key(options),
+        by_step=dict(sorted(by_step.items())),
+        group_by_step={step: keys.get(str(step)) or group_key(each) for step, each in by_step.items()},
+    )
+
+
+def deciding(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that decide what is learnt and which numbers come out, each with its value.
+
+    Options that a run of an earlier version lacks are as its others imply, else their default. Those that say
+    where and how fast a run works, or which of several equal runs it is, are left out. The folder of the data
+    counts, by its path as it was given: two folders may hold different images, so runs on two of them are
+    different methods even where one data set lies in two places.
+
+    Args:
+        options: of a run, or of one of its steps, as plain JSON types.
+    """
+    kept = {
+        name: value for name, value in with_implied(options).items() if declared(name).tells_methods_apart
+    }
+    return {
+        name: os.path.normpath(value) if declared(name).is_path and isinstance(value, str) else value
+        for name, value in kept.items()
+    }
+
+
+def group_key(options: Mapping[str, Any]) -> str:
+    """Fingerprint of the deciding options that are not the default: equal for the seeds of one method.
+
+    An option that a later version adds changes no key as long as it has its default.
+    """
+    usual = deciding({})
+    unusual = {name: value for name, value in deciding(options).items() if value != usual.get(name)}
+    return hashlib.sha256(json.dumps(unusual, sort_keys=True).encode()).hexdigest()[:16]
