@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from dataset.splits import list_digest
 from dataset.step_data import StepData, step_data
 from methods import Context, Method
 from methods.checks import call_hook, fault
+from methods.own_modules import check_unchanged
 from runs.checkpoint import check_loadable, make_manifest, save_checkpoint
 from runs.history import History
 from segmentation_module import load_state
@@ -110,7 +111,7 @@ class StepTraining:
         networks = self.networks = StepNetworks(opts, world, folder, step, self.precision)
         self.context: Context = networks.context
         self.context.batches = self._training_pass
-        self.context.recall = Recall(folder, world, step, self._origin)
+        self.context.cached = Recall(folder, world, step, self._origin)
         self.updates_per_epoch = math.ceil(self.sampler.batches_per_epoch / opts.accumulate)
         updates = opts.epochs * self.updates_per_epoch
         self.context.epochs, self.context.updates, self.context.lr = opts.epochs, updates, lr
@@ -128,6 +129,7 @@ class StepTraining:
             precision=self.precision,
             accumulate=opts.accumulate,
             compile=opts.compile,
+            own_modules=networks.own_modules,
         )
         self.progress = Progress()
         self._rng: dict[str, Tensor] | None = None
@@ -286,7 +288,7 @@ class StepTraining:
         """Another run's momentum, and this command's schedule as if it had held from the step's start."""
         progress, updates = self.progress, self.updates_per_epoch
         optimizer = self.trainer.optimizer
-        missing = take_momentum(optimizer, self.model, begun.content)
+        missing = take_momentum(optimizer, self.networks.trained, begun.content)
         whole = progress.batch == self.sampler.batches_per_epoch
         done = progress.epoch * updates + (updates if whole else progress.batch // self.opts.accumulate)
         advance(self.scheduler, done)
@@ -353,7 +355,11 @@ class StepTraining:
             progress.best = max(progress.best, score)
         elif self._best is None or not score <= progress.best:  # NaN, where nothing is labelled: the latest
             progress.best = score
-            state = {"model_state": self.model.state_dict(), "method_state": self._method_states()}
+            state = {
+                "model_state": self.model.state_dict(),
+                "modules": self.networks.own_modules.state_dict(),
+                "method_state": self._method_states(),
+            }
             self._best = {"epoch": progress.epoch, **map_tensors(_copied, state)}
 
     def _choose(self) -> None:
@@ -364,6 +370,7 @@ class StepTraining:
         best = self._best
         assert best is not None  # the last epoch is always validated
         load_state(self.model, best["model_state"])
+        self.networks.own_modules.load_state_dict(best.get("modules", {}))
         method_state = best["method_state"]
         self._chosen = True
         if self._ends_step:
@@ -390,11 +397,13 @@ class StepTraining:
         if not self._ends_step:
             return
         torch.manual_seed(self.opts.random_seed + self.step)
-        self.model.eval()
+        for trained in self.networks.trained:
+            trained.eval()
         for method in self.trainer.methods.values():
             call_hook(method, "end_step", self.context)
-        distributed.broadcast_weights(self.model)
-        _check_finite(self.model)
+        for trained in self.networks.trained:
+            distributed.broadcast_weights(trained)
+        _check_finite(self.networks.trained)
 
     def _train_epoch(self) -> None:
         """Train the rest of the epoch under way."""
@@ -484,7 +493,7 @@ class StepTraining:
 
     def _save(self) -> None:
         """Write the checkpoint from rank 0; every process waits until it is whole, or fails with it."""
-        _check_finite(self.model)
+        _check_finite(self.networks.trained)
         if self.opts.skip_corrupt:
             for reasons in distributed.gather_objects(self.tolerance.reasons):
                 self.tolerance.note(reasons)
@@ -513,8 +522,9 @@ class StepTraining:
         """States of the methods, by name.
 
         Raises:
-            UserError: a method's state is something that a checkpoint cannot hold.
+            UserError: a checkpoint cannot hold a method's state, or the method has other modules now.
         """
+        check_unchanged(self.networks.own_modules, self.trainer.methods)
         states = {name: method.state_dict() for name, method in self.trainer.methods.items()}
         for name, state in states.items():
             method = self.trainer.methods[name]
@@ -536,6 +546,7 @@ class StepTraining:
             "batches_per_epoch": self.sampler.batches_per_epoch,
             "ended": self._ended or not self._ends_step,
             "model_state": self.model.state_dict(),
+            "modules": self.networks.own_modules.state_dict(),
             "facts": self.facts,
             "job": job_id(),
             "manifest": self._manifest(),
@@ -545,7 +556,7 @@ class StepTraining:
         """What only a run that goes on needs."""
         return {
             "optimizer_state": self.trainer.optimizer.state_dict(),
-            "optimizer_weights": weight_names(self.trainer.optimizer, self.model),
+            "optimizer_weights": weight_names(self.trainer.optimizer, self.networks.trained),
             "scheduler_state": self.scheduler.state_dict(),
             "scaler_state": self.precision.scaler.state_dict(),
             **({} if self._chosen else {"best": self._best}),
@@ -582,9 +593,9 @@ def _listed(terms: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
 
 
-def _check_finite(model: nn.Module) -> None:
+def _check_finite(networks: Sequence[nn.Module]) -> None:
     """Raise rather than put weights on the disk that no run can go on with."""
-    finite = [p.detach().isfinite().all() for p in model.parameters()]
+    finite = [p.detach().isfinite().all() for network in networks for p in network.parameters()]
     if not bool(torch.stack(finite).all()):
         raise NonFiniteLoss(
             "the weights are not finite any more and are not saved; a lower --lr or --opt_level O0 may help"
