@@ -25,6 +25,7 @@ from dataset.transforms import normalize
 from methods.base import Batch, Context, Method
 from methods.checks import LossTerms, call_hook
 from metrics.stream_metrics import StreamSegMetrics
+from utils.distributed import average_gradients
 from utils.errors import Fault, UserError
 from utils.processor import fast_bfloat16
 
@@ -135,6 +136,7 @@ class Trainer:
         precision: O0 if None.
         compile: run both networks through ``torch.compile`` in training. Weights keep their names, and
             evaluation, whose images may have any size, runs the networks as they are.
+        own_modules: what the methods train beside the student (``collect_modules``).
 
     Raises:
         UserError: there is no compiler for ``compile``.
@@ -150,6 +152,7 @@ class Trainer:
         forward: nn.Module | None = None,
         precision: Precision | None = None,
         compile: bool = False,
+        own_modules: nn.Module | None = None,
     ) -> None:
         self.context = context
         self.methods = methods
@@ -158,10 +161,16 @@ class Trainer:
         self.model = forward if forward is not None else context.model
         self.teacher = context.model_old if any(m.uses_teacher for m in methods.values()) else None
         self.precision = precision or Precision("O0", context.device)
+        self.own_modules = own_modules if own_modules is not None else nn.Module()
         self._loss_terms = LossTerms()
         if compile:
             self.model = compiled(self.model)
             self.teacher = None if self.teacher is None else compiled(self.teacher)
+
+    def set_training(self) -> None:
+        """Put what the optimiser trains into training mode."""
+        self.model.train()
+        self.own_modules.train()
 
     @property
     def lr(self) -> float:
@@ -247,6 +256,7 @@ class Trainer:
 
     def _penalise(self) -> dict[str, Tensor]:
         """Show the methods the step's gradient, then add their penalties' to it; returns the penalties."""
+        average_gradients(self.own_modules)  # the network's were averaged in its backward
         self.precision.scaler.unscale_(self.optimizer)
         if self._gradients_are_finite():
             for method in self.methods.values():
@@ -267,7 +277,8 @@ class Trainer:
         readers = any(type(m).after_backward is not Method.after_backward for m in self.methods.values())
         if not (readers and self.precision.scaler.is_enabled()):
             return True
-        gradients = [p.grad for p in self.context.model.parameters() if p.grad is not None]
+        weights = itertools.chain(self.context.model.parameters(), self.own_modules.parameters())
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
         return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
 
     def _forward(self, images: Tensor, targets: Tensor, extras: dict[str, Tensor], epoch: int) -> Batch:

@@ -1,8 +1,8 @@
-"""The hooks through which an idea against forgetting takes part in training.
+"""The hooks through which a method against forgetting takes part in training.
 
-``train.py`` calls the hooks in this order for every batch: ``observe``, ``relabel``, ``losses``,
-``after_backward``, ``penalty``. It knows no method by name, and a method knows nothing of files,
-processes or the command line beyond its own options.
+For every batch ``train.py`` calls ``observe``, ``relabel`` and ``losses``, for every optimiser step then
+``after_backward`` and ``penalty``. It knows no method by name, and a method knows nothing of files, processes
+or the command line beyond its own options.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def identity(tensor: Tensor) -> Tensor:
 
 @dataclass
 class Batch:
-    """What one batch offers to the methods, under the names that the losses use.
+    """One batch and the outputs of both networks for it.
 
     Attributes:
         images: B×3×H×W, float32, normalised.
-        targets: B×H×W, int64, network indices, 255 void. ``relabel`` may replace it.
-        original_targets: the targets as the data set gave them.
+        targets: B×H×W, int64, class indices of the network, 255 void. ``relabel`` may replace it.
+        original_targets: the targets before ``relabel``.
         incremental_step: 0 for the first step of the task.
-        classes_old: number of network classes before this step, background included.
+        classes_old: number of classes before this step, background included.
         classes_new: number of classes that this step adds.
         outputs: the student's logits, B×C×H×W.
         features: the student's intermediates by name.
@@ -63,7 +63,7 @@ class Batch:
 
 @dataclass
 class Context:
-    """What a method may know when a step begins.
+    """The step that a method takes part in.
 
     Attributes:
         task: class order; ``task.new_classes(step)`` and so on.
@@ -71,14 +71,14 @@ class Context:
         protocol: "sequential", "disjoint" or "overlapped".
         model: the student, before it is wrapped for several processes.
         model_old: the teacher in evaluation mode, None at step 0.
-        device: where tensors of this process live.
+        device: of the networks and batches of this process.
         fidelity: "paper" or "released" (docs/fidelity.md).
-        batches: iterates once over this step's training images, (images, targets) as the loop sees them.
+        batches: iterates once over this step's training images, as (images, targets) of a ``Batch``.
         reduce: sums a tensor over all processes, in place.
-        recall: ``recall(name, inputs, compute)`` returns the dict of tensors that an earlier start of
-            this step stored under ``name`` if it was computed from the same, else computes and stores it.
-            The networks, the training images in their order and all options are compared anyway;
-            ``inputs`` is a JSON-like dict of what else counts.
+        cached: ``cached(name, inputs, compute)`` returns the dict of tensors that ``compute`` returned in an
+            earlier start of this step, from a file, if its inputs were the same; else it computes and stores
+            it. The networks, the training images in their order and all options always count as inputs;
+            ``inputs`` is a JSON-like dict of further ones.
         autocast: makes the context in which the loop runs the networks (``Precision.network``).
         epochs: epochs of the step.
         updates: optimiser steps of the step.
@@ -94,7 +94,7 @@ class Context:
     fidelity: str = "paper"
     batches: Callable[[], Iterable[tuple[Tensor, Tensor]]] = lambda: ()
     reduce: Callable[[Tensor], Tensor] = identity
-    recall: Callable[[str, dict[str, Any], Callable[[], dict[str, Tensor]]], dict[str, Tensor]] = (
+    cached: Callable[[str, dict[str, Any], Callable[[], dict[str, Tensor]]], dict[str, Tensor]] = (
         lambda name, inputs, compute: compute()
     )
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -119,27 +119,26 @@ class Context:
 
 
 def needs_of_teacher(method: Method) -> frozenset[str]:
-    """The intermediates of the teacher that a method reads."""
+    """The teacher's intermediates that a method reads."""
     if method.teacher_needs is not None:
         return frozenset(method.teacher_needs)
     return frozenset(method.needs) if method.needs_teacher else frozenset()
 
 
 class Method:
-    """One idea against forgetting. Subclasses name what they need and fill in the hooks they use.
+    """A method against forgetting, or one term of it. Subclasses override the hooks that they use.
 
     Attributes:
-        needs: intermediates of the student; they are computed only if asked for.
-        needs_teacher: the method compares with the previous step's network. Such a method is left out
-            at step 0.
-        teacher_needs: intermediates of the teacher. Naming one means that its forward pass is run, where
-            there is a teacher. None: those of ``needs`` if ``needs_teacher``, else none.
-        replaces_classification: the method brings the classification loss itself, so that
-            ``Classification`` is left out at every step at which this method takes part.
+        needs: names of the student's intermediates that it reads; others are not computed.
+        needs_teacher: it needs the network of the previous step, so it is left out at step 0.
+        teacher_needs: names of the teacher's intermediates that it reads; with at least one, the teacher's
+            forward pass is run where there is a teacher. None: ``needs`` if ``needs_teacher``, else none.
+        replaces_classification: it computes the classification loss itself; ``Classification`` is left out at
+            every step at which this method takes part.
         extras: further tensors of the samples that it reads as ``batch.extras``: "saliency" (B×H×W bool; none
             where the data set has no maps), "exemplar" (B bool; none in batches of a step without exemplars).
         classifier: kind of classifier that it needs, for ``--classifier``; None: any.
-        differs_between_processes: its state is not the same in every process, so each saves its own.
+        differs_between_processes: its state differs between processes, so each process's is saved.
     """
 
     needs: frozenset[str] = frozenset()
@@ -161,7 +160,7 @@ class Method:
 
     @classmethod
     def from_options(cls, opts: Any) -> Method | None:
-        """The method as the options ask for it, None where they leave it off."""
+        """The method with its options' values, None where they switch it off."""
         raise NotImplementedError
 
     @classmethod
@@ -173,51 +172,67 @@ class Method:
         return {}
 
     def from_previous_step(self, state: dict[str, Any]) -> None:
-        """Take over what the step before saved (``state_dict``), before ``begin_step``."""
+        """Take over the previous step's ``state_dict()``, before ``begin_step``."""
 
     def begin_step(self, context: Context) -> None:
         """Prepare for a step: called once, after the network was grown, before the optimiser is made."""
 
+    def modules(self) -> dict[str, nn.Module]:
+        """Modules that the method trains beside the student (a projection head), by name.
+
+        Build them in ``begin_step`` and return the same ones at every call. They are moved to the device and
+        precision of the student, trained by the same optimiser with gradients averaged over all processes,
+        and saved in the checkpoint. Their weights are named ``<Class>.<name>.<weight>``.
+
+        A module that the previous step had under the same name, with weights of the same names and shapes,
+        starts from those; another one starts as it was built. Modules are in training mode, in ``end_step``
+        in evaluation mode. A weight without gradient has gradient 0: momentum and weight decay go on.
+        """
+        return {}
+
     def lr_factor(self, parameter: str) -> float:
-        """Factor on the learning rate of the named parameter of the student."""
+        """Factor on the learning rate of a weight of the student or of a method's ``modules()``, by name."""
         return 1.0
 
     def weight_decay_factor(self, parameter: str) -> float:
-        """Factor on the weight decay of the named parameter of the student."""
+        """Factor on the weight decay of a weight, by name as in ``lr_factor``."""
         return 1.0
 
     def observe(self, batch: Batch) -> None:
-        """Take in a batch before its labels are changed (running statistics)."""
+        """Read a batch before ``relabel`` (running statistics)."""
 
     def relabel(self, batch: Batch) -> None:
         """Replace ``batch.targets`` (pseudo-labels)."""
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Loss terms by the name under which they are logged, weights included, scalars."""
+        """Weighted loss terms, scalar tensors, by the name under which they are logged."""
         return {}
 
     def after_backward(self) -> None:
-        """Look at the gradients of the summed losses (importance estimates)."""
+        """Read the gradients of the summed losses, averaged over all processes (importance estimates)."""
 
     def penalty(self) -> dict[str, Tensor]:
-        """Terms whose gradient must not enter the importance estimate: they get a backward of their own.
+        """Loss terms whose backward pass comes after ``after_backward``, by name: penalties on weights.
 
-        A method that adds its term's gradient to the parameters' itself returns the term detached.
+        A method that adds the gradient to the weights' itself returns the term detached.
         """
         return {}
 
     def end_step(self, context: Context) -> None:
         """Finish a step: called once, after the last batch, before the last checkpoint and the evaluation.
 
-        It may change the weights of ``context.model``, which is in evaluation mode, and pass over
-        ``context.batches()``. Every process calls it and then takes over the first one's weights. A run that
-        was killed before the last checkpoint was written calls it again, on the weights that it trained anew;
-        one that was killed later does not. With ``--keep best`` the weights are those of the best epoch.
+        It may change the weights of ``context.model``, which is in evaluation mode, and iterate over
+        ``context.batches()``. Every process calls it; then the first one's weights go to the others. A run
+        that was killed before the last checkpoint was written calls it again when it is resumed, on the same
+        weights as the first time. With ``--keep best`` the weights are those of the best epoch.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """State that the next step or a resumed run needs; tensors, numbers, strings, lists and dicts."""
+        """State that a resumed run or the next step needs: tensors, numbers, strings, lists and dicts.
+
+        The weights of ``modules()`` are saved without it.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of an interrupted run of this step (after ``begin_step``)."""
+        """Take over the state of an interrupted run of this step, after ``begin_step``."""

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from methods.base import Method
 from modules.classifiers import classifier_names
@@ -62,6 +63,13 @@ def check_class(kind: type[Method]) -> None:
         alike = _HOOKS if callable(getattr(kind, name)) else _PUBLIC - _HOOKS
         if near := difflib.get_close_matches(name, alike, n=1, cutoff=_NEAR):
             raise fault(kind, name, f"is no hook; did you mean {near[0]}? If not, rename it, e.g. to _{name}")
+    if issubclass(kind, nn.Module):
+        raise fault(
+            kind,
+            "modules",
+            "is a hook, but the class is an nn.Module, which has that name too; derive from Method only, and "
+            "return modules from this hook",
+        )
     if "from_options" not in written:
         raise fault(
             kind, "from_options", "is missing; return the method, or None where the options leave it off"
@@ -236,6 +244,36 @@ def checked_factor(method: Method, hook: str, parameter: str, factor: object) ->
             f"returned {shown(factor)} for {parameter}; return a number of at least 0, 1.0 for no change",
         )
     return float(factor)  # type: ignore[arg-type]
+
+
+def check_modules(method: Method, networks: Iterable[nn.Module]) -> dict[str, nn.Module]:
+    """What ``Method.modules`` returns.
+
+    Args:
+        method: after ``begin_step``.
+        networks: student and teacher.
+
+    Raises:
+        UserError: it is no dict of modules by name, or they cannot be trained beside the network.
+    """
+    parts = method.modules()
+    if not isinstance(parts, dict):
+        raise fault(
+            method, "modules", f"returned {shown(parts)}; return a dict of nn.Modules by name, {{}} for none"
+        )
+    networks_weights = {id(weight) for network in networks for weight in network.parameters()}
+    for name, module in parts.items():
+        if not isinstance(name, str) or not name or "." in name:
+            raise fault(method, "modules", f"a module cannot be named {name!r}; use text without dots")
+        if not isinstance(module, nn.Module):
+            raise fault(method, "modules", f"'{name}' is {shown(module)}, not an nn.Module")
+        if any(is_lazy(weight) for weight in module.parameters()):
+            raise fault(method, "modules", f"'{name}' has lazy weights; give their sizes in begin_step")
+        if any(id(weight) in networks_weights for weight in module.parameters()):
+            raise fault(
+                method, "modules", f"'{name}' has weights of the network, which trains them; leave it out"
+            )
+    return parts
 
 
 class LossTerms:

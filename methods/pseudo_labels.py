@@ -127,7 +127,7 @@ class PseudoLabels(Method):
             "bins": self.bins,
             "fidelity": self.fidelity,
         }
-        found = context.recall("pseudo_label_thresholds", inputs, lambda: self._medians(context))
+        found = context.cached("pseudo_label_thresholds", inputs, lambda: self._medians(context))
         self.thresholds = found["thresholds"]
 
     @torch.no_grad()

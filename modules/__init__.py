@@ -34,7 +34,7 @@ def build_network(spec: NetworkSpec) -> Network:
     """
     if spec.model in CONFIGS:
         return SegFormer(CONFIGS[spec.model], spec.decoder, checkpointing=spec.checkpointing)
-    for name, choices in (("model", MODELS), ("backbone", BACKBONES), ("head", HEADS)):
+    for name, choices in {"model": MODELS, "backbone": BACKBONES, "head": HEADS}.items():
         if (value := getattr(spec, name)) not in choices:
             raise UserError(f"--{name} {value}: unknown, choose one of {', '.join(choices)}")
     if spec.output_stride not in DILATIONS:

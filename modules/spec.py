@@ -39,6 +39,15 @@ class NetworkSpec:
     classifier: str = "linear"
     released_resnet: bool = False
 
+    @property
+    def shaping(self) -> dict[str, str]:
+        """The options that decide the names and shapes of the weights, with their values."""
+        if self.model == "deeplab":
+            own = {"backbone": self.backbone, "norm_act": self.norm_act, "head": self.head}
+        else:
+            own = {"decoder": self.decoder}
+        return {"model": self.model, **own, "classifier": self.classifier}
+
     @classmethod
     def of(cls, options: Mapping[str, Any] | Namespace) -> NetworkSpec:
         """The network that a run's options ask for; an option that is missing has the default here.

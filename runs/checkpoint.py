@@ -418,9 +418,7 @@ def _task_misfits(manifest: Mapping[str, Any], task: Task, step: int) -> list[st
 
 def _network_misfits(manifest: Mapping[str, Any], spec: NetworkSpec) -> list[str]:
     misfits = []
-    shaping = ("backbone", "norm_act", "head") if spec.model == "deeplab" else ("decoder",)
-    for option in ("model", *shaping, "classifier"):
-        value = getattr(spec, option)
+    for option, value in spec.shaping.items():
         # Those that are younger than some checkpoints; there the weights tell the kind of classifier.
         found = manifest.get(option, {"head": "mib", "classifier": value}.get(option))
         if found != value and not any(found in kinds and value in kinds for kinds in _SAME_WEIGHTS):

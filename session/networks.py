@@ -14,6 +14,7 @@ from inference.load import load_model
 from methods import Context, Method
 from methods.base import needs_of_teacher
 from methods.checks import call_hook
+from methods.own_modules import collect_modules, load_modules, take_over
 from modules.pretrained import LoadReport, load_default_pretrained, load_pretrained
 from runs.checkpoint import model_state
 from segmentation_module import IncrementalSegmentationModule, freeze, load_state, make_model
@@ -38,6 +39,7 @@ class StepNetworks:
     Attributes:
         context: networks, classes and device, as the methods know them.
         methods: already through ``begin_step`` once :meth:`begin` was called.
+        own_modules: what the methods train beside the student, once :meth:`begin` was called.
 
     Raises:
         UserError: the step before has no checkpoint that fits, or pretrained
@@ -143,6 +145,9 @@ class StepNetworks:
                 context.model_old = None  # fine-tuning needs no teacher: save its forward pass
         for method in methods.values():
             call_hook(method, "begin_step", context)
+        self.own_modules = self.precision.place(collect_modules(methods, context))
+        take_over(self.own_modules, self.previous.get("modules", {}))
+        distributed.broadcast_weights(self.own_modules)
         log.info("methods: %s", ", ".join(methods))
 
     def restore(self, resumed: Mapping[str, Any]) -> None:
@@ -151,11 +156,17 @@ class StepNetworks:
         local = resumed.get("method_state_of_rank") or []
         states = resumed.get("method_state", {})
         states = states | (local[self.world.rank] if self.world.rank < len(local) else {})
+        load_modules(self.own_modules, self.methods, resumed.get("modules", {}), states.keys())
         for name, method in self.methods.items():
             if name in states:
                 call_hook(method, "load_state_dict", states[name])
 
     # ── what trains them ─────────────────────────────────────────────────────────────────────────
+
+    @property
+    def trained(self) -> tuple[nn.Module, nn.Module]:
+        """What the optimiser trains: the student and the methods' own modules."""
+        return self.context.model, self.own_modules
 
     def wrapped(self) -> nn.Module:
         """The module whose forward trains: synchronised over processes where there are several."""
@@ -174,5 +185,5 @@ class StepNetworks:
         )
 
     def optimizer(self, lr: float) -> torch.optim.Optimizer:
-        """That of the student at a learning rate. See ``make_optimizer``."""
-        return make_optimizer(self.opts, self.context.model, self.methods, lr)
+        """That of the student and the methods' own modules at a learning rate. See ``make_optimizer``."""
+        return make_optimizer(self.opts, self.context.model, self.methods, lr, self.own_modules)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -120,15 +121,27 @@ def advance(scheduler: LRScheduler, steps: int) -> None:
 
 
 def make_optimizer(
-    opts: Options, model: nn.Module, methods: Mapping[str, Method], lr: float
+    opts: Options,
+    model: nn.Module,
+    methods: Mapping[str, Method],
+    lr: float,
+    own_modules: nn.Module | None = None,
 ) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum; one group of parameters per learning rate and weight decay.
+
+    Args:
+        opts: options.
+        model: the student.
+        methods: by name; asked for factors.
+        lr: learning rate before any factor.
+        own_modules: the methods' (``collect_modules``).
 
     Raises:
         UserError: no weight is left to train.
     """
+    networks = [model] if own_modules is None else [model, own_modules]
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in _named(networks):
         if not parameter.requires_grad:
             continue
         factor = math.prod(
@@ -151,7 +164,7 @@ def make_optimizer(
         lr=lr,
         momentum=opts.momentum,
         nesterov=opts.momentum > 0,
-        fused=_can_fuse(model.parameters()),
+        fused=_can_fuse(parameter for _, parameter in _named(networks)),
     )
     _fill_momentum(optimizer)
     return optimizer
@@ -174,13 +187,24 @@ def _can_fuse(parameters: Iterable[nn.Parameter]) -> bool:
     return all(parameter.is_cuda or parameter.dtype == torch.float32 for parameter in parameters)
 
 
-def weight_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
-    """Names of the weights in the order in which the optimiser's state counts them."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+def _named(networks: Sequence[nn.Module]) -> Iterable[tuple[str, nn.Parameter]]:
+    return chain.from_iterable(network.named_parameters() for network in networks)
+
+
+def weight_names(optimizer: torch.optim.Optimizer, networks: Sequence[nn.Module]) -> list[str]:
+    """Names of the weights in the order in which the optimiser's state counts them.
+
+    Args:
+        optimizer: of ``make_optimizer``.
+        networks: what it trains: the student and the methods' own modules.
+    """
+    names = {id(parameter): name for name, parameter in _named(networks)}
     return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
 
-def take_momentum(optimizer: torch.optim.Optimizer, model: nn.Module, content: Mapping[str, Any]) -> int:
+def take_momentum(
+    optimizer: torch.optim.Optimizer, networks: Sequence[nn.Module], content: Mapping[str, Any]
+) -> int:
     """Give an optimiser only the momentum that a checkpoint holds, by the weights' names; rates stay its own.
 
     A checkpoint without names (of a release or an early version) must have as many weights in each group.
@@ -188,7 +212,7 @@ def take_momentum(optimizer: torch.optim.Optimizer, model: nn.Module, content: M
     Returns:
         How many weights had none there that fits, and begin with zeros.
     """
-    names, saved = weight_names(optimizer, model), content["optimizer_state"]
+    names, saved = weight_names(optimizer, networks), content["optimizer_state"]
     sizes = [len(group["params"]) for group in optimizer.param_groups]
     alike = sizes == [len(group["params"]) for group in saved["param_groups"]]
     known = content.get("optimizer_weights", names if alike else [])

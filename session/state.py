@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from dataset.loaders import EpochSampler
 from methods import Method
 from methods.checks import call_hook, fault
+from methods.own_modules import check_unchanged
 from runs.checkpoint import check_loadable, make_manifest, save_checkpoint
 from segmentation_module import load_state
 from session.folder import Resumed, Start
@@ -125,7 +127,7 @@ class StepState:
         progress, opts = self.progress, self.run.opts
         updates = self.networks.context.updates // opts.epochs
         optimizer = self.trainer.optimizer
-        missing = take_momentum(optimizer, self.model, resumed.content)
+        missing = take_momentum(optimizer, self.networks.trained, resumed.content)
         whole = progress.batch == self.sampler.batches_per_epoch
         done = progress.epoch * updates + (updates if whole else progress.batch // opts.accumulate)
         advance(self.scheduler, done)
@@ -154,7 +156,7 @@ class StepState:
     def save(self) -> None:
         """Write the checkpoint from rank 0; every process waits until it is whole, or fails with it."""
         world = self.run.world
-        _check_finite(self.model)
+        _check_finite(self.networks.trained)
         if self.run.opts.skip_corrupt:
             for reasons in distributed.gather_objects(self.run.tolerance.reasons):
                 self.run.tolerance.note(reasons)
@@ -187,8 +189,9 @@ class StepState:
         """States of the methods, by name.
 
         Raises:
-            UserError: a method's state is something that a checkpoint cannot hold.
+            UserError: a checkpoint cannot hold a method's state, or the method has other modules now.
         """
+        check_unchanged(self.networks.own_modules, self.trainer.methods)
         states = {name: method.state_dict() for name, method in self.trainer.methods.items()}
         for name, state in states.items():
             method = self.trainer.methods[name]
@@ -210,6 +213,7 @@ class StepState:
             "batches_per_epoch": self.sampler.batches_per_epoch,
             "ended": self.ended or not self._has_end_step,
             "model_state": self.model.state_dict(),
+            "modules": self.networks.own_modules.state_dict(),
             "facts": self.start.fingerprint,
             "job": job_id(),
             "manifest": self._manifest(),
@@ -220,7 +224,7 @@ class StepState:
         optimizer = self.trainer.optimizer
         return {
             "optimizer_state": optimizer.state_dict(),
-            "optimizer_weights": weight_names(optimizer, self.model),
+            "optimizer_weights": weight_names(optimizer, self.networks.trained),
             "scheduler_state": self.scheduler.state_dict(),
             "scaler_state": self.trainer.precision.scaler.state_dict(),
             **({} if self.chosen else {"best": self._best}),
@@ -244,7 +248,11 @@ class StepState:
             progress.best = max(progress.best, score)
         elif self._best is None or not score <= progress.best:  # NaN, where nothing is labelled: the latest
             progress.best = score
-            state = {"model_state": self.model.state_dict(), "method_state": self.method_states()}
+            state = {
+                "model_state": self.model.state_dict(),
+                "modules": self.networks.own_modules.state_dict(),
+                "method_state": self.method_states(),
+            }
             self._best = {"epoch": progress.epoch, **map_tensors(_copied, state)}
 
     def keep_best(self) -> None:
@@ -255,6 +263,7 @@ class StepState:
         best = self._best
         assert best is not None  # the last epoch is always validated
         load_state(self.model, best["model_state"])
+        self.networks.own_modules.load_state_dict(best.get("modules", {}))
         method_state = best["method_state"]
         self.chosen = True
         if self._has_end_step:
@@ -278,11 +287,13 @@ class StepState:
         if not self._has_end_step:
             return
         torch.manual_seed(self.run.opts.random_seed + self.start.step)
-        self.model.eval()
+        for trained in self.networks.trained:
+            trained.eval()
         for method in self.trainer.methods.values():
             call_hook(method, "end_step", self.networks.context)
-        distributed.broadcast_weights(self.model)
-        _check_finite(self.model)
+        for trained in self.networks.trained:
+            distributed.broadcast_weights(trained)
+        _check_finite(self.networks.trained)
 
 
 def _copied(tensor: Tensor) -> Tensor:
@@ -290,9 +301,9 @@ def _copied(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def _check_finite(model: nn.Module) -> None:
+def _check_finite(networks: Sequence[nn.Module]) -> None:
     """Raise rather than save weights that no run can be resumed from."""
-    finite = [p.detach().isfinite().all() for p in model.parameters()]
+    finite = [p.detach().isfinite().all() for network in networks for p in network.parameters()]
     if not bool(torch.stack(finite).all()):
         raise NonFiniteLoss(
             "the weights are not finite any more and are not saved; a lower --lr or --opt_level O0 may help"

@@ -112,7 +112,7 @@ class StepTraining:
         networks = StepNetworks(run, self.step, precision, self.methods)
         context = networks.context
         context.batches = self._training_pass
-        context.recall = Cache(run.folder, run.world, self.step, self._origin)
+        context.cached = Cache(run.folder, run.world, self.step, self._origin)
         context.epochs, context.updates, context.lr = opts.epochs, self._updates, self.start.lr
         return networks
 
@@ -133,6 +133,7 @@ class StepTraining:
             forward=forward,
             precision=networks.precision,
             compile=opts.compile,
+            own_modules=networks.own_modules,
         )
 
     @property
@@ -184,7 +185,7 @@ class StepTraining:
                 progress.epoch, progress.batch = epoch, 0
             trains = progress.batch < self.sampler.batches_per_epoch
             if trains:
-                self.trainer.model.train()
+                self.trainer.set_training()
                 self.monitor.begin_epoch(epoch, progress.batch)
                 for samples in groups(self._batches(epoch), opts.accumulate):
                     terms = self.trainer.train_group(samples, epoch=epoch)

@@ -166,6 +166,24 @@ def broadcast_weights(module: nn.Module) -> None:
 
 
 @torch.no_grad()
+def average_gradients(module: nn.Module) -> None:
+    """Give every process the mean of all processes' gradients, and the first one's buffers.
+
+    A weight without gradient counts as one of gradient 0 on every process, so that none waits for another.
+    """
+    weights = [weight for weight in module.parameters() if weight.requires_grad]
+    gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+    if gradients and _grouped():
+        flat = all_reduce_sum(torch.cat([gradient.flatten() for gradient in gradients]))
+        means = (flat / dist.get_world_size()).split([gradient.numel() for gradient in gradients])
+        for gradient, mean in zip(gradients, means, strict=True):
+            gradient.copy_(mean.view_as(gradient))
+    for weight, gradient in zip(weights, gradients, strict=True):
+        weight.grad = gradient
+    broadcast_buffers(module)
+
+
+@torch.no_grad()
 def _broadcast(tensors: Iterable[Tensor]) -> None:
     if not _grouped():
         return
