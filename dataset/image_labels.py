@@ -97,9 +97,7 @@ def map_in_threads(
     pool = ThreadPoolExecutor(cores)
     try:
         results = pool.map(function, *inputs)
-        # Closed before an interrupt is told, so that its line is one of its own.
-        with tqdm(results, total=len(inputs[0]), desc=desc, unit=unit, disable=not progress) as bar:
-            return list(bar)
+        return list(tqdm(results, total=len(inputs[0]), desc=desc, unit=unit, disable=not progress))
     finally:
         pool.shutdown(cancel_futures=True)
 

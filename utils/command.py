@@ -7,6 +7,7 @@ does its work to the end without printing, with the exit code of its work.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
@@ -72,6 +73,11 @@ def set_up_output() -> None:
 
 
 def _end(line: str, code: int) -> int:
+    if (tqdm := sys.modules.get("tqdm")) is not None:
+        # An interrupt can leave a progress bar open, whose line this one would be printed behind.
+        for bar in list(tqdm.tqdm._instances):
+            with contextlib.suppress(AttributeError):  # interrupted while it was made
+                bar.close()
     # Of several processes that are interrupted together the first one speaks.
     if code != EXIT_INTERRUPTED or os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr, flush=True)
