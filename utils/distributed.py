@@ -1,4 +1,4 @@
-"""Processes: who am I, how do we add up.
+"""Process group: set-up, reductions, agreement between processes, and faults in one line.
 
 ``torchrun`` and ``python -m torch.distributed.launch`` describe each process in its environment (RANK,
 WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Without them there is one process and no process group,
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import Fault, UserError
 from utils.memory import SHARED_MEMORY_REMEDY, is_out_of_memory, keep_freed_memory
@@ -202,12 +202,12 @@ def gather_objects(obj: Any) -> list[Any]:
     return gathered
 
 
-def broadcast_object(obj: Any, source: int = 0) -> Any:
-    """The object of the process ``source``, on every process."""
+def broadcast_object(obj: Any) -> Any:
+    """The first process's object, on every process."""
     if not _grouped():
         return obj
     box = [obj]
-    dist.broadcast_object_list(box, src=source, device=_collective_device())
+    dist.broadcast_object_list(box, src=0, device=_collective_device())
     return box[0]
 
 
@@ -343,9 +343,9 @@ def _one_line(text: str) -> str:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The plain module inside DistributedDataParallel, DataParallel or ``torch.compile``."""
+    """The plain module inside DistributedDataParallel or ``torch.compile``."""
     while True:
-        if isinstance(model, (DistributedDataParallel, DataParallel)):
+        if isinstance(model, DistributedDataParallel):
             model = model.module
         elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
             model = compiled
