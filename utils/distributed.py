@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import Fault, UserError
 from utils.memory import SHARED_MEMORY_REMEDY, is_out_of_memory, keep_freed_memory
@@ -340,17 +339,6 @@ def _lacks_memory(error: BaseException) -> bool:
 def _one_line(text: str) -> str:
     """The first line, without its indentations."""
     return " ".join(text.splitlines()[0].split()) if text else ""
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The plain module inside DistributedDataParallel or ``torch.compile``."""
-    while True:
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
-            model = compiled
-        else:
-            return model
 
 
 def _grouped() -> bool:

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from metrics.stream_metrics import StreamSegMetrics
 from run import main
@@ -277,16 +275,6 @@ def test_all_processes_agree_on_bfloat16():
     for returncode, output in run_processes(2, f"import os\n{textwrap.dedent(code)}"):
         assert returncode == 0, output
         assert output.endswith("bfloat16 False\n")
-
-
-def test_unwrap():
-    plain = nn.Linear(2, 2)
-    assert distributed.unwrap(plain) is plain
-    wrapped = DistributedDataParallel.__new__(DistributedDataParallel)  # making one wants a process group
-    nn.Module.__init__(wrapped)
-    wrapped.module = torch.compile(plain)
-    assert distributed.unwrap(wrapped.module) is plain
-    assert distributed.unwrap(wrapped) is plain
 
 
 WRONG_PLACES = [
