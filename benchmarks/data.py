@@ -10,18 +10,18 @@ Files come from the page cache: the disk is not measured. The target is 7 ms per
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.measure import interleaved, write_report
 from dataset import open_dataset
 from dataset.base import SegmentationDataset
 from dataset.decoding import read_image
@@ -53,18 +53,6 @@ def generated(folder: Path, count: int) -> SegmentationDataset:
     return SegmentationDataset("shapes", "train", folder, images, masks, SHAPE_CLASSES)
 
 
-def measure(part: Callable[[int], object], count: int, repeats: int) -> float:
-    """CPU milliseconds per sample."""
-    times = []
-    for repeat in range(repeats + 1):
-        start = time.process_time()
-        for number in range(count):
-            part(number)
-        if repeat:  # the first warms up
-            times.append((time.process_time() - start) / count * 1000)
-    return statistics.median(times)
-
-
 def run(dataset: SegmentationDataset, crop: int, count: int, repeats: int) -> dict[str, float]:
     """Milliseconds of each part and of the whole sample."""
     count = min(count, len(dataset))
@@ -83,7 +71,14 @@ def run(dataset: SegmentationDataset, crop: int, count: int, repeats: int) -> di
         "whole sample": lambda i: samples[SampleKey(i, 0, i)],
         "normalise (on the device)": lambda i: normalize(batch[i]),
     }
-    return {name: measure(part, count, repeats) for name, part in parts.items()}
+    passes = {name: partial(_each, part, count) for name, part in parts.items()}
+    times = interleaved(passes, torch.device("cpu"), repeats)
+    return {name: 1000 * seconds / count for name, seconds in times.items()}
+
+
+def _each(part: Callable[[int], object], count: int) -> None:
+    for number in range(count):
+        part(number)
 
 
 def main() -> None:
@@ -113,8 +108,7 @@ def main() -> None:
     print(f"JPEG files of {kilobytes:.0f} KiB; a core reads {1000 / whole:.0f} samples per second")
     print(f"{whole:.2f} ms, target {TARGET_MS:.0f} ms; decoding alone {figures['decode JPEG']:.2f} ms")
     print(f"bound by: {bound}, {inner[bound] / whole:.0%} of the sample")
-    if args.out:
-        args.out.write_text(json.dumps(figures, indent=1) + "\n")
+    write_report(args.out, torch.device("cpu"), ms=figures)
 
 
 if __name__ == "__main__":

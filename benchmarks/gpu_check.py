@@ -51,56 +51,40 @@ class Part:
 
 def parts(options: argparse.Namespace) -> list[Part]:
     """What is run, in this order."""
-    out, small = options.out, options.small
-    real = ("--data_root", str(options.photos)) if options.photos else ("--dataset", "shapes", "--data_root")
-    if not options.photos:
-        real = (*real, str(options.shapes))
-    if options.weights:
-        real = (*real, "--weights", str(options.weights))
-    tests = (
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--continue-on-collection-errors",
-        "-m",
-        "cuda",
-        *options.pytest.split(),
-    )
-    size = ("--batch", "2", "--crop", "64", "--repeats", "1") if small else ()
-    step = ("-m", "benchmarks.step")
+    small = options.small
     networks = ("deeplab-mobilenet_v2", "segformer_b0") if small else ("deeplab-resnet101", "segformer_b2")
-    losses = ("--only", "prototype", "--repeats", "1") if small else ("--device", "cuda", "--repeats", "7")
-    run = ("-m", "benchmarks.real_runs", *real, "--logs", str(options.logs), "--out", f"{out}/real_runs.json")
-    run = (*run, "--small", "--side_by_side", "1", "--only", "MIB") if small else (*run, "--num_workers", "2")
-    batch = size or ("--batch", "24", "--crop", "512", "--repeats", "3")
     methods = ("FT", "MIB") if small else ("all",)
+    losses = ("--only", "prototype", "--repeats", "1") if small else ("--device", "cuda", "--repeats", "7")
+    size = ("--batch", "2", "--crop", "64", "--repeats", "1")
+    full = ("--batch", "24", "--crop", "512", "--repeats", "3")
+    step = ("step", *(size if small else full), "--models")
+
+    def benchmark(name: str, stage: int, limits: tuple[int, int], file: str, *words: str) -> Part:
+        command = ("-m", f"benchmarks.{words[0]}", *words[1:], "--out", f"{options.out}/{file}.json")
+        return Part(name, command, limits[small], stage)
+
+    tests = ("-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", "-m", "cuda")
     return [
-        Part("tests", tests, 150, 0),
-        Part("real runs", run, 900 if small else 150, 0),
-        Part(
-            "losses",
-            ("-m", "benchmarks.losses", *losses, "--out", f"{out}/losses.json"),
-            300 if small else 60,
-            1,
-        ),
-        Part(
-            "peak",
-            (*step, "--peak", "--models", networks[0], *batch, "--out", f"{out}/peak.json"),
-            300 if small else 60,
-            2,
-        ),
+        Part("tests", ("-m", "pytest", *tests, *options.pytest.split()), 150, 0),
+        benchmark("real runs", 0, (150, 900), "real_runs", "real_runs", *_real_runs(options)),
+        benchmark("losses", 1, (60, 300), "losses", "losses", *losses),
+        benchmark("peak", 2, (60, 300), "peak", *step, networks[0], "--peak"),
         *(
-            Part(
-                f"methods on {network}",
-                (*step, "--models", network, "--methods", *methods, *batch, "--out", f"{out}/{network}.json"),
-                300 if small else 120,
-                3 + index,
-            )
-            for index, network in enumerate(networks)
+            benchmark(f"methods on {name}", stage, (120, 300), name, *step, name, "--methods", *methods)
+            for stage, name in enumerate(networks, start=3)
         ),
     ]
+
+
+def _real_runs(options: argparse.Namespace) -> tuple[str, ...]:
+    """Words of ``benchmarks.real_runs``: photos where there are some, else generated data."""
+    words = ["--data_root", str(options.photos or options.shapes), "--logs", str(options.logs)]
+    if not options.photos:
+        words += ["--dataset", "shapes"]
+    if options.weights:
+        words += ["--weights", str(options.weights)]
+    words += ["--small", "--side_by_side", "1", "--only", "MIB"] if options.small else ["--num_workers", "2"]
+    return tuple(words)
 
 
 class Report:

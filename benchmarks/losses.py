@@ -16,13 +16,13 @@ import argparse
 import gc
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.measure import heading, interleaved, write_report
+from benchmarks.measure import Row, heading, interleaved, markdown, write_report
 from utils import loss as L
 from utils import loss_kernels
 from utils.command import run_command
@@ -42,11 +42,11 @@ def _logits(device: torch.device, classes: int = 21, grad: bool = True) -> Tenso
     return (torch.randn(8, classes, 512, 512, device=device) * 3).requires_grad_(grad)
 
 
-def _blobs(device: torch.device, batch: int, classes: int, size: int = 512) -> Tensor:
-    """Labels in 64-pixel squares, a tenth of them void."""
-    coarse = torch.randint(0, classes, (batch, 1, size // 64, size // 64), device=device)
+def _blobs(device: torch.device, batch: int, classes: int) -> Tensor:
+    """Labels of 512×512 pixels in squares of 64, a tenth of them void."""
+    coarse = torch.randint(0, classes, (batch, 1, 8, 8), device=device)
     coarse[torch.rand(coarse.shape, device=device) < 0.1] = L.VOID
-    return F.interpolate(coarse.float(), size=(size, size), mode="nearest").long()[:, 0]
+    return F.interpolate(coarse.float(), size=(512, 512), mode="nearest").long()[:, 0]
 
 
 def _as_formula(function: Callable[[], object]) -> Callable[[], object]:
@@ -86,15 +86,15 @@ class _Features(NamedTuple):
     prototypes: Tensor
 
 
-def _sdr(device: torch.device, prototypes: int) -> _Features:
+def _sdr(device: torch.device) -> _Features:
     """Features after a ReLU, 6 classes in the labels."""
     features = torch.randn(8, 2048, 32, 32, device=device).relu_().requires_grad_()
-    return _Features(features, _blobs(device, 8, 6), torch.rand(prototypes, 2048, device=device))
+    return _Features(features, _blobs(device, 8, 6), torch.rand(21, 2048, device=device))
 
 
 def _contrastive(fidelity: str) -> Callable[[torch.device], Callable[[], object]]:
     def make(device: torch.device) -> Callable[[], object]:
-        f, y, p = _sdr(device, 21)
+        f, y, p = _sdr(device)
         criterion = L.FeaturesClusteringSeparationLoss(fidelity=fidelity)
         return _backward([f], lambda: torch.stack(criterion(f, y, p)).sum())
 
@@ -103,7 +103,7 @@ def _contrastive(fidelity: str) -> Callable[[torch.device], Callable[[], object]
 
 def _matching(fidelity: str, sumafter: bool = True) -> Callable[[torch.device], Callable[[], object]]:
     def make(device: torch.device) -> Callable[[], object]:
-        f, y, p = _sdr(device, 21)
+        f, y, p = _sdr(device)
         outputs_old = F.interpolate(torch.randn(8, 16, 32, 32, device=device), size=(512, 512))
         criterion = L.DistillationEncoderPrototypesLoss(sumafter=sumafter, fidelity=fidelity)
         return _backward([f], lambda: criterion(f, y, outputs_old, p, 16))
@@ -112,14 +112,14 @@ def _matching(fidelity: str, sumafter: bool = True) -> Callable[[torch.device], 
 
 
 def _sparsity(device: torch.device) -> Callable[[], object]:
-    f, y, _ = _sdr(device, 21)
+    f, y, _ = _sdr(device)
     criterion = L.FeaturesSparsificationLoss("max_maskedforclass", "exponential", "ratio")
     return _backward([f], lambda: criterion(f, y))
 
 
 def _update(fidelity: str) -> Callable[[torch.device], Callable[[], object]]:
     def make(device: torch.device) -> Callable[[], object]:
-        f, y, _ = _sdr(device, 21)
+        f, y, _ = _sdr(device)
         table = L.Prototypes(21, 2048, fidelity=fidelity).to(device)
         return lambda: table.update(f, y)
 
@@ -155,7 +155,7 @@ def _local_pod(
 
 
 def _snnl(device: torch.device) -> Callable[[], object]:
-    f, y, _ = _sdr(device, 21)
+    f, y, _ = _sdr(device)
     criterion = L.SNNL(temperature=2048.0)
     return _backward([f], lambda: criterion(f, y))
 
@@ -190,55 +190,38 @@ CASES = [
 ]
 
 
-def measure(
-    cases: list[Case], device: torch.device, repeats: int, plain: bool = False
-) -> list[dict[str, Any]]:
-    """Time the cases; one row per case: seconds, the unit's seconds beside it, their ratio.
+COLUMNS = [
+    ("forward + backward", "case", ""),
+    ("ms", "ms", ".2f"),
+    ("CE", "ratio", ".3f"),
+    ("target", "target", ""),
+    ("released", "released", ""),
+]
+PLAIN_COLUMNS = [("plain", "plain_ratio", ".3f"), ("saved", "saved", ".0%")]
+
+
+def measure(cases: list[Case], device: torch.device, repeats: int, plain: bool = False) -> list[Row]:
+    """Time the cases; one row per case: milliseconds, and their ratio to the unit's.
 
     ``plain``: also the ratio of the formula without kernels, and the share of its time that the kernel saves.
     """
     logits, targets = _logits(device), _blobs(device, 8, 21)
     unit = _backward([logits], lambda: F.cross_entropy(logits, targets, ignore_index=L.VOID))
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for case in cases:
         torch.manual_seed(0)
-        function = case.make(device)
-        contenders = {"unit": unit, "case": function}
+        contenders = {"unit": unit, "case": case.make(device)}
         if plain:
-            contenders["plain"] = _as_formula(function)
+            contenders["plain"] = _as_formula(contenders["case"])
         times = interleaved(contenders, device, repeats)
         seconds, ce = times["case"], times["unit"]
-        rows.append(
-            {
-                "case": case.name,
-                "seconds": seconds,
-                "ce_seconds": ce,
-                "ratio": seconds / ce,
-                "released": case.released,
-                "target": case.target,
-            }
-        )
+        row = {"case": case.name, "ms": 1000 * seconds, "ce_ms": 1000 * ce, "ratio": seconds / ce}
+        rows.append({**row, "released": case.released, "target": case.target})
         if plain:
             rows[-1] |= {"plain_ratio": times["plain"] / ce, "saved": 1.0 - seconds / times["plain"]}
-        del function, contenders
+        del contenders
         gc.collect()
     return rows
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a text table."""
-    lines = [f"{'forward + backward':40} {'ms':>8} {'CE':>7} {'target':>7} {'released':>9}"]
-    if rows and "saved" in rows[0]:
-        lines[0] += f" {'plain':>7} {'saved':>6}"
-    for row in rows:
-        target, released = (row[key] if row[key] is not None else "" for key in ("target", "released"))
-        line = (
-            f"{row['case']:40} {1000 * row['seconds']:8.2f} {row['ratio']:7.3f} {target!s:>7} {released!s:>9}"
-        )
-        if "saved" in row:
-            line += f" {row['plain_ratio']:7.3f} {row['saved']:6.0%}"
-        lines.append(line)
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -256,7 +239,7 @@ def main() -> None:
     cases = [case for case in CASES if options.only in case.name]
     rows = measure(cases, device, options.repeats, options.plain)
     print(heading(device))
-    print(table(rows))
+    print(markdown([*COLUMNS, *(PLAIN_COLUMNS if options.plain else ())], rows))
     write_report(options.out, device, rows=rows)
 
 

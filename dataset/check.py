@@ -120,18 +120,16 @@ def check_data(opts: Any) -> int:
         class_names = dataset.class_names
     if not reports:
         raise unopened[0]
-    for reason in unopened:
-        print(f"fault: {reason}")
-    sound = not unopened and not any(report.faults for report in reports.values())
-    for split, report in reports.items():
-        if report.shows_nothing:
-            sound = False
-            values = ", ".join(str(value) for value in np.flatnonzero(report.pixels))
-            print(
-                f"{split}: fault: there is nothing to learn or to measure: the masks hold {values} only, "
-                f"and 0 is background, {VOID} void; give every class its id, 1 to {len(class_names) - 1}"
-            )
+    faults = [f"fault: {reason}" for reason in unopened]
+    faults += [
+        f"{split}: {_nothing_shown(report, len(class_names))}"
+        for split, report in reports.items()
+        if report.shows_nothing
+    ]
+    for line in faults:
+        print(line)
     print_class_table(class_names, reports)
+    sound = not faults and not any(report.faults for report in reports.values())
     if "train" in reports:
         sound &= check_task(
             opts.task_,
@@ -142,6 +140,14 @@ def check_data(opts: Any) -> int:
         )
     print("the data is in order" if sound else "the data is not in order; see the lines with 'fault'")
     return 0 if sound else 2
+
+
+def _nothing_shown(report: SplitReport, num_classes: int) -> str:
+    values = ", ".join(str(value) for value in np.flatnonzero(report.pixels))
+    return (
+        f"fault: there is nothing to learn or to measure: the masks hold {values} only, and 0 is background, "
+        f"{VOID} void; give every class its id, 1 to {num_classes - 1}"
+    )
 
 
 def check_split(dataset: SegmentationDataset, *, progress: bool = True) -> SplitReport:

@@ -109,10 +109,10 @@ def why_empty(
     )
 
 
-def named_classes(ids: Sequence[int], class_names: Sequence[str] = (), most: int = 5) -> str:
+def named_classes(ids: Sequence[int], class_names: Sequence[str] = ()) -> str:
     """Class ids with their names, the first few of them, for a message."""
-    shown = [f"{c} {class_names[c]}" if c < len(class_names) else f"class {c}" for c in ids[:most]]
-    more = f" and {len(ids) - most} more classes" if len(ids) > most else ""
+    shown = [f"{c} {class_names[c]}" if c < len(class_names) else f"class {c}" for c in ids[:5]]
+    more = f" and {len(ids) - 5} more classes" if len(ids) > 5 else ""
     return ", ".join(shown) + more
 
 

@@ -11,7 +11,6 @@ Options of ``run.py`` (``--data_root``, ``--where_to_sim``, ...) are taken too a
 from __future__ import annotations
 
 import argparse
-import csv
 import io
 import logging
 import sys
@@ -48,6 +47,7 @@ from utils.labels import VOID
 from utils.logger import progress, setup_logging
 from utils.option_types import Parser, path_option, positive_int, seed
 from utils.palette import palette
+from utils.tables import csv_text
 
 LAYERS = ("pre_logits", "body")
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -237,14 +237,12 @@ def write(path: Path, figure: Figure, rows: Sequence[Sequence[object]]) -> Path:
     Raises:
         UserError: they cannot be written.
     """
-    picture, table = io.BytesIO(), io.StringIO()
+    picture = io.BytesIO()
     figure.savefig(picture, format="png")
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["x", "y", "class_id", "class_name", "new", "image", "row", "column"])
-    writer.writerows(rows)
+    titles = ["x", "y", "class_id", "class_name", "new", "image", "row", "column"]
     with atomic_write(path, _REMEDY) as file:
         file.write(picture.getvalue())
-    atomic_write_text(path.with_suffix(".csv"), table.getvalue(), _REMEDY)
+    atomic_write_text(path.with_suffix(".csv"), csv_text([titles, *rows]), _REMEDY)
     return path.with_suffix(".csv")
 
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from collections.abc import Set as AbstractSet
-
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from metrics.continual import Results, summarise
 from utils.errors import UserError
 from utils.labels import VOID
 
@@ -63,7 +59,7 @@ class StreamSegMetrics(Metric):
         self.images += preds.shape[0]
 
     def synchronise(self) -> None:
-        """Sum over all processes; every process calls it once before ``results``. Again is harmless."""
+        """Sum over all processes; every process calls it once before it reads them. Again is harmless."""
         if not self._is_synced:
             self.sync()
 
@@ -86,16 +82,3 @@ class StreamSegMetrics(Metric):
     def compute(self) -> Tensor:
         """The confusion matrix (torchmetrics' name for it)."""
         return self.confusion_matrix
-
-    def results(
-        self,
-        class_names: Sequence[str],
-        old_classes: int = 0,
-        *,
-        ignore: AbstractSet[int] = frozenset(),
-        learnt_iou: Mapping[str, float] | None = None,
-    ) -> Results:
-        """Numbers of the step; see ``metrics.continual.summarise``."""
-        return summarise(
-            self.confusion_matrix, class_names, old_classes, ignore=ignore, learnt_iou=learnt_iou
-        )

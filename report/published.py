@@ -7,10 +7,10 @@ a table fit together in one way only (MiB's "all" of VOC is the mean over 20 cla
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from report.groups import Group, Method
 
@@ -37,23 +37,12 @@ class Published:
 def table() -> tuple[Published, ...]:
     """All rows."""
     with _TABLE.open(encoding="utf-8", newline="") as file:
-        return tuple(_rows(csv.DictReader(file)))
+        return tuple(map(_published, csv.DictReader(file)))
 
 
-def _rows(reader: csv.DictReader[str]) -> Iterator[Published]:
-    for row in reader:
-        yield Published(
-            dataset=row["dataset"],
-            task=row["task"],
-            protocol=row["protocol"],
-            backbone=row["backbone"],
-            method=row["method"],
-            miou_old=float(row["miou_old"]),
-            miou_new=float(row["miou_new"]),
-            miou_all=float(row["miou_all"]),
-            background=row["background"] == "with",
-            source=row["source"],
-        )
+def _published(row: dict[str, Any]) -> Published:
+    numbers = {key: float(row[key]) for key in ("miou_old", "miou_new", "miou_all")}
+    return Published(**{**row, **numbers, "background": row["background"] == "with"})
 
 
 def of_group(group: Group) -> list[Published]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +9,7 @@ from pathlib import Path
 from report.groups import Group, Method, Stat, stat
 from report.published import Published, of_method
 from report.reading import Run, read_results
-from utils.tables import format_table, markdown_table
+from utils.tables import csv_text, format_table, markdown_table
 
 NUMBERS = {"old": "miou_old", "new": "miou_new", "all": "miou_all", "harmonic": "harmonic_mean"}
 
@@ -25,9 +23,7 @@ class Table:
 
     def csv(self) -> str:
         """As CSV, full precision."""
-        buffer = io.StringIO()
-        csv.writer(buffer, lineterminator="\n").writerows([self.headers, *self.rows])
-        return buffer.getvalue()
+        return csv_text([self.headers, *self.rows])
 
     def markdown(self) -> str:
         """As Markdown, two decimals."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from metrics.continual import Results
 from runs.files import CONFUSION, RESULTS, step_file
 from utils.errors import UserError
 from utils.files import atomic_write_text
+from utils.tables import csv_text
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -64,7 +64,7 @@ def write_results(
     rows = [row for row in _read_rows(csv_path) if row[0] != str(step)]
     rows.append(results.csv_row(step, num_classes))
     rows.sort(key=lambda row: int(row[0]))
-    _write_csv(csv_path, rows)
+    atomic_write_text(csv_path, csv_text(rows))
     return written
 
 
@@ -90,14 +90,8 @@ def _write_confusion(path: Path, confusion: Tensor | Array, class_names: Sequenc
     if len(counts) != len(class_names):
         raise ValueError(f"{len(class_names)} class names for a confusion matrix of {len(counts)} rows")
     rows = [[name, *row] for name, row in zip(class_names, counts, strict=True)]
-    _write_csv(path, [["label \\ prediction", *class_names], *rows])
+    atomic_write_text(path, csv_text([["label \\ prediction", *class_names], *rows]))
     return path
-
-
-def _write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows(rows)
-    atomic_write_text(path, buffer.getvalue())
 
 
 def _read_rows(path: Path) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""Processes: who am I, how do we add up.
+"""Process group: set-up, reductions, agreement between processes, and faults in one line.
 
 ``torchrun`` and ``python -m torch.distributed.launch`` describe each process in its environment (RANK,
 WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Without them there is one process and no process group,
@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from utils.errors import Fault, UserError
 from utils.memory import SHARED_MEMORY_REMEDY, is_out_of_memory, keep_freed_memory
@@ -202,12 +201,12 @@ def gather_objects(obj: Any) -> list[Any]:
     return gathered
 
 
-def broadcast_object(obj: Any, source: int = 0) -> Any:
-    """The object of the process ``source``, on every process."""
+def broadcast_object(obj: Any) -> Any:
+    """The first process's object, on every process."""
     if not _grouped():
         return obj
     box = [obj]
-    dist.broadcast_object_list(box, src=source, device=_collective_device())
+    dist.broadcast_object_list(box, src=0, device=_collective_device())
     return box[0]
 
 
@@ -340,17 +339,6 @@ def _lacks_memory(error: BaseException) -> bool:
 def _one_line(text: str) -> str:
     """The first line, without its indentations."""
     return " ".join(text.splitlines()[0].split()) if text else ""
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The plain module inside DistributedDataParallel, DataParallel or ``torch.compile``."""
-    while True:
-        if isinstance(model, (DistributedDataParallel, DataParallel)):
-            model = model.module
-        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
-            model = compiled
-        else:
-            return model
 
 
 def _grouped() -> bool:

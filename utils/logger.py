@@ -1,4 +1,4 @@
-"""What a run says: log lines, progress, text tables and TensorBoard."""
+"""What a run says while it works: log lines and progress."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from tqdm import tqdm
 
 from utils.distributed import World
 from utils.files import cannot_write
-
-if TYPE_CHECKING:  # at run time that module imports this one
-    pass
 
 T = TypeVar("T")
 

@@ -35,9 +35,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def is_shared_memory_full(places: int = 16) -> bool:
-    """Whether /dev/shm has no room for so many locks, a page each, which queues between processes need."""
+def is_shared_memory_full() -> bool:
+    """Whether /dev/shm has no room for 16 locks, a page each, which queues between processes need."""
     try:
-        return shutil.disk_usage("/dev/shm").free < places * 4096
+        return shutil.disk_usage("/dev/shm").free < 16 * 4096
     except OSError:  # a system without it
         return False

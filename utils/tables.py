@@ -1,11 +1,13 @@
-"""Tables of text and of Markdown."""
+"""Tables as text, Markdown and CSV."""
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -40,6 +42,13 @@ def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> 
     right = [bool(column) and all(map(_numeric, column)) for column in columns] or [False] * len(headers)
     rule = ["---:" if at_right else "---" for at_right in right]
     return "\n".join(f"| {' | '.join(line)} |" for line in [list(headers), rule, *shown])
+
+
+def csv_text(rows: Iterable[Sequence[object]]) -> str:
+    """Rows as CSV, cells as they are."""
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    return buffer.getvalue()
 
 
 def markdown_text(text: str) -> str:

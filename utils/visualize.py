@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
@@ -23,6 +22,7 @@ from utils.palette import palette
 
 Array = np.ndarray[Any, np.dtype[Any]]
 SAMPLE_SIDE = 320
+_OPACITY = 0.6  # of the colours over a picture
 _NUMBERED = 40  # classes of a confusion matrix up to which its cells hold numbers
 
 
@@ -32,19 +32,18 @@ def colorize(mask: Array | Tensor) -> Array:
     return palette(max(256, int(ids.max(initial=0)) + 1))[ids]
 
 
-def overlay(image: Array | Tensor, mask: Array | Tensor, opacity: float = 0.6) -> Array:
+def overlay(image: Array | Tensor, mask: Array | Tensor) -> Array:
     """Colour the classes of a mask over a picture; background and void leave the picture as it is.
 
     Args:
         image: H×W×3 or 3×H×W, uint8.
         mask: H×W, class ids.
-        opacity: of the colours, 0 to 1.
 
     Returns:
         H×W×3, uint8.
     """
     picture, ids = _picture(image), np.asarray(mask)
-    mixed = np.rint((1 - opacity) * picture + opacity * colorize(ids)).astype(np.uint8)
+    mixed = np.rint((1 - _OPACITY) * picture + _OPACITY * colorize(ids)).astype(np.uint8)
     bare = (ids == 0) | (ids == VOID)
     return np.where(bare[..., None], picture, mixed)
 
@@ -209,9 +208,7 @@ def _picture(image: Array | Tensor) -> Array:
 
 def _figure(width: float, height: float) -> Figure:
     """A figure that pyplot does not keep: nothing to close, no display needed."""
-    figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), dpi=100, layout="constrained")
 
 
 def _render(figure: Figure, path: Path | None) -> Array:

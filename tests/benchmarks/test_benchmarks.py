@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import profile, scaling, step, tables
+from benchmarks import profile, scaling, step
 from benchmarks.measure import interleaved, markdown, peak_bytes
 from benchmarks.workbench import ALL_METHODS, bench, options
 
@@ -118,10 +118,3 @@ def test_peak_bytes_is_the_most_held_at_one_time() -> None:
 def test_markdown_leaves_cells_without_a_figure_empty() -> None:
     text = markdown([("case", "name", ""), ("ms", "ms", ".1f")], [{"name": "a", "ms": 1.25}, {"name": "b"}])
     assert text.splitlines() == ["| case | ms |", "|---|---|", "| a | 1.2 |", "| b |  |"]
-
-
-def test_the_slowest_methods_are_found_once_each(tmp_path: Path) -> None:
-    rows = [("A", "x", 0.1), ("A", "y", 0.3), ("B", "x", 0.05), ("C", "y", 0.2)]
-    report = tmp_path / "step.json"
-    report.write_text(json.dumps({"rows": [{"method": a, "model": b, "overhead": c} for a, b, c in rows]}))
-    assert tables.slowest(report, 2) == [("A", "y"), ("C", "y")]

@@ -33,7 +33,7 @@ flag = d.AllReducedFlag(60.0)
 assert [flag.reduce(2), flag.reduce(0), flag.wait()] == [0, 2, 0]
 wrapped = DistributedDataParallel(nn.Linear(3, 2).to(device), device_ids=[0])
 wrapped(torch.ones(1, 3, device=device)).sum().backward()
-assert d.unwrap(wrapped).weight.grad.flatten().tolist() == [1] * 6
+assert wrapped.module.weight.grad.flatten().tolist() == [1] * 6
 d.barrier()
 d.stop()
 print("done")

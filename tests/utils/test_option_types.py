@@ -31,7 +31,6 @@ BENCHMARKS = (
     "real_runs",
     "scaling",
     "step",
-    "tables",
 )
 
 

@@ -39,10 +39,10 @@ def test_colorize(kind):
 
 def test_overlay_leaves_background_and_void_alone():
     image = np.full((1, 3, 3), 100, dtype=np.uint8)
-    picture = overlay(image, np.array([[0, 1, 255]]), opacity=0.5)
-    assert picture.tolist() == [[[100] * 3, [114, 50, 50], [100] * 3]]
+    picture = overlay(image, np.array([[0, 1, 255]]))
+    assert picture.tolist() == [[[100] * 3, [117, 40, 40], [100] * 3]]
     tensor = torch.from_numpy(image).permute(2, 0, 1)
-    np.testing.assert_array_equal(overlay(tensor, torch.tensor([[0, 1, 255]]), opacity=0.5), picture)
+    np.testing.assert_array_equal(overlay(tensor, torch.tensor([[0, 1, 255]])), picture)
 
 
 @pytest.mark.parametrize(
