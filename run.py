@@ -44,10 +44,6 @@ def main(argv: list[str] | None = None) -> int:
         if rank == 0:
             print(f"run.py: {stopped}", file=sys.stderr, flush=True)
         return EXIT_STOPPED
-    except KeyboardInterrupt:
-        if rank == 0:
-            print("run.py: interrupted", file=sys.stderr, flush=True)
-        return utils.command.EXIT_INTERRUPTED
     except RuntimeError as error:
         fault = distributed.as_fault(error)
         if fault is None:

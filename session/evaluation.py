@@ -17,6 +17,7 @@ from dataset.step_data import EvaluationData
 from inference.multiscale import predict_classes, predictor
 from metrics.continual import Results, summarise
 from metrics.stream_metrics import StreamSegMetrics
+from runs.files import PREDICTIONS, SAMPLES, step_file
 from runs.results import write_results
 from session.run import Run
 from session.tensorboard import RunLogger
@@ -166,10 +167,10 @@ class Evaluation:
         model, previous = networks
         truth, found = by_id(targets), by_id(predicted(model))
         before = None if previous is None else by_id(predicted(previous))
-        path = self.folder.path / f"predictions_{step}.png"
+        path = step_file(self.folder.path, PREDICTIONS, step)
         names = dict(zip(seen, data.class_names, strict=True))
         with failure_is_a_warning(f"the images of step {step}"):
-            write_samples(self.folder.path / "samples", images, truth, found, step)
+            write_samples(self.folder.path / SAMPLES, images, truth, found, step)
             grid = prediction_grid(images, truth, found, names, old_predictions=before, path=path)
             writer.image("predictions", grid, self.opts.epochs)
             with self._task_writer() as whole:

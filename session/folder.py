@@ -16,7 +16,7 @@ from runs.checkpoint import (
     saved_options,
     with_current_names,
 )
-from runs.files import checkpoint_path
+from runs.files import RESULTS, checkpoint_path, step_file
 from session.resume import differences, is_trained, job_id, restarted
 from utils import distributed
 from utils.distributed import World
@@ -97,7 +97,7 @@ class RunFolder:
 
     def results(self, step: int) -> Path:
         """Results of a step; written last, they mark the step as done."""
-        return self.path / f"results_{step}.json"
+        return step_file(self.path, RESULTS, step)
 
     def load(self, path: Path, step: int) -> dict[str, Any]:
         """A checkpoint that fits this run's network and task at a step.

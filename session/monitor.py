@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from metrics.continual import Results
+from runs.files import TENSORBOARD, step_file
 from runs.history import History
 from session.run import Run
 from session.tensorboard import RunLogger
@@ -43,7 +44,9 @@ class Monitor:
         self._lr = 0.0
         with contextlib.ExitStack() as opened:
             begins_at = 0 if iteration is None else iteration + 1
-            self.writer = RunLogger(world, path / f"step_{step}", enabled=opts.visualize, begins_at=begins_at)
+            self.writer = RunLogger(
+                world, step_file(path, TENSORBOARD, step), enabled=opts.visualize, begins_at=begins_at
+            )
             opened.callback(self.writer.close)
             self.writer.options(run.folder.options)
             self.history = History(

@@ -18,6 +18,7 @@ from dataset.loaders import EpochSampler, Loader, make_train_loader
 from dataset.protocols import list_digest
 from dataset.step_data import StepData, step_data
 from methods import Method, build_methods
+from runs.files import EXEMPLARS, step_file
 from session.cached import Cache, weights_digest
 from session.evaluation import Evaluation
 from session.folder import Start
@@ -280,7 +281,7 @@ def load_data(run: Run, start: Start, methods: Mapping[str, Method]) -> StepData
         UserError: the data set is missing or faulty, or the checkpoint was trained on other images.
     """
     opts, step, fingerprint, resumed = run.opts, start.step, start.fingerprint, start.resumed
-    exemplar_list = run.folder.path / f"exemplars_{step}.json"
+    exemplar_list = step_file(run.folder.path, EXEMPLARS, step)
     extras = frozenset[str]().union(*(method.extras for method in methods.values()))
     data = step_data(opts, step, extras=extras, exemplar_list=exemplar_list, is_main=run.world.is_main)
     fingerprint["list of training images"] = list_digest([entry.index for entry in data.train.entries])

@@ -83,7 +83,7 @@ def living_in_group(leader: int) -> list[int]:
 
 
 class Fork:
-    """``run.main`` with the arguments in a process of its own, forked from one that has imported everything.
+    """run.py with the arguments in a process of its own, forked from one that has imported everything.
 
     What ``python run.py`` does, without the seconds of importing. ``prepare``, a function of a module, is
     called there before.
@@ -116,6 +116,7 @@ def _run_main(
     arguments: list[str], environment: dict[str, str], output: Path, prepare: Callable[[], None] | None
 ) -> None:
     import run
+    import utils.command
 
     _to_foreground()
     with output.open("ab") as file:
@@ -129,7 +130,7 @@ def _run_main(
     if prepare is not None:
         prepare()
     # The exit of a multiprocessing process waits for its children, as Python's own does.
-    sys.exit(run.main(arguments))
+    sys.exit(utils.command.run_command("run.py", lambda: run.main(arguments)))
 
 
 def free_port() -> int:

@@ -18,6 +18,7 @@ from test_stops import children
 
 import run as program
 from argparser import parse_options
+from utils.command import run_command
 
 WORKERS = (0, 1, 2)
 
@@ -170,7 +171,7 @@ def test_ctrl_c_where_there_is_nothing_to_save_is_one_line(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(program, "run", interrupted)
-    assert program.main(["--check_data"]) == 130
+    assert run_command("run.py", lambda: program.main(["--check_data"])) == 130
     assert capsys.readouterr().err.splitlines() == ["run.py: interrupted"]
 
 
