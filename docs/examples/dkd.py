@@ -27,7 +27,7 @@ def bce(logits: Tensor, targets: Tensor, pos_weight: float = 1.0) -> Tensor:
 
 def reasoning_scores(features: Tensor, model: Any, steps: int) -> Tensor:
     """Positive and negative parts of the foreground logits of the first steps, without biases."""
-    weights = torch.cat([classifier.weight for classifier in model.cls[:steps]])[1:]
+    weights = torch.cat([part.weight for part in model.cls.parts[:steps]])[1:]
     return F.conv2d(features, torch.cat([weights.clamp(min=0), weights.clamp(max=0)]))
 
 

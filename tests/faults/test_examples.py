@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,20 +11,38 @@ from typing import Any
 
 import pytest
 import torch
-from faults import ROOT, TINY, completed, differences, left_by, running, start_words
+from faults import BOUND, ROOT, TINY, Fork, completed, differences, left_by, running, start_words
 
 from report.command import main as report
+from session.state import StepState
 
-EXAMPLES = {"weight_fusion": "FUSION", "dkd": "DKD", "contrastive": "CONTRAST"}
-LINES = {"weight_fusion": 35, "dkd": 75, "contrastive": 55, "cosine_distillation": 60}
+EXAMPLES = {"weight_fusion": "FUSION", "dkd": "DKD", "contrastive": "CONTRAST", "mean_replay": "REPLAY"}
+LINES = {"weight_fusion": 35, "dkd": 75, "contrastive": 55, "cosine_distillation": 60, "mean_replay": 65}
 
 
 def command(data: Path, logs: Path, name: str, example: str, *more: object) -> list[object]:
     file = ROOT / "docs" / "examples" / f"{example}.py"
     return [
         *(*TINY, "--data_root", data, "--logdir", logs, "--name", name, "--epochs", "1", "--step", "0", "1"),
-        *("--method_file", file, "--method", EXAMPLES[example], *more),
+        *("--ckpt_minutes", "0.00001", "--method_file", file, "--method", EXAMPLES[example], *more),
     ]
+
+
+def kill_after_a_save() -> None:
+    """Let the process kill itself after the save at KILL_AT: step, epoch and batches, from 0."""
+    save = StepState.save
+
+    def killing(self: StepState) -> None:
+        save(self)
+        at = self.start.step, self.progress.epoch, self.progress.batch
+        if os.environ.get("KILL_AT") == str(at):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    StepState.save = killing  # type: ignore[method-assign]
+
+
+class Killing(Fork):
+    prepare = kill_after_a_save
 
 
 def start_torchrun(arguments: Sequence[str], environment: dict[str, str], output: Path) -> Any:
@@ -36,15 +56,19 @@ def left(logs: Path, name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_an_example_from_training_to_report(
-    tiny_data: Path, tmp_path: Path, example: str, capsys: pytest.CaptureFixture[str]
+    tiny_data: Path,
+    tmp_path: Path,
+    example: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     completed(command(tiny_data, tmp_path, "whole", example), tmp_path / "out")
     broken = command(tiny_data, tmp_path, "broken", example)
-    with running(broken, tmp_path / "out") as run:
-        assert run.wait_for("step 1 epoch 1/1: 2/")
-        run.kill()
+    monkeypatch.setenv("KILL_AT", "(1, 0, 2)")
+    with running(broken, tmp_path / "out", start=Killing) as run:
+        assert run.wait(BOUND) == [-signal.SIGKILL]
     resumed = completed(broken, tmp_path / "out")
-    assert "step 1 goes on at epoch" in resumed.output()
+    assert "step 1 resumes at epoch 1 of 1, after batch 2 of 3" in resumed.output()
     whole = left(tmp_path, "whole")
     assert differences(whole, left(tmp_path, "broken")) == []
 
@@ -70,17 +94,19 @@ def test_an_example_from_training_to_report(
     assert (tmp_path / "report" / "report.html").is_file()
 
 
-def test_the_head_of_two_killed_processes(tiny_data: Path, tmp_path: Path) -> None:
+def test_the_head_of_two_killed_processes(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the best epoch kept and gradients accumulated; torchrun's run is the unbroken one."""
     more = ("--deterministic", "--keep", "best", "--epochs", "2", "--batch_size", "2", "--accumulate", "2")
     completed(
         command(tiny_data, tmp_path, "whole", "contrastive", *more), tmp_path / "w", start=start_torchrun
     )
     broken = command(tiny_data, tmp_path, "broken", "contrastive", *more)
-    for point in ("step 0 epoch 2/2: 2/", "step 1 epoch 1/2: 2/"):
-        with running(broken, tmp_path / "b", 2) as run:
-            assert run.wait_for(point)
-            run.kill()
+    for point in ("(0, 1, 2)", "(1, 0, 2)"):
+        monkeypatch.setenv("KILL_AT", point)
+        with running(broken, tmp_path / "b", 2, Killing) as run:
+            assert -signal.SIGKILL in run.wait(BOUND)
     completed(broken, tmp_path / "b", 2)
     whole = left(tmp_path, "whole")
     assert differences(whole, left(tmp_path, "broken")) == []

@@ -60,21 +60,16 @@ class Heads(Method):
         return 0.0 if parameter == "Heads.type.bias" else 1.0
 
 
-def made(
-    method: Method | None = None, precision: Precision | None = None, accumulate: int = 1
-) -> tuple[Trainer, nn.Module]:
+def made(method: Method | None = None, precision: Precision | None = None) -> tuple[Trainer, nn.Module]:
     method = method or Heads()
     torch.manual_seed(0)
-    context = Context(task=get_task("shapes", "10-10"), step=0, model=Net())
-    precision = precision or Precision("O0", context.device)
+    precision = precision or Precision("O0", torch.device("cpu"))
+    context = Context(task=get_task("shapes", "10-10"), step=0, model=Net(), device=precision.device)
     precision.place(context.model)
     methods = {type(method).__name__: method}
     own = precision.place(collect_modules(methods, context))
     optimizer = make_optimizer(parse_options(["--dataset", "shapes"]), context.model, methods, 0.1, own)
-    trainer = Trainer(
-        context, methods, optimizer, own_modules=own, precision=precision, accumulate=accumulate
-    )
-    return trainer, own
+    return Trainer(context, methods, optimizer, own_modules=own, precision=precision), own
 
 
 def batch(labels: int = 1) -> tuple[Tensor, Tensor]:
@@ -125,7 +120,8 @@ def test_they_learn_in_training_mode_and_without_gradient_only_decay() -> None:
     trainer, own = made(method)
     own.eval()
     before = copy.deepcopy(own.state_dict())
-    trainer.train_epoch([batch(0)], 0)
+    trainer.set_training()
+    trainer.train_step(*batch(0))
     assert method.modes == [True]
     after = own.state_dict()
     assert not torch.equal(after["Heads.head.0.weight"], before["Heads.head.0.weight"])
@@ -184,11 +180,16 @@ def test_an_overflow_in_a_module_skips_the_step() -> None:
 
 
 @pytest.mark.parametrize("level", ["O1", "O2", "O3"])
-def test_precision_is_the_network_s(level: str) -> None:
-    precision = Precision(level, torch.device("cpu"), bfloat16=True)
+@pytest.mark.parametrize(
+    ("device", "bfloat16"),
+    [("cpu", True), *(pytest.param("cuda", kind, marks=pytest.mark.cuda) for kind in (True, False))],
+)
+def test_precision_and_device_are_the_network_s(level: str, device: str, bfloat16: bool) -> None:
+    precision = Precision(level, torch.device(device), bfloat16)
+    assert precision.scaler.is_enabled() is (not bfloat16 and level != "O3")
     trainer, own = made(precision=precision)
     expected = torch.bfloat16 if level == "O3" else torch.float32
-    assert {weight.dtype for weight in own.parameters()} == {expected}
+    assert {(weight.dtype, weight.device.type) for weight in own.parameters()} == {(expected, device)}
     trainer.train_step(*batch())
     assert all(
         gradient.isfinite().all() and gradient.dtype == expected for gradient in gradients(own).values()
