@@ -1,4 +1,4 @@
-"""Every misuse of a hook is told in one line that names file, class and hook."""
+"""Every misuse of a hook is reported in one line that names file, class and hook."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ HOOKS = {
 
 
 @pytest.mark.parametrize("name", HOOKS)
-def test_a_wrong_hook_is_told_by_the_first_batch(file: Path, name: str) -> None:
+def test_a_wrong_hook_is_reported_by_the_first_batch(file: Path, name: str) -> None:
     text, message = HOOKS[name]
     assert message in said(file, hook(text))
 
@@ -269,7 +269,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_wrong_file_is_told_when_it_is_loaded(file: Path, name: str) -> None:
+def test_a_wrong_file_is_reported_when_it_is_loaded(file: Path, name: str) -> None:
     text, message = FILES[name]
     assert message in said(file, text)
 
