@@ -1,4 +1,4 @@
-"""Misuse of the hooks, told in one line that names file, class and hook."""
+"""Misuse of the hooks, reported in one line that names file, class and hook."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def call_hook(method: Method, hook: str, *arguments: Any) -> None:
     """Call a hook that acts and returns nothing.
 
     Raises:
-        UserError: it returned something, which nobody would read.
+        UserError: it returned something, which is not used.
     """
     returned = getattr(method, hook)(*arguments)
     if returned is not None:
@@ -261,18 +261,19 @@ def check_modules(method: Method, networks: Iterable[nn.Module]) -> dict[str, nn
         raise fault(
             method, "modules", f"returned {shown(parts)}; return a dict of nn.Modules by name, {{}} for none"
         )
-    networks_weights = {id(weight) for network in networks for weight in network.parameters()}
+    of_networks = {id(weight) for network in networks for weight in network.parameters()}
     for name, module in parts.items():
         if not isinstance(name, str) or not name or "." in name:
-            raise fault(method, "modules", f"a module cannot be named {name!r}; use text without dots")
-        if not isinstance(module, nn.Module):
-            raise fault(method, "modules", f"'{name}' is {shown(module)}, not an nn.Module")
-        if any(is_lazy(weight) for weight in module.parameters()):
-            raise fault(method, "modules", f"'{name}' has lazy weights; give their sizes in begin_step")
-        if any(id(weight) in networks_weights for weight in module.parameters()):
-            raise fault(
-                method, "modules", f"'{name}' has weights of the network, which trains them; leave it out"
-            )
+            what = f"a module cannot be named {name!r}; use text without dots"
+        elif not isinstance(module, nn.Module):
+            what = f"'{name}' is {shown(module)}, not an nn.Module"
+        elif any(is_lazy(weight) for weight in module.parameters()):
+            what = f"'{name}' has lazy weights; give their sizes in begin_step"
+        elif any(id(weight) in of_networks for weight in module.parameters()):
+            what = f"'{name}' has weights of the network, which trains them; leave it out"
+        else:
+            continue
+        raise fault(method, "modules", what)
     return parts
 
 

@@ -1,4 +1,4 @@
-"""A method of one's own that acts after a step: new and old weights are fused, the idea of EWF (CVPR 2023).
+"""A method of one's own that changes weights after a step: EWF's average of old and new ones (CVPR 2023).
 
 python run.py --method_file docs/examples/weight_fusion.py --method FUSION --step all ...
 """
@@ -8,32 +8,28 @@ from typing import Any
 import torch
 
 from methods import Context, Method
-from utils.option_types import share
 
-PRESETS = {"FUSION": {"extends": "MIB", "fusion": 0.5}}
+PRESETS = {"FUSION": {"extends": "MIB", "fusion": True}}
 
 
 class WeightFusion(Method):
-    """After each step θ becomes F·θ_old + (1 - F)·θ, but for the new classes' part."""
+    """After a step θ becomes (1 - α)·θ_old + α·θ, α² the new classes' share; the new classifier stays."""
 
-    factor = 0.0
+    needs_teacher = True
 
     @classmethod
     def add_options(cls, group: Any) -> None:
-        group.add_argument("--fusion", type=share, default=0.0, metavar="F", help="share of the old weights")
+        group.add_argument("--fusion", action="store_true", help="average old and new weights after a step")
 
     @classmethod
     def from_options(cls, opts: Any) -> "WeightFusion | None":
-        method = cls()
-        method.factor = opts.fusion
-        return method if opts.fusion > 0 else None
-
-    def begin_step(self, context: Context) -> None:
-        named = context.model.named_parameters() if context.step else ()  # just grown: still the old weights
-        self.old = {n: p.detach().clone() for n, p in named if not n.startswith(f"cls.{context.step}.")}
+        return cls() if opts.fusion else None
 
     @torch.no_grad()
     def end_step(self, context: Context) -> None:
-        for name, parameter in context.model.named_parameters():
-            if name in self.old:
-                parameter.lerp_(self.old[name], self.factor)
+        alpha = (context.classes_new / (context.classes_new + context.classes_old)) ** 0.5
+        teacher: Any = context.model_old
+        new = context.model.state_dict()
+        for name, old in teacher.state_dict().items():
+            if old.is_floating_point():  # all but the norm layers' count of batches
+                new[name].copy_(torch.lerp(old, new[name], alpha))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import ROOT, SMALL, Launch
+from command import SMALL, Launch
 
 METHOD = """
 import os, signal
@@ -87,23 +87,3 @@ def test_it_happens_once_also_across_kills(cli: Launch, tmp_path: Path, keep: st
     trained = json.loads(results.read_text())
     assert cli(*base, "--name", "broken", "--test").code == 0
     assert json.loads(results.read_text()) == trained
-
-
-def test_the_example_fuses_weights_on_two_processes(cli: Launch, tmp_path: Path) -> None:
-    example = ROOT / "docs" / "examples" / "weight_fusion.py"
-    run = (
-        *(*SMALL, "--method_file", example, "--method", "FUSION", "--task", "10-10", "--step", "all"),
-        *("--logdir", tmp_path, "--name", "f", "--fusion", "1", "--lr", "0.01"),
-    )
-    outcome = cli(*run, launcher="torchrun", processes=2)
-    assert outcome.code == 0, outcome.err[-3000:]
-    before, after = (
-        torch.load(path, weights_only=True)["model_state"]
-        for path in sorted((tmp_path / "10-10-shapes_f").glob("*.pth"))
-    )
-    # MiB lowers the background's bias when the network grows.
-    weights = [name for name in before if name.endswith(("weight", "bias")) and name != "cls.0.bias"]
-    assert weights
-    for name in weights:  # with F = 1 nothing is left of what step 1 taught the old parts
-        assert torch.equal(before[name], after[name]), name
-    assert any(name.startswith("cls.1.") for name in after)

@@ -125,3 +125,50 @@ def test_state_that_cannot_be_saved_ends_the_command_at_the_first_batch(cli: Lau
         outcome.last_error
     )
     assert not list(tmp_path.rglob("*.pth"))
+
+
+MODULE = """
+from pathlib import Path
+import torch
+from torch import nn
+from methods import Method
+
+class Mine(Method):
+    @classmethod
+    def from_options(cls, opts):
+        return cls()
+
+    def begin_step(self, context):
+        self.part = nn.Linear(2, 2)
+
+    def modules(self):
+        return {"part": self.part}
+
+    def weight_decay_factor(self, name):
+        return 0.0
+
+    @torch.no_grad()
+    def end_step(self, context):
+        assert not self.part.training
+        self.part.bias.add_(1)
+        if (Path(__file__).parent / "overflow").exists():
+            self.part.weight.fill_(float("inf"))
+"""
+
+
+def test_a_module_goes_on_in_the_next_step_and_is_saved_only_if_finite(cli: Launch, tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(MODULE)
+    words = (*SMALL, "--method_file", file, "--task", "10-10", "--logdir", tmp_path, "--name", "x")
+    assert cli(*words, "--step", "all").code == 0
+    first, second = (
+        torch.load(path, weights_only=True)["modules"]
+        for path in sorted((tmp_path / "10-10-shapes_x").glob("*.pth"))
+    )
+    assert first.keys() == {"Mine.part.weight", "Mine.part.bias"}
+    assert torch.equal(first["Mine.part.weight"], second["Mine.part.weight"])  # no loss reads them
+    assert torch.equal(first["Mine.part.bias"] + 1, second["Mine.part.bias"])
+    (tmp_path / "overflow").touch()
+    outcome = cli(*words, "--step", "1", "--fresh")
+    assert outcome.code == 1, outcome.err[-2000:]
+    assert "the weights are not finite any more and are not saved" in outcome.err

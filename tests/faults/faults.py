@@ -234,7 +234,7 @@ def saves_now(run_dir: Path) -> bool:
 # ── what a run leaves ────────────────────────────────────────────────────────────────────────────────
 
 _COMPARED = (
-    *("epoch", "batch", "best_score", "model_state", "optimizer_state", "scheduler_state"),
+    *("epoch", "batch", "best_score", "model_state", "modules", "optimizer_state", "scheduler_state"),
     *("method_state", "method_state_of_rank", "rng_state", "best", "kept_epoch"),
 )
 

@@ -1,4 +1,4 @@
-"""Every misuse of a hook is told in one line that names file, class and hook."""
+"""Every misuse of a hook is reported in one line that names file, class and hook."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import methods
 from argparser import parse_options
 from methods import REGISTRY, Context, Method, build_methods
 from methods.checks import check_class, preset_fault
+from methods.own_modules import check_unchanged, collect_modules
 from methods.presets import _PRESETS, METHODS
 from session.optimizer import make_optimizer
 from tasks import get_task
@@ -22,6 +23,8 @@ from train import Trainer
 from utils.errors import UserError
 
 HEAD = """
+import torch
+from torch import nn
 from methods import Method
 
 class Mine(Method):
@@ -65,9 +68,13 @@ def first_batch(file: Path) -> dict[str, Tensor]:
     context = Context(task=get_task("shapes", "10-10"), step=0, model=Toy())
     for method in built.values():
         method.begin_step(context)
-    trainer = Trainer(context, built, make_optimizer(opts, context.model, built, 0.1))
+    own = collect_modules(built, context)
+    optimizer = make_optimizer(opts, context.model, built, 0.1, own)
+    trainer = Trainer(context, built, optimizer, own_modules=own)
     torch.manual_seed(0)
-    return trainer.train_step(torch.rand(2, 3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.uint8))
+    terms = trainer.train_step(torch.rand(2, 3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.uint8))
+    check_unchanged(own, built)
+    return terms
 
 
 def said(file: Path, text: str) -> str:
@@ -151,18 +158,62 @@ HOOKS = {
         "def losses(self): return {}",
         "Mine.losses: is called as losses(batch): too many positional arguments",
     ),
+    "modules as a list": (
+        "def modules(self): return [nn.Linear(2, 2)]",
+        "Mine.modules: returned a list; return a dict of nn.Modules by name, {} for none",
+    ),
+    "modules that returns nothing": ("def modules(self): pass", "Mine.modules: returned None; return a dict"),
+    "a module's name with a dot": (
+        "def modules(self): return {'a.b': nn.Linear(2, 2)}",
+        "Mine.modules: a module cannot be named 'a.b'; use text without dots",
+    ),
+    "a module without name": (
+        "def modules(self): return {'': nn.Linear(2, 2)}",
+        "Mine.modules: a module cannot be named ''",
+    ),
+    "a weight as module": (
+        "def modules(self): return {'scale': torch.nn.Parameter(torch.ones(3))}",
+        "Mine.modules: 'scale' is a tensor of shape (3,), not an nn.Module",
+    ),
+    "a module of unknown size": (
+        "def modules(self): return {'head': nn.LazyLinear(2)}",
+        "Mine.modules: 'head' has lazy weights; give their sizes in begin_step",
+    ),
+    "a part of the network": (
+        "def begin_step(self, context): self.head = nn.Sequential(context.model.cls[0], nn.ReLU())\n"
+        "def modules(self): return {'head': self.head}",
+        "Mine.modules: 'head' has weights of the network, which trains them; leave it out",
+    ),
+    "modules built anew": (
+        "def modules(self): return {'head': nn.Linear(2, 2)}",
+        "Mine.modules: returned other modules when it was called again, which are not trained; build them in",
+    ),
+    "modules replaced at the first batch": (
+        "head = nn.Linear(2, 2)\ndef modules(self): return {'head': self.head}\n"
+        "def observe(self, batch): self.head = nn.Linear(2, 2)",
+        "Mine.modules: returned other modules when it was called again",
+    ),
+    "modules added at the first batch": (
+        "head = {}\ndef modules(self): return self.head\n"
+        "def observe(self, batch): self.head = {'head': nn.Linear(2, 2)}",
+        "Mine.modules: returned other modules when it was called again",
+    ),
     "a hook that is no function": ("relabel = 3", "Mine.relabel: is a hook and must be a method, not 3"),
 }
 
 
 @pytest.mark.parametrize("name", HOOKS)
-def test_a_wrong_hook_is_told_by_the_first_batch(file: Path, name: str) -> None:
+def test_a_wrong_hook_is_reported_by_the_first_batch(file: Path, name: str) -> None:
     text, message = HOOKS[name]
     assert message in said(file, hook(text))
 
 
 OPTION = 'parser.add_argument("--loss_mine", type=float, default=1.0)'
 FILES = {
+    "a method that is an nn.Module": (
+        HEAD.replace("Mine(Method)", "Mine(Method, nn.Module)"),
+        "Mine.modules: is a hook, but the class is an nn.Module, which has that name too; derive from Method",
+    ),
     "no from_options": (
         "from methods import Method\nclass Mine(Method):\n    pass\n",
         "Mine.from_options: is missing",
@@ -218,7 +269,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_wrong_file_is_told_when_it_is_loaded(file: Path, name: str) -> None:
+def test_a_wrong_file_is_reported_when_it_is_loaded(file: Path, name: str) -> None:
     text, message = FILES[name]
     assert message in said(file, text)
 

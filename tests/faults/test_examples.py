@@ -1,0 +1,134 @@
+"""The methods of docs/examples: trained, killed and resumed, tested, on two processes, and in the report."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from faults import BOUND, ROOT, TINY, Fork, completed, differences, left_by, running, start_words
+
+from report.command import main as report
+from session.state import StepState
+
+EXAMPLES = {"weight_fusion": "FUSION", "dkd": "DKD", "contrastive": "CONTRAST", "mean_replay": "REPLAY"}
+LINES = {"weight_fusion": 35, "dkd": 75, "contrastive": 55, "cosine_distillation": 60, "mean_replay": 65}
+
+
+def command(data: Path, logs: Path, name: str, example: str, *more: object) -> list[object]:
+    file = ROOT / "docs" / "examples" / f"{example}.py"
+    return [
+        *(*TINY, "--data_root", data, "--logdir", logs, "--name", name, "--epochs", "1", "--step", "0", "1"),
+        *("--ckpt_minutes", "0.00001", "--method_file", file, "--method", EXAMPLES[example], *more),
+    ]
+
+
+def kill_after_a_save() -> None:
+    """Let the process kill itself after the save at KILL_AT: step, epoch and batches, from 0."""
+    save = StepState.save
+
+    def killing(self: StepState) -> None:
+        save(self)
+        at = self.start.step, self.progress.epoch, self.progress.batch
+        if os.environ.get("KILL_AT") == str(at):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    StepState.save = killing  # type: ignore[method-assign]
+
+
+class Killing(Fork):
+    prepare = kill_after_a_save
+
+
+def start_torchrun(arguments: Sequence[str], environment: dict[str, str], output: Path) -> Any:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return start_words([*torchrun, "run.py", *arguments], environment, output)
+
+
+def left(logs: Path, name: str) -> dict[str, Any]:
+    return left_by(logs / f"15-5-shapes_{name}")
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_an_example_from_training_to_report(
+    tiny_data: Path,
+    tmp_path: Path,
+    example: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    completed(command(tiny_data, tmp_path, "whole", example), tmp_path / "out")
+    broken = command(tiny_data, tmp_path, "broken", example)
+    monkeypatch.setenv("KILL_AT", "(1, 0, 2)")
+    with running(broken, tmp_path / "out", start=Killing) as run:
+        assert run.wait(BOUND) == [-signal.SIGKILL]
+    resumed = completed(broken, tmp_path / "out")
+    assert "step 1 resumes at epoch 1 of 1, after batch 2 of 3" in resumed.output()
+    whole = left(tmp_path, "whole")
+    assert differences(whole, left(tmp_path, "broken")) == []
+
+    results = tmp_path / "15-5-shapes_broken" / "results_1.json"
+    results.unlink()
+    completed([*broken, "--test"], tmp_path / "out")
+    assert differences(whole, left(tmp_path, "broken")) == []
+
+    pair = command(tiny_data, tmp_path, "pair", example, "--deterministic")
+    torchrun = completed(pair, tmp_path / "out", start=start_torchrun)
+    assert "2 processes (gloo)" in torchrun.output()
+    for step in (0, 1):
+        content = left(tmp_path, "pair")[f"checkpoint {step}"]
+        for weights in (content["model_state"], content["modules"]):
+            assert all(weight.isfinite().all() for weight in weights.values())
+        names = [name.split(".")[:2] for name in content["modules"]]
+        assert names == (4 * [["Contrast", "head"]] if example == "contrastive" else [])
+
+    capsys.readouterr()
+    assert report([str(tmp_path), "--out", str(tmp_path / "report")]) == 0
+    table = capsys.readouterr().out
+    assert all(f"15-5-shapes_{name}" in table for name in ("whole", "broken", "pair"))
+    assert (tmp_path / "report" / "report.html").is_file()
+
+
+def test_the_head_of_two_killed_processes(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the best epoch kept and gradients accumulated; torchrun's run is the unbroken one."""
+    more = ("--deterministic", "--keep", "best", "--epochs", "2", "--batch_size", "2", "--accumulate", "2")
+    completed(
+        command(tiny_data, tmp_path, "whole", "contrastive", *more), tmp_path / "w", start=start_torchrun
+    )
+    broken = command(tiny_data, tmp_path, "broken", "contrastive", *more)
+    for point in ("(0, 0, 4)", "(1, 0, 3)"):  # in the first epoch, so that the best one depends on it
+        monkeypatch.setenv("KILL_AT", point)
+        with running(broken, tmp_path / "b", 2, Killing) as run:
+            assert -signal.SIGKILL in run.wait(BOUND)
+    completed(broken, tmp_path / "b", 2)
+    whole = left(tmp_path, "whole")
+    assert differences(whole, left(tmp_path, "broken")) == []
+    heads = [whole[f"checkpoint {step}"]["modules"]["Contrast.head.0.weight"] for step in (0, 1)]
+    assert not torch.equal(*heads)
+
+
+def test_fusion_averages_what_mib_trains(tiny_data: Path, tmp_path: Path) -> None:
+    completed(command(tiny_data, tmp_path, "fused", "weight_fusion"), tmp_path / "out")
+    step_0 = tmp_path / "15-5-shapes_fused" / "15-5-shapes_fused_0.pth"
+    mib = ("--method", "MIB", "--step", "1", "--step_ckpt", step_0)
+    completed(command(tiny_data, tmp_path, "plain", "weight_fusion", *mib), tmp_path / "out")
+    old = left(tmp_path, "fused")["checkpoint 0"]["model_state"]
+    fused, new = (left(tmp_path, name)["checkpoint 1"]["model_state"] for name in ("fused", "plain"))
+    assert {name for name in new if name not in old} == {"cls.1.weight", "cls.1.bias"}
+    for name, weight in new.items():
+        averaged = name in old and weight.is_floating_point()
+        expected = torch.lerp(old[name], weight, (5 / 21) ** 0.5) if averaged else weight
+        assert torch.equal(fused[name], expected), name
+
+
+@pytest.mark.parametrize("example", LINES)
+def test_an_example_is_short(example: str) -> None:
+    text = (ROOT / "docs" / "examples" / f"{example}.py").read_text(encoding="utf-8")
+    assert text.count("\n") <= LINES[example]
