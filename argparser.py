@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from methods import METHODS, REGISTRY, Method, classifier_of, load_method_file, preset
-from methods.checks import fault, options_of, preset_fault
+from methods.checks import fault, options_of, preset_fault, shown
 from methods.presets import preset_note
 from modules.classifiers import classifier_kind, classifier_names
 from tasks import Task, get_task, read_class_order
@@ -919,7 +919,11 @@ def _implied(opts: argparse.Namespace, parser: OptionParser) -> dict[str, Any]:
             implied["void_label"] = "ignore"
     actions = {action.dest: action for action in parser._actions}
     for kind in REGISTRY:
-        chosen = kind.implied_options(opts)
+        chosen: object = kind.implied_options(opts)
+        if not isinstance(chosen, dict):
+            raise fault(
+                kind, "implied_options", f"returned {shown(chosen)}; return a dict of options, {{}} for none"
+            )
         for name, value in chosen.items():
             if reason := preset_fault(actions.get(name), value):
                 raise fault(kind, "implied_options", f"--{name} {value!r}: {reason}")
