@@ -943,10 +943,13 @@ def _defaults(kinds: tuple[type[Method], ...]) -> dict[str, Any]:
 
 
 def with_implied(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's recorded options with those that its version lacked: as the others imply, else the default."""
+    """A run's recorded options with those that its version lacked: as the others imply, else the default.
+
+    What released programs do around their options came with ``--keep``; versions before it did none of it.
+    """
     parser, defaults = _parser(tuple(REGISTRY)), option_defaults()
     opts = argparse.Namespace(**{**defaults, **recorded}, typed=set())
-    implied = _implied(opts, parser)
+    implied = _implied(opts, parser) if "keep" in recorded else {}
     implied["classifier"] = classifier_of(opts) or opts.classifier
     return {**defaults, **implied, **recorded}
 

@@ -455,3 +455,6 @@ def test_a_record_of_an_earlier_version_has_what_its_options_imply() -> None:
         younger = ("classifier", "eval_images", "memory_choice", "memory_labels", "memory_batches")
         older = {name: value for name, value in recorded.items() if name not in (*younger, "warmup_form")}
         assert with_implied(older) == with_implied(recorded) == recorded
+    first = {"method": "SSUL", "unknown": True, "fidelity": "released"}  # before --head and --keep
+    found = with_implied(first)
+    assert (found["classifier"], found["head"], found["eval_images"]) == ("unknown", "mib", "all")
