@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from methods import METHODS, REGISTRY, Method, classifier_of, load_method_file, preset
-from methods.checks import fault, options_of, preset_fault
+from methods.checks import fault, options_of, preset_fault, shown
 from methods.presets import preset_note
 from modules.classifiers import classifier_kind, classifier_names
 from tasks import Task, get_task, read_class_order
@@ -919,7 +919,11 @@ def _implied(opts: argparse.Namespace, parser: OptionParser) -> dict[str, Any]:
             implied["void_label"] = "ignore"
     actions = {action.dest: action for action in parser._actions}
     for kind in REGISTRY:
-        chosen = kind.implied_options(opts)
+        chosen: object = kind.implied_options(opts)
+        if not isinstance(chosen, dict):
+            raise fault(
+                kind, "implied_options", f"returned {shown(chosen)}; return a dict of options, {{}} for none"
+            )
         for name, value in chosen.items():
             if reason := preset_fault(actions.get(name), value):
                 raise fault(kind, "implied_options", f"--{name} {value!r}: {reason}")
@@ -939,10 +943,13 @@ def _defaults(kinds: tuple[type[Method], ...]) -> dict[str, Any]:
 
 
 def with_implied(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's recorded options with those that its version lacked: as the others imply, else the default."""
+    """A run's recorded options with those that its version lacked: as the others imply, else the default.
+
+    What released programs do around their options came with ``--keep``; versions before it did none of it.
+    """
     parser, defaults = _parser(tuple(REGISTRY)), option_defaults()
     opts = argparse.Namespace(**{**defaults, **recorded}, typed=set())
-    implied = _implied(opts, parser)
+    implied = _implied(opts, parser) if "keep" in recorded else {}
     implied["classifier"] = classifier_of(opts) or opts.classifier
     return {**defaults, **implied, **recorded}
 

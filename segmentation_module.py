@@ -127,7 +127,8 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], *, may_miss: str 
         if keys:
             raise UserError(
                 f"the checkpoint {what} {len(keys)} weights ({keys[0]}, ...): it belongs to another network; "
-                "give --model, --backbone, --norm_act, --head, --decoder and --task as it was trained with"
+                "give --model, --backbone, --norm_act, --head, --decoder, --classifier and --task as it was "
+                "trained with"
             )
     module.load_state_dict(state, strict=False)
 

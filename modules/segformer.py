@@ -268,7 +268,7 @@ class Decoder(nn.Module):
         return fused
 
 
-class SATSHead(Decoder):
+class LinearDecoder(Decoder):
     """Decoder of SATS: linear throughout, nearest-neighbour upsampling."""
 
     def __init__(self, widths: tuple[int, ...]) -> None:
@@ -293,7 +293,7 @@ class AllMLPHead(Decoder):
         return self.dropout(self.activation(self.norm(super().forward(features))))
 
 
-DECODERS: dict[str, type[SATSHead] | type[AllMLPHead]] = {"sats": SATSHead, "segformer": AllMLPHead}
+DECODERS: dict[str, type[LinearDecoder] | type[AllMLPHead]] = {"sats": LinearDecoder, "segformer": AllMLPHead}
 
 
 class SegFormer(Network):

@@ -64,11 +64,12 @@ class NetworkSpec:
             **{name: given[name] for name in names & given.keys()},
             checkpointing=given.get("grad_checkpointing", False),
         )
+        kind = classifier_kind(spec.classifier)
         released_resnet = (
             given.get("fidelity") == "released"
             and spec.model == "deeplab"
             and spec.backbone.startswith("resnet")
             and spec.norm_act in ("std", "sync")
-            and not classifier_kind(spec.classifier).torchvision_resnet
+            and not kind.torchvision_resnet
         )
         return replace(spec, released_resnet=released_resnet)

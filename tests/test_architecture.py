@@ -6,8 +6,11 @@ Read from the syntax trees, so that an import inside a function counts as well.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from argparser import build_parser
 
@@ -119,3 +122,87 @@ def test_no_list_of_options_beside_their_declaration() -> None:
         and len(found := known & set(option_names(node))) >= 3
     ]
     assert not lists, "\n".join(lists)
+
+
+# ── methods by name ──────────────────────────────────────────────────────────────────────────────────
+
+METHOD_NAMES = {"lwf", "icarl", "ilt", "ewc", "mib", "cil", "sdr", "plop", "ssul", "sats"}
+METHOD_WORDS = {
+    "unknown"
+}  # ordinary words: a method's where they are an attribute, a keyword or a whole string
+MAY_KNOW = ("methods", "scripts", "benchmarks")  # and utils/loss.py, whose losses have the papers' names
+ALLOWED = {
+    "--mib_network": "a published option",
+    "mib": "a published value of --head",
+    "sats": "a published value of --decoder",
+    "sdr_network": "in the manifests of earlier versions",
+}
+
+
+def without_help(tree: ast.Module) -> Iterator[ast.AST]:
+    """All nodes but docstrings and the texts of ``help=``, which may cite a method as the source."""
+    prose = {
+        id(statement.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        for statement in node.body
+        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.keyword) and node.arg in ("help", "description", "epilog"):
+            prose |= {id(part) for part in ast.walk(node.value)}
+    yield from (node for node in ast.walk(tree) if id(node) not in prose)
+
+
+def names_in(node: ast.AST) -> Iterator[tuple[str, bool]]:
+    """Identifiers and string constants of a node, each with whether a word of a method counts there."""
+    for field in ("name", "id", "attr", "arg", "asname"):
+        if isinstance(value := getattr(node, field, None), str):
+            yield value, isinstance(node, ast.Attribute | ast.keyword)
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value, True
+
+
+def method_in(text: str, whole: bool) -> str | None:
+    """The method that a name or a string is about."""
+    words = {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", text)}
+    if found := words & METHOD_NAMES:
+        return min(found)
+    return text if whole and text.rstrip(".") in METHOD_WORDS else None
+
+
+def test_no_method_by_name_outside_methods() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', '?')} knows {method}: {text[:60]}"
+        for path in sources()
+        if room_of(path) not in MAY_KNOW and path != ROOT / "utils" / "loss.py"
+        for node in without_help(ast.parse(path.read_text(encoding="utf-8")))
+        for text, whole in names_in(node)
+        if (method := method_in(text, whole)) and text not in ALLOWED
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("if opts.released_ssul: pass", {"ssul"}),
+        ("class SATSHead: pass", {"sats"}),
+        ("build(sdr=True)", {"sdr"}),
+        ("SDR_MOMENTUM = 1", {"sdr"}),
+        ("x = f'as in {a} PLOP'", {"plop"}),
+        ("opts.unknown", {"unknown"}),
+        ("build(unknown=True); d['unknown.']", {"unknown"}),
+        ("def f():\n    'As in MiB.'\n    unknown = 1  # SSUL", set()),
+        ("add('--x', help='as MiB' + ' does')", set()),
+        ("raise Error(f'{x} is unknown')", set()),
+    ],
+)
+def test_a_method_is_found_by_name(code: str, found: set[str]) -> None:
+    named = {
+        method.rstrip(".")
+        for node in without_help(ast.parse(code))
+        for text, whole in names_in(node)
+        if (method := method_in(text, whole))
+    }
+    assert named == found

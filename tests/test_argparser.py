@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from argparser import build_parser, declarations, declared, parse_options
-from methods import METHODS
+from argparser import build_parser, declarations, declared, parse_options, with_implied
+from methods import METHODS, REGISTRY
+from methods.ssul import UnknownClass
 from scripts import experiment_plan
 from utils.errors import UserError
 from utils.option_roles import Declaration
@@ -135,6 +136,8 @@ def test_steps_and_learning_rates() -> None:
         (["--min_lr", "-1"], ["--min_lr"]),
         (["--min_lr", "0.1", "--lr", "0.01"], ["--min_lr 0.1", "--lr 0.01"]),
         (["--min_lr", "1e-6", "--lr_policy", "step"], ["--min_lr", "--lr_policy step"]),
+        (["--memory_labels", "current"], ["--memory_labels goes with --memory"]),
+        (["--warmup_form", "factor"], ["--warmup_form goes with --warmup"]),
     ],
 )
 def test_faults_are_one_line_that_names_the_option(arguments: list[str], words: list[str]) -> None:
@@ -374,3 +377,84 @@ def test_what_switches_something_off_says_so_and_keeps_its_published_name() -> N
             assert published in opts.typed
     off = [option for option in declarations() if option.switches_off]
     assert [option.flag for option in off if option.flag == f"--{option.name}"] == []
+
+
+def test_the_method_names_the_classifier() -> None:
+    assert parse_options([]).classifier == parse_options(["--method", "MIB"]).classifier == "linear"
+    for words in (["--unknown"], ["--method", "SSUL"], ["--method", "SSUL-M", "--classifier", "unknown"]):
+        assert parse_options(words).classifier == "unknown"
+    assert parse_options(["--classifier", "unknown"]).classifier == "unknown"
+    with pytest.raises(UserError, match="--classifier linear: the method needs --classifier unknown; drop"):
+        parse_options(["--method", "SSUL", "--classifier", "linear"])
+    with pytest.raises(UserError, match=r"--classifier: unknown, choose one of linear.*--method_file"):
+        parse_options(["--classifier", "liner"])
+
+
+def test_two_methods_that_need_different_classifiers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other(UnknownClass):
+        classifier = "linear"
+
+    monkeypatch.setattr("methods.REGISTRY", [*REGISTRY, Other])
+    with pytest.raises(
+        UserError, match="UnknownClass needs --classifier unknown, Other needs --classifier lin"
+    ):
+        parse_options(["--unknown"])
+
+
+@pytest.mark.parametrize(
+    ("implied", "words"),
+    [
+        ({"warmop": 0.1}, "--warmop 0.1: is no option"),
+        ({"warmup": 2}, "--warmup 2: "),
+        (None, r"returned None; return a dict of options, \{\} for none"),
+    ],
+)
+def test_wrong_implied_options_are_the_methods_fault(
+    monkeypatch: pytest.MonkeyPatch, implied: Any, words: str
+) -> None:
+    monkeypatch.setattr(UnknownClass, "implied_options", classmethod(lambda cls, opts: implied))
+    with pytest.raises(UserError, match=rf"ssul\.py: UnknownClass\.implied_options: {words}"):
+        parse_options([])
+
+
+def test_released_programs_of_exemplars_schedule_and_evaluation() -> None:
+    def chosen(*words: str) -> tuple[str, ...]:
+        opts = parse_options([*words, "--task", "15-5"])
+        return (
+            opts.eval_images,
+            opts.memory_choice,
+            opts.memory_labels,
+            opts.memory_batches,
+            opts.warmup_form,
+        )
+
+    released = ("--fidelity", "released")
+    plain = ("balanced", "stored", "halves", "before")
+    assert chosen("--method", "SSUL-M") == chosen() == ("all", *plain)
+    assert chosen("--method", "SATS-M", *released) == ("seen", *plain)
+    for words in (["--method", "SSUL-M"], ["--unknown"], ["--method", "PLOP", "--unknown"]):
+        assert chosen(*words, *released) == ("all", "in_turn", "current", "overwrite", "factor")
+    typed = ("--eval_images", "seen", "--memory_labels", "stored")
+    assert chosen("--method", "SSUL-M", *released, *typed)[:3] == ("seen", "in_turn", "stored")
+
+
+def test_pseudo_labels_weigh_nothing_in_the_released_program_of_sats() -> None:
+    def chosen(*words: str) -> tuple[bool, float | None]:
+        opts = parse_options([*words])
+        return opts.pseudo_unweighted, opts.pseudo_infinite
+
+    released = ("--fidelity", "released")
+    assert chosen("--method", "SATS") == chosen("--method", "PLOP", *released) == (False, None)
+    assert chosen("--method", "SATS-M", *released) == (True, 0.005)
+    assert chosen("--distill_object", "sats-selfattn", *released) == (True, 0.005)
+
+
+def test_a_record_of_an_earlier_version_has_what_its_options_imply() -> None:
+    for words in (["--method", "MIB"], ["--method", "SSUL-M", "--fidelity", "released"]):
+        recorded = parse_options(words).as_json()
+        younger = ("classifier", "eval_images", "memory_choice", "memory_labels", "memory_batches")
+        older = {name: value for name, value in recorded.items() if name not in (*younger, "warmup_form")}
+        assert with_implied(older) == with_implied(recorded) == recorded
+    first = {"method": "SSUL", "unknown": True, "fidelity": "released"}  # before --head and --keep
+    found = with_implied(first)
+    assert (found["classifier"], found["head"], found["eval_images"]) == ("unknown", "mib", "all")

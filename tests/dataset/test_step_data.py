@@ -16,6 +16,7 @@ from argparser import Options, parse_options
 from dataset import step_data as module
 from dataset.step_data import StepData, evaluation_data, step_data
 from dataset.transforms import ScaleCropFlip, whole_image
+from methods import build_methods
 from methods.base import Batch
 from methods.ssul import UnknownClass
 from utils.errors import DataError, UserError
@@ -41,7 +42,8 @@ def options(dataset: str, root: Path, *words: str) -> Options:
 
 def data_of(opts: Options, step: int) -> StepData:
     path = opts.data_root.parent / f"exemplars_{step}.json"
-    return step_data(opts, step, exemplar_list=path, is_main=True)
+    extras = frozenset[str]().union(*(method.extras for method in build_methods(opts, step).values()))
+    return step_data(opts, step, extras=extras, exemplar_list=path, is_main=True)
 
 
 def test_other_of_ade_is_background_in_training_and_ignored_at_evaluation(tmp_path: Path) -> None:

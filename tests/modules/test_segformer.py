@@ -5,7 +5,7 @@ from transformers import SegformerConfig, SegformerModel
 
 from modules import NetworkSpec, build_network
 from modules.pretrained import load_pretrained
-from modules.segformer import CONFIGS, AllMLPHead, MiTConfig, SATSHead, SegFormer
+from modules.segformer import CONFIGS, AllMLPHead, LinearDecoder, MiTConfig, SegFormer
 from utils.errors import UserError
 
 TINY = MiTConfig((2, 3, 1, 2), widths=(16, 32, 40, 64), heads=(1, 2, 5, 8))
@@ -99,7 +99,7 @@ def test_decoders_equal_their_plain_form(size):
     features = [
         torch.randn(2, width, -(-size[0] // 2**i), -(-size[1] // 2**i)) for i, width in enumerate(TINY.widths)
     ]
-    sats = SATSHead(TINY.widths)
+    sats = LinearDecoder(TINY.widths)
     torch.testing.assert_close(sats(features), slow_decoder(sats, features, "nearest"), rtol=1e-5, atol=1e-5)
     mlp = AllMLPHead(TINY.widths).eval()
     mlp.norm.running_mean.normal_()

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 
+from methods.ssul import UnknownClassifier
 from modules import NetworkSpec
 from runs.checkpoint import (
     FORMAT_VERSION,
@@ -25,6 +26,7 @@ from runs.checkpoint import (
     make_manifest,
     model_state,
     save_checkpoint,
+    with_current_names,
 )
 from tasks import Task
 from utils.errors import UserError
@@ -431,12 +433,40 @@ def test_head_matters_to_deeplab():
 
 
 def test_manifests_of_earlier_versions_fit():
-    older = {key: value for key, value in manifest().items() if key not in ("head", "released_resnet")}
+    younger = ("head", "released_resnet", "classifier")
+    older = {key: value for key, value in manifest().items() if key not in younger}
     fits(content(manifest=older))
+    fits(content(manifest=older), classifier="unknown")  # the weights' names tell
     older["sdr_network"] = True
     fits(content(manifest=older), released_resnet=True)
     with pytest.raises(UserError, match="--fidelity released, not paper"):
         fits(content(manifest=older))
+
+
+def test_former_names_of_weights():
+    former = {
+        "model_state": {"network.body.x": 1, "cls.0.3.bias": 2, "unknown.3.bias": 3},
+        "optimizer_weights": ["cls.0.3.bias", "unknown.3.bias"],
+        "method_state": {"EWC": {"fisher": {"unknown.3.bias": 4}}},
+        "best": {"epoch": 0, "model_state": {"unknown.3.bias": 5}},
+        "unreadable": ["unknown.png"],
+    }
+    assert with_current_names(former, SPEC) == former
+    assert with_current_names(former, replace(SPEC, classifier=UnknownClassifier.name)) == {
+        "model_state": {"network.body.x": 1, "cls.0.3.bias": 2, "cls.unknown.3.bias": 3},
+        "optimizer_weights": ["cls.0.3.bias", "cls.unknown.3.bias"],
+        "method_state": {"EWC": {"fisher": {"cls.unknown.3.bias": 4}}},
+        "best": {"epoch": 0, "model_state": {"cls.unknown.3.bias": 5}},
+        "unreadable": ["unknown.png"],
+    }
+
+
+def test_kind_of_classifier_matters():
+    with pytest.raises(UserError, match="it has --classifier linear, not unknown"):
+        fits(content(), classifier="unknown")
+    own = {**manifest(), "classifier": "mine"}
+    with pytest.raises(UserError, match="--classifier mine, which a --method_file brings, not linear"):
+        fits(content(manifest=own))
 
 
 def test_released_checkpoints_are_judged_by_their_classifiers():
