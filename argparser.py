@@ -129,34 +129,34 @@ def build_parser() -> OptionParser:
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
-    _add_launch(parser.group("launch"))
-    _add_task(parser.group("task and data"))
-    _add_model(parser.group("model"))
+    _add_launch(parser.group("launch", role="incidental"))
+    _add_task(parser.group("task and data", role="data"))
+    _add_model(parser.group("model", role="network"))
     _add_training(parser.group("training", role="learning"))
-    _add_evaluation(parser.group("evaluation and prediction"))
-    _add_logging(parser.group("log and checkpoints"))
-    general = parser.group("method")
-    general.add_argument(
+    _add_evaluation(parser.group("evaluation and prediction", role="incidental"))
+    _add_logging(parser.group("log and checkpoints", role="incidental"))
+    general = parser.group("method", role="learning")
+    general.value(
         "--method",
-        type=_method,
-        default=None,
+        _method,
+        None,
         metavar="NAME",
         role="learning",
         compared_as_fact=True,
         help=f"preset: {', '.join(METHODS)}",
     )
-    general.add_argument(
+    general.value(
         "--method_file",
-        type=path_option,
-        default=None,
+        path_option,
+        None,
         metavar="FILE.py",
         role="incidental",
-        help="a method of one's own: Python code that is run (docs/methods.md)",
+        help="a custom method: a Python file, which is run (docs/methods.md)",
     )
-    general.add_argument(
+    general.choice(
         "--fidelity",
-        choices=("paper", "released"),
-        default="paper",
+        ("paper", "released"),
+        "paper",
         role="network",
         with_results=True,
         help="follow the papers, or reproduce what the released code computes (docs/fidelity.md)",
@@ -202,593 +202,219 @@ def declarations() -> list[Declaration]:
     return [each for each in _declared(tuple(REGISTRY)).values() if not each.derived]
 
 
+# One option in two or three lines: what it is, then its help.
+# fmt: off
+
 def _add_launch(group: OptionGroup) -> None:
-    group.add_argument(
-        "--where_to_sim",
-        choices=("GPU_server", "GPU_windows", "CPU", "CPU_windows"),
-        default=None,
-        role="incidental",
-        help="GPU_server: NCCL; CPU: Gloo; *_windows: one process, no group; default: the machine decides",
-    )
-    group.add_argument(
-        "--local_rank",
-        "--local-rank",
-        type=count,
-        default=0,
-        role="incidental",
-        help="set by torch.distributed.launch",
-    )
-    group.add_argument(
-        "--random_seed",
-        type=seed,
-        default=42,
-        role="data",
-        of_method=False,
-        set_by_experiment=True,
-        help="seed of everything drawn",
-    )
-    group.add_argument(
-        "--num_workers",
-        type=whole(0, 1024),
-        default=1,
-        role="incidental",
-        help="loader processes per process",
-    )
-    group.add_argument(
-        "--deterministic",
-        action="store_true",
-        role="learning",
-        help="the same weights, bit for bit, for the same seed and number of processes (slower on CUDA)",
-    )
-    group.add_argument(
-        "--timeout",
-        type=Number(float, 1, 1_000_000),  # more milliseconds than poll() counts would wrap round
-        default=1800.0,
-        metavar="SECONDS",
-        role="incidental",
-        help="how long a process waits for the others before that is an error",
-    )
+    group.choice("--where_to_sim", ("GPU_server", "GPU_windows", "CPU", "CPU_windows"), None,
+        help="GPU_server: NCCL; CPU: Gloo; *_windows: one process, no group; default: the machine "
+        "decides")
+    group.value("--local_rank --local-rank", count, 0,
+        help="set by torch.distributed.launch")
+    group.value("--random_seed", seed, 42, role="data", of_method=False, set_by_experiment=True,
+        help="seed of everything drawn")
+    group.value("--num_workers", whole(0, 1024), 1,
+        help="loader processes per process")
+    group.flag("--deterministic", role="learning",
+        help="the same weights, bit for bit, for the same seed and number of processes (slower on "
+        "CUDA)")
+    # At most 1,000,000 s: more milliseconds than poll() counts would wrap round.
+    group.value("--timeout", Number(float, 1, 1_000_000), 1800.0, metavar="SECONDS",
+        help="how long a process waits for the others before that is an error")
 
 
 def _add_task(group: OptionGroup) -> None:
-    group.add_argument(
-        "--data_root",
-        type=path_option,
-        default=Path("data"),
-        role="data",
-        compared_as_fact=True,
-        help="folder of the data set",
-    )
-    group.add_argument(
-        "--dataset",
-        default="voc",
-        choices=("voc", "ade", "folder", "shapes"),
-        role="data",
-        help="Pascal VOC 2012, ADE20K, own images, or generated ones",
-    )
-    group.add_argument(
-        "--task",
-        default="19-1",
-        role="data",
-        compared_as_fact=True,
-        chooses_task=True,
-        help="class order, e.g. 19-1, 15-5, 15-1 (folders name it 15-5s), 100-50",
-    )
-    group.add_argument(
-        "--task_file",
-        type=path_option,
-        default=None,
-        role="data",
-        compared_as_fact=True,
-        chooses_task=True,
-        help="YAML or JSON file with own tasks",
-    )
-    group.add_argument(
-        "--class_order",
-        type=path_option,
-        default=None,
-        metavar="FILE",
-        role="data",
-        compared_as_fact=True,
-        chooses_task=True,
-        help="classes of an A-B task in this order: one name or id per line (own data)",
-    )
-    group.add_argument(
-        "--class_order_seed",
-        type=seed,
-        default=None,
-        role="data",
-        compared_as_fact=True,
-        chooses_task=True,
-        help="shuffle the classes of an A-B task by this seed",
-    )
-    group.add_argument(
-        "--step",
-        nargs="+",
-        default=["0"],
-        metavar="N",
-        role="incidental",
-        set_by_experiment=True,
-        help="steps to run, or 'all'",
-    )
-    group.add_argument(
-        "--no_mask", action="store_true", role="learning", help="sequential protocol: old labels visible"
-    )
-    group.add_argument(
-        "--overlap",
-        "--overlapped",
-        action="store_true",
-        role="learning",
-        help="overlapped protocol (default: disjoint)",
-    )
-    group.add_argument(
-        "--data_masking",
-        choices=("current", "current+old", "all", "new"),
-        default="current",
-        role="learning",
-        help="classes that training labels show; the others become background",
-    )
-    group.add_argument(
-        "--void_label",
-        choices=("ignore", "background"),
-        default="background",
-        role="learning",
-        help="what void is in training: ignored (PLOP, SATS, SSUL) or background (MiB, SDR)",
-    )
-    group.add_argument(
-        "--crop_size", type=whole(32, 16384), default=512, role="data", help="side of the crops, in pixels"
-    )
-    group.add_argument(
-        "--augmentation",
-        choices=("resized_crop", "scale_crop"),
-        default="resized_crop",
-        role="learning",
-        help="of training images, beside flips; resized_crop: RandomResizedCrop of 0.5 to 2 times the area; "
-        "scale_crop: resized by 0.5 to 2, padded, and a random crop (SSUL)",
-    )
-    group.add_argument(
-        "--whole_val",
-        "--crop_val",
-        dest="crop_val",
-        action="store_false",
-        role="evaluation",
+    group.value("--data_root", path_option, Path("data"), compared_as_fact=True,
+        help="folder of the data set")
+    group.choice("--dataset", ("voc", "ade", "folder", "shapes"), "voc",
+        help="Pascal VOC 2012, ADE20K, own images, or generated ones")
+    group.value("--task", str, "19-1", chooses_task=True,
+        help="class order, e.g. 19-1, 15-5, 15-1 (folders name it 15-5s), 100-50")
+    group.value("--task_file", path_option, None, chooses_task=True,
+        help="YAML or JSON file with own tasks")
+    group.value("--class_order", path_option, None, metavar="FILE", chooses_task=True,
+        help="classes of an A-B task in this order: one name or id per line (own data)")
+    group.value("--class_order_seed", seed, None, chooses_task=True,
+        help="shuffle the classes of an A-B task by this seed")
+    group.value("--step", str, ["0"], nargs="+", metavar="N", role="incidental", set_by_experiment=True,
+        help="steps to run, or 'all'")
+    group.flag("--no_mask", role="learning",
+        help="sequential protocol: old labels visible")
+    group.flag("--overlap --overlapped", role="learning",
+        help="overlapped protocol (default: disjoint)")
+    group.choice("--data_masking", ("current", "current+old", "all", "new"), "current", role="learning",
+        help="classes that training labels show; the others become background")
+    group.choice("--void_label", ("ignore", "background"), "background", role="learning",
+        help="what void is in training: ignored (PLOP, SATS, SSUL) or background (MiB, SDR)")
+    group.value("--crop_size", whole(32, 16384), 512,
+        help="side of the crops, in pixels")
+    group.choice("--augmentation", ("resized_crop", "scale_crop"), "resized_crop", role="learning",
+        help="of training images, beside flips; resized_crop: RandomResizedCrop of 0.5 to 2 times the "
+        "area; scale_crop: resized by 0.5 to 2, padded, and a random crop (SSUL)")
+    group.add_argument("--whole_val", "--crop_val", dest="crop_val", action="store_false", role="evaluation",
         restored=True,
-        help="evaluate on whole images, one by one",
-    )
-    group.add_argument(
-        "--cross_val", action="store_true", role="learning", help="validate on 20 %% of the training images"
-    )
-    group.add_argument(
-        "--val_on_trainset",
-        action="store_true",
-        role="evaluation",
-        restored=True,
-        help="final evaluation on the training images",
-    )
-    group.add_argument(
-        "--test_on_val",
-        action="store_true",
-        role="data",
-        help="evaluate on a fifth of the training images, kept back in every step (PLOP)",
-    )
-    group.add_argument(
-        "--memory",
-        type=count,
-        default=0,
-        metavar="N",
-        role="learning",
-        help="exemplars of earlier steps' images, half of each batch",
-    )
-    group.add_argument(
-        "--memory_choice",
-        choices=("balanced", "in_turn"),
-        default="balanced",
-        role="learning",
-        help="how exemplars are chosen; balanced: the class that has fewest is next; in_turn: each class in "
-        "turn takes any image that shows it (SSUL)",
-    )
-    group.add_argument(
-        "--memory_labels",
-        choices=("stored", "current"),
-        default="stored",
-        role="learning",
-        help="classes that exemplars' labels show: those known when the image was stored, or also those of "
-        "the current step (SSUL)",
-    )
-    group.add_argument(
-        "--memory_batches",
-        choices=("halves", "overwrite"),
-        default="halves",
-        role="learning",
-        help="halves: a batch is half exemplars, an epoch shows each image once; overwrite: exemplars take "
-        "the place of half of each batch's images (SSUL)",
-    )
-    group.add_argument(
-        "--splits_dir",
-        type=path_option,
-        default=None,
-        role="data",
-        compared_as_fact=True,
-        restored=False,
-        help="folder with own image lists train-<step>.npy",
-    )
-    group.add_argument(
-        "--skip_corrupt",
-        type=count,
-        default=0,
-        metavar="N",
-        role="incidental",
-        restored=True,
-        help="pass over up to N unreadable images instead of ending; they are listed",
-    )
-    group.add_argument(
-        "--check_data",
-        action="store_true",
-        role="incidental",
-        set_by_experiment=True,
-        help="check the data set and its lists, then end",
-    )
+        help="evaluate on whole images, one by one")
+    group.flag("--cross_val", role="learning",
+        help="validate on 20 %% of the training images")
+    group.flag("--val_on_trainset", role="evaluation", restored=True,
+        help="final evaluation on the training images")
+    group.flag("--test_on_val",
+        help="evaluate on a fifth of the training images, kept back in every step (PLOP)")
+    group.value("--memory", count, 0, metavar="N", role="learning",
+        help="exemplars of earlier steps' images, half of each batch")
+    group.choice("--memory_choice", ("balanced", "in_turn"), "balanced", role="learning",
+        help="how exemplars are chosen; balanced: the class that has fewest is next; in_turn: each "
+        "class in turn takes any image that shows it (SSUL)")
+    group.choice("--memory_labels", ("stored", "current"), "stored", role="learning",
+        help="classes that exemplars' labels show: those known when the image was stored, or also "
+        "those of the current step (SSUL)")
+    group.choice("--memory_batches", ("halves", "overwrite"), "halves", role="learning",
+        help="halves: a batch is half exemplars, an epoch shows each image once; overwrite: exemplars "
+        "take the place of half of each batch's images (SSUL)")
+    group.value("--splits_dir", path_option, None, compared_as_fact=True, restored=False,
+        help="folder with own image lists train-<step>.npy")
+    group.value("--skip_corrupt", count, 0, metavar="N", role="incidental", restored=True,
+        help="skip up to N unreadable images instead of stopping; they are listed")
+    group.flag("--check_data", role="incidental", set_by_experiment=True,
+        help="check the data set and its lists, then end")
 
 
 def _add_model(group: OptionGroup) -> None:
-    group.add_argument(
-        "--model",
-        default="deeplab",
-        choices=("deeplab", *(f"segformer_b{i}" for i in range(6))),
-        metavar="NAME",
-        role="network",
-        help="deeplab or segformer_b0 .. segformer_b5",
-    )
-    group.add_argument(
-        "--backbone",
-        default="resnet101",
-        choices=("resnet50", "resnet101", "mobilenet_v2"),
-        role="network",
-        help="body of deeplab",
-    )
-    group.add_argument(
-        "--output_stride",
-        type=int,
-        default=16,
-        choices=(8, 16),
-        role="network",
-        help="pixels per position of deeplab's body",
-    )
-    group.add_argument(
-        "--norm_act",
-        default="std",
-        choices=NORMS,
-        role="network",
-        help="normalisation and activation; std: BatchNorm and ReLU (SDR); iabn_sync: MiB, PLOP",
-    )
-    group.add_argument(
-        "--mib_network",
-        "--net_pytorch",
-        dest="net_pytorch",
-        action="store_false",
-        role="network",
-        compared_as_fact=True,
-        restored=False,
-        help="the network of MiB and PLOP: norm_act becomes iabn_sync unless given",
-    )
-    group.add_argument(
-        "--no_pretrained",
-        "--no-pretrained",
-        action="store_true",
-        role="learning",
-        help="start from random weights",
-    )
-    group.add_argument(
-        "--pretrained_path",
-        type=path_option,
-        default=None,
-        role="learning",
-        help="file with the backbone's pretrained weights",
-    )
-    group.add_argument(
-        "--pooling",
-        type=whole(0, 16384),
-        default=32,
-        role="network",
-        help="window of the head's pooling at evaluation, 0: global",
-    )
-    group.add_argument(
-        "--head",
-        choices=("mib", "aspp"),
-        default="mib",
-        role="network",
-        help="head of deeplab; mib: one norm over all branches (MiB, PLOP, SDR); aspp: five branches with "
-        "norms of their own and dropout (SSUL, torchvision)",
-    )
-    group.add_argument(
-        "--decoder",
-        choices=("sats", "segformer"),
-        default="sats",
-        role="network",
-        help="head of the SegFormer models",
-    )
-    group.add_argument(
-        "--classifier",
-        type=_classifier,
-        default="linear",
-        role="network",
-        help=f"kind of classifier: {', '.join(classifier_names())} (default: the method's, or linear)",
-    )
-    group.add_argument(
-        "--feat_dim",
-        type=Number(float, 1, 1e6),
-        default=2048,
-        role="network",
-        compared_as_fact=True,
-        restored=False,
-        help="channels of the body; checked where it is given",
-    )
-    group.add_argument(
-        "--fix_bn",
-        action="store_true",
-        role="learning",
-        help="freeze the norm layers (released: their weights)",
-    )
-    group.add_argument("--freeze", action="store_true", role="learning", help="freeze the body")
-    group.add_argument(
-        "--init_balanced",
-        action="store_true",
-        role="learning",
-        help="new classifiers start from the background's (MiB)",
-    )
+    group.choice("--model", ("deeplab", *(f"segformer_b{i}" for i in range(6))), "deeplab", metavar="NAME",
+        help="deeplab or segformer_b0 .. segformer_b5")
+    group.choice("--backbone", ("resnet50", "resnet101", "mobilenet_v2"), "resnet101",
+        help="backbone of deeplab")
+    group.value("--output_stride", int, 16, choices=(8, 16),
+        help="pixels per position of deeplab's last feature map")
+    group.choice("--norm_act", NORMS, "std",
+        help="normalisation and activation; std: BatchNorm and ReLU (SDR); iabn_sync: MiB, PLOP")
+    group.add_argument("--mib_network", "--net_pytorch", dest="net_pytorch", action="store_false",
+        compared_as_fact=True, restored=False,
+        help="the network of MiB and PLOP: norm_act becomes iabn_sync unless given")
+    group.flag("--no_pretrained --no-pretrained", role="learning",
+        help="start from random weights")
+    group.value("--pretrained_path", path_option, None, role="learning",
+        help="file with the backbone's pretrained weights")
+    group.value("--pooling", whole(0, 16384), 32,
+        help="window of the head's pooling at evaluation, 0: global")
+    group.choice("--head", ("mib", "aspp"), "mib",
+        help="head of deeplab; mib: one norm over all branches (MiB, PLOP, SDR); aspp: five branches "
+        "with norms of their own and dropout (SSUL, torchvision)")
+    group.choice("--decoder", ("sats", "segformer"), "sats",
+        help="head of the SegFormer models")
+    group.value("--classifier", _classifier, "linear",
+        help=f"kind of classifier: {', '.join(classifier_names())} (default: the method's, or linear)")
+    group.value("--feat_dim", Number(float, 1, 1e6), 2048, compared_as_fact=True, restored=False,
+        help="channels of the backbone's last feature map; checked where it is given")
+    group.flag("--fix_bn", role="learning",
+        help="freeze the norm layers (released: their weights)")
+    group.flag("--freeze", role="learning",
+        help="freeze the backbone")
+    group.flag("--init_balanced", role="learning",
+        help="new classifiers start from the background's (MiB)")
 
 
 def _add_training(group: OptionGroup) -> None:
-    group.add_argument("--epochs", type=positive_int, default=30, help="epochs of every step")
-    group.add_argument(
-        "--batch_size",
-        type=positive_int,
-        default=4,
-        role="learning",
-        compared_as_fact=True,
-        help="images per process",
-    )
-    group.add_argument(
-        "--lr",
-        type=LEARNING_RATE,
-        nargs="+",
-        default=[0.007],
-        metavar="LR",
-        role="learning",
-        compared_as_fact=True,
-        help="one for all steps, or one per step",
-    )
-    group.add_argument(
-        "--lr_old",
-        type=Number(float, 0, 1000),
-        default=None,
-        help="factor on the learning rate of the old classifiers",
-    )
-    group.add_argument(
-        "--momentum",
-        type=Number(float, 0, 1, below=True),
-        default=0.9,
-        help="of SGD; above 0: Nesterov's",
-    )
-    group.add_argument("--weight_decay", type=share, default=1e-4, help="of SGD, on all weights")
-    group.add_argument("--lr_policy", choices=("poly", "step"), default="poly", help="how the rate falls")
-    group.add_argument(
-        "--lr_power", type=Number(float, 0, 100), default=0.9, help="exponent of the poly policy"
-    )
-    group.add_argument(
-        "--min_lr", type=Number(float, 0, 1000), default=0.0, help="smallest rate of the poly policy"
-    )
-    group.add_argument("--lr_decay_step", type=positive_int, default=5000, help="iterations (step policy)")
-    group.add_argument(
-        "--lr_decay_factor",
-        type=Number(float, 0, 1, above=True),
-        default=0.1,
-        help="factor (step policy)",
-    )
-    group.add_argument(
-        "--warmup",
-        type=Number(float, 0, 1, below=True),
-        default=0.0,
-        help="share of the iterations that warm up",
-    )
-    group.add_argument(
-        "--warmup_form",
-        choices=("before", "factor"),
-        default="before",
+    group.value("--epochs", positive_int, 30,
+        help="epochs of every step")
+    group.value("--batch_size", positive_int, 4, compared_as_fact=True,
+        help="images per process")
+    group.value("--lr", LEARNING_RATE, [0.007], nargs="+", metavar="LR", compared_as_fact=True,
+        help="one for all steps, or one per step")
+    group.value("--lr_old", Number(float, 0, 1000), None,
+        help="factor on the learning rate of the old classifiers")
+    group.value("--momentum", Number(float, 0, 1, below=True), 0.9,
+        help="of SGD; above 0: Nesterov's")
+    group.value("--weight_decay", share, 1e-4,
+        help="of SGD, on all weights")
+    group.choice("--lr_policy", ("poly", "step"), "poly",
+        help="how the rate falls")
+    group.value("--lr_power", Number(float, 0, 100), 0.9,
+        help="exponent of the poly policy")
+    group.value("--min_lr", Number(float, 0, 1000), 0.0,
+        help="smallest rate of the poly policy")
+    group.value("--lr_decay_step", positive_int, 5000,
+        help="iterations (step policy)")
+    group.value("--lr_decay_factor", Number(float, 0, 1, above=True), 0.1,
+        help="factor (step policy)")
+    group.value("--warmup", Number(float, 0, 1, below=True), 0.0,
+        help="share of the iterations that warm up")
+    group.choice("--warmup_form", ("before", "factor"), "before",
         help="before: the policy has the iterations after the warm-up; factor: the warm-up multiplies "
-        "poly's curve over all iterations (SSUL)",
-    )
-    group.add_argument(
-        "--opt_level",
-        choices=("O0", "O1", "O2", "O3"),
-        default="O0",
-        help="O0: fp32 (on CUDA TF32 in convolutions); O1: autocast of the network; O2: of the losses too; "
-        "O3: weights in half precision; on processors without bfloat16 all are O0",
-    )
-    group.add_argument(
-        "--accumulate",
-        type=positive_int,
-        default=1,
-        metavar="N",
-        help="batches per optimiser step; its gradient is the mean of theirs",
-    )
-    group.add_argument(
-        "--grad_checkpointing",
-        action="store_true",
-        role="incidental",
-        help="less memory, more time: activations inside the body's stages are computed twice",
-    )
-    group.add_argument(
-        "--compile",
-        action="store_true",
-        role="incidental",
-        help="run the networks through torch.compile in training",
-    )
-    group.add_argument(
-        "--keep",
-        choices=("last", "best"),
-        default="last",
-        help="a step's result: the last epoch's weights, or those of the epoch with the best validation mIoU",
-    )
-    group.add_argument("--debug", action="store_true", role="incidental", help="log more")
+        "poly's curve over all iterations (SSUL)")
+    group.choice("--opt_level", ("O0", "O1", "O2", "O3"), "O0",
+        help="O0: fp32 (on CUDA TF32 in convolutions); O1: autocast of the network; O2: of the losses "
+        "too; O3: weights in half precision; on processors without bfloat16 all are O0")
+    group.value("--accumulate", positive_int, 1, metavar="N",
+        help="batches per optimiser step; its gradient is the mean of theirs")
+    group.flag("--grad_checkpointing", role="incidental",
+        help="less memory, more time: activations inside the backbone's stages are computed twice")
+    group.flag("--compile", role="incidental",
+        help="run the networks through torch.compile in training")
+    group.choice("--keep", ("last", "best"), "last",
+        help="a step's result: the last epoch's weights, or those of the epoch with the best "
+        "validation mIoU")
+    group.flag("--debug", role="incidental",
+        help="log more")
 
 
 def _add_evaluation(group: OptionGroup) -> None:
-    group.add_argument(
-        "--test",
-        action="store_true",
-        role="incidental",
-        set_by_experiment=True,
-        help="evaluate a checkpoint, do not train",
-    )
-    group.add_argument(
-        "--ckpt",
-        type=path_option,
-        default=None,
-        role="incidental",
-        set_by_experiment=True,
-        help="checkpoint to test, or to continue training from",
-    )
-    group.add_argument(
-        "--unseen_label",
-        choices=("ignore", "background"),
-        default="ignore",
-        role="evaluation",
-        restored=True,
+    group.flag("--test", set_by_experiment=True,
+        help="evaluate a checkpoint, do not train")
+    group.value("--ckpt", path_option, None, set_by_experiment=True,
+        help="checkpoint to test, or to continue training from")
+    group.choice("--unseen_label", ("ignore", "background"), "ignore", role="evaluation", restored=True,
         with_results=False,
-        help="what classes of later steps count as: ignored (MiB, SDR) or background (PLOP, SATS, SSUL)",
-    )
-    group.add_argument(
-        "--eval_images",
-        choices=("all", "seen"),
-        default="all",
-        role="evaluation",
-        help="images of the final evaluation: all, or those with a class seen so far (--fidelity released)",
-    )
-    group.add_argument(
-        "--test_scales",
-        type=Number(float, 0.01, 16),
-        nargs="+",
-        default=[1.0],
-        role="evaluation",
-        help="scales of each image, fused",
-    )
-    group.add_argument(
-        "--test_flip", action="store_true", role="evaluation", help="also predict the mirrored image"
-    )
-    group.add_argument(
-        "--fusion-mode",
-        dest="fusion_mode",
-        choices=("mean", "voting", "max"),
-        default="mean",
-        role="evaluation",
-        help="how the predictions of several scales and flips are fused",
-    )
-    group.add_argument(
-        "--predict",
-        type=path_option,
-        default=None,
-        metavar="PATH",
-        role="incidental",
-        help="predict a picture or a folder of pictures with --ckpt, then end; writes to --out",
-    )
-    group.add_argument(
-        "--out",
-        type=path_option,
-        default=None,
-        metavar="DIR",
-        role="incidental",
-        help="folder for --predict's results",
-    )
-    group.add_argument(
-        "--raw",
-        action="store_true",
-        role="incidental",
-        help="--predict writes class ids as grey levels instead of palette pictures",
-    )
+        help="what classes of later steps count as: ignored (MiB, SDR) or background (PLOP, SATS, "
+        "SSUL)")
+    group.choice("--eval_images", ("all", "seen"), "all", role="evaluation",
+        help="images of the final evaluation: all, or those with a class seen so far (--fidelity "
+        "released)")
+    group.value("--test_scales", Number(float, 0.01, 16), [1.0], nargs="+", role="evaluation",
+        help="scales of each image, fused")
+    group.flag("--test_flip", role="evaluation",
+        help="also predict the mirrored image")
+    group.choice("--fusion-mode", ("mean", "voting", "max"), "mean", dest="fusion_mode", role="evaluation",
+        help="how the predictions of several scales and flips are fused")
+    group.value("--predict", path_option, None, metavar="PATH",
+        help="predict an image or a folder of images with --ckpt, then end; writes to --out")
+    group.value("--out", path_option, None, metavar="DIR",
+        help="folder for --predict's results")
+    group.flag("--raw",
+        help="--predict writes class ids as grey levels instead of palette images")
 
 
 def _add_logging(group: OptionGroup) -> None:
-    group.add_argument(
-        "--logdir",
-        type=path_option,
-        default=Path("logs"),
-        role="incidental",
-        set_by_experiment=True,
-        help="folder of all runs",
-    )
-    group.add_argument(
-        "--name", default="Experiment", role="incidental", set_by_experiment=True, help="name of the run"
-    )
-    group.add_argument("--date", default="", role="incidental", help="prefix of the CSV file of results")
-    group.add_argument(
-        "--checkpoint",
-        type=path_option,
-        default=None,
-        role="incidental",
-        set_by_experiment=True,
-        help="folder of the checkpoints (default: the run's folder)",
-    )
-    group.add_argument(
-        "--step_ckpt",
-        type=path_option,
-        default=None,
-        role="incidental",
-        set_by_experiment=True,
-        help="checkpoint of the previous step, if it is another run's",
-    )
-    group.add_argument(
-        "--sample_num", type=count, default=0, role="incidental", help="validation pictures to show"
-    )
-    group.add_argument(
-        "--no_tensorboard",
-        "--visualize",
-        dest="visualize",
-        action="store_false",
-        role="incidental",
-        help="write no TensorBoard file",
-    )
-    group.add_argument(
-        "--print_interval",
-        type=positive_int,
-        default=10,
-        role="incidental",
-        help="batches between two log lines",
-    )
-    group.add_argument(
-        "--val_interval",
-        type=positive_int,
-        default=1,
-        role="evaluation",
-        of_method=False,
-        with_results=False,
-        help="epochs between two validations",
-    )
-    group.add_argument(
-        "--ckpt_interval",
-        type=positive_int,
-        default=1,
-        role="incidental",
-        help="epochs between two checkpoints",
-    )
-    group.add_argument(
-        "--ckpt_minutes",
-        type=Number(float, 0, 1e6),
-        default=15.0,
-        metavar="M",
-        role="incidental",
-        help="also save in the middle of an epoch, when M minutes have passed since the last time; 0: never",
-    )
-    group.add_argument(
-        "--resume",
-        choices=("auto", "fresh"),
-        default="auto",
-        role="incidental",
-        help="auto: steps that the run's folder holds go on, finished ones are left; fresh: they start over",
-    )
-    group.add_argument(
-        "--fresh", dest="resume", action="store_const", const="fresh", help="the same as --resume fresh"
-    )
+    group.value("--logdir", path_option, Path("logs"), set_by_experiment=True,
+        help="folder of all runs")
+    group.value("--name", str, "Experiment", set_by_experiment=True,
+        help="name of the run")
+    group.value("--date", str, "",
+        help="prefix of the CSV file of results")
+    group.value("--checkpoint", path_option, None, set_by_experiment=True,
+        help="folder of the checkpoints (default: the run's folder)")
+    group.value("--step_ckpt", path_option, None, set_by_experiment=True,
+        help="checkpoint of the previous step, if it is another run's")
+    group.value("--sample_num", count, 0,
+        help="validation images to show")
+    group.add_argument("--no_tensorboard", "--visualize", dest="visualize", action="store_false",
+        help="write no TensorBoard file")
+    group.value("--print_interval", positive_int, 10,
+        help="batches between two log lines")
+    group.value("--val_interval", positive_int, 1, role="evaluation", of_method=False, with_results=False,
+        help="epochs between two validations")
+    group.value("--ckpt_interval", positive_int, 1,
+        help="epochs between two checkpoints")
+    group.value("--ckpt_minutes", Number(float, 0, 1e6), 15.0, metavar="M",
+        help="also save in the middle of an epoch, when M minutes have passed since the last time; 0: "
+        "never")
+    group.choice("--resume", ("auto", "fresh"), "auto",
+        help="auto: unfinished steps in the run's folder are resumed, finished ones are kept; fresh: they start "
+        "over")
+    group.add_argument("--fresh", dest="resume", action="store_const", const="fresh",
+        help="the same as --resume fresh")
+
+# fmt: on
 
 
 def parse_options(argv: Sequence[str] | None = None) -> Options:

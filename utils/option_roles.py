@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, TypeVar, get_args
 
@@ -122,6 +123,18 @@ class OptionGroup(argparse._ArgumentGroup):
             self.declared[action.dest] = self._declaration(action, role or self.role, **traits)
         return action
 
+    def flag(self, names: str, **words: Any) -> argparse.Action:
+        """An option without a value, false unless typed; ``names`` are separated by spaces."""
+        return self.add_argument(*names.split(), action="store_true", **words)
+
+    def value(self, names: str, type: Callable[[str], Any], default: Any, **words: Any) -> argparse.Action:
+        """An option with a value; ``names`` are separated by spaces."""
+        return self.add_argument(*names.split(), type=type, default=default, **words)
+
+    def choice(self, names: str, choices: Sequence[str], default: Any, **words: Any) -> argparse.Action:
+        """An option with one of several words; ``names`` are separated by spaces."""
+        return self.add_argument(*names.split(), choices=choices, default=default, **words)
+
     def _add_action(self, action: _Action) -> _Action:
         """Declare also what comes through a group within this one, with the role of this group."""
         added = super()._add_action(action)
@@ -136,6 +149,7 @@ class OptionGroup(argparse._ArgumentGroup):
         traits = {
             "switches_off": action.nargs == 0 and action.default is True,
             "is_path": action.type is path_option,
+            "compared_as_fact": traits.get("chooses_task", False),
             **traits,
         }
         return Declaration(action.dest, flag, role, **traits)
