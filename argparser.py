@@ -409,8 +409,8 @@ def _add_logging(group: OptionGroup) -> None:
         help="also save in the middle of an epoch, when M minutes have passed since the last time; 0: "
         "never")
     group.choice("--resume", ("auto", "fresh"), "auto",
-        help="auto: unfinished steps in the run's folder are resumed, finished ones are kept; fresh: they start "
-        "over")
+        help="auto: unfinished steps in the run's folder are resumed, finished ones are kept; fresh: "
+        "they start over")
     group.add_argument("--fresh", dest="resume", action="store_const", const="fresh",
         help="the same as --resume fresh")
 
