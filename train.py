@@ -30,7 +30,7 @@ from utils.errors import Fault, UserError
 from utils.processor import fast_bfloat16
 
 if TYPE_CHECKING:
-    from argparser import Options
+    pass
 
 log = logging.getLogger(__name__)
 
@@ -72,10 +72,10 @@ class Precision:
         self.scaler = GradScaler(device.type, enabled=scaled)
 
     @classmethod
-    def of(cls, opts: Options, device: torch.device, bfloat16: bool | None = None) -> Precision:
-        """That of a run's options. In-place norms have kernels for float16 on CUDA, but not for bfloat16."""
-        in_place = opts.norm_act.startswith("iabn") and device.type == "cuda"
-        return cls(opts.opt_level, device, False if in_place else bfloat16)
+    def of(cls, level: str, norm_act: str, device: torch.device, bfloat16: bool | None = None) -> Precision:
+        """That of a network: in-place norms have kernels for float16 on CUDA, but not for bfloat16."""
+        in_place = norm_act.startswith("iabn") and device.type == "cuda"
+        return cls(level, device, False if in_place else bfloat16)
 
     @property
     def description(self) -> str:

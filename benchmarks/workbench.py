@@ -137,7 +137,7 @@ def options(
 def bench(opts: Options, device: torch.device, *, step: int = 1, channels_last: bool = True) -> Bench:
     """Networks with random weights, methods and optimiser of a step; in plain memory if not channels-last."""
     torch.manual_seed(0)
-    precision = Precision.of(opts, device)
+    precision = Precision.of(opts.opt_level, opts.norm_act, device)
     student = _placed(
         make_model(NetworkSpec.of(opts), opts.task_.classes_per_step(step)), precision, channels_last
     )

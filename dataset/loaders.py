@@ -24,7 +24,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from dataset.incremental import Sample, SampleKey, Substitute
-from utils.distributed import loader_fault
+from utils.distributed import ONE_PROCESS, World, loader_fault
 from utils.errors import DataError, UserError
 from utils.signals import outlive_signals
 
@@ -349,10 +349,8 @@ def make_train_loader(
     num_memory: int = 0,
     memory_overwrites: bool = False,
     seed: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
+    world: World = ONE_PROCESS,
     num_workers: int = 1,
-    device: torch.device | str = "cpu",
     tolerance: Tolerance | None = None,
 ) -> Loader:
     """Loader of training batches, whole ones only; call ``loader.sampler.set_epoch`` before each epoch.
@@ -363,10 +361,8 @@ def make_train_loader(
         num_memory: how many of the dataset's last entries are exemplars; they fill half of each batch.
         memory_overwrites: they take the place of own samples there (:class:`MemoryOverwriteSampler`).
         seed: seed of the order.
-        rank: this process.
-        world_size: number of processes.
+        world: this process among the others. On CUDA the batches are pinned, so that copies overlap.
         num_workers: reading processes; they live through all epochs, until the loader is closed.
-        device: on CUDA the batches are pinned, so that copies overlap.
         tolerance: counts unreadable images; by default none is allowed.
 
     Raises:
@@ -376,8 +372,8 @@ def make_train_loader(
     settings: dict[str, Any] = {
         "batch_size": batch_size,
         "seed": seed,
-        "rank": rank,
-        "world_size": world_size,
+        "rank": world.rank,
+        "world_size": world.size,
     }
     if num_memory:
         kind = MemoryOverwriteSampler if memory_overwrites else MemoryMixSampler
@@ -387,7 +383,7 @@ def make_train_loader(
     return Loader(
         dataset,
         num_workers=num_workers,
-        device=device,
+        device=world.device,
         tolerance=tolerance,
         batch_size=batch_size,
         sampler=sampler,
@@ -400,18 +396,18 @@ def make_eval_loader(
     batch_size: int,
     *,
     num_workers: int = 1,
-    rank: int = 0,
-    world_size: int = 1,
-    device: torch.device | str = "cpu",
+    world: World = ONE_PROCESS,
     tolerance: Tolerance | None = None,
 ) -> Loader:
-    """Loader over each sample exactly once over all ranks, in order; the last batch may be smaller.
+    """Loader over each sample exactly once over all processes, in order; the last batch may be smaller.
 
-    Whole pictures (``--whole_val``) differ in size and need ``batch_size`` 1.
+    Whole images (``--whole_val``) differ in size and need ``batch_size`` 1.
     """
     number = len(dataset)  # type: ignore[arg-type]
-    batches = EvalBatchSampler(number, batch_size, rank=rank, world_size=world_size)
-    return Loader(dataset, num_workers=num_workers, device=device, tolerance=tolerance, batch_sampler=batches)
+    batches = EvalBatchSampler(number, batch_size, rank=world.rank, world_size=world.size)
+    return Loader(
+        dataset, num_workers=num_workers, device=world.device, tolerance=tolerance, batch_sampler=batches
+    )
 
 
 def collate(samples: list[Any]) -> Any:

@@ -60,7 +60,7 @@ class Session:
         log.info("%s", opts.summary())
         log.info("%s", world.description)
         if world.is_main:
-            Precision.of(opts, world.device, world.bfloat16).tell("opt_level" in opts.typed)
+            self._precision().tell("opt_level" in opts.typed)
         for note in opts.notes:
             log.info(note)
 
@@ -92,11 +92,15 @@ class Session:
         Raises:
             UserError: the checkpoint does not fit, or the data cannot be read.
         """
-        opts, world, folder = self.run.opts, self.run.world, self.run.folder
+        opts, folder = self.run.opts, self.run.folder
         path = opts.ckpt or folder.checkpoint(step)
         model = load_model(folder.spec, folder.load(path, step), path, opts.task_, step)
-        precision = Precision.of(opts, world.device, world.bfloat16)
+        precision = self._precision()
         data, evaluation = evaluation_data(opts, step), Evaluation(self.run)
         log.info("testing %s on %d images", path, len(data.test))
         metrics = evaluation.run(precision.place(model), data.test, len(data.class_names), precision)
         evaluation.report(step, data, metrics)
+
+    def _precision(self) -> Precision:
+        opts, world = self.run.opts, self.run.world
+        return Precision.of(opts.opt_level, opts.norm_act, world.device, world.bfloat16)

@@ -56,9 +56,7 @@ class Evaluation:
             images,
             opts.batch_size if opts.crop_val else 1,
             num_workers=opts.num_workers,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            device=self.world.device,
+            world=self.world,
             tolerance=self.tolerance,
         )
         batches = progress(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from itertools import chain
 from typing import Any
 
@@ -31,7 +32,6 @@ class FlooredPolyLR(LRScheduler):
     def __init__(
         self,
         optimizer: Optimizer,
-        *,
         max_iters: int,
         power: float,
         min_lr: float = 0.0,
@@ -49,66 +49,73 @@ class FlooredPolyLR(LRScheduler):
         return [max(lr * factor, self.min_lr) for lr in self.base_lrs]
 
 
-def make_scheduler(
-    optimizer: Optimizer,
-    policy: str,
-    *,
-    max_iters: int,
-    lr_power: float = 0.9,
-    lr_decay_step: int = 5000,
-    lr_decay_factor: float = 0.1,
-    warmup_iters: int = 0,
-    warmup_multiplies: bool = False,
-    min_lr: float = 0.0,
-) -> LRScheduler:
-    """Make the schedule of ``--lr_policy``; call ``step()`` after every optimiser step.
+@dataclass(frozen=True)
+class Schedule:
+    """The learning-rate schedule of a step; the field names are the options'.
 
-    Args:
-        optimizer: its parameter groups keep their own base rates.
-        policy: ``poly``: lr·(1 − i/max_iters)^lr_power; ``step``: lr·lr_decay_factor^⌊i/lr_decay_step⌋.
-        max_iters: iterations of the run, warm-up included.
+    Attributes:
+        lr_policy: ``poly``: lr·(1 − i/iterations)^lr_power; ``step``: lr·lr_decay_factor^⌊i/lr_decay_step⌋.
         lr_power: exponent of ``poly``.
         lr_decay_step: iterations between two drops of ``step``.
         lr_decay_factor: the drop.
-        warmup_iters: iterations of linear warm-up; the policy has the rest (SSUL on ADE20K).
-        warmup_multiplies: the warm-up multiplies the first part of ``poly``'s curve, which then has all
-            iterations (SSUL's released code).
+        warmup: share of the iterations with linear warm-up.
+        warmup_form: ``before``: the policy has the rest of the iterations (SSUL on ADE20K); ``factor``: the
+            warm-up multiplies the first part of ``poly``'s curve, which has all iterations (SSUL's released
+            code).
         min_lr: ``poly`` never falls below it, in any group.
-
-    Raises:
-        UserError: an unknown policy, no iteration left after the warm-up, or a rate that falls to 0 before
-            the end.
     """
-    if policy not in ("poly", "step"):
-        raise UserError(f"--lr_policy {policy}: unknown; use poly or step")
-    remaining = max_iters - warmup_iters
-    if remaining < 1:
-        raise UserError(
-            f"{max_iters} iterations with {warmup_iters} of warm-up leave nothing to train: "
-            "use more --epochs or a smaller --batch_size"
-        )
-    if policy == "poly":
-        last, how = (1 / remaining) ** lr_power, "a smaller --lr_power"
-    else:
-        last = lr_decay_factor ** ((remaining - 1) // lr_decay_step)
-        how = "a larger --lr_decay_step or --lr_decay_factor"
-    if max(group["lr"] for group in optimizer.param_groups) * last < torch.finfo(torch.float32).tiny:
-        raise UserError(f"the learning rate falls to 0 within the {max_iters} iterations; give {how}")
-    main: LRScheduler
-    if policy == "poly" and warmup_multiplies:
-        return FlooredPolyLR(
-            optimizer, max_iters=max_iters, power=lr_power, min_lr=min_lr, warmup_iters=warmup_iters
-        )
-    if policy == "poly" and min_lr > 0:
-        main = FlooredPolyLR(optimizer, max_iters=remaining, power=lr_power, min_lr=min_lr)
-    elif policy == "poly":
-        main = PolynomialLR(optimizer, total_iters=remaining, power=lr_power)
-    else:
-        main = StepLR(optimizer, step_size=lr_decay_step, gamma=lr_decay_factor)
-    if warmup_iters == 0:
-        return main
-    warmup = LinearLR(optimizer, start_factor=1.0 / (warmup_iters + 1), total_iters=warmup_iters)
-    return SequentialLR(optimizer, [warmup, main], milestones=[warmup_iters])
+
+    lr_policy: str = "poly"
+    lr_power: float = 0.9
+    lr_decay_step: int = 5000
+    lr_decay_factor: float = 0.1
+    warmup: float = 0.0
+    warmup_form: str = "before"
+    min_lr: float = 0.0
+
+    @classmethod
+    def of(cls, opts: Options) -> Schedule:
+        """That of a run's options."""
+        return cls(**{field.name: getattr(opts, field.name) for field in fields(cls)})
+
+    def make(self, optimizer: Optimizer, iterations: int) -> LRScheduler:
+        """The schedule of an optimiser; call ``step()`` after every optimiser step.
+
+        Args:
+            optimizer: its parameter groups keep their own base rates.
+            iterations: of the step, warm-up included.
+
+        Raises:
+            UserError: no iteration left after the warm-up, or a rate that falls to 0 before the end.
+        """
+        poly, multiplies = self.lr_policy == "poly", self.warmup_form == "factor"
+        warmup = int(self.warmup * iterations) if multiplies else round(self.warmup * iterations)
+        remaining = iterations - warmup
+        if remaining < 1:
+            raise UserError(
+                f"{iterations} iterations with {warmup} of warm-up leave nothing to train: "
+                "use more --epochs or a smaller --batch_size"
+            )
+        if poly:
+            last, how = (1 / remaining) ** self.lr_power, "a smaller --lr_power"
+        else:
+            last = self.lr_decay_factor ** ((remaining - 1) // self.lr_decay_step)
+            how = "a larger --lr_decay_step or --lr_decay_factor"
+        if max(group["lr"] for group in optimizer.param_groups) * last < torch.finfo(torch.float32).tiny:
+            raise UserError(f"the learning rate falls to 0 within the {iterations} iterations; give {how}")
+        if poly and multiplies:
+            return FlooredPolyLR(optimizer, iterations, self.lr_power, self.min_lr, warmup)
+        main: LRScheduler
+        if poly and self.min_lr > 0:
+            main = FlooredPolyLR(optimizer, remaining, self.lr_power, self.min_lr)
+        elif poly:
+            main = PolynomialLR(optimizer, total_iters=remaining, power=self.lr_power)
+        else:
+            main = StepLR(optimizer, step_size=self.lr_decay_step, gamma=self.lr_decay_factor)
+        if warmup == 0:
+            return main
+        first = LinearLR(optimizer, start_factor=1.0 / (warmup + 1), total_iters=warmup)
+        return SequentialLR(optimizer, [first, main], milestones=[warmup])
 
 
 def advance(scheduler: LRScheduler, steps: int) -> None:
@@ -240,21 +247,3 @@ def _fill_momentum(optimizer: torch.optim.Optimizer) -> None:
         for parameter in group["params"] if group["momentum"] > 0 else ():
             if optimizer.state[parameter].get("momentum_buffer") is None:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-
-
-def schedule(
-    opts: Options, optimizer: torch.optim.Optimizer, iterations: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """Learning-rate schedule of the options over a step's iterations."""
-    warmup, multiplies = opts.warmup * iterations, opts.warmup_form == "factor"
-    return make_scheduler(
-        optimizer,
-        opts.lr_policy,
-        max_iters=iterations,
-        lr_power=opts.lr_power,
-        lr_decay_step=opts.lr_decay_step,
-        lr_decay_factor=opts.lr_decay_factor,
-        warmup_iters=int(warmup) if multiplies else round(warmup),
-        warmup_multiplies=multiplies,
-        min_lr=opts.min_lr,
-    )

@@ -24,7 +24,7 @@ from session.evaluation import Evaluation
 from session.folder import Start
 from session.monitor import Monitor
 from session.networks import StepNetworks
-from session.optimizer import schedule
+from session.optimizer import Schedule
 from session.resume import deciding_options
 from session.run import Run
 from session.state import StepState
@@ -93,10 +93,8 @@ class StepTraining:
             num_memory=self.data.num_memory,
             memory_overwrites=opts.memory_batches == "overwrite",
             seed=opts.random_seed,
-            rank=world.rank,
-            world_size=world.size,
+            world=world,
             num_workers=opts.num_workers,
-            device=world.device,
             tolerance=self.run.tolerance,
         )
 
@@ -109,7 +107,7 @@ class StepTraining:
     def _networks(self) -> StepNetworks:
         """Student, teacher and methods; the context describes the step to the methods."""
         run, opts = self.run, self.run.opts
-        precision = Precision.of(opts, run.world.device, run.world.bfloat16)
+        precision = Precision.of(opts.opt_level, opts.norm_act, run.world.device, run.world.bfloat16)
         networks = StepNetworks(run, self.step, precision, self.methods)
         context = networks.context
         context.batches = self._training_pass
@@ -130,7 +128,7 @@ class StepTraining:
             networks.context,
             networks.methods,
             optimizer,
-            schedule(opts, optimizer, self._updates),
+            Schedule.of(opts).make(optimizer, self._updates),
             forward=forward,
             precision=networks.precision,
             compile=opts.compile,

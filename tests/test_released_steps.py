@@ -28,7 +28,7 @@ from argparser import Options, parse_options
 from methods import Context, Method, build_methods
 from modules.network import Network
 from segmentation_module import IncrementalSegmentationModule
-from session.optimizer import make_optimizer, schedule
+from session.optimizer import Schedule, make_optimizer
 from train import Means, Trainer
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -267,7 +267,7 @@ def run_ours(opts: Options, start: Start, carried: dict[str, Any] | None = None)
     for method in methods.values():
         method.begin_step(context)
     optimizer = make_optimizer(opts, student, methods, opts.lrs[0])
-    scheduler = schedule(opts, optimizer, ITERATIONS)
+    scheduler = Schedule.of(opts).make(optimizer, ITERATIONS)
     trainer, means = Trainer(context, methods, optimizer, scheduler), Means()
     trainer.model.train()
     for batch in start.batches:

@@ -626,10 +626,8 @@ def test_what_a_level_means_on_a_device(
     assert precision.description == description
     assert precision.scaler.is_enabled() is (scaled and torch.cuda.is_available())
     # In-place norms have no kernels for bfloat16 on CUDA.
-    opts = parse_options(["--opt_level", level, "--norm_act", "abn"])
-    assert Precision.of(opts, torch.device(device), bfloat16).description == description
-    opts.norm_act = "iabn_sync"
-    own = Precision.of(opts, torch.device(device), bfloat16)
+    assert Precision.of(level, "abn", torch.device(device), bfloat16).description == description
+    own = Precision.of(level, "iabn_sync", torch.device(device), bfloat16)
     assert own.description == (
         description.replace("bfloat16 a", "float16 a") if device == "cuda" else description
     )

@@ -73,6 +73,9 @@ class World:
         return self.rank == 0
 
 
+ONE_PROCESS = World(0, 0, 1, torch.device("cpu"), None)  # alone on the CPU
+
+
 def launch_rank() -> int:
     """Rank that the launcher gave to this process, before ``start``; 0 without a launcher."""
     return _number("RANK") or 0

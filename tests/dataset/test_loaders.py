@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from dataset.loaders import (
 )
 from dataset.transforms import eval_transform, train_transform
 from tasks import get_task
+from utils.distributed import ONE_PROCESS, World
 from utils.errors import DataError, Fault, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -236,10 +238,14 @@ def test_batches_do_not_depend_on_workers_or_on_a_resume(shapes_root: Path) -> N
     assert not same(epoch_of(dataset, 0, workers=0), whole)
 
 
+def of_two(rank: int) -> World:
+    return replace(ONE_PROCESS, rank=rank, size=2)
+
+
 def test_batches_do_not_depend_on_processes(shapes_root: Path) -> None:
     dataset = make(shapes_root)
     whole = epoch_of(dataset, 1, workers=0)
-    parts = [epoch_of(dataset, 1, workers=0, batch_size=4, rank=r, world_size=2) for r in range(2)]
+    parts = [epoch_of(dataset, 1, workers=0, batch_size=4, world=of_two(r)) for r in range(2)]
     for number, (images, targets) in enumerate(whole):
         # Rank r has every second sample of the batch.
         for rank in range(2):
@@ -382,10 +388,7 @@ def test_exemplars_in_a_loader(shapes_root: Path) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_loader(shapes_root: Path, workers: int) -> None:
     dataset = make(shapes_root, train=False)
-    parts = [
-        list(make_eval_loader(dataset, 5, num_workers=workers, rank=r, world_size=2, device="cpu"))
-        for r in (0, 1)
-    ]
+    parts = [list(make_eval_loader(dataset, 5, num_workers=workers, world=of_two(r))) for r in (0, 1)]
     # 48 samples in batches of 5: the last holds 3 and is the second rank's.
     assert [len(part[-1][0]) for part in parts] == [5, 3]
     batches = [targets for pair in zip(*parts, strict=True) for _, targets in pair]

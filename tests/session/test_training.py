@@ -16,7 +16,7 @@ from argparser import parse_options
 from run import main
 from runs.checkpoint import load_checkpoint, save_checkpoint
 from runs.history import read_history
-from session.optimizer import schedule
+from session.optimizer import Schedule
 from session.training import StepTraining
 from utils.signals import Stopped
 
@@ -72,7 +72,7 @@ def unbroken(options: str, updates: int) -> list[float]:
     """The rate of every update of a step that is trained with the options from its start."""
     opts = parse_options(shlex.split(f"{SMALL} {options}"))
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=opts.lrs[0])
-    scheduler = schedule(opts, optimizer, updates)
+    scheduler = Schedule.of(opts).make(optimizer, updates)
     rates = []
     for _ in range(updates):
         rates.append(optimizer.param_groups[0]["lr"])
