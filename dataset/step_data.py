@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,48 @@ from dataset.exemplars import (
 from dataset.image_labels import scan_image_labels
 from dataset.incremental import Entry, IncrementalDataset, eval_lookup, train_lookup
 from dataset.loaders import cross_val_split
-from dataset.protocols import load_step_list, task_indices, why_empty
+from dataset.protocols import Protocol, load_step_list, task_indices, why_empty
 from dataset.transforms import eval_transform, train_transform
+from tasks import Task
 from utils.errors import UserError
 
 CACHE = Path(__file__).resolve().parent.parent / "data" / "cache"
 HELD_OUT_SEED = 1  # --test_on_val: the same images for every step and every run
 EXTRAS = frozenset({"saliency", "exemplar"})  # tensors of the samples that only some methods read
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """The options that decide which images a step has and what their labels show, under their names."""
+
+    task: Task
+    dataset: str
+    data_root: Path
+    protocol: Protocol
+    random_seed: int
+    crop_size: int
+    augmentation: str
+    fidelity: str
+    data_masking: str
+    void_label: str
+    memory: int
+    memory_choice: str
+    memory_labels: str
+    cross_val: bool
+    test_on_val: bool
+    val_on_trainset: bool
+    eval_images: str
+    unseen_label: str
+    crop_val: bool
+    splits_dir: Path | None
+    skip_corrupt: int
+
+    @classmethod
+    def of(cls, opts: Any) -> DataSpec:
+        """Those of a run."""
+        names = {field.name for field in fields(cls)} - {"task"}
+        return cls(task=opts.task_, **{name: getattr(opts, name) for name in names})
 
 
 @dataclass
@@ -63,7 +97,7 @@ class StepData(EvaluationData):
     val: IncrementalDataset
 
 
-def evaluation_data(opts: Any, step: int) -> EvaluationData:
+def evaluation_data(spec: DataSpec, step: int) -> EvaluationData:
     """The images of a step's final evaluation.
 
     They are the validation list's, or with ``--val_on_trainset`` the training list's, or with
@@ -73,29 +107,29 @@ def evaluation_data(opts: Any, step: int) -> EvaluationData:
     Raises:
         UserError: the data set is missing or faulty.
     """
-    on_training_images = opts.val_on_trainset or opts.test_on_val
-    dataset = open_dataset(opts.dataset, opts.data_root, "train" if on_training_images else "val")
-    chosen = _held_out(len(dataset))[1] if opts.test_on_val else range(len(dataset))
-    seen = opts.task_.seen_classes(step)
-    if opts.eval_images == "seen":
-        presence = scan_image_labels(
+    on_training_images = spec.val_on_trainset or spec.test_on_val
+    dataset = open_dataset(spec.dataset, spec.data_root, "train" if on_training_images else "val")
+    chosen = _held_out(len(dataset))[1] if spec.test_on_val else range(len(dataset))
+    seen = spec.task.seen_classes(step)
+    if spec.eval_images == "seen":
+        image_labels = scan_image_labels(
             dataset.masks, cache_dir=CACHE, num_classes=dataset.num_classes, progress=False
         )
-        chosen = [i for i in chosen if presence[i].intersection(seen)]
+        chosen = [i for i in chosen if image_labels[i].intersection(seen)]
     return EvaluationData(
-        test=_evaluation(opts, step, dataset, chosen),
+        test=_evaluation(spec, step, dataset, chosen),
         class_names=[dataset.class_names[c] for c in seen],
         ignored=frozenset(seen.index(c) for c in dataset.ignore_at_eval if c in seen),
     )
 
 
 def step_data(
-    opts: Any, step: int, *, extras: frozenset[str] = frozenset(), exemplar_list: Path, is_main: bool
+    spec: DataSpec, step: int, *, extras: frozenset[str] = frozenset(), exemplar_list: Path, is_main: bool
 ) -> StepData:
     """All images of a step, training ones by the published rule of the task.
 
     Args:
-        opts: the options of the run.
+        spec: which images, and what their labels show.
         step: number of the step.
         extras: further tensors that the training samples hold, of ``EXTRAS``.
         exemplar_list: file of the exemplars of ``--memory``; used again if it was made from the same
@@ -109,38 +143,38 @@ def step_data(
         raise UserError(
             f"a method's extras name {', '.join(sorted(strange))}; samples have {', '.join(sorted(EXTRAS))}"
         )
-    final = evaluation_data(opts, step)
-    dataset = open_dataset(opts.dataset, opts.data_root, "train")
-    lists = _StepLists(opts, dataset, is_main)
+    final = evaluation_data(spec, step)
+    dataset = open_dataset(spec.dataset, spec.data_root, "train")
+    lists = _StepLists(spec, dataset, is_main)
     indices = lists.indices(step)
     val = final.test
     held_out: list[int] = []
-    if opts.cross_val:
-        indices, held_out = cross_val_split(indices, opts.random_seed)
-        val = _evaluation(opts, step, dataset, held_out)
+    if spec.cross_val:
+        indices, held_out = cross_val_split(indices, spec.random_seed)
+        val = _evaluation(spec, step, dataset, held_out)
     if not indices:
         raise lists.none_left(step)
     exemplars: list[Exemplar] = []
-    if opts.memory and step:
+    if spec.memory and step:
         # An earlier step may have had an image that this one validates on.
         kept_back = set(held_out)
-        stored = _exemplars(opts, step, lists, exemplar_list, is_main)
+        stored = _exemplars(spec, step, lists, exemplar_list, is_main)
         exemplars = [exemplar for exemplar in stored if exemplar.index not in kept_back]
     entries = [Entry(i) for i in indices] + [Entry(e.index, 1 + e.step) for e in exemplars]
     # Look-up 0 is the step's own; 1 + s shows the classes that were known when step s stored an exemplar.
-    lookups = [_train_table(opts, step, opts.data_masking)]
+    lookups = [_train_table(spec, step, spec.data_masking)]
     # With --memory_labels current they show the classes of this step too.
-    current = opts.memory_labels == "current"
-    lookups += [_train_table(opts, step if current else s, "current+old") for s in range(step)]
+    current = spec.memory_labels == "current"
+    lookups += [_train_table(spec, step if current else s, "current+old") for s in range(step)]
     train = IncrementalDataset(
         dataset,
         entries,
         lookups,
-        train_transform(opts.crop_size, opts.augmentation, released=opts.fidelity == "released"),
-        opts.random_seed,
+        train_transform(spec.crop_size, spec.augmentation, released=spec.fidelity == "released"),
+        spec.random_seed,
         saliency=_saliency_maps(dataset) if "saliency" in extras else None,
         tell_exemplars="exemplar" in extras and bool(exemplars),
-        skip_corrupt=opts.skip_corrupt,
+        skip_corrupt=spec.skip_corrupt,
     )
     return StepData(**vars(final), train=train, num_memory=len(exemplars), val=val)
 
@@ -148,49 +182,49 @@ def step_data(
 class _StepLists:
     """Training images of every step; the masks are scanned at most once."""
 
-    def __init__(self, opts: Any, dataset: SegmentationDataset, is_main: bool) -> None:
-        self.opts = opts
+    def __init__(self, spec: DataSpec, dataset: SegmentationDataset, is_main: bool) -> None:
+        self.spec = spec
         self.dataset = dataset
         self.is_main = is_main
-        self._presence: Sequence[frozenset[int]] | None = None
+        self._image_labels: Sequence[frozenset[int]] | None = None
 
     @property
-    def presence(self) -> Sequence[frozenset[int]]:
+    def image_labels(self) -> Sequence[frozenset[int]]:
         """Class ids of every training image."""
-        if self._presence is None:
-            self._presence = scan_image_labels(
+        if self._image_labels is None:
+            self._image_labels = scan_image_labels(
                 self.dataset.masks,
                 cache_dir=CACHE,
                 num_classes=self.dataset.num_classes,
                 progress=self.is_main,
             )
-        return self._presence
+        return self._image_labels
 
     def indices(self, step: int) -> list[int]:
         """Places in the training list of a step's images."""
-        opts = self.opts
-        if opts.splits_dir is not None:
-            indices = load_step_list(opts.splits_dir, step, len(self.dataset))
+        spec = self.spec
+        if spec.splits_dir is not None:
+            indices = load_step_list(spec.splits_dir, step, len(self.dataset))
         else:
-            indices = task_indices(opts.dataset, opts.task_, step, opts.protocol, self.presence)
-        if opts.test_on_val:
+            indices = task_indices(spec.dataset, spec.task, step, spec.protocol, self.image_labels)
+        if spec.test_on_val:
             indices = sorted(set(indices) & set(_held_out(len(self.dataset))[0]))
         return indices
 
     def none_left(self, step: int) -> UserError:
         """The error for a step without training images."""
-        opts = self.opts
-        rule = opts.protocol if opts.splits_dir is None else f"--splits_dir {opts.splits_dir}"
-        kept_back = [f"--{name}" for name in ("test_on_val", "cross_val") if getattr(opts, name)]
-        if opts.splits_dir is not None or task_indices(
-            opts.dataset, opts.task_, step, opts.protocol, self.presence
+        spec = self.spec
+        rule = spec.protocol if spec.splits_dir is None else f"--splits_dir {spec.splits_dir}"
+        kept_back = [f"--{name}" for name in ("test_on_val", "cross_val") if getattr(spec, name)]
+        if spec.splits_dir is not None or task_indices(
+            spec.dataset, spec.task, step, spec.protocol, self.image_labels
         ):
             reason = f"{' and '.join(kept_back)} keeps all of them back; leave it out or add images"
         else:
             names = self.dataset.class_names
-            reason = why_empty(opts.task_, step, opts.protocol, self.presence, names)
+            reason = why_empty(spec.task, step, spec.protocol, self.image_labels, names)
         return UserError(
-            f"step {step} of task {opts.task_.name} ({rule}) has no training image: {reason} "
+            f"step {step} of task {spec.task.name} ({rule}) has no training image: {reason} "
             "(--check_data shows the images of every class and step)"
         )
 
@@ -215,36 +249,36 @@ def _held_out(number: int) -> tuple[list[int], list[int]]:
 
 
 def _evaluation(
-    opts: Any, step: int, dataset: SegmentationDataset, chosen: Sequence[int]
+    spec: DataSpec, step: int, dataset: SegmentationDataset, chosen: Sequence[int]
 ) -> IncrementalDataset:
-    lookup = eval_lookup(opts.task_, step, unseen_label=opts.unseen_label, ignore_ids=dataset.ignore_at_eval)
-    transform = eval_transform(opts.crop_size if opts.crop_val else None)
+    lookup = eval_lookup(spec.task, step, unseen_label=spec.unseen_label, ignore_ids=dataset.ignore_at_eval)
+    transform = eval_transform(spec.crop_size if spec.crop_val else None)
     return IncrementalDataset(
         dataset,
         [Entry(i) for i in chosen],
         [lookup],
         transform,
-        opts.random_seed,
-        skip_corrupt=opts.skip_corrupt,
+        spec.random_seed,
+        skip_corrupt=spec.skip_corrupt,
         void_instead=True,
     )
 
 
-def _train_table(opts: Any, step: int, data_masking: str) -> Tensor:
+def _train_table(spec: DataSpec, step: int, data_masking: str) -> Tensor:
     return train_lookup(
-        opts.task_,
+        spec.task,
         step,
         data_masking=data_masking,
-        protocol=opts.protocol,
-        void_label=opts.void_label,
+        protocol=spec.protocol,
+        void_label=spec.void_label,
     )
 
 
-def _exemplars(opts: Any, step: int, lists: _StepLists, path: Path, is_main: bool) -> list[Exemplar]:
+def _exemplars(spec: DataSpec, step: int, lists: _StepLists, path: Path, is_main: bool) -> list[Exemplar]:
     """Exemplars of the earlier steps: the list on disk if it was made from the same choices, or a new one."""
     candidates = [lists.indices(earlier) for earlier in range(step)]
-    choices = (lists.presence, opts.task_, step, opts.memory, opts.random_seed, candidates)
-    in_turn = opts.memory_choice == "in_turn"
+    choices = (lists.image_labels, spec.task, step, spec.memory, spec.random_seed, candidates)
+    in_turn = spec.memory_choice == "in_turn"
     origin = exemplar_origin(*choices, in_turn=in_turn)
     exemplars: list[Exemplar] | None = None
     if path.is_file():
@@ -257,7 +291,7 @@ def _exemplars(opts: Any, step: int, lists: _StepLists, path: Path, is_main: boo
         exemplars = select_exemplars(*choices, in_turn=in_turn)
         if is_main:
             save_exemplars(path, exemplars, origin)
-    counts = class_counts(exemplars, lists.presence, opts.task_)
+    counts = class_counts(exemplars, lists.image_labels, spec.task)
     names = lists.dataset.class_names
     shown = ", ".join(f"{names[c]} {number}" for c, number in counts.items())
     log.info("%d exemplars: %s", len(exemplars), shown)

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from argparser import Options, parse_options
 from dataset.incremental import Substitute
 from dataset.loaders import choose_samples
-from dataset.step_data import EvaluationData, evaluation_data
+from dataset.step_data import DataSpec, EvaluationData, evaluation_data
 from inference.load import TrainedNetwork, model_from_checkpoint
 from inference.multiscale import pad_to
 from train import Precision, to_device
@@ -257,7 +257,7 @@ def run(args: argparse.Namespace, opts: Options) -> None:
         raise UserError("one process draws the picture; start python -m inference.tsne without a launcher")
     setup_logging(world, None, debug=opts.debug)
     network = model_from_checkpoint(opts.ckpt, opts)
-    data = evaluation_data(network.opts, network.step)
+    data = evaluation_data(DataSpec.of(network.opts), network.step)
     features = collect(network, data, world, args)
     if len(features.classes) < 4:
         raise UserError(f"only {len(features.classes)} labelled positions were found; give more --images")

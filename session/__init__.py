@@ -13,7 +13,7 @@ import torch
 
 from argparser import Options
 from dataset.loaders import Tolerance
-from dataset.step_data import evaluation_data
+from dataset.step_data import DataSpec, evaluation_data
 from inference.load import load_model
 from runs.options import write_run_options
 from session.evaluation import Evaluation
@@ -96,7 +96,7 @@ class Session:
         path = opts.ckpt or folder.checkpoint(step)
         model = load_model(folder.spec, folder.load(path, step), path, opts.task_, step)
         precision = self._precision()
-        data, evaluation = evaluation_data(opts, step), Evaluation(self.run)
+        data, evaluation = evaluation_data(DataSpec.of(opts), step), Evaluation(self.run)
         log.info("testing %s on %d images", path, len(data.test))
         metrics = evaluation.run(precision.place(model), data.test, len(data.class_names), precision)
         evaluation.report(step, data, metrics)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dataset.loaders import EpochSampler, Loader, make_train_loader
 from dataset.protocols import list_digest
-from dataset.step_data import StepData, step_data
+from dataset.step_data import DataSpec, StepData, step_data
 from methods import Method, build_methods
 from runs.files import EXEMPLARS, step_file
 from session.cached import Cache, weights_digest
@@ -281,7 +281,9 @@ def load_data(run: Run, start: Start, methods: Mapping[str, Method]) -> StepData
     opts, step, fingerprint, resumed = run.opts, start.step, start.fingerprint, start.resumed
     exemplar_list = step_file(run.folder.path, EXEMPLARS, step)
     extras = frozenset[str]().union(*(method.extras for method in methods.values()))
-    data = step_data(opts, step, extras=extras, exemplar_list=exemplar_list, is_main=run.world.is_main)
+    data = step_data(
+        DataSpec.of(opts), step, extras=extras, exemplar_list=exemplar_list, is_main=run.world.is_main
+    )
     fingerprint["list of training images"] = list_digest([entry.index for entry in data.train.entries])
     names = [data.train.dataset.images[entry.index].name for entry in data.train.entries]
     fingerprint["names of the training images"] = _digest(names)

@@ -14,7 +14,7 @@ from small_data import make_ade, make_own
 
 from argparser import Options, parse_options
 from dataset import step_data as module
-from dataset.step_data import StepData, evaluation_data, step_data
+from dataset.step_data import DataSpec, StepData, evaluation_data, step_data
 from dataset.transforms import ScaleCropFlip, whole_image
 from methods import build_methods
 from methods.base import Batch
@@ -43,7 +43,7 @@ def options(dataset: str, root: Path, *words: str) -> Options:
 def data_of(opts: Options, step: int) -> StepData:
     path = opts.data_root.parent / f"exemplars_{step}.json"
     extras = frozenset[str]().union(*(method.extras for method in build_methods(opts, step).values()))
-    return step_data(opts, step, extras=extras, exemplar_list=path, is_main=True)
+    return step_data(DataSpec.of(opts), step, extras=extras, exemplar_list=path, is_main=True)
 
 
 def test_other_of_ade_is_background_in_training_and_ignored_at_evaluation(tmp_path: Path) -> None:
@@ -204,10 +204,15 @@ def test_own_lists(own: Path, tmp_path: Path) -> None:
 
 
 def test_final_evaluation_on_training_images(own: Path) -> None:
-    assert len(evaluation_data(options("folder", own, "--task", "8-4"), 0).test) == 6
-    assert len(evaluation_data(options("folder", own, "--task", "8-4", "--val_on_trainset"), 0).test) == 26
+    assert len(evaluation_data(DataSpec.of(options("folder", own, "--task", "8-4")), 0).test) == 6
+    assert (
+        len(
+            evaluation_data(DataSpec.of(options("folder", own, "--task", "8-4", "--val_on_trainset")), 0).test
+        )
+        == 26
+    )
     opts = options("folder", own, "--task", "8-4", "--overlap", "--test_on_val")
-    held_out = {entry.index for entry in evaluation_data(opts, 0).test.entries}
+    held_out = {entry.index for entry in evaluation_data(DataSpec.of(opts), 0).test.entries}
     assert len(held_out) == 6
     assert not held_out & {entry.index for step in (0, 1) for entry in data_of(opts, step).train.entries}
 
@@ -217,7 +222,7 @@ def test_released_programs_but_ssuls_leave_out_images_without_a_seen_class(own: 
 
     def tested(step: int, *words: str) -> list[int]:
         opts = options("folder", own, "--task", "8-4", *words)
-        return [entry.index for entry in evaluation_data(opts, step).test.entries]
+        return [entry.index for entry in evaluation_data(DataSpec.of(opts), step).test.entries]
 
     assert tested(0, "--fidelity", "released") == [0, 1, 2, 3]
     assert tested(1, "--fidelity", "released") == tested(0) == [0, 1, 2, 3, 4, 5]

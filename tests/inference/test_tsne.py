@@ -18,7 +18,7 @@ from small_checkpoint import SEGFORMER, save_untrained
 
 from argparser import parse_options
 from dataset.decoding import read_image, read_mask
-from dataset.step_data import evaluation_data
+from dataset.step_data import DataSpec, evaluation_data
 from dataset.transforms import eval_transform
 from inference.load import model_from_checkpoint
 from inference.tsne import Reservoir, collect, draw, embed, main, parse
@@ -77,7 +77,7 @@ def test_features_are_the_network_s_at_pixels_of_the_class(
     path = tmp_path / "step.pth"
     model, opts = save_untrained(path, small_run(shapes_root))
     network = model_from_checkpoint(path, parse_options(["--ckpt", str(path)]))
-    data = evaluation_data(network.opts, 1)
+    data = evaluation_data(DataSpec.of(network.opts), 1)
     args = argparse.Namespace(images=3, per_class=2, layer=layer, seed=0)
     found = collect(network, data, ALONE, args)
     assert max(Counter(found.classes.tolist()).values()) == 2
