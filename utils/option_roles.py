@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from utils.errors import UserError
@@ -118,6 +119,8 @@ class OptionGroup(argparse._ArgumentGroup):
         traits = {name: words.pop(name) for name in _TRAITS & words.keys()}
         if role is not None and role not in get_args(Role):
             raise UserError(f"{names[0]}: role '{role}' is none of {', '.join(get_args(Role))}")
+        if words.get("type") is Path:  # as every option that is a path: "~" is the home folder
+            words["type"] = path_option
         action = super().add_argument(*names, **words)
         if role is not None or traits or action.dest not in self.declared:
             self.declared[action.dest] = self._declaration(action, role or self.role, **traits)

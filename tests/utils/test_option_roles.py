@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from utils.errors import UserError
@@ -62,3 +64,11 @@ def test_with_keep_best_the_evaluation_must_agree_as_well() -> None:
     for role in ("network", "data", "learning"):
         assert Declaration("x", "--x", role).must_agree_on_resume(keep_best=False)
         assert not Declaration("x", "--x", role, compared_as_fact=True).must_agree_on_resume(keep_best=True)
+
+
+def test_a_path_of_a_method_file_knows_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/user")
+    parser = OptionParser()
+    parser.group("method", role="learning").add_argument("--maps", type=Path, default=None)
+    assert parser.parse_args(["--maps", "~/maps"]).maps == Path("/home/user/maps")
+    assert parser.declared["maps"].is_path
