@@ -1,9 +1,9 @@
 """Compare runs: ``python -m report LOGDIR [LOGDIR ...]``.
 
-A table of every step of every run on the screen, and one page (``report.html``, which needs no network) with
-figures as PNG and tables as CSV and Markdown beside it. A run's folder is
-``<logdir>/<task>-<dataset>_<name>``; a folder above stands for all runs in it. Runs that go on, or that lack
-files, are shown as far as they are.
+Prints a table of every step of every run, and writes one self-contained page (``report.html``) with figures
+as PNG and tables as CSV and Markdown in the same folder. A run's folder is
+``<logdir>/<task>-<dataset>_<name>``; a folder above it selects all runs in it. Unfinished runs and runs with
+missing files are included with what they have.
 """
 
 from __future__ import annotations

@@ -15,55 +15,55 @@ from utils.command import run_command
 from utils.errors import UserError
 from utils.option_types import path_option
 
-_LISTED = 12  # pictures that are named one by one
+_LISTED = 12  # images that are listed by path; more are only counted
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the page, print the comparison and where page and pictures lie; returns the exit code."""
+    """Write the page; print the comparison and the paths of page and sample images. Returns the exit code."""
     return run_command("report", lambda: _report(argv))
 
 
 def _report(argv: list[str] | None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m report",
-        description="Compare runs: a table here, and a page with figures and tables that needs no network.",
+        description="Compare runs: print a table, and write a self-contained page with figures and tables.",
     )
     parser.add_argument(
         "folders",
         nargs="+",
         type=path_option,
         metavar="LOGDIR",
-        help="the folder of a run, or one above several",
+        help="folder of a run, or a folder above several runs",
     )
     parser.add_argument(
         "--out",
         type=path_option,
         metavar="DIR",
-        help="folder of report.html and what lies beside it (default: report in the common LOGDIR)",
+        help="folder for report.html, figures and tables (default: report in the common LOGDIR)",
     )
     args = parser.parse_args(argv)
     runs = find_runs(args.folders)
     table = comparison(runs)
     try:
         page = write_report([read_run(run) for run in runs], args.out or _common(args.folders) / "report")
-    finally:  # where the page cannot be written, the numbers are all that there is to see
+    finally:  # print the numbers even if the page cannot be written
         print(table)
     pictures = [path for run in runs for path in step_files(run, PREDICTIONS).values()]
     if len(pictures) > _LISTED:
-        print(f"pictures: {len(pictures)}, {PREDICTIONS.format(step='<step>')} in the folders of the runs")
+        print(f"images: {len(pictures)}, {PREDICTIONS.format(step='<step>')} in the folders of the runs")
     else:
         for picture in pictures:
-            print(f"picture: {picture}")
+            print(f"image: {picture}")
     print(f"report: {page}")
 
 
 def _common(folders: Sequence[Path]) -> Path:
     if len(folders) == 1:
         return folders[0]
-    remedy = "the folders lie below no common one; give --out, the folder for the report"
+    remedy = "the folders have no common parent; give --out, the folder for the report"
     try:
         common = Path(os.path.commonpath([folder.resolve() for folder in folders]))
-    except ValueError as error:  # two drives of Windows
+    except ValueError as error:  # different drives on Windows
         raise UserError(remedy) from error
     if common == Path(common.anchor):
         raise UserError(remedy)

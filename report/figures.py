@@ -24,16 +24,15 @@ from utils.drawing import drawable
 from utils.errors import UserError
 from utils.visualize import confusion_figure
 
-# Okabe and Ito's colours, which colour-blind readers tell apart, with dashes for those beyond; black is
-# kept for joint training.
+# Colour-blind safe palette of Okabe and Ito; dashed lines after seven methods. Black is for joint training.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_NUMBERED = 40  # rows of a heat map up to which its cells hold numbers
-_STEPS_SHOWN = 7  # rows of predictions of one picture
-BESIDE = 8  # methods beside each other in the sample pictures
+_NUMBERED = 40  # most rows of a heat map with numbers in its cells
+_STEPS_SHOWN = 7  # rows of predictions of one image
+BESIDE = 8  # methods side by side in the sample images
 _SMOOTHED = 60  # points of a loss curve
-_FAR = 100  # times the median loss from which a scale is logarithmic
-_WIDTH = 11.8  # inches, of figures as wide as the page
+_FAR = 100  # a scale is logarithmic if the largest loss exceeds this multiple of the median
+_WIDTH = 11.8  # inches; width of the page
 _LEARNT = 0.01  # IoU from which a class counts as learnt
 _NO_RESULT = "#dddddd"
 _HATCHED: dict[str, Any] = {"facecolor": "#f2f2f2", "edgecolor": "#9a9a9a", "hatch": "////", "linewidth": 0}
@@ -44,7 +43,7 @@ Style = dict[str, Any]
 def styles(group: Group) -> dict[str, Style]:
     """Colour, marker and dashes of every method, by label; the same in all figures of the group.
 
-    They go by name, so that a method keeps its own while runs go on and the order changes.
+    Assigned in order of the labels, not of the results, so that they stay the same while runs progress.
     """
     found: dict[str, Style] = {}
     own = sorted((method for method in group.methods if not method.joint), key=lambda method: method.label)
@@ -60,9 +59,9 @@ def styles(group: Group) -> dict[str, Style]:
 
 
 def curves(group: Group) -> Figure | None:
-    """MIoU old, new and all after every step: the mean over seeds, and one standard deviation.
+    """mIoU over old, new and all classes after every step: mean and standard deviation over seeds.
 
-    Old and all are lines with bands. New are points with error bars, for every step has other new classes.
+    Old and all are lines with bands; new are points with error bars, since every step has other new classes.
     """
     methods = [method for method in group.methods if method.step is not None and not method.joint]
     if not methods:
@@ -92,7 +91,7 @@ def curves(group: Group) -> Figure | None:
 
 
 def _curve(axes: Axes, method: Method, key: str, look: Style, shift: float | None) -> None:
-    """A line with a band or, with a shift to the side, points with error bars."""
+    """Draw a line with a band or, with a horizontal shift, points with error bars."""
     steps = sorted({step for run in method.runs for step in run.results})
     points = {step: stat(run.results.get(step, {}).get(key) for run in method.runs) for step in steps}
     known = {step: point for step, point in points.items() if point is not None}
@@ -101,7 +100,7 @@ def _curve(axes: Axes, method: Method, key: str, look: Style, shift: float | Non
     x = np.array(list(known))
     mean = 100 * np.array([point.mean for point in known.values()])
     std = 100 * np.array([point.std or 0.0 for point in known.values()])
-    low, high = np.maximum(mean - std, 0), np.minimum(mean + std, 100)  # an mIoU is nowhere else
+    low, high = np.maximum(mean - std, 0), np.minimum(mean + std, 100)  # the range of an mIoU
     if shift is None:
         axes.plot(x, mean, label=drawable(method.label), linewidth=1.8, markersize=5, **look)
         axes.fill_between(x, low, high, color=look["color"], alpha=0.12, linewidth=0)
@@ -111,7 +110,7 @@ def _curve(axes: Axes, method: Method, key: str, look: Style, shift: float | Non
 
 
 def bars(group: Group) -> Figure | None:
-    """MIoU old, new and all after the last step that a method has, mean over seeds with error bars."""
+    """mIoU over old, new and all classes after the last step of any method: mean over seeds, error bars."""
     own = [method for method in group.methods if method.step is not None and not method.joint]
     step = max((method.step for method in own if method.step is not None), default=None)
     shown = [
@@ -142,7 +141,7 @@ def bars(group: Group) -> Figure | None:
 
 
 def _bar(axes: Axes, place: int, number: Stat, colour: str) -> None:
-    """A bar in percent, its error bar within 0 to 100, its value behind it."""
+    """Draw a bar in percent with its value, and an error bar clipped to 0 to 100."""
     mean, std = 100 * number.mean, 100 * (number.std or 0.0)
     low, high = max(mean - std, 0), min(mean + std, 100)
     error = None if number.std is None else [[mean - low], [high - mean]]
@@ -164,7 +163,7 @@ def _joint_lines(axes: Axes, group: Group) -> None:
 
 
 def class_heat_maps(group: Group) -> Figure | None:
-    """IoU of every class after every step, a panel per method."""
+    """IoU of every class after every step, one panel per method."""
     methods = [method for method in group.methods if method.step is not None and method.class_names]
     if not methods:
         return None
@@ -177,7 +176,7 @@ def class_heat_maps(group: Group) -> Figure | None:
     figure = _figure(min(max(2.6 + 0.5 * width, 9.0), 14.0), height + 0.3)
     for part, row in zip(_subfigures(figure, len(rows)), rows, strict=True):
         ratios = [columns[place] for place in row]
-        spare = width - sum(ratios)  # an empty panel keeps the columns of all rows equally wide
+        spare = width - sum(ratios)  # an empty panel keeps the columns equally wide in all rows
         panels = part.subplots(
             1, len(row) + (spare > 0), width_ratios=[*ratios, spare][: len(row) + (spare > 0)], squeeze=False
         )[0]
@@ -196,7 +195,7 @@ def class_heat_maps(group: Group) -> Figure | None:
 
 
 def _ious(method: Method, names: Sequence[str], columns: int) -> Array:
-    """Classes × steps, mean over seeds, NaN where there is none."""
+    """IoU, classes × steps, mean over seeds; NaN if there is none."""
     values = np.full((len(names), columns), np.nan)
     for row, name in enumerate(names):
         for step in range(columns):
@@ -207,7 +206,7 @@ def _ious(method: Method, names: Sequence[str], columns: int) -> Array:
 
 
 def _mark_new(axes: Axes, method: Method, names: Sequence[str]) -> None:
-    """A line below the classes of each step."""
+    """Draw a line below the classes of each step."""
     known = [method.introduced(name) if name in method.class_names else None for name in names]
     for row in range(1, len(names)):
         if None not in (known[row - 1], known[row]) and known[row - 1] != known[row]:
@@ -215,9 +214,9 @@ def _mark_new(axes: Axes, method: Method, names: Sequence[str]) -> None:
 
 
 def forgetting_map(group: Group) -> Figure | None:
-    """What each method forgot of each class: IoU after the step that learnt it minus IoU after the last.
+    """Forgetting per method and class: IoU after the step that introduced it minus IoU after the last step.
 
-    A class whose IoU after its own step is below ``_LEARNT`` has nothing to forget; its cell is hatched.
+    Cells of classes whose IoU after their own step is below ``_LEARNT`` are hatched.
     """
     methods = [method for method in group.methods if not method.joint and method.class_names]
     names = max((method.class_names for method in methods), key=len, default=[])
@@ -251,21 +250,21 @@ def forgetting_map(group: Group) -> Figure | None:
 
 
 def _forgotten(method: Method, names: Sequence[str]) -> list[float]:
-    """In points, mean over seeds, NaN where it does not exist."""
+    """Forgetting in points, mean over seeds; NaN if there is none."""
     runs = method.latest()
     found = [stat(run.forgetting(name) for run in runs if name in run.introduced) for name in names]
     return [math.nan if number is None else 100 * number.mean for number in found]
 
 
 def _never_learnt(method: Method, name: str) -> bool:
-    """Whether the mean IoU of a class after the step that brought it is next to nothing."""
+    """Whether the mean IoU of a class after the step that introduced it is below ``_LEARNT``."""
     runs = [run for run in method.latest() if name in run.introduced]
     found = stat(run.iou(name, run.introduced[name]) for run in runs)
     return found is not None and found.mean < _LEARNT
 
 
 def _around_zero(values: Array) -> dict[str, Any]:
-    """A diverging map that ends where the values end: white is 0, and equal distances look equally far."""
+    """Diverging colour map cut to the range of the values; white is 0, the same scale on both sides."""
     known = values[np.isfinite(values)]
     low = min(0.0, 5 * math.floor(known.min(initial=0.0) / 5))
     high = max(5.0, 5 * math.ceil(known.max(initial=0.0) / 5))
@@ -276,7 +275,7 @@ def _around_zero(values: Array) -> dict[str, Any]:
 
 
 def _cell_legend(figure: Figure, values: Array, never: Array) -> None:
-    """What the cells without a number are, where there are any."""
+    """Legend for cells without a number, if there are any."""
     handles = []
     if never.any():
         handles.append(Patch(label=f"never learnt: IoU below {_LEARNT:.0%} after its step", **_HATCHED))
@@ -287,7 +286,7 @@ def _cell_legend(figure: Figure, values: Array, never: Array) -> None:
 
 
 def confusion(method: Method) -> Figure | None:
-    """Confusion matrix after the last step, counts of all seeds together."""
+    """Confusion matrix after the last step, counts summed over seeds."""
     step = method.step
     read = [
         found for run in method.latest() if step is not None and (found := run.confusion(step)) is not None
@@ -301,7 +300,7 @@ def confusion(method: Method) -> Figure | None:
 
 
 def total_losses(group: Group) -> Figure | None:
-    """The total loss of every run, a panel per step."""
+    """Total loss of every run, one panel per step."""
     steps = sorted({step for run in _runs(group) for step, course in run.courses.items() if course.records})
     if not steps:
         return None
@@ -328,7 +327,7 @@ def total_losses(group: Group) -> Figure | None:
 
 
 def loss_terms(run: Run) -> Figure | None:
-    """Every loss term of a run and its learning rate, a column per step."""
+    """Loss terms and learning rate of a run, one column per step."""
     steps = [step for step, course in run.courses.items() if course.records]
     if not steps:
         return None
@@ -398,9 +397,9 @@ def _bars(
 
 
 def sample_pictures(group: Group, index: int) -> Figure | None:
-    """One picture: input and truth in the first column, then a column per method and a row per step.
+    """One sample image: input and truth in the first column, then one column per method, one row per step.
 
-    Methods that are too many for one band go on in the next, with input and truth again.
+    More than ``BESIDE`` methods are split into several bands, each with input and truth.
     """
     having = [(method, run) for method in group.methods for run in method.runs[:1] if index in run.samples]
     if not having:
@@ -408,7 +407,7 @@ def sample_pictures(group: Group, index: int) -> Figure | None:
     steps = sorted({int(k[4:]) for _, run in having for k in run.samples[index] if k.startswith("step")})
     steps = _thinned(steps, _STEPS_SHOWN) or [0]
     shape = np.divide(*_pixels(next(iter(having[0][1].samples[index].values()))).shape[:2])
-    most = math.ceil(len(having) / math.ceil(len(having) / BESIDE))  # in as few bands, of equal length
+    most = math.ceil(len(having) / math.ceil(len(having) / BESIDE))  # fewest bands, equally long
     bands = [having[place : place + most] for place in range(0, len(having), most)]
     columns, rows = 1 + max(map(len, bands)), max(2, len(steps))
     cell = min(2.2, (_WIDTH - 0.3) / columns)
@@ -425,7 +424,7 @@ def _sample_band(
     """Fill one band of ``sample_pictures``."""
     for axes in panels.flat:
         axes.set(xticks=[], yticks=[])
-        axes.set_box_aspect(shape)  # empty ones too, else their titles stand higher
+        axes.set_box_aspect(shape)  # empty panels too, else their titles are not aligned
         axes.spines[:].set_visible(False)
     first = having[0][1].samples[index]
     for axes, key in zip(panels[:, 0], ("input", "truth"), strict=False):
@@ -434,7 +433,7 @@ def _sample_band(
     for column, (method, run) in zip(panels.T[1:], having, strict=False):
         column[0].set_title(drawable(method.label), fontsize=9)
         for axes, step in zip(column, steps, strict=False):
-            # Joint training has one step only: its prediction stands beside the last of the others.
+            # Joint training has one step; its prediction is in the row of the last step.
             key = f"step{step}" if not method.joint else "step0" if step == steps[-1] else ""
             _show(axes, run.samples[index].get(key))
     for axes, step in zip(panels[:, 1], steps, strict=False):
@@ -451,13 +450,13 @@ def _pixels(path: Path) -> Array:
         with Image.open(path) as picture:
             return np.asarray(picture.convert("RGB"))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read as a picture ({error}); remove it") from error
+        raise UserError(f"{path}: cannot be read as an image ({error}); remove it") from error
 
 
 def _heat(
     axes: Axes, values: Array, names: Sequence[str] | None, *, cmap: str | Colormap, vmin: float, vmax: float
 ) -> Any:
-    """A heat map with numbers in its cells where there is room; cells without a number are grey."""
+    """Draw a heat map, with numbers in its cells up to ``_NUMBERED`` rows; NaN cells are grey."""
     known = matplotlib.colormaps[cmap] if isinstance(cmap, str) else cmap
     colours = known.with_extremes(bad=_NO_RESULT)
     image = axes.imshow(values, cmap=colours, vmin=vmin, vmax=vmax, aspect="auto", interpolation="nearest")
@@ -478,33 +477,33 @@ def _heat(
 
 
 def _log_if_far(axes: Axes) -> None:
-    """A logarithmic scale where a few values would press all others flat, as those of a run that diverges."""
+    """Use a logarithmic scale if a few values, e.g. of a run that diverges, would flatten all others."""
     values = np.array([value for line in axes.lines for value in np.asarray(line.get_ydata(), dtype=float)])
     sizes = np.abs(values[np.isfinite(values) & (values != 0)])
     if sizes.size and sizes.max() > _FAR * (usual := float(np.median(sizes))):
-        axes.set_yscale("symlog", linthresh=usual, linscale=2)  # linear up to what is usual, zero too
+        axes.set_yscale("symlog", linthresh=usual, linscale=2)  # linear between plus and minus the median
         ticks = SymmetricalLogLocator(base=10, linthresh=usual)
         ticks.set_params(numticks=6)
         axes.yaxis.set_major_locator(ticks)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # its own writes formulas
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # not as powers of ten
 
 
 def _smooth(x: Sequence[float], y: Sequence[float]) -> tuple[Array, Array]:
-    """Means of equal stretches, so that many points make one readable line."""
+    """Means of consecutive points, at most about ``_SMOOTHED`` of them."""
     size = max(1, len(x) // _SMOOTHED)
     cut = [slice(place, place + size) for place in range(0, len(x), size)]
     return np.array([np.mean(x[part]) for part in cut]), np.array([np.mean(y[part]) for part in cut])
 
 
 def _thinned(items: Sequence[int], most: int) -> list[int]:
-    """At most that many, evenly, the first and the last among them."""
+    """At most ``most`` items, evenly spaced, with the first and the last."""
     if len(items) <= most:
         return list(items)
     return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]
 
 
 def _wrapped(widths: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Places in rows whose widths add up to ``most`` at most."""
+    """Indices of ``widths`` in rows whose widths add up to at most ``most``."""
     row: list[int] = []
     for place, width in enumerate(widths):
         if row and sum(widths[other] for other in row) + width > most:
@@ -529,7 +528,7 @@ def _legend(figure: Figure, panels: Sequence[Axes], labels: Sequence[str]) -> No
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     shown = [label for label in map(drawable, labels) if label in handles]
-    # About 14 letters to an inch; a handle must be long enough to tell dashes from a line.
+    # About 14 characters per inch; handles are long enough to show dashes.
     room = int(14 * figure.get_figwidth() / (8 + max(map(len, shown), default=0)))
     figure.legend(
         [handles[label] for label in shown],
@@ -551,5 +550,5 @@ def _tidy(axes: Axes) -> None:
 
 
 def _figure(width: float, height: float) -> Figure:
-    """A figure that pyplot does not keep."""
+    """A figure that is not registered with pyplot."""
     return Figure(figsize=(width, height), dpi=130, layout="constrained")

@@ -1,4 +1,4 @@
-"""Which runs can be compared: groups of one task, methods in a group, seeds of a method, means over seeds."""
+"""Arranges runs for comparison: groups of one task, methods of a group, seeds of a method."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from runs.options import deciding
 from tasks import DATASETS, get_task
 from utils.errors import UserError
 
-JOINT = "offline"  # the task that learns all classes at once, to which every task is compared
+JOINT = "offline"  # joint training of all classes in one step, shown beside every task
 
 _SEED = re.compile(r"[_-](?:seed|s)?\d+$")
 
 
 @dataclass(frozen=True)
 class Stat:
-    """Mean over runs, and the sample standard deviation where there are several."""
+    """Mean over runs, and the sample standard deviation if there are several."""
 
     mean: float
     std: float | None
     count: int
 
     def percent(self) -> str:
-        """``mean ± std`` of fractions, in percent."""
+        """``mean ± std`` in percent, from fractions."""
         mean = f"{100 * self.mean:.2f}"
         return mean if self.std is None else f"{mean} ± {100 * self.std:.2f}"
 
 
 def stat(values: Iterable[float | None]) -> Stat | None:
-    """Over the values that exist; None where there is none."""
+    """Statistics of the values that are neither None nor NaN; None if there are no values."""
     kept = [value for value in values if value is not None and not math.isnan(value)]
     if not kept:
         return None
@@ -47,40 +47,40 @@ def stat(values: Iterable[float | None]) -> Stat | None:
 
 @dataclass(frozen=True)
 class Method:
-    """Runs that differ by their seed only."""
+    """Runs of one method that differ by their seed only."""
 
     label: str
     runs: list[Run]
 
     @property
     def joint(self) -> bool:
-        """Whether it learns all classes at once."""
+        """Whether it is joint training of all classes."""
         return self.runs[0].task == JOINT
 
     @property
     def step(self) -> int | None:
-        """The last step that any of its runs has results of."""
+        """The last step with results in any of its runs."""
         return max((run.last_step for run in self.runs if run.last_step is not None), default=None)
 
     @property
     def class_names(self) -> list[str]:
-        """Classes of the run that is farthest."""
+        """Classes of the run with most steps done."""
         return max((run.class_names for run in self.runs), key=len)
 
     def introduced(self, name: str) -> int:
-        """The step that brings a class."""
+        """The step that introduces a class."""
         return next(run.introduced[name] for run in self.runs if name in run.introduced)
 
     def stat(self, number: Callable[[Run], float | None]) -> Stat | None:
-        """Mean of a number over the runs that have it."""
+        """Mean of ``number(run)`` over the runs for which it is not None."""
         return stat(number(run) for run in self.runs)
 
     def latest(self) -> list[Run]:
-        """The runs that have results of ``step``: only these can be averaged."""
+        """The runs with results of ``step``; only these are averaged."""
         return [run for run in self.runs if self.step is not None and run.last_step == self.step]
 
     def published_names(self) -> set[str]:
-        """Names under which the table of published results may have it, in capitals."""
+        """Names of the method in the table of published results, in upper case."""
         options = self.runs[0].options
         method = options.get("method")
         names = {str(method or self.label).upper(), self.label.upper()}
@@ -93,7 +93,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Group:
-    """Methods that learnt the same task under the same protocol with the same network."""
+    """Methods with the same task, protocol and network."""
 
     dataset: str
     task: str
@@ -103,19 +103,19 @@ class Group:
 
     @property
     def title(self) -> str:
-        """All of them in one line."""
+        """Data set, task, protocol and network in one line."""
         task = "all classes at once" if self.task == JOINT else task_title(self.dataset, self.task)
         return " · ".join(part for part in (self.dataset.upper(), task, self.protocol, self.backbone) if part)
 
     @property
     def slug(self) -> str:
-        """The title as part of a file's name."""
+        """The title as part of a file name."""
         parts = (self.dataset, self.task, self.protocol, self.backbone)
         return re.sub(r"[^\w.-]+", "-", "_".join(part for part in parts if part)) or "runs"
 
     @property
     def first_classes(self) -> list[str]:
-        """Classes of the first step, background included: the old ones of the papers' tables."""
+        """Classes of the first step with the background: the papers' "old" classes."""
         for method in self.methods:
             if not method.joint and method.class_names:
                 return [name for name in method.class_names if method.introduced(name) == 0]
@@ -123,18 +123,18 @@ class Group:
 
     @property
     def num_steps(self) -> int:
-        """Steps of the task."""
+        """Number of steps of the task."""
         return max(run.num_steps for method in self.methods for run in method.runs)
 
     def means(self, run: Run, background: bool = True) -> dict[str, float | None]:
-        """mIoU of a run after its last step as the papers count: old, new and all.
+        """mIoU of a run after its last step over old, new and all classes, as in the papers.
 
-        Old are the classes of the first step, new those of all later steps; a results file of step k
-        counts as new the classes of step k only.
+        Old are the classes of the first step, new those of all later steps (in a results file of step k, new
+        are the classes of step k only).
 
         Args:
             run: one of the group.
-            background: whether it counts among the old classes and in the mean of all.
+            background: whether the means over old and all classes include the background.
         """
         step = run.last_step
         if step is None:
@@ -150,13 +150,13 @@ class Group:
             found = stat(run.iou(name, step) for name in names)
             return None if found is None else found.mean
 
-        if not old:  # a first step, or joint training alone: there is nothing to set apart
+        if not old:  # a first step, or joint training without other runs: no old and new classes
             return {"old": None, "new": None, "all": mean(seen)}
         return {"old": mean(old), "new": mean(new), "all": mean(seen)}
 
 
 def arrange(runs: Sequence[Run]) -> list[Group]:
-    """Sort runs into groups, best methods first; joint training joins all groups of its data and network."""
+    """Sort runs into groups, best methods first. Joint training joins all groups of its data and network."""
     keys: dict[tuple[Any, ...], list[Run]] = {}
     joint = [run for run in runs if run.task == JOINT]
     for run in runs:
@@ -177,7 +177,7 @@ def arrange(runs: Sequence[Run]) -> list[Group]:
 
 
 def _ranked(group: Group) -> Group:
-    """The group with its best method first, by all classes; who is behind comes later, joint last."""
+    """The group with methods sorted by completed step, then mIoU over all classes; joint training last."""
 
     def place(method: Method) -> tuple[bool, int, float, str]:
         found = stat(group.means(run)["all"] for run in method.latest())
@@ -188,7 +188,7 @@ def _ranked(group: Group) -> Group:
 
 
 def task_title(dataset: str, task: str) -> str:
-    """A task's name, behind the one that papers and users have for it if that is another: 15-1 (15-5s)."""
+    """A task's name, preceded by its name in the papers if that differs: 15-1 (15-5s)."""
     match = re.fullmatch(r"(\d+)-(\d+)s(_?[a-z])?", task)
     if match and dataset in DATASETS and dataset != "folder":
         first, rest, letter = match[1], match[2], match[3] or ""
@@ -217,9 +217,9 @@ def _methods(runs: Sequence[Run]) -> list[Method]:
 
 
 def _alike(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs that differ by their seed only, in the order in which they came."""
+    """Sets of runs that differ by their seed only, in the order given."""
     found: list[list[Run]] = []
-    # Those with most steps first: what is still in its first step fits several, and joins the first of them.
+    # Most steps first: a run still in its first step may fit several sets, and joins the first of them.
     for run in sorted(runs, key=lambda run: -len(run.options_by_step)):
         for others in found:
             if all(_same_method(run, other) for other in others):
@@ -233,10 +233,10 @@ def _alike(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def _same_method(one: Run, other: Run) -> bool:
-    """Whether two runs learn alike at every step that both have, by their options.
+    """Whether two runs have the same learning options at every step that both have.
 
-    Where one has steps that the other lacks, or the last step is still to come, what differs may not be there
-    yet: their names without seed must be the same then.
+    If one has steps that the other lacks, or the last step is missing, the options that differ may not be
+    recorded yet; then their names without seed must be equal too.
     """
     if one.task != other.task or (one.group is None) != (other.group is None):
         return False
@@ -246,14 +246,14 @@ def _same_method(one: Run, other: Run) -> bool:
     if one.group is None:
         return same_name
     ones, others = one.group_by_step, other.group_by_step
-    if not ones or not others:  # of an earlier version
+    if not ones or not others:  # written by an earlier version
         return one.group == other.group
     whole = ones.keys() == others.keys() and one.num_steps - 1 in ones
     return (whole or same_name) and all(ones[step] == others[step] for step in ones.keys() & others.keys())
 
 
 def _unusual(run: Run) -> dict[str, Any]:
-    """Options of its last evaluation that are not the default."""
+    """Options of its last evaluation that differ from the default."""
     defaults = option_defaults()
     return {
         name: value
@@ -263,7 +263,7 @@ def _unusual(run: Run) -> dict[str, Any]:
 
 
 def _without_twins(runs: list[Run]) -> list[list[Run]]:
-    """Parts in which no seed is there twice: by name, else by name and folder, else each run by itself."""
+    """Split runs so that no part has a seed twice: by name, else by name and folder, else one run each."""
     ways: tuple[Callable[[Run], Hashable], ...] = (
         lambda run: "",
         _bare_name,
@@ -283,18 +283,18 @@ def _seed(run: Run) -> Hashable:
 
 
 def _bare_name(run: Run) -> str:
-    """A run's name without its seed."""
+    """A run's name without the seed."""
     return _SEED.sub("", run.name)
 
 
 def _label(runs: Sequence[Run]) -> str:
-    """The common name without seed, else the method's."""
+    """The common name without seed, else the name of the method."""
     names = {_bare_name(run) for run in runs}
     return names.pop() if len(names) == 1 else str(runs[0].options.get("method") or runs[0].name)
 
 
 def _told_apart(label: str, runs: Sequence[Run], twins: Sequence[Sequence[Run]]) -> str:
-    """A label that several methods would have gets what they differ in: options, else folder, else name."""
+    """Make a label unique: add options that differ from the other methods, else the folder or name."""
     if len(twins) == 1:
         return label
     others = [other for other in twins if other is not runs]
@@ -308,9 +308,9 @@ def _told_apart(label: str, runs: Sequence[Run], twins: Sequence[Sequence[Run]])
 
 
 def _differences(runs: Sequence[Run], others: Sequence[Run]) -> list[str]:
-    """Options of a method that another has otherwise, with the step where they are not those of all steps."""
+    """Options in which a method differs from another, with the step if they differ between steps."""
     mine, theirs = _by_step(runs), _by_step(others)
-    if not mine or not theirs:  # of an earlier version
+    if not mine or not theirs:  # written by an earlier version
         mine, theirs = ({0: deciding(some[0].options)} if some[0].options else {} for some in (runs, others))
     found: dict[str, str] = {}
     for step in sorted(mine.keys() & theirs.keys()):
@@ -322,7 +322,7 @@ def _differences(runs: Sequence[Run], others: Sequence[Run]) -> list[str]:
 
 
 def _by_step(runs: Sequence[Run]) -> dict[int, dict[str, Any]]:
-    """What decides at each step, of the first run that has it."""
+    """Options that tell methods apart, for each step, from the first run that has the step."""
     found: dict[int, dict[str, Any]] = {}
     for run in runs:
         for step, options in run.options_by_step.items():
@@ -331,7 +331,7 @@ def _by_step(runs: Sequence[Run]) -> dict[int, dict[str, Any]]:
 
 
 def _with_evaluation(label: str, runs: Sequence[Run], members: Sequence[Sequence[Run]]) -> str:
-    """The label with the options of the evaluation, where not all methods have the same."""
+    """The label with the evaluation options, if they are not the same for all methods."""
 
     def evaluated(runs: Sequence[Run]) -> dict[str, Any]:
         return next((_unusual(run) for run in runs if run.evaluation is not None), {})

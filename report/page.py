@@ -1,4 +1,4 @@
-"""The report's page and the files beside it."""
+"""Writes the report: the page, figures and tables."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from utils.tables import markdown_text
 
 _REMEDY = "free some space or choose another --out"
 _LIST = "report_files.txt"
-_PLAIN = re.compile(r"[\w.-]+\.(?:png|csv|md|html)")  # no separator of folders
-_LONGEST = 120  # letters of a picture's name
+_PLAIN = re.compile(r"[\w.-]+\.(?:png|csv|md|html)")  # no path separator
+_LONGEST = 120  # characters of a figure's file name
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure on the page: name of its PNG file, what it shows, and the picture itself as a URI."""
+    """A figure on the page: name of its PNG file, alternative text, data URI, and width in pixels."""
 
     file: str
     alt: str
@@ -45,12 +45,12 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """A title, what to see there, and figures.
+    """A section of the page.
 
     Attributes:
-        title, text, pictures: those.
-        folded: all figures but the first are closed at first.
-        coloured: the colours of the classes stand above the figures.
+        title, text, pictures: title, explanation and figures.
+        folded: whether all figures but the first are initially collapsed.
+        coloured: whether a legend of class colours is above the figures.
     """
 
     title: str
@@ -61,7 +61,7 @@ class Section:
 
 
 class _Folder:
-    """The folder that the report is written to, and a list of what the report before left there."""
+    """The output folder, and the list of files that the previous report wrote there."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -74,7 +74,7 @@ class _Folder:
     def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
         if failed is None:
             self._remove([name for name in self.before if name not in self.written])
-        elif self.written:  # the pictures of both reports lie there
+        elif self.written:  # the folder has files of both reports
             self._list({*self.before, *self.written})
 
     def _remove(self, names: Sequence[str]) -> None:
@@ -95,7 +95,7 @@ class _Folder:
         self.written.append(name)
 
     def picture(self, name: str, alt: str, figure: Figure | None, photo: bool = False) -> list[Picture]:
-        """Write a figure as PNG; photographs go into the page as JPEG, a tenth of the size."""
+        """Write a figure as PNG. On the page, photographs are JPEG, a tenth of the size."""
         if figure is None:
             return []
         png = _encoded(figure, "png")
@@ -108,17 +108,17 @@ class _Folder:
 
 
 def _stem(*parts: str) -> str:
-    """Parts as the name of a picture without its ending; other parts have another name."""
+    """File name without suffix from its parts; different parts give different names."""
     text = "_".join(parts)
     plain = re.sub(r"[^\w.-]+", "-", text).strip("-")
     if plain == text and len(text) <= _LONGEST:
         return text
-    digest = hashlib.sha256(text.encode(errors="surrogatepass"))  # a folder's name may be no UTF-8
+    digest = hashlib.sha256(text.encode(errors="surrogatepass"))  # a folder's name may not be UTF-8
     return f"{plain[:_LONGEST]}-{digest.hexdigest()[:8]}"
 
 
 def _listed(path: Path) -> list[str]:
-    """Names of a list of files; only plain ones of kinds that a report writes, whatever it says."""
+    """File names in ``report_files.txt``; ignores paths and file types that a report does not write."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     except OSError as error:
@@ -137,17 +137,17 @@ def _encoded(figure: Figure, kind: str) -> bytes:
 def write_report(runs: Sequence[Run], out: Path) -> Path:
     """Write ``report.html``, ``report.md``, tables as CSV and figures as PNG.
 
-    Files of the report before that this one has no longer are removed, by the list ``report_files.txt``.
+    Removes the files of the previous report (listed in ``report_files.txt``) that this one does not have.
 
     Args:
         runs: at least one.
-        out: folder, made if missing.
+        out: folder, created if missing.
 
     Returns:
         The path of the page.
 
     Raises:
-        UserError: a file cannot be written, or one of a run cannot be read.
+        UserError: a file cannot be written, or a file of a run cannot be read.
     """
     with _Folder(out) as folder:
         _write(folder, arrange(runs))
@@ -187,7 +187,7 @@ def _percent(number: Stat | None) -> str:
 
 
 def _group(folder: _Folder, group: Group) -> dict[str, Any]:
-    """A group's part of the page; its figures and its summary are written."""
+    """Page content of a group; writes its figures and summary table."""
     lines = tables.summary(group)
     folder.text(f"{group.slug}_summary.csv", tables.summary_table(group).csv())
     return {
@@ -211,7 +211,7 @@ def _sections(folder: _Folder, group: Group, lines: Sequence[Line]) -> list[Sect
 
     spread = "Mean over the seeds; bands and error bars are one standard deviation."
     if group.num_steps > 2:
-        spread += " No line joins the new classes: every step has others."
+        spread += " New classes have no line, since they differ at every step."
         steps = Section("mIoU per step", spread, one("curves", "mIoU per step", figures.curves(group)))
     else:
         steps = Section("mIoU", spread, one("bars", "mIoU", figures.bars(group)))
@@ -219,37 +219,37 @@ def _sections(folder: _Folder, group: Group, lines: Sequence[Line]) -> list[Sect
         steps,
         Section(
             "Forgetting per class",
-            "IoU after the step that brought the class minus IoU after the last step, in points; orange is "
-            "forgotten, violet is gained. A class that was never learnt cannot be forgotten.",
+            "IoU after the step that introduced the class minus IoU after the last step, in points; orange: "
+            "forgotten, violet: gained. Classes that were never learnt are hatched.",
             one("forgetting", "forgetting per class", figures.forgetting_map(group)),
         ),
         Section(
             "IoU per class and step",
-            "Grey: not learnt yet, or no result. White lines part the classes of different steps.",
+            "Grey: not learnt yet, or no result. White lines separate the classes of different steps.",
             one("classes", "IoU per class and step", figures.class_heat_maps(group)),
         ),
         Section(
             "Confusion after the last step",
-            "In percent of the true class's pixels, all seeds together.",
+            "In percent of the pixels of the true class, summed over all seeds.",
             _confusions(folder, group),
             folded=True,
         ),
         Section(
-            "The same pictures",
-            "What the first seed of each method predicts after each step.",
+            "Sample images",
+            "Predictions of the first seed of each method after each step.",
             _samples(folder, group),
             folded=len(group.methods) > figures.BESIDE,
             coloured=True,
         ),
         Section(
             "Loss",
-            "The total loss, a line per run; its terms stand with each run below. The scale is logarithmic "
-            "where a run leaves all others far behind.",
+            "Total loss, one line per run; the loss terms are under each run below. The scale is logarithmic "
+            "if some values are far larger than the others.",
             one("losses", "total loss", figures.total_losses(group)),
         ),
         Section(
             "Time and memory",
-            "Of the training of the steps that the run did itself; the peak is of the first process.",
+            "Training of the steps that the run did itself; peak memory of the first process.",
             one("cost", "wall time and memory", figures.cost(lines)),
         ),
     ]
@@ -269,12 +269,12 @@ def _samples(folder: _Folder, group: Group) -> list[Picture]:
     found = []
     for index in indices:
         figure = figures.sample_pictures(group, index)
-        found += folder.picture(f"{group.slug}_picture_{index}", f"picture {index}", figure, photo=True)
+        found += folder.picture(f"{group.slug}_picture_{index}", f"image {index}", figure, photo=True)
     return found
 
 
 def _class_colours(group: Group) -> list[tuple[str, str]]:
-    """Name and colour of every foreground class, as in the sample pictures: by the data set's ids."""
+    """Name and colour of every foreground class, as in the sample images (by dataset class id)."""
     ids: dict[str, int] = {}
     for method in group.methods:
         for run in method.runs:
@@ -285,7 +285,7 @@ def _class_colours(group: Group) -> list[tuple[str, str]]:
 
 
 def _best(lines: Sequence[Line]) -> dict[str, str]:
-    """Label of the best method of each column, joint training apart; none where there is no choice."""
+    """Label of the best method in each column, joint training excluded; only columns with several methods."""
     numbers: dict[str, Callable[[Line], Stat | None]] = {
         "old": lambda line: line.numbers["old"],
         "new": lambda line: line.numbers["new"],
@@ -301,7 +301,7 @@ def _best(lines: Sequence[Line]) -> dict[str, str]:
 
 
 def _run(folder: _Folder, run: Run, alone: bool) -> dict[str, Any]:
-    """A run's part of the page; ``alone``: no other run's folder has its name."""
+    """Page content of a run; ``alone``: no other run's folder has the same name."""
     headers = ["step", *(f"mIoU {name}" for name in tables.NUMBERS)]
     rows: list[list[object]] = []
     for step, results in run.results.items():
@@ -323,7 +323,7 @@ def _run(folder: _Folder, run: Run, alone: bool) -> dict[str, Any]:
 
 
 def _options(run: Run) -> list[tuple[str, str]]:
-    """Name and value of every option; values of the steps apart where they differ."""
+    """Name and value of every option; if steps differ, the value of each step."""
     by_step = {step: deciding(options) for step, options in run.options_by_step.items()}
     shown = {name: str(value) for name, value in run.options.items()}
     for name in {name for options in by_step.values() for name in options}:
@@ -337,7 +337,7 @@ def _options(run: Run) -> list[tuple[str, str]]:
 
 
 def _spans(steps: Sequence[int]) -> str:
-    """0, 2–4"""
+    """Step numbers as text: ``0, 2–4``."""
     found: list[list[int]] = []
     for step in steps:
         if found and step == found[-1][1] + 1:

@@ -1,7 +1,8 @@
 """The papers' numbers, from ``report/published.csv``.
 
-The column ``background`` says whether the background counts in the means: the old, new and all columns of
-a table fit together in one way only (MiB's "all" of VOC is the mean over 20 classes, the others' over 21).
+The column ``background`` says whether the means include the background. It was inferred per table: only one
+choice makes the old, new and all columns consistent (MiB's "all" of VOC is the mean over 20 classes, that of
+the other papers over 21).
 """
 
 from __future__ import annotations
@@ -46,12 +47,12 @@ def _published(row: dict[str, Any]) -> Published:
 
 
 def of_group(group: Group) -> list[Published]:
-    """The rows of the same data set, task, protocol and backbone."""
+    """The rows with the group's data set, task, protocol and backbone."""
     wanted = (group.dataset, group.task, group.protocol, group.backbone)
     return [row for row in table() if (row.dataset, row.task, row.protocol, row.backbone) == wanted]
 
 
 def of_method(group: Group, method: Method) -> list[Published]:
-    """The rows of a method; several where a later paper ran it again."""
+    """The rows of a method; several if later papers reproduced it."""
     names = method.published_names()
     return [row for row in of_group(group) if row.method.split(" (")[0].upper() in names]

@@ -1,4 +1,4 @@
-"""What lies in the folders of runs: options, results, courses, confusion matrices and sample pictures."""
+"""Reads the folders of runs: options, results, histories, confusion matrices and sample images."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _TRACES = (RESULTS.format(step="*"), HISTORY.format(step="*"), OPTIONS)
 
 
 def find_runs(folders: Iterable[Path]) -> list[Path]:
-    """Folders of runs, in order of name; a run counts from its start, with results or without.
+    """Folders of all runs in the given folders, sorted by path, with or without results.
 
-    One that is reached by several paths counts once, by the first.
+    A run that is reached by several paths is listed once, under the first path.
 
     Raises:
-        UserError: a folder is not there, or holds no run.
+        UserError: a folder does not exist or contains no run.
     """
     runs: dict[Path, Path] = {}
     for folder in folders:
@@ -40,7 +40,9 @@ def find_runs(folders: Iterable[Path]) -> list[Path]:
             raise UserError(f"{folder}: {what}")
         found = sorted({path.parent for trace in _TRACES for path in folder.rglob(trace)})
         if not found:
-            raise UserError(f"{folder}: holds no results_<step>.json; give the folder of a run, or one above")
+            raise UserError(
+                f"{folder}: contains no results_<step>.json; give the folder of a run, or one above it"
+            )
         for run in found:
             runs.setdefault(run.resolve(), run)
     return list(runs.values())
@@ -50,7 +52,7 @@ def read_results(run: Path) -> dict[int, dict[str, Any]]:
     """Results of a run by step, as ``runs.results.write_results`` wrote them.
 
     Raises:
-        UserError: a file is no file of results.
+        UserError: a file cannot be read as results.
     """
     results = {}
     for path in step_files(run, RESULTS).values():
@@ -58,27 +60,27 @@ def read_results(run: Path) -> dict[int, dict[str, Any]]:
             content = json.loads(path.read_text(encoding="utf-8"))
             results[int(content["step"])] = content
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: is no file of results ({error}); remove it") from error
+            raise UserError(f"{path}: is not a results file ({error}); remove it") from error
     return dict(sorted(results.items()))
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run as its folder shows it.
+    """The contents of a run's folder.
 
     Attributes:
-        folder: where it lies.
-        options: those of its last start; empty where nothing tells them.
-        options_by_step: those of every step, with its own ``lr``; of a first step that it took over, the
-            other run's. Empty where a version wrote it that did not keep them.
-        group: key of ``options``, equal for the seeds of one method; None where nothing tells them.
-        group_by_step: likewise of ``options_by_step``.
-        steps: dataset class ids of every step of the task; empty where nothing tells them.
-        task, dataset, name: of the options, else of the folder's name.
-        results: by step; those of a first step that it took over from another run are among them.
-        taken_over: name of the run that a step's results were taken over from.
-        base: the folder of that run, if it is there.
-        courses: of training, by step.
+        folder: its path.
+        options: options of its last start; empty if not recorded.
+        options_by_step: options of every step, with the step's ``lr``; for a first step trained by another
+            run (``--step_ckpt``), that run's. Empty if the folder was written by a version without them.
+        group: key of ``options``, equal for the seeds of one method; None if not recorded.
+        group_by_step: key of ``options_by_step`` for every step.
+        steps: dataset class ids of every step of the task; empty if not recorded.
+        task, dataset, name: from the options, else from the folder's name.
+        results: by step, including a first step trained by another run.
+        taken_over: name of the run that trained the step, for each step trained by another run.
+        base: folder of that run, if it exists.
+        courses: training history by step.
     """
 
     folder: Path
@@ -97,18 +99,18 @@ class Run:
 
     @property
     def protocol(self) -> str | None:
-        """Which labels a step sees: disjoint, overlapped or sequential; None where unknown."""
+        """Protocol: disjoint, overlapped or sequential; None if unknown."""
         return self.options.get("protocol")
 
     @property
     def backbone(self) -> str | None:
-        """Network as the table of published results names it; None where unknown."""
+        """Network, named as in the table of published results; None if unknown."""
         model = self.options.get("model")
         return f"deeplab-{self.options.get('backbone')}" if model == "deeplab" else model
 
     @property
     def last_step(self) -> int | None:
-        """Number of the last step with results of the run's own."""
+        """The last step that this run trained and that has results."""
         return max((step for step in self.results if step not in self.taken_over), default=None)
 
     @property
@@ -118,12 +120,12 @@ class Run:
 
     @property
     def num_steps(self) -> int:
-        """Steps of the task; those seen so far where nothing tells."""
+        """Number of steps of the task; if not recorded, the number of steps found."""
         return len(self.steps) or max([*self.results, *self.courses], default=0) + 1
 
     @cached_property
     def introduced(self) -> dict[str, int]:
-        """The step that brings each class that has results, by name in network order."""
+        """Step that introduces each class with results; class names in network order."""
         bounds = [0]
         for ids in self.steps:
             bounds.append(bounds[-1] + len(ids))
@@ -139,7 +141,7 @@ class Run:
 
     @cached_property
     def class_ids(self) -> dict[str, int]:
-        """The data set's id of each class that has results; the network's index where no steps are known."""
+        """Dataset class id of each class with results; the network's index if the steps are unknown."""
         order = [number for ids in self.steps for number in ids]
         found: dict[str, int] = {}
         for results in self.results.values():
@@ -149,12 +151,12 @@ class Run:
 
     @property
     def seed(self) -> int | None:
-        """What its random numbers began from; None where nothing tells."""
+        """Random seed; None if not recorded."""
         return self.options.get("random_seed")
 
     @property
     def evaluation(self) -> dict[str, Any] | None:
-        """Options that its last results were evaluated with; None where it has no results of its own."""
+        """Evaluation options of its last results; None without results of this run."""
         step = self.last_step
         return None if step is None else dict(self.results[step].get("evaluation") or {})
 
@@ -164,12 +166,12 @@ class Run:
         return list(self.introduced)
 
     def iou(self, name: str, step: int) -> float | None:
-        """IoU of a class after a step, a fraction; None where it does not exist."""
+        """IoU of a class after a step, a fraction; None if there is none."""
         value = self.results.get(step, {}).get("class_iou", {}).get(name)
         return None if value is None else float(value)
 
     def forgetting(self, name: str) -> float | None:
-        """IoU of a class after the step that brought it minus that after the last step."""
+        """IoU of a class after the step that introduced it minus its IoU after the last step."""
         last = self.last_step
         if last is None or self.introduced[name] >= last:
             return None
@@ -177,15 +179,15 @@ class Run:
         return None if then is None or now is None else then - now
 
     def confusion(self, step: int) -> tuple[Array, list[str]] | None:
-        """Counts and class names after a step; None where they were not written."""
+        """Confusion matrix (pixel counts) and class names after a step; None if not written."""
         path = step_file(self.folder, CONFUSION, step)
         return read_confusion(path) if path.is_file() else None
 
     @cached_property
     def samples(self) -> dict[int, dict[str, Path]]:
-        """Sample pictures by number: ``input``, ``truth`` and ``step<k>``.
+        """Paths of sample images by number, then by ``input``, ``truth`` and ``step<k>``.
 
-        Those of a step that was taken over are the other run's, where both drew the same photo.
+        Steps trained by another run use that run's images, if both runs drew the same input image.
         """
         found = _samples(self.folder)
         theirs = {} if self.base is None else _samples(self.base)
@@ -200,24 +202,24 @@ class Run:
 
     @property
     def seconds(self) -> float | None:
-        """Wall time of the training of all steps; None where it was not written."""
+        """Wall time in seconds of the training of all steps; None if not recorded."""
         return sum(course.seconds for course in self.courses.values()) or None
 
     @property
     def memory(self) -> float | None:
-        """Peak memory in MiB over all steps; None where it was not written."""
+        """Peak memory in MiB over all steps; None if not recorded."""
         records = [record for course in self.courses.values() for record in course.records]
         return max((record.memory for record in records if record.memory is not None), default=None)
 
     @property
     def speed(self) -> float | None:
-        """Median of the trained images per second; None where it was not written."""
+        """Median training speed in images per second; None if not recorded."""
         records = [record for course in self.courses.values() for record in course.records]
         speeds = sorted(r.images_per_second for r in records if r.images_per_second is not None)
         return speeds[len(speeds) // 2] if speeds else None
 
     def state(self) -> str:
-        """Where the run stands, in a few words."""
+        """Progress of the run, for the page: "finished", or step, epoch and iteration."""
         if self.finished:
             return "finished"
         step = max([*self.courses, *self.results], default=0)
@@ -225,7 +227,7 @@ class Run:
             return f"step {step} of 0–{self.num_steps - 1} done"
         course = self.courses.get(step)
         if course is None or not course.records:
-            return f"step {step} begun"
+            return f"step {step} started"
         point = course.records[-1]
         age = time.time() - step_file(self.folder, HISTORY, step).stat().st_mtime
         of = f" of {self.options['epochs']}" if "epochs" in self.options else ""
@@ -242,7 +244,7 @@ def read_run(folder: Path) -> Run:
     """Read a run's folder.
 
     Raises:
-        UserError: a file there cannot be read as what it should be.
+        UserError: a file in it is damaged or unreadable.
     """
     known = read_run_options(folder)
     options, by_step, groups = known.options, known.by_step, known.group_by_step
@@ -280,7 +282,7 @@ def read_run(folder: Path) -> Run:
 
 
 def _samples(folder: Path) -> dict[int, dict[str, Path]]:
-    """Sample pictures of a run's folder by number, then by ``input``, ``truth`` and ``step<k>``."""
+    """Sample images of a run's folder by number, then by ``input``, ``truth`` and ``step<k>``."""
     found: dict[int, dict[str, Path]] = {}
     for path in sorted((folder / SAMPLES).glob("*.png")):
         if match := _SAMPLE.fullmatch(path.name):
@@ -289,22 +291,22 @@ def _samples(folder: Path) -> dict[int, dict[str, Path]]:
 
 
 def _known_steps(dataset: str, task: str) -> tuple[str, list[list[int]]]:
-    """Canonical name and steps of a published task; the name alone where it is none."""
+    """Canonical name and steps of a published task; for other tasks the name and no steps."""
     if dataset in DATASETS and dataset != "folder":
         try:
             known = get_task(dataset, task)
             return known.name, [list(ids) for ids in known.steps]
-        except UserError:  # a task of the user's own file
+        except UserError:  # a task from the user's --task_file
             pass
     return task, []
 
 
 def _base_folder(folder: Path, options: dict[str, Any]) -> Path | None:
-    """Folder of the run whose first step this one goes on from (``--step_ckpt``), if it is there."""
+    """Folder of the run whose first step this run continues (``--step_ckpt``), if it exists."""
     if not options.get("step_ckpt"):
         return None
     named = Path(options["step_ckpt"]).parent
-    # The path counts from where the run was started; runs of one experiment lie side by side.
+    # The path is relative to the run's working directory; runs of one experiment share a parent folder.
     for candidate in (named, folder.parent / named.name):
         if candidate.is_dir() and candidate.resolve() != folder.resolve():
             return candidate

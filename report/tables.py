@@ -1,4 +1,4 @@
-"""The report's tables: as text, CSV, Markdown and for the page."""
+"""The report's tables, as text, CSV, Markdown and HTML."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ NUMBERS = {"old": "miou_old", "new": "miou_new", "all": "miou_all", "harmonic": 
 
 @dataclass(frozen=True)
 class Table:
-    """Titles and cells; a cell is text, a number, or None for a dash."""
+    """Column headers and cells; a cell is text, a number, or None (shown as a dash)."""
 
     headers: list[str]
     rows: list[list[object]]
 
     def csv(self) -> str:
-        """As CSV, full precision."""
+        """The table as CSV, numbers in full precision."""
         return csv_text([self.headers, *self.rows])
 
     def markdown(self) -> str:
-        """As Markdown, two decimals."""
+        """The table as Markdown, numbers with two decimals."""
         return markdown_table(self.headers, self.rows)
 
 
 def comparison(runs: Iterable[Path]) -> str:
-    """Text table of mIoU in percent, a row per run and step."""
+    """Text table of mIoU in percent, one row per run and step."""
     rows: list[list[object]] = []
     for run in runs:
         for step, results in read_results(run).items():
@@ -44,14 +44,14 @@ class Line:
     """A method's line of the summary.
 
     Attributes:
-        method: whose.
-        step: of its numbers; None without results.
-        complete: whether that is the task's last step.
-        numbers: mIoU old, new and all as fractions.
-        forgetting: mean over the old classes.
-        seconds, memory: wall time of training and peak memory in MiB.
+        method: the method.
+        step: step after which the numbers were measured; None without results.
+        complete: whether ``step`` is the task's last.
+        numbers: mIoU over old, new and all classes, as fractions.
+        forgetting: mean over the old classes, a fraction.
+        seconds, memory: wall time of training, and peak memory in MiB.
         published: the papers' rows.
-        alike: for each published row, our numbers counted as it counts the background.
+        alike: for each published row, the runs' means with or without background as in that row.
     """
 
     method: Method
@@ -66,13 +66,13 @@ class Line:
 
     @property
     def bare(self) -> dict[str, Stat | None]:
-        """Our numbers without background, if any published row counts so."""
+        """The means without background, if a published row leaves it out; else empty."""
         counted = zip(self.published, self.alike, strict=True)
         return next((alike for row, alike in counted if not row.background), {})
 
 
 def summary(group: Group) -> list[Line]:
-    """A line per method."""
+    """One line per method."""
     lines = []
     for method in group.methods:
         runs = method.latest()
@@ -99,13 +99,13 @@ def _means(group: Group, runs: Sequence[Run], background: bool = True) -> dict[s
 
 
 def mean_forgetting(run: Run) -> float | None:
-    """Mean over the classes whose IoU before is known, background included."""
+    """Mean forgetting over the classes of earlier steps with a known IoU, background included."""
     found = stat(run.forgetting(name) for name in run.class_names)
     return None if found is None else found.mean
 
 
 def summary_table(group: Group) -> Table:
-    """The summary, percent; a method with several published rows has a row for each."""
+    """The summary in percent; a method with several published rows has one row for each."""
     keys = ("old", "new", "all")
     headers = ["method", "runs", "after step"]
     headers += [f"mIoU {key} {part}" for key in keys for part in ("mean", "std")]
@@ -128,7 +128,7 @@ def summary_table(group: Group) -> Table:
 
 
 def steps_table(groups: Sequence[Group]) -> Table:
-    """mIoU in percent after every step of every run; new are the classes of that step only."""
+    """mIoU in percent after every step of every run; "new" are the classes of that step only."""
     rows: list[list[object]] = []
     for run in all_runs(groups):
         for step, results in run.results.items():
@@ -138,7 +138,7 @@ def steps_table(groups: Sequence[Group]) -> Table:
 
 
 def classes_table(groups: Sequence[Group]) -> Table:
-    """IoU in percent of every class after every step, and what was forgotten of it."""
+    """IoU and forgetting in percent of every class after every step."""
     rows: list[list[object]] = []
     for run in all_runs(groups):
         for name in run.class_names:
@@ -152,7 +152,7 @@ def classes_table(groups: Sequence[Group]) -> Table:
 
 
 def all_runs(groups: Sequence[Group]) -> list[Run]:
-    """Every run once, in the order of the groups."""
+    """Every run once, in the order of the groups (joint runs are in several groups)."""
     found = {run.folder: run for group in groups for method in group.methods for run in method.runs}
     return list(found.values())
 

@@ -224,7 +224,7 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert captured.err.count("\n") == 1 and captured.err.startswith("report: error: ")
         return captured.err
 
-    assert "holds no results" in error(str(tmp_path))
+    assert "contains no results" in error(str(tmp_path))
     assert "no such folder" in error(str(tmp_path / "missing"))
     folder = write_run(tmp_path, "MIB", 1)
     (tmp_path / "file").write_text("")
@@ -348,12 +348,12 @@ def test_few_pictures_are_named_and_many_counted(
     for path in shown:
         path.touch()
     assert main([str(tmp_path)]) == 0
-    assert [f"picture: {path}" for path in shown] == capsys.readouterr().out.splitlines()[-3:-1]
+    assert [f"image: {path}" for path in shown] == capsys.readouterr().out.splitlines()[-3:-1]
     for step in range(2, 30):
         (folder / f"predictions_{step}.png").touch()
     assert main([str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "picture:" not in out and "pictures: 30," in out
+    assert "image:" not in out and "images: 30," in out
 
 
 def test_many_methods_have_their_pictures_in_bands(tmp_path: Path) -> None:

@@ -31,8 +31,6 @@ def test_demo_ends_with_a_table_and_a_picture(shapes_root: Path, tmp_path: Path)
     end = done.stdout[done.stdout.rindex("mIoU old") :]
     assert "15-5-shapes_FT" in end
     assert "15-5-shapes_MIB" in end
-    pictures = [
-        Path(line.removeprefix("picture: ")) for line in end.splitlines() if line.startswith("picture:")
-    ]
+    pictures = [Path(line.removeprefix("image: ")) for line in end.splitlines() if line.startswith("image:")]
     assert pictures
     assert all((ROOT / path).is_file() for path in pictures)
