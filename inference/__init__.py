@@ -1,1 +1,1 @@
-"""From a checkpoint alone: load it, predict images at several scales, show features."""
+"""Inference from a checkpoint: loading, multi-scale prediction, prediction of image files, t-SNE."""

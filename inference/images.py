@@ -1,8 +1,8 @@
-"""``--predict``: masks and overlays of any pictures, from a checkpoint alone.
+"""``--predict``: masks and overlays of image files, from a checkpoint.
 
-``<out>/predictions/`` gets a PNG mask per picture, ``<out>/overlays/`` the picture under its classes' colours
-with a legend. Pictures are taken as they are stored, as in training and evaluation: the camera's orientation
-(EXIF) is not applied, so that a mask fits its picture pixel by pixel.
+Writes a PNG mask per image to ``<out>/predictions/``, and the image with class colours and a legend to
+``<out>/overlays/``. As in training and evaluation, the camera's orientation (EXIF) is not applied, so that a
+mask fits the stored image pixel by pixel.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Picture:
-    """A file to predict, and the name of what is written for it, below the folders of results."""
+    """An image file to predict, and the path of its results relative to the result folders."""
 
     path: Path
     name: Path
 
 
 class Predictor:
-    """Predicts pictures of any size as dataset class ids, the values of the data set's own masks.
+    """Predicts images of any size as dataset class ids, the values in the data set's masks.
 
     Args:
-        network: as it comes from its checkpoint; its model is moved to the device.
-        device: where to compute.
+        network: from its checkpoint; its model is moved to the device.
+        device: device of the computation.
     """
 
     def __init__(self, network: TrainedNetwork, device: torch.device) -> None:
@@ -63,7 +63,7 @@ class Predictor:
         self.class_ids = torch.tensor(network.class_ids, dtype=torch.uint8)
 
     def __call__(self, image: Tensor) -> Tensor:
-        """Picture uint8 3×H×W → class ids uint8 H×W, on the CPU."""
+        """Image uint8 3×H×W → class ids uint8 H×W, on the CPU."""
         classes = predict_classes(
             self.model, image, device=self.device, precision=self.precision, predict=self.predict
         )
@@ -71,46 +71,46 @@ class Predictor:
 
 
 def predict(opts: Options, world: World) -> int:
-    """Predict ``opts.predict``, a picture or a folder of pictures, into ``opts.out``.
+    """Predict ``opts.predict``, an image or a folder of images, into ``opts.out``.
 
-    Several processes share the pictures. An unreadable one is named on the standard error and left out.
+    Images are divided among the processes. An unreadable image is reported on standard error and skipped.
 
     Returns:
-        0, or 2 if a picture could not be predicted.
+        0, or 2 if an image could not be predicted.
 
     Raises:
-        UserError: there is no picture, the checkpoint cannot be used, or results cannot be written.
+        UserError: there is no image, the checkpoint cannot be used, or results cannot be written.
     """
     setup_logging(world, None, debug=opts.debug)
     pictures = find_pictures(opts.predict, opts.out)
     network = model_from_checkpoint(opts.ckpt, opts)
     classes = len(network.class_ids)
     what = f"step {network.step} of task {network.task.name} on {network.task.dataset}, {classes} classes"
-    log.info("%s: %s; %d pictures", opts.ckpt, what, len(pictures))
+    log.info("%s: %s; %d images", opts.ckpt, what, len(pictures))
     began = time.perf_counter()
     with distributed.shared_errors():
         own = pictures[world.rank :: world.size]
-        shown = progress(own, total=len(own), desc="pictures", world=world, interval=opts.print_interval)
+        shown = progress(own, total=len(own), desc="images", world=world, interval=opts.print_interval)
         predictor = Predictor(network, world.device)
         if world.is_main:
             predictor.precision.tell("opt_level" in opts.typed)
         failed = sum(not _predict_one(picture, predictor, network, opts) for picture in shown)
     failed = sum(distributed.gather_objects(failed))
     seconds = time.perf_counter() - began
-    left_out = f", {failed} left out" if failed else ""
+    left_out = f", {failed} skipped" if failed else ""
     done = len(pictures) - failed
     log.info(
-        "%d of %d pictures predicted into %s/{%s,%s}%s (%.1f s)",
+        "%d of %d images predicted into %s/{%s,%s}%s (%.1f s)",
         *(done, len(pictures), opts.out, PREDICTIONS, OVERLAYS, left_out, seconds),
     )
     return 2 if failed else 0
 
 
 def find_pictures(path: Path, out: Path) -> list[Picture]:
-    """The picture, or all of a folder and the folders below it, sorted; hidden ones and earlier results not.
+    """The image, or all images in a folder and its subfolders, sorted, without hidden files and results.
 
     Raises:
-        UserError: no such file or folder, no picture in it, or two pictures would get the same name.
+        UserError: no such file or folder, no image in it, or two images would get the same name.
     """
     if path.is_file():
         return [Picture(path, Path(f"{path.stem}.png"))]
@@ -130,12 +130,12 @@ def find_pictures(path: Path, out: Path) -> list[Picture]:
             raise UserError(f"{file}: {pictures[name].path.name} would get the same name; rename one of them")
         pictures[name] = Picture(file, name)
     if not pictures:
-        raise UserError(f"--predict {path}: holds no picture ({', '.join(IMAGE_SUFFIXES)}); check the path")
+        raise UserError(f"--predict {path}: contains no image ({', '.join(IMAGE_SUFFIXES)}); check the path")
     return list(pictures.values())
 
 
 def _predict_one(picture: Picture, predictor: Predictor, network: TrainedNetwork, opts: Options) -> bool:
-    """Predict one picture and write its results; False, after a line that says why, if that cannot be."""
+    """Predict one image and write its results; on failure print the reason and return False."""
     try:
         image = read_image(picture.path)
         ids = _within_memory(picture.path, predictor, image).numpy()
@@ -159,7 +159,7 @@ def _within_memory(path: Path, predictor: Predictor, image: Tensor) -> Tensor:
             raise
         height, width = image.shape[-2:]
         raise DataError(
-            f"{path}: {width}×{height} pixels need more memory than there is; scale it down"
+            f"{path}: {width}×{height} pixels need more memory than is available; scale it down"
         ) from error
 
 

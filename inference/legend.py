@@ -1,4 +1,4 @@
-"""A picture with the names of its classes below it, drawn by Pillow so that its pixels stay as they are."""
+"""Draws a legend of class names below an image with Pillow, so that the image's pixels stay unchanged."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from utils.palette import palette
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _SMALLEST_FONT = 12  # pixels
-_WIDTH_OF_FONT = 45  # a picture this many times as wide as the font is high
-_NARROWEST = 240  # pixels; a legend below less has a line for every name
+_WIDTH_OF_FONT = 45  # image width in font heights
+_NARROWEST = 240  # pixels; least width of the result
 
 
 def with_legend(picture: Array, mask: Array, class_names: Sequence[str]) -> Array:
-    """Put a legend of the classes that occur in a mask below a picture.
+    """Draw a legend of the classes that occur in a mask below an image.
 
-    The background, which overlays leave uncoloured, has a hollow box. The result is wider than the picture
-    where a name needs it.
+    The background, which overlays leave uncoloured, has an empty box. The result is wider than the image if a
+    name needs the space.
 
     Args:
-        picture: H×W×3, uint8.
-        mask: H×W, class ids; 255 is void and not named.
+        picture: image H×W×3, uint8.
+        mask: H×W, class ids; 255 is void and not listed.
         class_names: by class id.
 
     Returns:
@@ -58,7 +58,7 @@ def with_legend(picture: Array, mask: Array, class_names: Sequence[str]) -> Arra
 
 
 def _flow(lengths: Sequence[int], width: int, margin: int) -> tuple[list[tuple[int, int]], int]:
-    """Left edge and line of each entry, one after the other from left to right, and the number of lines."""
+    """Left edge and line of each entry (filled from left to right), and the number of lines."""
     places: list[tuple[int, int]] = []
     left, line = margin // 2, 0
     for length in lengths:

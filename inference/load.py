@@ -1,4 +1,4 @@
-"""A trained network from its checkpoint alone: the manifest names its options, task and data set."""
+"""Rebuilds a trained network from its checkpoint, whose manifest has its options, task and data set."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainedNetwork:
-    """A network and what it was trained for.
+    """A trained network with its task, step and options.
 
     Attributes:
         model: in evaluation mode, on the CPU, float32.
         task: class order.
-        step: number of the step that it has learnt.
+        step: the last step that it was trained on.
         opts: the user's options, completed by those of the checkpoint's manifest.
         class_names: by dataset class id.
     """
@@ -51,7 +51,7 @@ class TrainedNetwork:
 def model_from_checkpoint(path: Path, opts: Options) -> TrainedNetwork:
     """Rebuild the network of a checkpoint.
 
-    What the user typed wins over the manifest, and must fit the weights. A checkpoint without manifest (a
+    Typed options override the manifest, and must fit the weights. A checkpoint without manifest (e.g. a
     released one) needs ``--task``, ``--step`` and the network's options typed.
 
     Args:
@@ -59,8 +59,8 @@ def model_from_checkpoint(path: Path, opts: Options) -> TrainedNetwork:
         opts: checked options; ``opts.typed`` names those that the user typed.
 
     Raises:
-        UserError: the file is missing, damaged, has no manifest and too little was typed, or does not fit
-            what was typed.
+        UserError: the file is missing or damaged, has no manifest and needed options were not typed, or does
+            not fit the typed options.
     """
     content = load_checkpoint(path)
     opts = _completed(opts, saved_options(content), path)
@@ -80,14 +80,14 @@ def model_from_checkpoint(path: Path, opts: Options) -> TrainedNetwork:
 def load_model(
     spec: NetworkSpec, content: Mapping[str, Any], path: Path, task: Task, step: int
 ) -> IncrementalSegmentationModule:
-    """A network with the weights of a checkpoint, all of them and no others.
+    """Build a network and load a checkpoint's weights; their names must match exactly.
 
     Args:
-        spec: form of the network.
-        content: of ``load_checkpoint``.
-        path: of the checkpoint, for the message.
+        spec: architecture of the network.
+        content: returned by ``load_checkpoint``.
+        path: of the checkpoint, for error messages.
         task: class order.
-        step: number of the step that it has learnt.
+        step: the last step that the network was trained on.
 
     Raises:
         UserError: the weights are of another network.
@@ -101,7 +101,7 @@ def load_model(
 
 
 def _completed(opts: Options, saved: Mapping[str, Any], path: Path) -> Options:
-    """A copy of the options in which what was not typed is as the manifest has it."""
+    """A copy of the options in which the manifest's values replace those that were not typed."""
     completed = copy.copy(opts)
     if saved:
         saved = with_implied(saved)
@@ -114,9 +114,9 @@ def _completed(opts: Options, saved: Mapping[str, Any], path: Path) -> Options:
 
 
 def _value(action: Action, value: Any, path: Path) -> Any:
-    """A manifest's value of an option, as the parser would have made it."""
+    """A manifest's value of an option, converted as the parser does."""
     if action.type is path_option and isinstance(value, str):
-        return given_path(value)  # one that an earlier version kept may begin with ~
+        return given_path(value)  # an earlier version may have saved it with ~
     if reason := preset_fault(action, value):
         raise _bad_manifest(path, f"{value!r} for --{action.dest}: {reason}")
     return value
@@ -129,7 +129,7 @@ def _task_and_step(opts: Options, content: Mapping[str, Any], path: Path) -> tup
     if manifest is None:
         if typed_task is None or typed_step is None:
             raise UserError(
-                f"{path}: has no manifest that says what it is of; type --dataset, --task and --step, and "
+                f"{path}: has no manifest; type --dataset, --task and --step, and "
                 "--model, --backbone, --norm_act, --head, --decoder and --classifier where they differ from "
                 "the defaults"
             )
@@ -165,7 +165,7 @@ def _bad_manifest(path: Path, what: str) -> UserError:
 def _class_names(task: Task, data_root: Path) -> tuple[str, ...]:
     try:
         names = class_names(task.dataset, data_root)
-    except UserError as error:  # own data whose folder is not here
-        log.warning("%s; --data_root names the folder. Until then classes are shown by their ids", error)
+    except UserError as error:  # a user's data set that is not on this machine
+        log.warning("%s; classes are shown by their ids. Give the data set's folder by --data_root", error)
         names = ()
     return names + tuple(f"class {c}" for c in range(len(names), max(task.order) + 1))

@@ -1,4 +1,4 @@
-"""Prediction of pictures of any size, at several scales and mirrored, fused to one."""
+"""Prediction of images of any size, with fusion of several scales and mirrored views."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from train import Precision, Predict, class_scores, to_device
 
 MIN_SIDE = 32
-"""The networks' stride: a view with fewer pixels may have no features left."""
+"""Least side of a network's input in pixels (the largest stride)."""
 
 
 class FusedPrediction:
@@ -21,7 +21,7 @@ class FusedPrediction:
     Args:
         scales: factors on the image's height and width.
         flip: also predict the mirrored image at every scale.
-        mode: "mean" averages the probabilities, "max" takes the largest, "voting" counts arg-maxes.
+        mode: "mean" averages the probabilities, "max" takes the maximum, "voting" counts predictions.
     """
 
     def __init__(self, scales: Sequence[float], flip: bool, mode: str) -> None:
@@ -61,13 +61,11 @@ class FusedPrediction:
 
 
 class PaddedPrediction:
-    """Scores of images of any size: what is too small for a network is continued by its border's colours.
-
-    Images of ``least`` pixels and more a side go through as they are.
+    """Scores of images of any size: images too small for a network are padded by their border pixels.
 
     Args:
-        predict: predicts them.
-        scales: of the views that it makes; the smallest must have ``MIN_SIDE`` pixels a side.
+        predict: predicts the padded images.
+        scales: of its views; images are padded so that the smallest view has ``MIN_SIDE`` pixels per side.
     """
 
     def __init__(self, predict: Predict, scales: Sequence[float] = (1.0,)) -> None:
@@ -82,20 +80,19 @@ class PaddedPrediction:
 
 
 def pad_to(images: Tensor, least: int = MIN_SIDE) -> Tensor:
-    """Images B×3×H×W with at least that many pixels a side: continued at the right and below."""
+    """Pad images B×3×H×W at the right and bottom with border pixels to at least ``least`` pixels per side."""
     missing = [max(0, least - side) for side in images.shape[-2:]]
     return F.pad(images, (0, missing[1], 0, missing[0]), mode="replicate") if any(missing) else images
 
 
 def _least_side(scale: float) -> int:
-    """The smallest side that has ``MIN_SIDE`` pixels when scaled (``F.interpolate`` rounds down)."""
+    """Smallest side that has ``MIN_SIDE`` pixels after scaling (``F.interpolate`` rounds down)."""
     least = math.ceil(MIN_SIDE / scale)
     return least if math.floor(least * scale) >= MIN_SIDE else least + 1
 
 
 def predictor(scales: Sequence[float], flip: bool, mode: str) -> Predict:
-    """What predicts with ``--test_scales``, ``--test_flip`` and ``--fusion_mode``, in evaluation and
-    ``--predict`` alike: fused where there is more than the image itself."""
+    """The prediction function for ``--test_scales``, ``--test_flip`` and ``--fusion_mode``."""
     if not flip and list(scales) == [1.0]:
         return PaddedPrediction(class_scores)
     return PaddedPrediction(FusedPrediction(scales, flip, mode), scales)
@@ -105,7 +102,7 @@ def predictor(scales: Sequence[float], flip: bool, mode: str) -> Predict:
 def predict_classes(
     model: nn.Module, image: Tensor, *, device: torch.device, precision: Precision, predict: Predict
 ) -> Tensor:
-    """Predict one picture of any size.
+    """Predict one image of any size.
 
     Args:
         model: in evaluation mode.

@@ -1,11 +1,11 @@
-"""t-SNE picture of a network's features, with the classes as colours.
+"""t-SNE plot of a network's features, coloured by class.
 
     python -m inference.tsne --ckpt FILE [--images 200 --per_class 100 --layer pre_logits --out FILE.png]
 
-Features are taken on the evaluation images of the run that wrote the checkpoint, at random positions, up to a
-number of each class. PCA reduces them to 50 numbers, t-SNE (van der Maaten and Hinton, "Visualizing data
-using t-SNE", JMLR 2008) to two. The picture is written and, beside it, a CSV file with a line per point.
-Options of ``run.py`` (``--data_root``, ``--where_to_sim``, ...) are taken too and win over the checkpoint's.
+Features are sampled at random positions of the run's evaluation images, up to ``--per_class`` of each class.
+PCA reduces them to 50 dimensions, t-SNE (van der Maaten and Hinton, "Visualizing data using t-SNE", JMLR
+2008) to two. Writes the plot as PNG and a CSV file with one line per point. Options of ``run.py``
+(``--data_root``, ``--where_to_sim``, ...) are accepted and override the checkpoint's.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ from utils.tables import csv_text
 LAYERS = ("pre_logits", "body")
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_PER_IMAGE = 20  # positions of a class in one image: more would show objects rather than classes
-_PCA = 50  # numbers that t-SNE gets per point, as its authors advise
+_PER_IMAGE = 20  # most positions of a class in one image, so that points show classes rather than objects
+_PCA = 50  # input dimensions of t-SNE, as its authors advise
 _REMEDY = "free some space or choose another --out"
 _OLD, _NEW = "o", "^"  # markers
 _LEGEND_LINES = 38
@@ -68,7 +68,7 @@ class Features:
     Attributes:
         vectors: N×D, float32.
         classes: N network indices.
-        places: N×3: place in the list of evaluation images, row and column on the feature map.
+        places: N×3: index in the list of evaluation images, row and column on the feature map.
     """
 
     vectors: Array
@@ -78,13 +78,13 @@ class Features:
 
 @dataclass
 class Reservoir:
-    """A uniform sample of positions of each class, of bounded size, from a stream of any length.
+    """A uniform sample of bounded size of the positions of each class, from a stream of images.
 
-    Every position draws a random key, and the smallest ones stay.
+    Every position gets a random key; the positions with the smallest keys are kept.
 
     Args:
         size: positions to keep per class.
-        rng: draws.
+        rng: random generator.
     """
 
     size: int
@@ -92,12 +92,12 @@ class Reservoir:
     kept: dict[int, list[tuple[float, Array, tuple[int, int, int]]]] = field(default_factory=dict)
 
     def add(self, image: int, features: Tensor, labels: Tensor) -> None:
-        """Offer the positions of an image.
+        """Sample from the positions of an image.
 
         Args:
-            image: its place in the list.
+            image: its index in the list of evaluation images.
             features: D×h×w, float32.
-            labels: h×w, network indices and 255.
+            labels: h×w, network indices; 255 is void.
         """
         for class_index in np.unique(labels.numpy()).tolist():
             if class_index == VOID:
@@ -110,7 +110,7 @@ class Reservoir:
             self.kept[class_index] = sorted(self.kept[class_index], key=lambda entry: entry[0])[: self.size]
 
     def content(self) -> Features:
-        """What is kept, class by class."""
+        """The sampled features, sorted by class."""
         entries = [(c, *entry[1:]) for c in sorted(self.kept) for entry in self.kept[c]]
         classes, vectors, places = zip(*entries, strict=True) if entries else ((), (), ())
         return Features(np.array(vectors, np.float32), np.array(classes, int), np.array(places, int))
@@ -121,12 +121,12 @@ def collect(
 ) -> Features:
     """Features of a layer on evaluation images, at up to ``args.per_class`` positions of each class.
 
-    A position has the label of the pixel at its centre; void is left out.
+    A position has the label of the pixel at its centre; void positions are skipped.
 
     Args:
         network: its model is moved to the process's device.
         data: evaluation images.
-        world: this process.
+        world: process group.
         args: ``images``, ``per_class``, ``layer``, ``seed``.
     """
     reservoir = Reservoir(args.per_class, np.random.default_rng(args.seed))
@@ -147,7 +147,7 @@ def collect(
 def _forward(
     network: TrainedNetwork, data: EvaluationData, world: World, chosen: Sequence[int], layer: str
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Place in the list, features D×h×w and labels H×W of each chosen image."""
+    """Index in the list, features D×h×w and labels H×W of each chosen image."""
     precision = Precision.of(network.opts.opt_level, network.opts.norm_act, world.device)
     if world.is_main:
         precision.tell("opt_level" in network.opts.typed)
@@ -156,7 +156,7 @@ def _forward(
     for image in chosen:
         sample = data.test[image]
         picture, labels, *_ = sample.sample if isinstance(sample, Substitute) else sample
-        images = pad_to(to_device(picture[None], world.device))  # as evaluation does; what is added is void
+        images = pad_to(to_device(picture[None], world.device))  # as in evaluation; the padding is void
         below, right = (new - own for new, own in zip(images.shape[-2:], labels.shape, strict=True))
         with precision.network():
             _, found = model(images)
@@ -164,9 +164,9 @@ def _forward(
 
 
 def embed(vectors: Array, seed: int) -> Array:
-    """t-SNE of N×D features to N×2, after PCA where D is above 50. Equal for equal input and seed."""
+    """t-SNE of N×D features to N×2, after PCA if D is above 50. Deterministic for a given seed."""
     count, width = vectors.shape
-    with threadpool_limits(1):  # with several threads, sums depend on which one is ready first
+    with threadpool_limits(1):  # with several threads the order of sums varies
         if min(count, width) > _PCA:
             vectors = PCA(_PCA, random_state=seed).fit_transform(vectors)
         perplexity = min(30.0, (count - 1) / 3)
@@ -183,8 +183,8 @@ def draw(
         points: N×2.
         classes: N network indices.
         names: by network index.
-        ids: dataset class id by network index, for VOC's colours.
-        old: number of classes of earlier steps; they are circles, the step's new ones triangles.
+        ids: dataset class id by network index, for the colours.
+        old: number of classes of earlier steps (circles); the step's new classes are triangles.
         title: above the plot.
     """
     shown = sorted(set(classes.tolist()))
@@ -205,7 +205,7 @@ def draw(
 
 
 def _add_legend(axes: Axes, shown: Sequence[int], names: Sequence[str], colours: Any, old: int) -> None:
-    """Classes at the right, old and new ones under titles of their own."""
+    """Add a legend at the right, with titles for old and new classes."""
     groups = [("classes", _OLD, shown)]
     if old:
         groups = [
@@ -232,10 +232,10 @@ def _add_legend(axes: Axes, shown: Sequence[int], names: Sequence[str], colours:
 
 
 def write(path: Path, figure: Figure, rows: Sequence[Sequence[object]]) -> Path:
-    """Write the picture, and the points beside it; returns the path of the CSV file.
+    """Write the plot, and the points as CSV in the same folder; returns the path of the CSV file.
 
     Raises:
-        UserError: they cannot be written.
+        UserError: a file cannot be written.
     """
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
@@ -247,14 +247,14 @@ def write(path: Path, figure: Figure, rows: Sequence[Sequence[object]]) -> Path:
 
 
 def run(args: argparse.Namespace, opts: Options) -> None:
-    """Collect, embed and draw.
+    """Collect features, embed and plot them.
 
     Raises:
         UserError: the checkpoint or the data set cannot be used, or the results cannot be written.
     """
     world = distributed.start(opts.where_to_sim, opts.local_rank, opts.timeout)
     if world.size > 1:
-        raise UserError("one process draws the picture; start python -m inference.tsne without a launcher")
+        raise UserError("t-SNE runs in one process; start python -m inference.tsne without a launcher")
     setup_logging(world, None, debug=opts.debug)
     network = model_from_checkpoint(opts.ckpt, opts)
     data = evaluation_data(DataSpec.of(network.opts), network.step)
@@ -279,15 +279,15 @@ def run(args: argparse.Namespace, opts: Options) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Options]:
-    """This program's options, and those of ``run.py`` among the rest.
+    """Parse this program's options, and the rest as options of ``run.py``.
 
     Raises:
         UserError: an option is wrong or ``--ckpt`` is missing.
     """
     parser = Parser(
         prog="python -m inference.tsne",
-        description="t-SNE picture of a checkpoint's features.",
-        epilog="and options of run.py, e.g. --ckpt FILE (needed), --data_root, --where_to_sim",
+        description="t-SNE plot of a checkpoint's features.",
+        epilog="Also takes options of run.py: --ckpt FILE (required), --data_root, --where_to_sim, ...",
         allow_abbrev=False,
     )
     parser.add_argument("--images", type=positive_int, default=200, help="evaluation images (%(default)s)")
@@ -297,19 +297,19 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Options]:
     parser.add_argument(
         "--layer", choices=LAYERS, default=LAYERS[0], help="pre_logits: before the classifier"
     )
-    parser.add_argument("--seed", type=seed, default=0, help="of images, positions and t-SNE (%(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="random seed (%(default)s)")
     parser.add_argument("--out", type=path_option, help="PNG file to write (<checkpoint>_tsne.png)")
     args, rest = parser.parse_known_args(argv)
     if args.out is not None and args.out.suffix.lower() != ".png":
-        raise UserError(f"--out {args.out}: the picture is a PNG file; give a name that ends in .png")
+        raise UserError(f"--out {args.out}: the plot is a PNG file; give a name that ends in .png")
     opts = parse_options(rest)
     if opts.ckpt is None:
-        raise UserError("--ckpt FILE is needed: the checkpoint whose features are drawn")
+        raise UserError("--ckpt FILE is required: the checkpoint whose features are plotted")
     return args, opts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw what the command line asks for; returns the exit code."""
+    """Run the command; returns the exit code."""
     return run_command("inference.tsne", lambda: run(*parse(argv)))
 
 

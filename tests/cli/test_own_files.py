@@ -118,7 +118,7 @@ def test_prediction_takes_every_file_that_training_takes(tmp_path: Path) -> None
     (folder / "notes.txt").write_text("no picture")
     (outcome,) = commands(["--predict", folder, "--ckpt", tmp_path / "step.pth", "--out", tmp_path / "out"])
     assert outcome.code == 2 and "float.tif: the image's pixels are floating-point" in outcome.last_error
-    assert "9 of 10 pictures predicted" in outcome.out
+    assert "9 of 10 images predicted" in outcome.out
     found = {path.stem: Image.open(path).size for path in (tmp_path / "out" / "predictions").iterdir()}
     assert len(found) == 9 and {Path(name).stem for name in others} <= set(found)
     assert set(found.values()) == {(48, 40)}, "as stored, also where the camera's orientation is another"

@@ -43,8 +43,8 @@ def test_a_trained_step_needs_only_its_checkpoint(cli: Launch, photos: Path, tmp
     path = tmp_path / "15-5-shapes_FT" / "15-5-shapes_FT_0.pth"
     outcome = launch("--predict", photos, "--out", tmp_path / "out", "--ckpt", path)
     assert outcome.code == 0, outcome.err
-    assert "step 0 of task 15-5 on shapes, 16 classes; 5 pictures" in outcome.out
-    assert f"5 of 5 pictures predicted into {tmp_path / 'out'}" in outcome.out.splitlines()[-1]
+    assert "step 0 of task 15-5 on shapes, 16 classes; 5 images" in outcome.out
+    assert f"5 of 5 images predicted into {tmp_path / 'out'}" in outcome.out.splitlines()[-1]
     found = masks(tmp_path / "out")
     wanted = {str(path.relative_to(photos).with_suffix(".png")) for path in photos.rglob("*.jpg")}
     assert set(found) == wanted
@@ -62,7 +62,7 @@ def test_two_processes_share_the_pictures_and_a_broken_one_is_left_out(
     (photos / "sub" / "broken.jpg").write_bytes(b"\xff\xd8\xff no picture")
     both = launch(*common, "--out", tmp_path / "both", launcher="torchrun", processes=2)
     # torchrun makes a 1 of its processes' 2.
-    assert both.code != 0 and "5 of 6 pictures predicted" in both.out
+    assert both.code != 0 and "5 of 6 images predicted" in both.out
     assert f"run.py: error: {photos}/sub/broken.jpg: the image cannot be read" in both.err
     again = launch(*common, "--out", tmp_path / "again")
     assert again.code == 2 and "broken.jpg" in again.last_error and "Traceback" not in again.err

@@ -128,7 +128,7 @@ def test_folders_keep_their_structure(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.png: a\.jpg would get the same name"):
         find_pictures(tmp_path, tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no picture"):
+    with pytest.raises(UserError, match="contains no image"):
         find_pictures(tmp_path / "empty", tmp_path)
 
 

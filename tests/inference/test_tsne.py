@@ -148,7 +148,7 @@ def test_segformer_and_a_missing_data_set(shapes_root: Path, tmp_path: Path, cap
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ("", "--ckpt FILE is needed"),
+        ("", "--ckpt FILE is required"),
         ("--ckpt a.pth --images 0", "--images: 0 is not .* at least 1"),
         ("--ckpt a.pth --per_class inf", "--per_class: inf is not a whole number"),
         ("--ckpt a.pth --out a.jpg", r"--out a\.jpg: .* \.png"),
