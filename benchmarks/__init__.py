@@ -1,4 +1,4 @@
-"""What is fast, and how we know: ``python -m benchmarks.losses`` and its neighbours."""
+"""Benchmarks of losses, training steps, data loading and scaling: ``python -m benchmarks.<name>``."""
 
 from utils.command import interrupts_in_one_line
 

@@ -1,10 +1,10 @@
-"""Cost of one training sample on one core, part by part.
+"""CPU time of one training sample on one core, by part.
 
     python -m benchmarks.data [--data_root D] [--crop 512] [--samples 200] [--repeats 5] [--out FILE.json]
 
-With ``--data_root`` the pictures are VOC's, else generated ones of 500×375 with as many JPEG bytes. A part's
-figure is the median over the repeats of its mean CPU time per sample; other processes thus count little.
-Files come from the page cache: the disk is not measured. The target is 7 ms per sample and core.
+With ``--data_root`` the images are VOC's, else generated ones of 500×375 pixels with JPEG files of similar
+size. The figures are medians over the repeats of the mean CPU time per sample. Files are read from the page
+cache, so that the disk is not measured. The target is 7 ms per sample and core.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TARGET_MS = 7.0
 
 
 def generated(folder: Path, count: int) -> SegmentationDataset:
-    """Generated pictures of VOC's usual size, with grain that brings the files to the bytes of photos."""
+    """Generated images of VOC's usual size, with noise so that files are as large as those of photos."""
     images, masks = [], []
     for number in range(count):
         rng = np.random.default_rng(number)
@@ -54,7 +54,7 @@ def generated(folder: Path, count: int) -> SegmentationDataset:
 
 
 def run(dataset: SegmentationDataset, crop: int, count: int, repeats: int) -> dict[str, float]:
-    """Milliseconds of each part and of the whole sample."""
+    """Milliseconds per sample of each part and of the whole sample."""
     count = min(count, len(dataset))
     table = train_lookup(get_task("voc", "15-5"), 1)
     transform = train_transform(crop)
@@ -83,10 +83,8 @@ def _each(part: Callable[[int], object], count: int) -> None:
 
 def main() -> None:
     """Measure and print a table."""
-    parser = argparse.ArgumentParser(description="Cost of one training sample on one core.")
-    parser.add_argument(
-        "--data_root", type=path_option, help="VOC to read from; generated pictures without it"
-    )
+    parser = argparse.ArgumentParser(description="CPU time of one training sample on one core.")
+    parser.add_argument("--data_root", type=path_option, help="folder of VOC; default: generated images")
     parser.add_argument("--crop", type=whole_number(32, 16384), default=512)
     parser.add_argument("--samples", type=positive_int, default=200)
     parser.add_argument("--repeats", type=positive_int, default=5)

@@ -1,11 +1,11 @@
-"""Everything that a GPU has to show, part by part, each with a time limit of its own.
+"""All checks that need a GPU, each with a time limit: tests, real runs, benchmarks.
 
     bash scripts/gpu_check.sh                # on a machine with a GPU; see there
-    bash scripts/gpu_check.sh --small        # the rehearsal, on the CPU
+    bash scripts/gpu_check.sh --small        # small sizes, on the CPU
 
-Parts of one stage run side by side, the stages one after the other, what matters most first. After every part
-``gpu_check.json`` (exit code and seconds of each) and ``gpu_check.txt`` (what each printed) are written anew
-in the output folder, so that a run that is cut short leaves what it had done. Exit code 1 if a part fails.
+Parts of one stage run concurrently, stages in sequence, the most important first. After every part
+``gpu_check.json`` (exit code and seconds of each part) and ``gpu_check.txt`` (their output) are updated in
+the output folder, so that an interrupted check keeps its results. Exit code 1 if a part fails.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Part:
     Attributes:
         name: as in the report.
         words: arguments of Python.
-        limit: seconds after which it is ended.
-        stage: parts of one stage run side by side.
+        limit: seconds after which it is killed.
+        stage: parts of one stage run concurrently.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Part:
 
 
 def parts(options: argparse.Namespace) -> list[Part]:
-    """What is run, in this order."""
+    """All parts, in order of execution."""
     small = options.small
     networks = ("deeplab-mobilenet_v2", "segformer_b0") if small else ("deeplab-resnet101", "segformer_b2")
     methods = ("FT", "MIB") if small else ("all",)
@@ -77,7 +77,7 @@ def parts(options: argparse.Namespace) -> list[Part]:
 
 
 def _real_runs(options: argparse.Namespace) -> tuple[str, ...]:
-    """Words of ``benchmarks.real_runs``: photos where there are some, else generated data."""
+    """Arguments of ``benchmarks.real_runs``: photos if given, else generated data."""
     words = ["--data_root", str(options.photos or options.shapes), "--logs", str(options.logs)]
     if not options.photos:
         words += ["--dataset", "shapes"]
@@ -88,10 +88,10 @@ def _real_runs(options: argparse.Namespace) -> tuple[str, ...]:
 
 
 class Report:
-    """The two files, written anew after every part.
+    """The two report files, updated after every part.
 
     Args:
-        folder: where they go.
+        folder: output folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -102,7 +102,7 @@ class Report:
         self._lock = threading.Lock()
 
     def add(self, part: Part, code: int, seconds: float, printed: str) -> None:
-        """Take in a part that ended."""
+        """Record a part that ended."""
         with self._lock:
             verdict = "ok" if code == 0 else "over its time" if code < 0 else f"exit code {code}"
             self.rows.append({"part": part.name, "verdict": verdict, "seconds": round(seconds, 1)})
@@ -119,12 +119,12 @@ class Report:
 
 
 def _lines_shown(code: int) -> int:
-    """Lines of a part's output that the screen shows: more where it failed."""
+    """Number of lines of a part's output to print: more if it failed."""
     return 12 if code == 0 else 30
 
 
 def run_part(part: Part, report: Report, left: float) -> bool:
-    """Run a part within its limit and the time left; True if it went well."""
+    """Run a part within its limit and the time left; True if it succeeded."""
     began = time.monotonic()
     output = report.folder / f".{part.name.replace(' ', '_')}.log"
     with output.open("wb") as file:
@@ -133,14 +133,14 @@ def run_part(part: Part, report: Report, left: float) -> bool:
             cwd=ROOT,
             stdout=file,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that its own processes end with it
+            start_new_session=True,  # so that its child processes can be killed with it
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )
         try:
             code = process.wait(max(1.0, min(part.limit, left)))
         except subprocess.TimeoutExpired:
             code = -1
-        with contextlib.suppress(ProcessLookupError):  # nothing was left
+        with contextlib.suppress(ProcessLookupError):  # all processes have ended
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     report.add(part, code, time.monotonic() - began, output.read_text(encoding="utf-8", errors="replace"))
@@ -149,16 +149,18 @@ def run_part(part: Part, report: Report, left: float) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the parts that the time allows; returns the exit code."""
+    """Run the parts within the time limit; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=path_option, required=True, help="folder of the reports")
     parser.add_argument("--logs", type=path_option, required=True, help="folder of the real runs")
     parser.add_argument("--shapes", type=path_option, help="generated data set")
     parser.add_argument("--photos", type=path_option, help="data root of VOC photos")
     parser.add_argument("--weights", type=path_option, help="MobileNetV2's pretrained weights")
-    parser.add_argument("--minutes", type=Number(float, 0, 1440, above=True), default=9.0, help="in all")
-    parser.add_argument("--pytest", default="", help="more words for pytest, e.g. '-n 8'")
-    parser.add_argument("--small", action="store_true", help="the rehearsal: small sizes, any device")
+    parser.add_argument(
+        "--minutes", type=Number(float, 0, 1440, above=True), default=9.0, help="time limit of all parts"
+    )
+    parser.add_argument("--pytest", default="", help="more arguments for pytest, e.g. '-n 8'")
+    parser.add_argument("--small", action="store_true", help="small sizes, any device")
     parser.add_argument("--only", nargs="+", default=[""], help="parts whose name contains one of these")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,13 @@
-"""Cost of every loss, forward and backward, in units of cross-entropy.
+"""Time of every loss, forward and backward, in units of cross entropy.
 
     python -m benchmarks.losses [--out FILE.json] [--threads N] [--repeats N] [--device cuda] [--only TEXT]
                                 [--plain]
 
-The unit CE is ``F.cross_entropy`` forward and backward on 8×21×512×512 float32 logits on the same device and
-threads. Each repeat times the case right after CE, so a noisy machine disturbs both; the figure is the median
-of the case's times over the median of CE's. ``--plain`` also times the formula without the kernels of
-``utils/loss_kernels.py``, right after the case, and adds the share of its time that they save: about 0 where
-there is none, and on CUDA, where the formulas run.
+The unit CE is the time of ``F.cross_entropy``, forward and backward, on 8×21×512×512 float32 logits with the
+same device and threads. Each repeat times CE and then the case, so that other load affects both; the figure
+is the median of the case's times divided by the median of CE's. ``--plain`` also times the formula without
+the kernels of ``utils/loss_kernels.py`` and adds the share of its time that they save: about 0 for losses
+without a kernel, and on CUDA, where the formulas are used.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from utils.option_types import path_option, positive_int
 
 
 class Case(NamedTuple):
-    """A benchmark: ``make(device)`` returns what to time; the other figures are in CE, None if unknown."""
+    """A benchmark: ``make(device)`` returns the function to time; ``released`` and ``target`` are in CE."""
 
     name: str
     make: Callable[[torch.device], Callable[[], object]]
@@ -43,7 +43,7 @@ def _logits(device: torch.device, classes: int = 21, grad: bool = True) -> Tenso
 
 
 def _blobs(device: torch.device, batch: int, classes: int) -> Tensor:
-    """Labels of 512×512 pixels in squares of 64, a tenth of them void."""
+    """Labels of 512×512 pixels, constant in squares of 64 pixels, a tenth of them void."""
     coarse = torch.randint(0, classes, (batch, 1, 8, 8), device=device)
     coarse[torch.rand(coarse.shape, device=device) < 0.1] = L.VOID
     return F.interpolate(coarse.float(), size=(512, 512), mode="nearest").long()[:, 0]
@@ -201,7 +201,7 @@ PLAIN_COLUMNS = [("plain", "plain_ratio", ".3f"), ("saved", "saved", ".0%")]
 
 
 def measure(cases: list[Case], device: torch.device, repeats: int, plain: bool = False) -> list[Row]:
-    """Time the cases; one row per case: milliseconds, and their ratio to the unit's.
+    """Time the cases; one row per case, with milliseconds and the ratio to cross entropy.
 
     ``plain``: also the ratio of the formula without kernels, and the share of its time that the kernel saves.
     """
@@ -225,7 +225,7 @@ def measure(cases: list[Case], device: torch.device, repeats: int, plain: bool =
 
 
 def main() -> None:
-    """Parse the options, measure, print, and write JSON where asked."""
+    """Parse the options, measure, print, and write JSON if ``--out`` is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=path_option, help="write the figures as JSON")
     parser.add_argument("--threads", type=positive_int, default=torch.get_num_threads(), help="CPU threads")

@@ -1,4 +1,4 @@
-"""What the benchmarks share: clocks, interleaved repeats, the machine's name, reports."""
+"""Shared by the benchmarks: clocks, interleaved repeats, name of the machine, reports."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Row = dict[str, Any]
 
 
 def processor_time(device: torch.device) -> bool:
-    """Whether ``seconds`` counts processor time: for one thread, where other jobs disturb it less."""
+    """Whether ``seconds`` measures CPU time, which other jobs affect less; with one CPU thread only."""
     return device.type == "cpu" and torch.get_num_threads() == 1
 
 
 def seconds(function: Callable[[], object], device: torch.device) -> float:
-    """Time of one call, the device's work included: wall time, or see ``processor_time``."""
+    """Time of one call with the device's work, as wall time or CPU time (see ``processor_time``)."""
     clock = time.process_time if processor_time(device) else time.perf_counter
     synchronise(device)
     start = clock()
@@ -36,7 +36,7 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for the device."""
+    """Wait until the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -44,7 +44,7 @@ def synchronise(device: torch.device) -> None:
 def interleaved(
     contenders: Mapping[str, Callable[[], object]], device: torch.device, repeats: int, *, warm_up: int = 1
 ) -> dict[str, float]:
-    """Median seconds of each contender; each repeat runs all of them, so that noise disturbs all alike."""
+    """Median seconds of each contender; each repeat runs all, so that other load affects all equally."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for repeat in range(warm_up + repeats):
         for name, function in contenders.items():
@@ -55,7 +55,7 @@ def interleaved(
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
-    """Most bytes that tensors held at one time during a call, above what they held before it."""
+    """Peak memory of tensors during a call in bytes, above the memory in use before it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -84,7 +84,7 @@ def device_name(device: torch.device) -> str:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a figure depends on beside the code."""
+    """Device, threads, clock and PyTorch version of a measurement."""
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
@@ -94,16 +94,16 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def heading(device: torch.device) -> str:
-    """``machine`` as a line above a table."""
+    """``machine`` as one line, for the heading of a table."""
     return "{device}, threads: {threads}, {clock}, torch {torch}".format(**machine(device))
 
 
 def markdown(columns: Sequence[tuple[str, str, str]], rows: Sequence[Row]) -> str:
-    """A table for the screen and the documentation.
+    """A Markdown table for the screen and the documentation.
 
     Args:
-        columns: heading, key and format of each column; a row without the key has an empty cell.
-        rows: the figures by key.
+        columns: heading, key and format of each column; the cell is empty if a row lacks the key.
+        rows: figures by key.
     """
     lines = [
         "| " + " | ".join(title for title, _, _ in columns) + " |",
@@ -116,7 +116,7 @@ def markdown(columns: Sequence[tuple[str, str, str]], rows: Sequence[Row]) -> st
 
 
 def write_report(path: Path | None, device: torch.device, **content: Any) -> None:
-    """The figures and the machine as JSON, where asked for."""
+    """Write figures and machine as JSON, if a path is given."""
     if path is not None:
         with atomic_write(path) as file:
             file.write((json.dumps({**machine(device), **content}, indent=2) + "\n").encode())

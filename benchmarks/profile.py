@@ -1,11 +1,11 @@
-"""Where the time of a training step goes, part by part.
+"""Time of the parts of a training step.
 
     python -m benchmarks.profile --method SDR [--model M] [--trace F.json] [--picture F.png] [--out F.json]
 
-The parts: the forward of teacher and student, every hook of every method, the backward pass of the losses and
-that of the network, optimiser, and the rest (copies, normalisation, sums). On a GPU the device is waited for
-between parts, which makes the step slower than ``benchmarks.step`` shows. ``--trace`` also writes a trace of
-one step for chrome://tracing or Perfetto, and prints the operators that took longest.
+The parts: forward passes of teacher and student, every hook of every method, backward passes of the losses
+and of the network, optimiser, and the rest (copies, normalisation, sums). On a GPU the device is synchronised
+between parts, so that the step is slower than in ``benchmarks.step``. ``--trace`` also writes a trace of one
+step for chrome://tracing or Perfetto, and prints the slowest operators.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ NETWORK = ("teacher", "student", "backward of the network", "optimiser")
 
 
 class Parts:
-    """Stopwatches on the parts of a step.
+    """Measures the parts of a step.
 
     Args:
-        made: the step; hooks are put on its networks, methods and optimiser for good.
+        made: the step; hooks are permanently added to its networks, methods and optimiser.
 
     Attributes:
-        times: seconds of each part in every step so far.
+        times: seconds of each part, one value per step.
     """
 
     def __init__(self, made: Bench) -> None:
@@ -58,10 +58,10 @@ class Parts:
             for hook in HOOKS:
                 setattr(method, hook, self._watched(f"{name}: {hook}", getattr(method, hook)))
         backward = made.trainer._backward
-        setattr(made.trainer, "_backward", self._until_done(backward))  # noqa: B010  # an instance's own
+        setattr(made.trainer, "_backward", self._until_done(backward))  # noqa: B010  # on the instance
 
     def run(self) -> None:
-        """One step; its parts join ``times``."""
+        """Run one step and append its parts to ``times``."""
         self._step.clear()
         began = self._now()
         self.made.run()
@@ -72,7 +72,7 @@ class Parts:
             self.times[name].append(value)
 
     def rows(self) -> list[Row]:
-        """Median milliseconds and share of the step of each part, the longest first."""
+        """Median milliseconds and share of the step of each part, longest first."""
         medians = {name: statistics.median(values) for name, values in self.times.items()}
         whole = medians.pop("whole step")
         ordered = sorted(medians.items(), key=lambda item: -item[1])
@@ -97,7 +97,7 @@ class Parts:
             self._start(name)
             found = function(*args)
             self._stop(name)
-            if name.endswith(": losses"):  # of the last method: what follows is the backward pass
+            if name.endswith(": losses"):  # after the last method, the backward pass follows
                 self._start("backward of the losses")
             return found
 
@@ -110,7 +110,7 @@ class Parts:
         def after(_: nn.Module, __: Any, found: tuple[Tensor, Any]) -> None:
             self._stop(name)
             if found[0].requires_grad:
-                # Autograd runs what was recorded last first: here the losses are done.
+                # The gradient of the logits is ready: the backward pass of the losses is done.
                 found[0].register_hook(self._begin_network)
 
         network.register_forward_pre_hook(lambda *_: self._start(name))
@@ -130,7 +130,7 @@ class Parts:
 
 
 def draw(path: Path, title: str, rows: list[Row]) -> None:
-    """Horizontal bars of the shares, network in one colour and method in another, as PNG.
+    """Draw horizontal bars of the shares as PNG, network and method in different colours.
 
     Raises:
         UserError: the file cannot be written.
@@ -152,7 +152,7 @@ def draw(path: Path, title: str, rows: list[Row]) -> None:
 
 
 def trace(made: Bench, path: Path, *, operators: int = 20) -> str:
-    """Write a trace of one step; returns a table of its longest operators."""
+    """Write a trace of one step; returns a table of its slowest operators."""
     activities = [ProfilerActivity.CPU]
     cuda = made.context.device.type == "cuda"
     if cuda:
@@ -167,7 +167,7 @@ def trace(made: Bench, path: Path, *, operators: int = 20) -> str:
 
 
 def main(argv: list[str] | None = None) -> list[Row]:
-    """Parse the options, measure, print, and write the files that were asked for; returns the rows."""
+    """Parse the options, measure, print, and write the requested files; returns the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--method", choices=ALL_METHODS, default="SDR")
     parser.add_argument("--model", choices=MODELS, default="deeplab-resnet101")

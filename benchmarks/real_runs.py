@@ -1,11 +1,11 @@
-"""Real runs of two steps on the device: killed and resumed, tested, compiled.
+"""Real runs of two steps on the device, with kill and resume, ``--test``, and ``--compile``.
 
     python -m benchmarks.real_runs --data_root DIR [--dataset voc] [--small] [--out FILE.json]
 
-MIB runs twice with ``--deterministic``: once to its end, once with SIGKILL in the middle of step 1 and
-started again; every tensor of the last checkpoints must be the same, bit for bit, and ``--test`` must give
-the numbers that training ended with; ``--predict`` and t-SNE read the checkpoint. SDR, PLOP, SATS, EWC and
-SSUL-M run two steps, FT with ``--compile``. The cases run side by side. Exit code 1 if one fails or differs.
+MIB runs twice with ``--deterministic``: once without interruption, once killed by SIGKILL in the middle of
+step 1 and resumed. All tensors of the last checkpoints must be bit-identical, and ``--test`` must reproduce
+the results of training; ``--predict`` and t-SNE must read the checkpoint. SDR, PLOP, SATS, EWC and SSUL-M run
+two steps, FT with ``--compile``. The cases run concurrently. Exit code 1 if one fails or differs.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from utils.option_types import count, path_option, positive_int
 
 ROOT = Path(__file__).resolve().parent.parent
 TASK = "15-5"
-KILL_AT = "step 1 epoch 1/"  # once this is printed, training is under way
+KILL_AT = "step 1 epoch 1/"  # printed once training has started
 
 
 class Failed(Exception):
-    """A run ended with another exit code than 0, or left something else than it should."""
+    """A run ended with an exit code other than 0, or with wrong results."""
 
 
 class Runs:
-    """Commands of ``run.py`` that share their data and network.
+    """Commands of ``run.py`` with the same data and network.
 
     Args:
-        options: the command line's.
+        options: command-line options.
         logs: folder for runs and their output.
     """
 
@@ -69,7 +69,7 @@ class Runs:
         self.segformer = ["--model", "segformer_b0", "--no_pretrained"]
 
     def folder(self, name: str) -> Path:
-        """Where the run of this name keeps its files."""
+        """Folder of a run."""
         return self.logs / f"{TASK}-{self.dataset}_{name}"
 
     def command(self, name: str, *words: str) -> list[str]:
@@ -77,11 +77,11 @@ class Runs:
         return [sys.executable, "run.py", *self.words, "--name", name, *words]
 
     def checkpoint(self, name: str) -> Path:
-        """That of step 1."""
+        """Checkpoint of step 1 of a run."""
         return step_file(self.folder(name), CHECKPOINT, 1)
 
     def execute(self, name: str, command: list[str]) -> None:
-        """Run a command to its end.
+        """Run a command and wait for its end.
 
         Raises:
             Failed: the exit code is not 0.
@@ -93,7 +93,7 @@ class Runs:
             raise Failed(f"exit code {code}: {log.read_text(errors='replace')[-3000:]}")
 
     def complete(self, name: str, *words: str) -> dict[str, Any]:
-        """Run to the end; returns the results of step 1.
+        """Train a run to its end; returns the results of step 1.
 
         Raises:
             Failed: the exit code is not 0.
@@ -102,10 +102,10 @@ class Runs:
         return dict(json.loads(step_file(self.folder(name), RESULTS, 1).read_text(encoding="utf-8")))
 
     def kill(self, name: str, *words: str) -> None:
-        """Start a run and kill it in the middle of step 1, once a checkpoint of that step is there.
+        """Start a run and kill it in the middle of step 1, once that step has a checkpoint.
 
         Raises:
-            Failed: it ended before.
+            Failed: it ended before it was killed.
         """
         log = self.logs / f"{name}.txt"
         checkpoint = self.checkpoint(name)
@@ -124,7 +124,7 @@ class Runs:
     # ── cases ────────────────────────────────────────────────────────────────────────────────────────
 
     def resumed(self) -> dict[str, Any]:
-        """An unbroken run and one that is killed and resumed: the same bits; ``--test``: the same numbers."""
+        """Compare a killed and resumed run with an uninterrupted one, and ``--test`` with training."""
         words = (*self.deeplab, "--method", "MIB", "--deterministic", "--sample_num", "2")
         with ThreadPoolExecutor() as pool:
             whole = pool.submit(self.complete, "whole", *words)
@@ -149,7 +149,7 @@ class Runs:
         return results
 
     def method(self, name: str) -> Callable[[], dict[str, Any]]:
-        """Two steps of a method on the network that it needs."""
+        """Two steps of a method, SATS on SegFormer, others on DeepLab."""
         network = self.segformer if name == "SATS" else self.deeplab
         memory = ("--memory", "20") if name == "SSUL-M" else ()
         return lambda: self.complete(name, *network, "--method", name, *memory)
@@ -159,13 +159,13 @@ class Runs:
         return self.complete("compiled", *self.deeplab, "--method", "FT", "--compile")
 
     def cases(self) -> dict[str, Callable[[], dict[str, Any]]]:
-        """Every case by its name."""
+        """All cases by name."""
         methods = {name: self.method(name) for name in ("SDR", "PLOP", "SATS", "EWC", "SSUL-M")}
         return {"MIB killed and resumed": self.resumed, **methods, "FT --compile": self.compiled}
 
 
 def measure(case: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-    """Outcome, seconds and mIoU of a case."""
+    """Run a case; returns outcome, seconds and mIoU."""
     began = time.monotonic()
     try:
         results = case()
@@ -176,16 +176,16 @@ def measure(case: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the cases, print and write what came out; returns the exit code."""
+    """Run the cases, print and write the outcomes; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data_root", type=path_option, required=True)
     parser.add_argument("--dataset", default="voc", choices=("voc", "shapes"))
-    parser.add_argument("--weights", type=path_option, help="MobileNetV2's; random without")
+    parser.add_argument("--weights", type=path_option, help="weights of MobileNetV2; default: random")
     parser.add_argument(
         "--logs", type=path_option, default=Path("build/real_runs"), help="folder of the runs"
     )
     parser.add_argument("--num_workers", type=count, default=1)
-    parser.add_argument("--side_by_side", type=positive_int, default=7, help="cases at a time")
+    parser.add_argument("--side_by_side", type=positive_int, default=7, help="concurrent cases")
     parser.add_argument("--only", default="", help="cases whose name contains this text")
     parser.add_argument("--small", action="store_true", help="small crops and batches")
     parser.add_argument("--out", type=path_option, help="write the outcome as JSON")

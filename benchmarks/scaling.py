@@ -1,12 +1,12 @@
-"""How the cost of a step grows with processes, classes, steps and crop.
+"""Time of a step for different numbers of processes, classes and steps, and crop sizes.
 
     python -m benchmarks.scaling [--model M] [--method N] [--batch N] [--crop N] [--repeats N] [--out F.json]
-    python -m benchmarks.scaling --compile                   only the step as it is against a compiled one
+    python -m benchmarks.scaling --compile                   only the step without and with torch.compile
 
-Processes: two Gloo processes of one thread each. In every repeat the first trains alone, then both train
-together with gradients exchanged; the efficiency is images per second of both over twice those of the one.
-Classes, steps and crop: the step of ``--method`` on tasks of 21 and 151 classes learnt in 1 or 11 steps, and
-at three crop sizes, interleaved; each as a ratio to the first.
+Processes: two Gloo processes with one thread each. In each repeat the first trains alone, then both train
+with gradients exchanged; the efficiency is the images per second of both divided by twice those of one.
+Classes, steps and crop: the step of ``--method`` on tasks of 21 and 151 classes in 1 or 11 steps, and at
+three crop sizes, interleaved, as ratios to the first.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ COLUMNS = [
     ("ratio to the first", "ratio", ".2f"),
     ("efficiency", "efficiency", ".0%"),
 ]
-# Name, task, step: the step at which all classes are known.
+# Name, task, last step of the task.
 CLASSES = (
     ("21 classes, 1 step", ("--dataset", "voc", "--task", "offline"), 0),
     ("21 classes, 11 steps", ("--dataset", "voc", "--task", "10-1"), 10),
@@ -46,7 +46,7 @@ CLASSES = (
 
 
 def _process(rank: int, folder: str, args: argparse.Namespace) -> None:
-    """One of two processes: both sets of steps; the first writes their seconds."""
+    """Run both kinds of steps in one of two processes; the first writes the seconds."""
     torch.set_num_threads(1)
     keep_freed_memory()
     meeting = f"file://{folder}/group"
@@ -78,7 +78,7 @@ def _process(rank: int, folder: str, args: argparse.Namespace) -> None:
 
 
 def processes(args: argparse.Namespace) -> list[Row]:
-    """Images per second of one and of two processes, and the efficiency of two."""
+    """Images per second of one and of two processes, and the efficiency."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_process, args=(folder, args), nprocs=2)
         times = torch.load(Path(folder) / "times.pth", weights_only=True)
@@ -95,7 +95,7 @@ def processes(args: argparse.Namespace) -> list[Row]:
 
 
 def compare(made: dict[str, Bench], device: torch.device, repeats: int) -> list[Row]:
-    """Times of the steps, interleaved, and their ratios to the first."""
+    """Time the steps, interleaved; ratios to the first."""
     times = interleaved({name: item.run for name, item in made.items()}, device, repeats)
     first = next(iter(times.values()))
     return [
@@ -110,7 +110,7 @@ def compare(made: dict[str, Bench], device: torch.device, repeats: int) -> list[
 
 
 def main(argv: list[str] | None = None) -> list[Row]:
-    """Parse the options, measure, print, and write JSON where asked; returns the rows."""
+    """Parse the options, measure, print, and write JSON if ``--out`` is given; returns the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--method", choices=ALL_METHODS, default="FT", help="FT: no teacher at any step")
     parser.add_argument("--model", choices=MODELS, default="deeplab-mobilenet_v2")
@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
 
 
 def compilation(args: argparse.Namespace, device: torch.device) -> list[Row]:
-    """The step as it is and with ``--compile``; compiling itself is not counted."""
+    """The step without and with ``--compile``; the time of compiling is not included."""
     sizes = {"batch": args.batch, "crop": args.crop, "opt_level": args.opt_level}
     made = {
         name: bench(options(args.method, args.model, words=words, **sizes), device)
@@ -137,7 +137,7 @@ def compilation(args: argparse.Namespace, device: torch.device) -> list[Row]:
 
 
 def growth(args: argparse.Namespace, device: torch.device) -> list[Row]:
-    """Classes, steps and crop; on the CPU processes too."""
+    """Classes, steps and crop sizes; on the CPU also processes."""
     sizes = {"batch": args.batch, "crop": args.crop, "opt_level": args.opt_level}
     by_classes = {
         name: bench(options(args.method, args.model, words=words, **sizes), device, step=step)

@@ -1,12 +1,12 @@
-"""Cost of a whole training step of each method beside the network's own.
+"""Time and memory of a whole training step of each method, relative to the network alone.
 
     python -m benchmarks.step [--models M ...] [--methods N ...|all] [--batch N] [--crop N] [--peak] [--out F]
 
-In every repeat three steps run in turn on the same network and images: the network with plain cross entropy,
-the same after a plain forward of the teacher, and the method through the real ``Trainer``. The method's
-overhead is its median time over that of the network (with the teacher's forward where the method looks at the
-teacher), less one; the target is 10 %. Peak memory is that of the tensors of one step, weights and optimiser
-state left out. ``--peak`` (meant for CUDA) measures MIB's share of the bf16 matrix peak, and the same step in
+Each repeat runs three steps in turn on the same network and images: cross entropy alone, the same after a
+forward pass of the teacher, and the method in the real ``Trainer``. The overhead is the median time of the
+method divided by that of the network (with the teacher's forward pass, if the method uses the teacher), minus
+one; the target is 10 %. Peak memory is that of the tensors of one step, without weights and optimiser state.
+``--peak`` (for CUDA) measures the share of the bf16 matrix peak that MIB's step reaches, and the same step in
 fp32 without channels-last.
 """
 
@@ -74,13 +74,13 @@ def measure(made: Bench, repeats: int) -> Row:
 
 
 def matrix_peak(device: torch.device, size: int, repeats: int) -> float:
-    """FLOP/s of the product of two bf16 matrices size×size: the median of several."""
+    """FLOP/s of the product of two bf16 matrices size×size, median of ``repeats``."""
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     return 2 * size**3 / interleaved({"matmul": lambda: a @ b}, device, repeats, warm_up=2)["matmul"]
 
 
 def measure_peak(args: argparse.Namespace, device: torch.device) -> list[Row]:
-    """MIB's step as it is and in fp32 without channels-last, against the matrix peak."""
+    """MIB's step in bf16, and in fp32 without channels-last, relative to the matrix peak."""
     size = 8192 if device.type == "cuda" else 2048
     peak = matrix_peak(device, size, args.repeats)
     rows: list[Row] = [{"step": f"bf16 matrix product {size}³", "tflops": peak / 1e12, "share": 1.0}]
@@ -105,7 +105,7 @@ def measure_peak(args: argparse.Namespace, device: torch.device) -> list[Row]:
 
 
 def main(argv: list[str] | None = None) -> list[Row]:
-    """Parse the options, measure, print, and write JSON where asked; returns the rows."""
+    """Parse the options, measure, print, and write JSON if ``--out`` is given; returns the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["deeplab-resnet101", "segformer_b2"])
     parser.add_argument("--methods", nargs="+", choices=(*ALL_METHODS, "all"), default=METHODS)

@@ -1,4 +1,4 @@
-"""A training step of any method and network on generated images, put together as a session does it."""
+"""Builds a training step of any method and network on random images, as ``session/`` does."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Bench:
 
     Attributes:
         opts: checked options.
-        trainer: the real training loop, with the method.
-        sample: a batch as the loader yields it.
+        trainer: the real trainer with the method.
+        sample: a batch as returned by the loader.
     """
 
     opts: Options
@@ -50,24 +50,24 @@ class Bench:
 
     @property
     def context(self) -> Context:
-        """Networks, classes and device."""
+        """Context of the step: networks, classes and device."""
         return self.trainer.context
 
     @property
     def student(self) -> IncrementalSegmentationModule:
-        """The network that learns, not wrapped."""
+        """The student network, not wrapped."""
         model = self.context.model
         assert isinstance(model, IncrementalSegmentationModule)
         return model
 
     def run(self) -> dict[str, Tensor]:
-        """One step of the method."""
+        """Run one step of the method."""
         return self.trainer.train_step(*self.sample)
 
     def bare(self, *, teacher: bool) -> Callable[[], object]:
-        """One step of the same network with cross entropy alone, after a plain forward of the teacher or not.
+        """One step of the same network with cross entropy only, optionally after the teacher's forward pass.
 
-        Both networks hand out logits only, as in any segmentation loop.
+        The networks return logits only, without intermediates.
         """
         context, trainer = self.context, self.trainer
         networks = [context.model, context.model_old] if teacher else [context.model]
@@ -96,7 +96,7 @@ class Bench:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options that the benchmarks of whole steps share."""
+    """Add the options shared by the benchmarks of whole steps."""
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=positive_int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--batch", type=positive_int, help="images per step; default 4, on CUDA 8")
@@ -106,14 +106,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def prepare(args: argparse.Namespace) -> torch.device:
-    """Fill in the defaults of ``add_options`` that depend on the device, and set it up as a run does."""
+    """Set the device-dependent defaults of ``add_options``, and set up the device as a run does."""
     device = torch.device(args.device)
     cuda = device.type == "cuda"
     args.batch = args.batch or (8 if cuda else 4)
     args.crop = args.crop or (512 if cuda else 128)
     typed, args.opt_level = args.opt_level, Precision(args.opt_level or ("O1" if cuda else "O0"), device).used
     if typed not in (None, args.opt_level):
-        print(f"--opt_level {typed}: no fast bfloat16 here, where it means {args.opt_level}")
+        print(f"--opt_level {typed}: this CPU has no fast bfloat16, {args.opt_level} is used")
     torch.set_num_threads(args.threads)
     if not cuda:
         keep_freed_memory()
@@ -123,9 +123,9 @@ def prepare(args: argparse.Namespace) -> torch.device:
 def options(
     method: str, model: str, *, batch: int, crop: int, opt_level: str = "O0", words: tuple[str, ...] = ()
 ) -> Options:
-    """Options of a step on the VOC task 15-5; ``words`` come last and may change the task.
+    """Options of a step on the VOC task 15-5; ``words`` are appended and may change the task.
 
-    SATS transfers attention, which DeepLab has none of: there it transfers class means of features.
+    On DeepLab, which has no attention, SATS transfers class means of features.
     """
     named = ["--method", method, "--task", "15-5", *MODELS[model]]
     if method == "SATS" and model.startswith("deeplab"):
@@ -135,7 +135,7 @@ def options(
 
 
 def bench(opts: Options, device: torch.device, *, step: int = 1, channels_last: bool = True) -> Bench:
-    """Networks with random weights, methods and optimiser of a step; in plain memory if not channels-last."""
+    """Build networks with random weights, methods and optimiser of a step."""
     torch.manual_seed(0)
     precision = Precision.of(opts.opt_level, opts.norm_act, device)
     student = _placed(
@@ -182,7 +182,7 @@ def _placed(
 
 
 def _state_before(opts: Options, context: Context) -> dict[str, Any]:
-    """What the methods hand on from the step before, there untrained: importances make penalties."""
+    """State of the methods after an untrained previous step, e.g. importances."""
     methods = {name: m for name, m in build_methods(opts, context.step).items() if not m.needs_teacher}
     for method in methods.values():
         method.begin_step(context)
@@ -190,7 +190,7 @@ def _state_before(opts: Options, context: Context) -> dict[str, Any]:
 
 
 def _begun(opts: Options, context: Context, state: dict[str, Any]) -> dict[str, Method]:
-    """The step's methods, with the networks' intermediates that they need."""
+    """Build and start the step's methods, and set the networks' intermediates that they need."""
     methods = build_methods(opts, context.step)
     teachers: set[str] = set()
     for name, method in methods.items():
@@ -205,7 +205,7 @@ def _begun(opts: Options, context: Context, state: dict[str, Any]) -> dict[str, 
 
 
 def make_sample(opts: Options, context: Context) -> Sample:
-    """Random pixels; labels in squares: background, the step's classes and some void."""
+    """Random pixels; labels constant in squares: background, the step's classes and some void."""
     generator = torch.Generator().manual_seed(1)
     batch, crop, cells = opts.batch_size, opts.crop_size, max(opts.crop_size // 32, 1)
     images = torch.randint(0, 256, (batch, 3, crop, crop), generator=generator, dtype=torch.uint8)
@@ -215,7 +215,7 @@ def make_sample(opts: Options, context: Context) -> Sample:
     targets = F.interpolate(coarse.float(), size=(crop, crop)).to(torch.uint8)[:, 0].contiguous()
     reads_saliency = any("saliency" in method.extras for method in build_methods(opts, context.step).values())
     extras = {"saliency": (targets % 2).contiguous()} if reads_saliency else {}
-    if context.device.type == "cuda":  # as the loader hands them over
+    if context.device.type == "cuda":  # as from the loader
         images, targets = images.pin_memory(), targets.pin_memory()
         extras = {name: extra.pin_memory() for name, extra in extras.items()}
     return images, targets, extras

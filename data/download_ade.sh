@@ -3,11 +3,11 @@
 #
 #   bash data/download_ade.sh [--dry-run] [DIR]      DIR: the later --data_root; default: this folder
 #
-# Makes DIR/ADEChallengeData2016/{images,annotations}/{training,validation}. The archive stays in DIR/downloads and
-# may be deleted afterwards. Nothing that exists is changed; an interrupted run can be repeated.
-# --dry-run prints what would be done. About 2 GB are needed.
+# Creates DIR/ADEChallengeData2016/{images,annotations}/{training,validation}. The archive stays in DIR/downloads and
+# may be deleted afterwards. Existing files are not changed; an interrupted download can be resumed.
+# --dry-run prints the actions only. About 2 GB are needed.
 #
-# Mirror, by environment variable:
+# Environment variable for a mirror:
 #   ADE_URL   folder of ADEChallengeData2016.zip (ADE_MD5 for another archive of that name)
 set -euo pipefail
 

@@ -1,5 +1,5 @@
 # Functions shared by download_voc.sh and download_ade.sh; sourced, not run.
-# They never delete or overwrite a user's file: what exists is left as it is, new folders appear whole.
+# They never delete or overwrite a user's file; new folders are moved into place when complete.
 
 DRY_RUN=false
 
@@ -29,10 +29,10 @@ parse_arguments() {
         esac
     done
     DIR="${DIR:-$(cd "$(dirname "$0")" && pwd)}"
-    # The home folder, where no shell has put it in: in quotes, or from a file.
+    # Expand ~ where the shell did not: in quotes, or from a file.
     case "$DIR" in
         "~" | "~/"*) DIR="$HOME${DIR#\~}" ;;
-        "~"*) die "$DIR: write the folder out" ;;
+        "~"*) die "$DIR: write the full path" ;;
     esac
     local command
     for command in curl unzip tar awk; do
@@ -50,12 +50,12 @@ md5_of() {
 
 human() { awk -v n="$1" 'BEGIN { if (n < 1e6) printf "%d bytes", n; else printf "%.2f GB", n / 1e9 }'; }
 
-# need_space BYTES: stop unless the disk of DIR has that much room.
+# need_space BYTES: stop unless the disk of DIR has that much free space.
 need_space() {
     local free
     free=$(df -Pk "$DIR" | awk 'NR == 2 { printf "%.0f", $4 * 1024 }')
     awk -v free="$free" -v need="$1" 'BEGIN { exit !(free >= need) }' ||
-        die "$DIR: $(human "$free") free, $(human "$1") needed; make room or give another folder"
+        die "$DIR: $(human "$free") free, $(human "$1") needed; free some space or give another folder"
 }
 
 # curl_safely ARGUMENTS... URL: https only, unless the given address itself is http (a local mirror).
@@ -70,7 +70,7 @@ remote_size() {
         awk 'tolower($1) == "content-length:" { n = $2 } END { print n }'
 }
 
-# check FILE SIZE MD5: print what is wrong with a file, or nothing. "-" means unknown.
+# check FILE SIZE MD5: print the fault of a file, or nothing. "-" means unknown.
 check() {
     local found
     found=$(size_of "$1")
@@ -82,7 +82,7 @@ check() {
     fi
 }
 
-# fetch URL FILE SIZE MD5: download into FILE unless it is there; resume FILE.part.
+# fetch URL FILE SIZE MD5: download to FILE unless it exists; resumes FILE.part.
 fetch() {
     local url=$1 file=$2 size=$3 md5=$4 part="$2.part" fault had=0
     if [ -e "$file" ]; then
@@ -100,7 +100,7 @@ fetch() {
         size=${size:--}
     fi
     [ ! -e "$part" ] || had=$(size_of "$part")
-    # Room for the rest of the archive and for what is in it.
+    # Space for the rest of the archive and for its contents.
     [ "$size" = - ] || need_space $((2 * size - had))
     if [ "$size" != - ] && [ "$had" -ge "$size" ]; then
         say "complete $part"
@@ -118,9 +118,8 @@ fetch() {
     mv "$part" "$file"
 }
 
-# unpack ARCHIVE SUBFOLDER TARGET: move the entries of the archive's SUBFOLDER (. for its top) into the folder
-# TARGET. Entries that TARGET has already are left alone; the others appear whole or, after an interruption, not
-# at all.
+# unpack ARCHIVE SUBFOLDER TARGET: move the entries of the archive's SUBFOLDER (. for its top level) to the folder
+# TARGET. Existing entries are not changed; after an interruption no entry is incomplete.
 unpack() {
     local archive=$1 subfolder=$2 target=$3 entry name
     if $DRY_RUN; then

@@ -3,11 +3,11 @@
 #
 #   bash data/download_voc.sh [--dry-run] [DIR]      DIR: the later --data_root; default: this folder
 #
-# Makes DIR/VOCdevkit/VOC2012/{JPEGImages,SegmentationClassAug,saliency_map,ImageSets,splits,...}. Archives stay in
-# DIR/downloads and may be deleted afterwards. Nothing that exists is changed; an interrupted run can be repeated.
-# --dry-run prints what would be done. About 4.5 GB are needed.
+# Creates DIR/VOCdevkit/VOC2012/{JPEGImages,SegmentationClassAug,saliency_map,ImageSets,splits,...}. Archives stay in
+# DIR/downloads and may be deleted afterwards. Existing files are not changed; an interrupted download can be resumed.
+# --dry-run prints the actions only. About 4.5 GB are needed.
 #
-# Mirrors, by environment variable:
+# Environment variables for mirrors:
 #   VOC_URL   folder of VOCtrainval_11-May-2012.tar (VOC_SIZE and VOC_MD5 for another archive of that name)
 #   SSUL_URL  folder of SegmentationClassAug.zip and saliency_map.zip (the release of github.com/clovaai/SSUL)
 set -euo pipefail
@@ -48,7 +48,7 @@ derive_lists() {
         write_list "$VOC/splits/val.txt" 1449 <"$names"
     fi
     if [ ! -e "$VOC/splits/train_aug.txt" ]; then
-        # The augmented training set is every mask that is not in the validation set.
+        # The augmented training set has all masks that are not in the validation set.
         sed 's|.*/\(.*\)\.png$|\1|' "$VOC/splits/val.txt" | LC_ALL=C sort | LC_ALL=C comm -13 - <(mask_names) |
             write_list "$VOC/splits/train_aug.txt" 10582
     fi
@@ -64,7 +64,7 @@ for name in SegmentationClassAug saliency_map; do
     if [ -d "$VOC/$name" ]; then
         say "have     $VOC/$name"
     else
-        # No checksum is published: the size that the host states, and the archive's own CRC, must do.
+        # No checksum is published: only the size stated by the host and the archive's CRC are checked.
         fetch "$SSUL_URL/$name.zip" "$ARCHIVES/$name.zip" - -
         unpack "$ARCHIVES/$name.zip" . "$VOC"
         $DRY_RUN || [ -d "$VOC/$name" ] || die "$ARCHIVES/$name.zip has no folder $name; is it the right archive?"

@@ -1,4 +1,4 @@
-"""Fail when a test function under tests/ is collected nowhere (a wrong file name, a name defined twice)."""
+"""Fails if pytest does not collect a test function in tests/ (wrong file name, or a name defined twice)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def written(path: Path) -> Counter[str]:
-    """Test functions of a file as ``file::[Class::]name``, counted."""
+    """Count the test functions of a file, as ``file::[Class::]name``."""
     found: Counter[str] = Counter()
     tree = ast.parse(path.read_text(encoding="utf-8"))
     name = path.relative_to(ROOT).as_posix()
@@ -28,7 +28,7 @@ def written(path: Path) -> Counter[str]:
 
 
 def collected() -> set[str]:
-    """What pytest collects, without parameters."""
+    """Test functions that pytest collects, without parameters."""
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
     output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if output.returncode != 0:
@@ -37,16 +37,16 @@ def collected() -> set[str]:
 
 
 def main() -> int:
-    """Compare what is written with what is collected; returns the exit code."""
+    """Compare defined and collected tests; returns the exit code."""
     tests: Counter[str] = Counter()
     for path in sorted((ROOT / "tests").rglob("*.py")):
         tests += written(path)
     twice = [name for name, count in tests.items() if count > 1]
     lost = sorted(set(tests) - collected())
     for name in twice:
-        print(f"defined twice, so one of them never runs: {name}", file=sys.stderr)
+        print(f"defined twice, only the last runs: {name}", file=sys.stderr)
     for name in lost:
-        print(f"collected nowhere: {name}", file=sys.stderr)
+        print(f"not collected: {name}", file=sys.stderr)
     if lost or twice:
         return 1
     print(f"{len(tests)} test functions, all collected")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The main job on generated data: learn 20 classes in two steps, with fine-tuning and with MiB, on two
-# processes of the CPU. Ends with a table and a picture. About 6 minutes on 2 cores after installation.
+# Demo on generated data: trains 20 classes in two steps with fine-tuning and MiB, in two processes on the CPU.
+# Ends with a table and a report. About 6 minutes on 2 cores after installation.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh requirements.txt

@@ -1,39 +1,38 @@
 """Methods × tasks × seeds from one file: ``python -m scripts.experiment FILE.yaml``.
 
-Runs what has no results yet, goes on with what broke (give the command again), and ends with a table of
-mean ± standard deviation over seeds and, in ``<logdir>/report``, the report (``report``) of all runs
-that have begun. The file; only ``logdir`` and ``runs`` must be there::
+Trains the runs that have no results yet and resumes interrupted ones (repeat the command), then prints a
+table of mean ± standard deviation over seeds and writes the report of all started runs to
+``<logdir>/report``. The file (only ``logdir`` and ``runs`` are required)::
 
     logdir: logs/voc
-    tasks:                      # tasks with the same step 0 train it once
+    tasks:                      # tasks with the same step 0 share it
       - 15-5
-      - 15-1: {lr: 0.0005}      # what a task does otherwise; a run's own options win over it
+      - 15-1: {lr: 0.0005}      # options of this task; those of a run override them
     seeds: [1, 2, 3]
     processes: 2                # runs at a time
-    gpus: [0, 1, 2, 3]          # shared evenly by the runs at a time; left out: one process each, any device
+    gpus: [0, 1, 2, 3]          # divided among concurrent runs; without: one process per run, any device
     # batch_size is per process: with 4 GPUs for 2 runs, 12 makes the total batch 24.
     common: {dataset: voc, data_root: data, overlap: true, epochs: 30, lr: 0.001, batch_size: 12}
-    step_0: {lr: 0.01}          # what step 0 does otherwise
+    step_0: {lr: 0.01}          # options of step 0
     runs:
       FT: {method: FT}
-      MIB: {method: MIB, from: FT}          # begins with step 1, from FT's step 0
+      MIB: {method: MIB, from: FT}          # starts with step 1, from FT's step 0
       SDR: {method: SDR, step_0: {method: FT, unce: true, loss_de_prototypes: 1}}
-      SSUL: {method: SSUL, tasks: {15-1: {lr: 0.0002}}}    # what it alone does otherwise in a task
-      joint: {task: offline}                # a task of its own, compared in every table
+      SSUL: {method: SSUL, tasks: {15-1: {lr: 0.0002}}}    # options of this run in a task
+      joint: {task: offline}                # another task, shown in every table
     slurm: {partition: gpu, time: 4:00:00, ntasks-per-node: 2, gpus-per-node: 2}
 
-Options are those of ``run.py`` without their dashes; ``true`` is a flag. A run's folder is
-``<logdir>/<task>-<dataset>_<name of the run>_<seed>``. A step that was trained with other options than the
-file gives it now is told before anything runs.
+Options are those of ``run.py`` without dashes; ``true`` sets a flag. A run's folder is
+``<logdir>/<task>-<dataset>_<name of the run>_<seed>``. If a step was trained with other options than the file
+has now, the command stops with an error before it starts any run.
 
-With ``slurm`` (options of sbatch) or ``--slurm`` every run is a job of its own, at most as many at a time as
-Slurm allows: ``processes`` and ``gpus`` count only here, a job has one process for each of its tasks
-(``ntasks-per-node``). The command submits what is neither done nor in the queue, then makes the table and the
-report of what is there; give it again for newer ones. ``--local`` runs here what a file with ``slurm`` would
-submit.
+With ``slurm`` (options of sbatch) or ``--slurm`` every run is submitted as a Slurm job with one process per
+task of the job (``ntasks-per-node``); ``processes`` and ``gpus`` have no effect. The command submits the runs
+that are neither done nor queued, then makes the table and the report of the existing results; repeat it to
+update them. ``--local`` trains on this machine although the file has ``slurm``.
 
-Exit code 0: all done, or submitted; 1: a run failed; 2: a wrong file, with one line that says what to change;
-75: a signal or Ctrl-C came, the runs are saved; 130: Ctrl-C while none was under way, or a second one.
+Exit code 0: all runs done or submitted; 1: a run failed; 2: wrong file, with one line that says what to
+change; 75: stopped by a signal or Ctrl-C, all runs saved; 130: Ctrl-C with no active run, or a second Ctrl-C.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ from utils.tables import format_table
 ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.2
 _NOT_WITH_SLURM = (
-    "gpus and processes do not count with Slurm; a job's are ntasks-per-node and gpus-per-node of slurm:"
+    "gpus and processes have no effect with Slurm; set ntasks-per-node and gpus-per-node in slurm:"
 )
 
 
@@ -76,7 +75,7 @@ class Runner:
 
     Args:
         processes: runs at a time.
-        gpus: numbers of the GPUs that they share evenly; empty: the environment stays as it is.
+        gpus: GPU numbers, divided evenly among the concurrent runs; empty: the environment is not changed.
     """
 
     def __init__(self, processes: int = 1, gpus: Sequence[int] = ()) -> None:
@@ -87,9 +86,9 @@ class Runner:
         self.stop = StopRequest()
 
     def execute(self, runs: Iterable[Run]) -> list[Run]:
-        """Run what has no results yet; returns the runs that have none in the end.
+        """Run everything without results; returns the runs that still have none at the end.
 
-        After SIGTERM, SIGUSR1 or Ctrl-C the runs under way save and end.
+        After SIGTERM, SIGUSR1 or Ctrl-C the active runs save and end.
         """
         waiting = [run for run in runs if not run.is_done]
         self.stop.listen()
@@ -101,7 +100,7 @@ class Runner:
                     self._start(run, run.commands, self.places.pop())
                 if not self.active:
                     for run in waiting:
-                        print(f"{run.title}: waits for a step 0 that is not there", file=sys.stderr)
+                        print(f"{run.title}: not started, its step 0 is missing", file=sys.stderr)
                     break
                 time.sleep(POLL_SECONDS)
                 self._collect()
@@ -123,13 +122,13 @@ class Runner:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                # Ctrl-C goes to this process only, which tells the runs to save.
+                # Ctrl-C reaches this process only, which then sends SIGTERM to the runs.
                 start_new_session=True,
             )
         self.active[process] = (run, commands[1:], place)
 
     def _collect(self) -> None:
-        """Take note of the processes that ended, and start what follows them."""
+        """Handle processes that ended, and start the next command of their run."""
         for process in [process for process in self.active if process.poll() is not None]:
             run, rest, place = self.active.pop(process)
             if process.returncode == 0 and rest:
@@ -143,7 +142,7 @@ class Runner:
             print(f"{run.title}: failed with {process.returncode}: {_last_line(run)}", file=sys.stderr)
 
     def _end_all(self) -> list[Run]:
-        """Tell the runs under way to save and end; returns them."""
+        """Send SIGTERM to the active runs, which save and end; returns them."""
         for process in self.active:
             process.send_signal(signal.SIGTERM)
         for process in self.active:
@@ -152,7 +151,7 @@ class Runner:
 
 
 def _command(words: Sequence[str], gpus: int) -> list[str]:
-    """The command line: started by torchrun where a run has several GPUs."""
+    """The command line, with torchrun if a run has several GPUs."""
     launcher = [sys.executable]
     if gpus > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
@@ -160,7 +159,7 @@ def _command(words: Sequence[str], gpus: int) -> list[str]:
 
 
 def _last_line(run: Run) -> str:
-    """What the run said last, and where the rest is."""
+    """The last line of the run's output, and the path of its log."""
     log = run.folder / "output.log"
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
     said = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
@@ -174,9 +173,8 @@ def scores(run: Run, task: Task) -> list[float | None]:
     """mIoU of a finished run over old, new and all classes after the task's last step, as fractions.
 
     As in the papers' tables and the report, old are the classes of step 0 with the background, new those of
-    all later steps; a results file counts as new the classes of its own step only. Joint training is judged
-    by the task's classes. A task of one step has neither old nor new ones. A class without an IoU does not
-    count.
+    all later steps (in a results file, those of its own step only). For joint training old and new are the
+    classes of ``task``. A task of one step has no old and new classes. Classes without IoU are left out.
     """
     results = json.loads(run.results.read_text(encoding="utf-8"))
     iou = {run.task.order[results["indices"][name]]: value for name, value in results["class_iou"].items()}
@@ -189,13 +187,13 @@ def scores(run: Run, task: Task) -> list[float | None]:
 
 
 def table(runs: Sequence[Run]) -> str:
-    """For each task the mean ± standard deviation over seeds of the last step's mIoU, in per cent."""
+    """Mean ± standard deviation over seeds of the last step's mIoU in percent, one table per task."""
     tasks = list(dict.fromkeys(task for run in runs for task in run.compared_in))
     return "\n\n".join(f"{_heading(task)}\n{_task_table(runs, task)}" for task in tasks)
 
 
 def _heading(task: Task) -> str:
-    text = f"{task.dataset} {task.name}, mIoU in per cent after the last step"
+    text = f"{task.dataset} {task.name}, mIoU in percent after the last step"
     if task.num_steps == 1:
         return text
     later = "step 1" if task.num_steps == 2 else f"steps 1 to {task.num_steps - 1}"
@@ -217,13 +215,13 @@ def _task_table(runs: Sequence[Run], task: Task) -> str:
 
 
 def _report(runs: Sequence[Run], logdir: Path) -> int:
-    """The page of all runs that have begun, by ``report``; its exit code."""
-    # Its libraries take a second that --dry-run and a wrong file need not wait for.
+    """Write the report of all started runs; returns its exit code."""
+    # Imported here, since it takes a second that --dry-run and errors need not wait for.
     import report
 
     begun: list[Path] = []
     for run in runs:
-        with contextlib.suppress(UserError):  # it has not begun: no folder, or nothing to show in it
+        with contextlib.suppress(UserError):  # not started: no folder, or an empty one
             begun += report.find_runs([run.folder])
     return report.main([*map(str, begun), "--out", str(logdir / "report")]) if begun else 0
 
@@ -234,23 +232,23 @@ def _report(runs: Sequence[Run], logdir: Path) -> int:
 def _options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.experiment",
-        description="Methods × tasks × seeds from one file: run what is missing, then table and report.",
-        epilog="The same command goes on with what broke. "
-        "The head of scripts/experiment.py has all entries of a file.",
+        description="Methods × tasks × seeds from one file: train what is missing, then table and report.",
+        epilog="Repeat the command to resume interrupted runs. "
+        "The docstring of scripts/experiment.py describes the file.",
     )
     parser.add_argument(
-        "file", type=path_option, help="the experiment, a YAML file (scripts/shapes.yaml is one)"
+        "file", type=path_option, help="YAML file of the experiment, e.g. scripts/shapes.yaml"
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--table", action="store_true", help="only print the table of the runs that are done")
+    what.add_argument("--table", action="store_true", help="only print the table of finished runs")
     what.add_argument("--dry-run", action="store_true", help="only print the commands or jobs that would run")
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
         "--slurm",
         action="store_true",
-        help="submit each run as a Slurm job, with the sbatch options of slurm: in the file, if any",
+        help="submit each run as a Slurm job, with the file's slurm: entry as sbatch options",
     )
-    where.add_argument("--local", action="store_true", help="run here, even if the file has slurm:")
+    where.add_argument("--local", action="store_true", help="train here even if the file has slurm:")
     return parser.parse_args(argv)
 
 
@@ -269,12 +267,12 @@ def _print_plan(experiment: Experiment, runs: Sequence[Run], sbatch: dict[str, s
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the experiment of a file, or what the options say; returns the exit code."""
+    """Run the command; returns the exit code."""
     return run_command("scripts.experiment", lambda: _experiment(_options(argv)))
 
 
 def _experiment(options: argparse.Namespace) -> int:
-    """The exit code."""
+    """Read, plan and run the experiment; returns the exit code."""
     experiment = read_experiment(options.file)
     try:
         runs = plan(experiment)
@@ -309,7 +307,7 @@ def _run_here(experiment: Experiment, runs: Sequence[Run]) -> int:
     missing = runner.execute(runs)
     print(table(runs))
     if runner.stop:
-        print(f"{runner.stop.signal}: the runs are saved; the same command goes on", file=sys.stderr)
+        print(f"{runner.stop.signal}: the runs are saved; repeat the command to resume them", file=sys.stderr)
         return EXIT_STOPPED
     reported = _report(runs, experiment.logdir)
     return 1 if missing else reported

@@ -1,4 +1,4 @@
-"""An experiment's file: read, checked by the parser of ``run.py``, and laid out as runs."""
+"""Reads an experiment's file, checks its options with the parser of ``run.py``, and plans the runs."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from utils.option_roles import Declaration
 from utils.option_types import SEEDS
 
 _KEYS = ("logdir", "processes", "gpus", "seeds", "tasks", "common", "step_0", "runs", "slurm")
-# Entries of a run that are no options.
+# Entries of a run that are not options of run.py.
 _OF_A_RUN = ("from", "step_0", "tasks")
 _Key = tuple[str, str, int]  # name of a run, its task, its seed
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What the file says.
+    """The contents of an experiment's file.
 
     Attributes:
         logdir: folder of the runs.
-        processes: runs at a time; does not count with Slurm.
-        gpus: numbers of the GPUs that they share evenly; empty: one process for each run, any device. They do
-            not count with Slurm.
-        seeds: every run is made with each.
-        tasks: likewise, with what a task does otherwise than ``common``; {None: {}}: the task is an option of
-            ``common``.
+        processes: number of concurrent runs; no effect with Slurm.
+        gpus: GPU numbers, divided evenly among concurrent runs; empty: one process per run, any device. No
+            effect with Slurm.
+        seeds: random seeds; every run is trained with each.
+        tasks: options of each task that override ``common``; every run is trained on each task. {None: {}}:
+            the task is an option of ``common``.
         common: options of every command.
-        step_0: options of step 0 that differ.
+        step_0: options of step 0 that override ``common``.
         runs: options of each run by its name.
-        slurm: options of ``sbatch``; None: run here.
+        slurm: options of ``sbatch``; None: train on this machine.
     """
 
     logdir: Path
@@ -58,17 +58,16 @@ class Experiment:
 
 @dataclass(eq=False)
 class Run:
-    """One run of the command: a method with a task and a seed.
+    """One run: a method with a task and a seed.
 
     Attributes:
         method: name of the run in the file.
-        seed: its seed.
-        task: its class order.
-        folder: where its results are.
-        compared_in: tasks of the experiment in whose tables it stands; joint training, a task of its own,
-            stands in all.
+        seed: random seed.
+        task: class order.
+        folder: folder of its results.
+        compared_in: tasks of the experiment whose tables include it; joint training is in all.
         commands: arguments of ``run.py``, one list per call, in order.
-        begins_from: the run whose step 0 it takes, or None.
+        begins_from: the run whose step 0 it starts from; None if it trains step 0 itself.
     """
 
     method: str
@@ -81,12 +80,12 @@ class Run:
 
     @property
     def title(self) -> str:
-        """For messages."""
+        """Method, task and seed, for messages."""
         return f"{self.method}, {self.task.name}, seed {self.seed}"
 
     @property
     def results(self) -> Path:
-        """File that stands when the run is done."""
+        """Results file of the last step, which exists once the run is done."""
         return step_file(self.folder, RESULTS, self.task.num_steps - 1)
 
     @property
@@ -95,12 +94,12 @@ class Run:
         return self.results.is_file()
 
     def has_begun(self, step: int) -> bool:
-        """Whether it has a checkpoint of its own of a step, under way or trained, or its results."""
+        """Whether it has a checkpoint or results of a step."""
         return any(step_file(self.folder, kind, step).is_file() for kind in (CHECKPOINT, RESULTS))
 
     @property
     def can_start(self) -> bool:
-        """Whether the step 0 that it begins with is complete: its results are written last."""
+        """Whether the step 0 that it needs is complete (results are written last)."""
         return self.begins_from is None or step_file(self.begins_from.folder, RESULTS, 0).is_file()
 
 
@@ -111,12 +110,12 @@ def read_experiment(path: Path) -> Experiment:
     """Read and check an experiment's file.
 
     Raises:
-        UserError: it cannot be read, is no YAML, or has unknown, missing or wrong entries.
+        UserError: it cannot be read, is not YAML, or has unknown, missing or wrong entries.
     """
     text = read_text(path)
     try:
         content = yaml.safe_load(text)
-        # Strings as they stand: YAML takes time: 4:00:00 for the number 14400.
+        # All values as strings: safe_load reads 4:00:00 as the number 14400.
         as_written = yaml.load(text, Loader=yaml.BaseLoader)
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
@@ -129,20 +128,20 @@ def read_experiment(path: Path) -> Experiment:
 
 
 def check_content(content: object) -> Experiment:
-    """The experiment that a file's content describes.
+    """Check the parsed content of a file.
 
     Raises:
-        UserError: an entry is unknown, missing or of the wrong kind.
+        UserError: an entry is unknown, missing or of the wrong type.
     """
     if not isinstance(content, dict):
-        raise UserError("expected 'logdir:', 'common:' and 'runs:' with their entries")
+        raise UserError("expected the entries 'logdir:', 'common:' and 'runs:'")
     for key in content:
         if key not in _KEYS:
             near = difflib.get_close_matches(str(key), _KEYS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"it may have {', '.join(_KEYS)}"
             raise UserError(f"unknown entry '{key}'; {hint}")
     if not isinstance(content.get("logdir"), str):
-        raise UserError("logdir: give the folder of the runs (~ alone is YAML's word for nothing: write ~/)")
+        raise UserError("logdir: give the folder of the runs (a lone ~ is null in YAML: write ~/)")
     runs = {str(name): _options(own, f"runs: {name}") for name, own in _mapping(content, "runs").items()}
     if not runs:
         raise UserError("runs: give at least one, e.g. FT: {method: FT}")
@@ -158,11 +157,13 @@ def check_content(content: object) -> Experiment:
         slurm=_slurm(content.get("slurm")),
     )
     if len(experiment.gpus) % experiment.processes:
-        raise UserError(f"gpus: {len(experiment.gpus)} cannot be shared by {experiment.processes} processes")
+        raise UserError(
+            f"gpus: {len(experiment.gpus)} cannot be divided among {experiment.processes} processes"
+        )
     for name, own in runs.items():
         for task in _mapping(own, "tasks"):
             if str(task) not in experiment.tasks:
-                raise UserError(f"runs: {name}: tasks: {task} is none of the experiment's")
+                raise UserError(f"runs: {name}: tasks: {task} is not a task of the experiment")
     if None not in experiment.tasks and "task" in experiment.common:
         raise UserError("tasks and the task of common exclude each other; give one")
     return experiment
@@ -176,7 +177,7 @@ def _mapping(content: Mapping[str, Any], key: str) -> dict[Any, Any]:
 
 
 def _options(value: object, where: str) -> dict[str, Any]:
-    """Options of the command; ``from``, ``step_0`` and ``tasks`` of a run are the runner's own."""
+    """Check a mapping of options; a run may also have ``from``, ``step_0`` and ``tasks``."""
     if value is None:
         return {}
     if not isinstance(value, dict):
@@ -184,11 +185,11 @@ def _options(value: object, where: str) -> dict[str, Any]:
     options = {str(name).removeprefix("--"): entry for name, entry in value.items()}
     for name in options:
         if declared(name).set_by_experiment:
-            raise UserError(f"{where}: {name} is given by the experiment itself; leave it out")
+            raise UserError(f"{where}: {name} is set by the experiment; remove it")
     if not where.startswith("runs"):
         for name in _OF_A_RUN:
             if name in options:
-                raise UserError(f"{where}: '{name}' belongs to one of the runs")
+                raise UserError(f"{where}: '{name}' is an entry of a run; move it below runs:")
     return options
 
 
@@ -210,7 +211,7 @@ def _numbers(
 
 
 def _tasks(content: Mapping[str, Any]) -> dict[str | None, dict[str, Any]]:
-    """Options of every task by its name; an entry of the list is a name, or ``{name: options}``."""
+    """Options of every task by its name; a list entry is a name or ``{name: options}``."""
     tasks = content.get("tasks")
     if tasks is None:
         return {None: {}}
@@ -238,7 +239,7 @@ def _slurm(value: object) -> dict[str, str] | None:
         raise UserError(f"slurm: expected options of sbatch, e.g. {{partition: gpu}}; got {value!r}")
     for name in value:
         if name in ("job-name", "dependency"):
-            raise UserError(f"slurm: {name} is given by the experiment itself; leave it out")
+            raise UserError(f"slurm: {name} is set by the experiment; remove it")
     return {str(name): entry for name, entry in value.items()}
 
 
@@ -246,7 +247,7 @@ def _slurm(value: object) -> dict[str, str] | None:
 
 
 def arguments(options: Mapping[str, Any]) -> list[str]:
-    """Options of the file as words of a command line; ``true`` is a flag, ``false`` and null are left out."""
+    """Command-line arguments from options; ``true`` sets a flag, ``false`` and null are skipped."""
     words: list[str] = []
     for name, value in options.items():
         if value is False or value is None:
@@ -259,13 +260,13 @@ def arguments(options: Mapping[str, Any]) -> list[str]:
 
 
 def plan(experiment: Experiment) -> list[Run]:
-    """All runs in the file's order; every command is checked by the real parser.
+    """All runs in the file's order; every command is checked by the parser of ``run.py``.
 
-    Tasks whose first steps are the same, as those of 15-5 and 15-1 are, share step 0: the first task's runs
-    train it, the others go on from there. (Not on ADE20K without overlap, whose lists depend on all steps.)
+    Tasks with the same first step, such as 15-5 and 15-1, share step 0: the runs of the first task train it,
+    the others start from its checkpoint. (Not on ADE20K without overlap, whose lists depend on all steps.)
 
     Raises:
-        UserError: an option is wrong, or a run begins from one that has no such step 0.
+        UserError: an option is wrong, or the run named by ``from`` has no such step 0.
     """
     planned: dict[_Key, Run] = {}
     options: dict[_Key, dict[str, Any]] = {}
@@ -296,40 +297,40 @@ def plan(experiment: Experiment) -> list[Run]:
 
 
 def _step_0_options(experiment: Experiment, own: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What step 0 of a run is trained with."""
+    """Options of step 0 of a run."""
     return {**_without_own_words(own), **experiment.step_0, **_options(own.get("step_0"), where)}
 
 
 def _for_task(run: Mapping[str, Any], task: str | None, where: str) -> dict[str, Any]:
-    """What a run does otherwise in one of the tasks."""
+    """Options of a run in one of the tasks."""
     own = {str(name): options for name, options in _mapping(run, "tasks").items()}
     return _options(own.get(str(task)), f"tasks of {where}")
 
 
 def _without_own_words(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of ``run.py`` alone."""
+    """The options of ``run.py`` among a run's entries."""
     return {name: value for name, value in options.items() if name not in _OF_A_RUN}
 
 
 def _base(experiment: Experiment, planned: Mapping[_Key, Run], run: Run, begin: str) -> _Key:
-    """The run of the same task whose step 0 another takes."""
+    """Key of the run named by ``from``, with the same task and seed."""
     wanted = (begin, run.task.name, run.seed)
     reason = None
     if begin not in experiment.runs:
-        reason = "is no run of the file"
+        reason = "is not a run of the file"
     elif experiment.runs[begin].get("from") is not None:
         reason = "has no step 0 of its own"
     elif wanted not in planned or run.task.num_steps == 1:
-        reason = f"has no task {run.task.name} to go on with"
+        reason = f"has no step 0 of task {run.task.name}"
     if reason is not None:
-        raise UserError(f"runs: {run.method} begins from '{begin}', which {reason}")
+        raise UserError(f"runs: {run.method} starts from '{begin}', which {reason}")
     return wanted
 
 
 def _origin(planned: Mapping[_Key, Run], first: Mapping[_Key, dict[str, Any]], key: _Key) -> _Key:
-    """The first run of the same method and seed with the same step 0: itself, or another task's."""
+    """The first run with the same method, seed and step 0: the run itself, or that of another task."""
     run, options = planned[key], {**first[key], "task": None}
-    # Unless steps overlap, ADE20K's lists give each image to one of all steps: every task has its own.
+    # Without overlap, each ADE20K image is in the list of one step, so that lists differ between tasks.
     if run.task.num_steps == 1 or (run.task.dataset == "ade" and not options.get("overlap")):
         return key
     return next(
@@ -356,7 +357,7 @@ def _task(options: Mapping[str, Any], where: str) -> Task:
 
 
 def _commands(run: Run, options: Mapping[str, Any], first: Mapping[str, Any]) -> list[list[str]]:
-    """Arguments of ``run.py``: step 0, unless another run trains it, then the later steps."""
+    """Arguments of ``run.py`` for step 0 (unless another run trains it) and for the later steps."""
     given = {
         "random_seed": run.seed,
         "logdir": run.folder.parent,
@@ -375,18 +376,17 @@ def _commands(run: Run, options: Mapping[str, Any], first: Mapping[str, Any]) ->
     return commands
 
 
-# ── what is there already ────────────────────────────────────────────────────────────────────────────
+# ── existing steps ─────────────────────────────────────────────────────────────────────────────────
 
 
 def check_begun(runs: Iterable[Run]) -> None:
-    """Refuse steps that were trained, or begun, with other options, or from the step 0 of another method,
-    than their command has now.
+    """Check that existing steps were trained with the options, and from the step 0, that the file has now.
 
-    What was begun without a checkpoint starts over anyway. Folders of versions that kept no options by step
-    are passed over.
+    Steps without a checkpoint are skipped, since they start over; so are folders written by versions that
+    recorded no options by step.
 
     Raises:
-        UserError: naming folder, step and options.
+        UserError: a step differs; names folder, step and options.
     """
     for run in runs:
         recorded = read_run_options(run.folder).by_step
@@ -400,15 +400,15 @@ def check_begun(runs: Iterable[Run]) -> None:
 
 
 def _check_origin(run: Run, step: int, recorded: Mapping[str, Any]) -> None:
-    """Whose step 0 it began from, by name and seed: which task trained a shared one may change."""
+    """Compare the run whose step 0 it started from, by name and seed; its task may differ."""
     path = recorded.get("step_ckpt")
     own = f"{run.method}_{run.seed}"
     was = own if path is None else Path(path).parent.name.rpartition(f"-{run.task.dataset}_")[2]
     says = own if run.begins_from is None else f"{run.begins_from.method}_{run.begins_from.seed}"
     if step and was != says:
         raise UserError(
-            f"{run.folder}: step {step} was trained from step 0 of {was}, the file says of {says}; give "
-            "another logdir or name of the run, or put from: back"
+            f"{run.folder}: step {step} was trained from step 0 of {was}, the file says of {says}; "
+            "change logdir or the name of the run, or restore from:"
         )
 
 
@@ -422,21 +422,18 @@ def _check_step(run: Run, step: int, recorded: Mapping[str, Any], now: Mapping[s
     if names:
         was, says = (", ".join(_as_typed(name, of.get(name)) for name in names) for of in (then, wanted))
         raise UserError(
-            f"{run.folder}: step {step} was trained with {was}, the file says {says}; give another logdir or "
-            "name of the run, or put the options back"
+            f"{run.folder}: step {step} was trained with {was}, the file says {says}; change logdir or "
+            "the name of the run, or restore the options"
         )
 
 
 def is_compared(option: Declaration) -> bool:
-    """Whether an option that tells methods apart must be as it was; else only the place of the data moved.
-
-    What follows from options is compared by those.
-    """
+    """Whether a learning option must be unchanged: all but paths of data and values derived from options."""
     return not option.says_where_data_are and not option.derived
 
 
 def _as_typed(name: str, value: Any) -> str:
-    """An option as one types it; a flag that was not given with "no" before it."""
+    """An option as it is typed; "no" precedes a flag that was not given."""
     flag = declared(name).flag
     if value is None or (isinstance(value, bool) and value == build_parser().get_default(name)):
         return f"no {flag}"

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Everything that a GPU has to show (tests on CUDA, real runs, speed), in one command of at most nine minutes.
+# All checks that need a GPU (tests on CUDA, real runs, speed), in at most nine minutes.
 #   bash scripts/gpu_check.sh --pack [DATA_ROOT [WEIGHTS]]
-#                                            # first, where there is a network: packages, VOC's photos and
-#                                            # MobileNetV2's weights into build/gpu, to be carried along
-#   OUT=results bash scripts/gpu_check.sh    # there; options go to benchmarks.gpu_check
-#   bash scripts/gpu_check.sh --small        # the rehearsal on the CPU, with generated pictures
+#                                            # first, on a machine with network access: packages, VOC's photos
+#                                            # and MobileNetV2's weights into build/gpu, to be copied along
+#   OUT=results bash scripts/gpu_check.sh    # on the GPU machine; options go to benchmarks.gpu_check
+#   bash scripts/gpu_check.sh --small        # small sizes on the CPU, with generated images
 set -euo pipefail
 cd "$(dirname "$0")/.."
 pack=build/gpu
 
 if [ "${1:-}" = --pack ]; then
     mkdir -p "$pack/wheels"
-    # What a machine with PyTorch may lack; nothing of it depends on the Python in use.
+    # Packages that a machine with PyTorch may lack; all are pure Python.
     python3 -m pip download --quiet --no-deps --only-binary=:all: -d "$pack/wheels" \
         tensorboardX torchmetrics lightning-utilities threadpoolctl pytest-timeout pytest-xdist execnet
-    [ -z "${2:-}" ] || tar -czf "$pack/photos.tar.gz" -C "$2" PascalVOC12 # one file: thousands travel slowly
+    [ -z "${2:-}" ] || tar -czf "$pack/photos.tar.gz" -C "$2" PascalVOC12 # one file is copied faster than thousands
     [ -z "${3:-}" ] || cp "$3" "$pack/mobilenet_v2.pth"
     exit
 fi
@@ -25,7 +25,7 @@ if [ "${1:-}" = --small ]; then
     export OMP_NUM_THREADS=1 # several processes at a time share the cores
     options=(--minutes 60)
 else
-    # Only what is missing: the machine's own packages stay.
+    # Installs only missing packages.
     for wheel in "$pack"/wheels/*.whl; do
         name=$(basename "$wheel")
         python3 -m pip show -q "${name%%-*}" >/dev/null 2>&1 || python3 -m pip install --quiet --no-index \

@@ -1,13 +1,13 @@
 # shellcheck shell=bash
-# Sourced by the experiments in scripts/voc and scripts/ade: one command on all GPUs of this machine.
-# Variables of the environment, all optional; the experiment itself sets the published NAME, PROTOCOL and BATCH.
-#   DATA      folder of the data sets                            data beside the program
-#   GPUS      processes, one for each GPU                        2
+# Sourced by the experiments in scripts/voc and scripts/ade: runs one command on all GPUs of this machine.
+# Environment variables, all optional; the experiment sets the published NAME, PROTOCOL and BATCH.
+#   DATA      folder of the data sets                            data in the program's folder
+#   GPUS      number of processes, one per GPU                   2
 #   NAME      name of the run
 #   PROTOCOL  disjoint, overlapped or sequential
 #   BATCH     images per step of the optimiser, all GPUs together
 #   LOGDIR    folder of the runs                                 logs/<protocol>
-# Words after the script's name go to run.py and win, e.g. --fidelity released, or --test.
+# Arguments go to run.py and override the experiment's options, e.g. --fidelity released, or --test.
 PROGRAM="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 DATA=${DATA:-$PROGRAM/data}
 GPUS=${GPUS:-2}

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by experiments whose total batch is published. share_batch PROCESSES NAME sets PER_PROCESS, each process's
-# share of BATCH, or ends the script with 2 and one line; NAME is where the user gives the number of processes.
+# Sourced by experiments with a published total batch. share_batch PROCESSES NAME sets PER_PROCESS to BATCH divided by
+# PROCESSES, or ends the script with code 2 and one line; NAME is the option that sets the number of processes.
 fail() {
     echo "$0: error: $1" >&2
     exit 2

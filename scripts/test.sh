@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up and runs everything that is checked: linter, formatter, types, tests. Arguments go to pytest.
+# Sets up and runs linter, formatter, type checker and tests. Arguments go to pytest.
 # REQUIREMENTS=oldest PYTHON=python3.10 runs the tests with the oldest packages instead of the newest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -7,15 +7,15 @@ cd "$(dirname "$0")/.."
 python -c 'import platform, numpy, torch, torchvision; from utils.processor import description
 print("versions: python", platform.python_version(), *(f"{m.__name__} {m.__version__}" for m in (torch, torchvision, numpy)))
 print("processor:", description())'
-if [ "${REQUIREMENTS:-newest}" = newest ]; then  # linters and types follow the newest packages
+if [ "${REQUIREMENTS:-newest}" = newest ]; then  # linter and type checker are for the newest packages
     ruff check .
     ruff format --check .
     mypy
     python -m scripts.check_collected
 fi
-# The test of the report's page looks at it in a real browser; without one it is skipped, and says so.
+# The test of the report's page needs a browser; it is skipped without one.
 if ! command -v chromium chromium-browser google-chrome >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     { apt-get update && apt-get install -y --no-install-recommends chromium; } >/dev/null ||
-        echo "no chromium could be installed; the page is not looked at" >&2
+        echo "chromium could not be installed; the test of the report's page is skipped" >&2
 fi
 OMP_NUM_THREADS=1 python -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile "$@"

@@ -1,9 +1,9 @@
 @echo off
 rem SDR, DeepLabV3 with ResNet-101, VOC 19-1 disjoint: 19 classes, then 1 (Michieli and Zanuttigh 2021).
-rem One process on one GPU: several need NCCL, which PyTorch has on Linux only (there scripts/voc/sdr_deeplab_19-1.sh
-rem takes GPUS=2).  set CUDA_VISIBLE_DEVICES=1  chooses the second GPU.
-rem Variables: DATA, LOGDIR, NAME, e.g.  set DATA=D:\data
-rem Words after the script's name go to run.py and win:  scripts\windows\sdr_19-1.bat --batch_size 4
+rem One process on one GPU: several need NCCL, which PyTorch has on Linux only (scripts/voc/sdr_deeplab_19-1.sh with
+rem GPUS=2).  set CUDA_VISIBLE_DEVICES=1  selects the second GPU.
+rem Environment variables: DATA, LOGDIR, NAME, e.g.  set DATA=D:\data
+rem Arguments go to run.py and override these options:  scripts\windows\sdr_19-1.bat --batch_size 4
 setlocal
 if not defined DATA set "DATA=data"
 if not defined LOGDIR set "LOGDIR=logs/disjoint"

@@ -186,7 +186,7 @@ def test_home_folder_in_quotes(mirror, tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "data" / "ADEChallengeData2016").is_dir() and not (ROOT / "~").exists()
     refused = run(mirror, "ade", "~nobody-of-that-name/data")
-    assert refused.returncode != 0 and "write the folder out" in refused.stderr
+    assert refused.returncode != 0 and "write the full path" in refused.stderr
 
 
 def test_interrupted_download_is_resumed(mirror, tmp_path):
@@ -252,7 +252,7 @@ def test_full_disk(mirror, tmp_path):
     data = tmp_path / "data"
     bad = run(mirror, "voc", data, PATH=f"{tools}:{os.environ['PATH']}")
     assert bad.returncode == 1
-    assert re.search(r"3072 bytes free, \d+ bytes needed; make room or give another folder", bad.stderr)
+    assert re.search(r"3072 bytes free, \d+ bytes needed; free some space or give another folder", bad.stderr)
     assert not any(request[0] == "GET" for request in mirror.requests)
     assert not list((data / "downloads").iterdir())
 

@@ -102,7 +102,7 @@ def test_command(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--out", "s", "--train", "3", "--val", "2", "--size", "32"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "3 training and 2 validation pictures" in done.stdout
+    assert "3 training and 2 validation images" in done.stdout
     assert len(open_dataset("shapes", tmp_path / "s", "val")) == 2
 
 

@@ -86,7 +86,7 @@ def test_slurm_script_saves_requeues_and_goes_on(tiny_data: Path, tmp_path: Path
             break
     printed = (tmp_path / "tasks.txt").read_text()
     assert codes == [0, 0], printed[-3000:]
-    assert "goes back into the queue" not in job.stdout
+    assert "is requeued" not in job.stdout
     # The first process may hear of it from the second.
     assert re.search(r"run.py: (SIGUSR1|a signal to another process): saved step 0 after batch", printed)
     assert "step 0 resumes at epoch 1 of 2, after batch" in printed

@@ -136,7 +136,7 @@ def test_a_released_checkpoint_needs_the_options_typed(tmp_path: Path) -> None:
     path = tmp_path / "released.pth"
     model, _ = save_untrained(path, manifest=False)
     base = f"--predict x --out x --ckpt {path}"
-    with pytest.raises(UserError, match=r"released\.pth: has no manifest .* --dataset, --task and --step"):
+    with pytest.raises(UserError, match=r"released\.pth: has no manifest; type --dataset, --task and --step"):
         model_from_checkpoint(path, parse_options(shlex.split(base)))
     network = model_from_checkpoint(path, parse_options(shlex.split(f"{base} {DEEPLAB}")))
     assert all(torch.equal(a, b) for a, b in zip(network.model.parameters(), model.parameters(), strict=True))

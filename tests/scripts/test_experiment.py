@@ -163,29 +163,29 @@ def test_the_experiment_of_shapes_is_in_order() -> None:
         ({"runs": {}}, "runs: give at least one"),
         ({"runs": ["FT"]}, "runs: expected 'name: value' entries"),
         ({"runs": {"FT": "FT"}}, "runs: FT: expected options"),
-        ({"runs": {"MIB": {"from": "nothing"}}}, "MIB begins from 'nothing', which is no run of the file"),
+        ({"runs": {"MIB": {"from": "nothing"}}}, "MIB starts from 'nothing', which is not a run of the file"),
         (
             {"runs": {"FT": {}, "A": {"from": "FT"}, "B": {"from": "A"}}},
-            "B begins from 'A', which has no step 0 of its own",
+            "B starts from 'A', which has no step 0 of its own",
         ),
         (
             {"runs": {"joint": {"task": "offline"}, "A": {"from": "joint"}}},
-            "A begins from 'joint', which has no task 10-5-5 to go on with",
+            "A starts from 'joint', which has no step 0 of task 10-5-5",
         ),
         ({"runs": {"FT": {"metod": "FT"}}}, "runs: FT: unknown option --metod; did you mean --method"),
         ({"runs": {"FT": {"method": "FTT"}}}, "runs: FT: argument --method: unknown method 'FTT'"),
         ({"runs": {"a/b": {}}}, "runs: a/b: --name a/b_1"),
-        ({"runs": {"FT": {"name": "x"}}}, "runs: FT: name is given by the experiment itself"),
+        ({"runs": {"FT": {"name": "x"}}}, "runs: FT: name is set by the experiment"),
         ({"step_0": {"epochs": 0}}, "runs: FT: argument --epochs: 0 is not a whole number of at least 1"),
         ({"common": {"dataset": "shapes", "task": "30-1"}}, "common: --task '30-1'"),
-        ({"common": {"from": "FT"}}, "common: 'from' belongs to one of the runs"),
+        ({"common": {"from": "FT"}}, "common: 'from' is an entry of a run"),
         ({"common": ["lr"]}, "common: expected options"),
         ({"tasks": ["10-10"]}, "tasks and the task of common exclude each other"),
         ({"tasks": "10-10"}, "tasks: expected names"),
         ({"tasks": [{"15-5": {}, "15-1": {}}]}, "tasks: expected names"),
         ({"tasks": ["15-5", {"15-5": {}}]}, "tasks: expected names"),
         ({"tasks": [{"15-1": 0.1}]}, "tasks: 15-1: expected options"),
-        ({"runs": {"FT": {"tasks": {"15-1": {}}}}}, "runs: FT: tasks: 15-1 is none of the experiment's"),
+        ({"runs": {"FT": {"tasks": {"15-1": {}}}}}, "runs: FT: tasks: 15-1 is not a task of the experiment"),
         ({"seeds": 3.5}, "seeds: expected different numbers"),
         ({"seeds": [1, 1]}, "seeds: expected different numbers"),
         ({"seeds": []}, "seeds: expected different numbers"),
@@ -197,9 +197,9 @@ def test_the_experiment_of_shapes_is_in_order() -> None:
         ({"processes": 10**9}, "processes: expected a number, at least 1 and at most 1024"),
         ({"step_0": {"timeout": math.inf}}, "argument --timeout: inf is not a number of at least 1"),
         ({"step_0": {"lr": [math.nan]}}, "argument --lr: nan is not a number"),
-        ({"processes": 2, "gpus": [0, 1, 2]}, "gpus: 3 cannot be shared by 2 processes"),
+        ({"processes": 2, "gpus": [0, 1, 2]}, "gpus: 3 cannot be divided among 2 processes"),
         ({"slurm": "gpu"}, "slurm: expected options of sbatch"),
-        ({"slurm": {"dependency": "x"}}, "slurm: dependency is given by the experiment itself"),
+        ({"slurm": {"dependency": "x"}}, "slurm: dependency is set by the experiment"),
     ],
 )
 def test_a_wrong_entry_is_told_before_anything_runs(
@@ -285,7 +285,7 @@ def test_what_is_missing_runs_and_what_failed_runs_again(
     assert sorted(calls(tmp_path)) == ["FT_1 [0] None", "joint_1 [0] None"]
     said = capsys.readouterr()
     assert "FT, 10-5-5, seed 1: failed with 1: a word about it" in said.err
-    assert "MIB, 10-5-5, seed 1: waits for a step 0 that is not there" in said.err
+    assert "MIB, 10-5-5, seed 1: not started, its step 0 is missing" in said.err
     assert "joint, offline, seed 1: done" in said.out
     fails({"MIB_1": 75})
     assert experiment.main([str(file)]) == 1
@@ -353,7 +353,7 @@ def test_a_signal_is_handed_on_and_the_runs_save(
     finally:
         process.kill()
     assert process.returncode == 75, error
-    assert f"{sent.name}: the runs are saved; the same command goes on" in error
+    assert f"{sent.name}: the runs are saved; repeat the command to resume them" in error
     assert "Traceback" not in error
 
 
@@ -384,8 +384,8 @@ def test_a_changed_option_of_what_is_done_is_told_before_anything_runs(
         assert said.out == ""
         assert said.err == (
             f"scripts.experiment: error: {tmp_path}/logs/10-5-5-shapes_FT_1: step 0 was trained with "
-            "--lr 0.01, the file says --lr 0.5; give another logdir or name of the run, "
-            "or put the options back\n"
+            "--lr 0.01, the file says --lr 0.5; change logdir or the name of the run, "
+            "or restore the options\n"
         )
     # Step 0 has epochs of its own; the later steps do not.
     write(tmp_path, seeds=[1], runs=runs, common=common, step_0={"lr": 0.01, "epochs": 5})
@@ -562,7 +562,7 @@ def test_entries_that_slurm_passes_over_are_told(
         file = write(tmp_path, seeds=[1], runs={"FT": {}}, **changes)
         assert experiment.main([str(file), "--slurm", "--dry-run"]) == 0
         said = capsys.readouterr().err
-        assert said.count("gpus and processes do not count with Slurm") == said.count("\n") == told
+        assert said.count("gpus and processes have no effect with Slurm") == said.count("\n") == told
         assert experiment.main([str(file), "--local", "--dry-run"]) == 0
         assert capsys.readouterr().err == ""
 
@@ -601,10 +601,10 @@ def test_a_refused_job_and_a_missing_slurm_are_one_line(
     assert experiment.main([str(file), "--slurm"]) == 2
     refused, missing = capsys.readouterr().err.splitlines()
     assert "sbatch: error: invalid partition" in refused
-    assert "sbatch: not found; submit from a machine with Slurm, or give --local" in missing
+    assert "sbatch: not found; submit on a machine with Slurm, or give --local" in missing
     (tmp_path / "logs" / "slurm" / "jobs.json").write_text("[]")
     assert experiment.main([str(file), "--slurm"]) == 2
-    assert "jobs.json: is no record of jobs" in capsys.readouterr().err
+    assert "jobs.json: is not a valid job list" in capsys.readouterr().err
 
 
 # ── the table ────────────────────────────────────────────────────────────────────────────────────────
