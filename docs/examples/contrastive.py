@@ -1,4 +1,4 @@
-"""Example of a method with a trainable module: supervised contrastive loss on class means (Khosla et al. 2020).
+"""Example of a method with a trainable module: supervised contrastive loss of classes (Khosla et al. 2020).
 
 python run.py --method_file docs/examples/contrastive.py --method CONTRAST --step all ...
 """
