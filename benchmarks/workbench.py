@@ -159,7 +159,7 @@ def bench(opts: Options, device: torch.device, *, step: int = 1, channels_last: 
         )
         state = _state_before(opts, replace(context, step=step - 1, model=teacher))
         context.model_old = freeze(teacher).eval()
-    methods = _begun(opts, context, state)
+    methods = _started(opts, context, state)
     optimizer = make_optimizer(opts, student, methods, 1e-4)
     trainer = Trainer(
         context,
@@ -189,7 +189,7 @@ def _state_before(opts: Options, context: Context) -> dict[str, Any]:
     return {name: method.state_dict() for name, method in methods.items()}
 
 
-def _begun(opts: Options, context: Context, state: dict[str, Any]) -> dict[str, Method]:
+def _started(opts: Options, context: Context, state: dict[str, Any]) -> dict[str, Method]:
     """Build and start the step's methods, and set the networks' intermediates that they need."""
     methods = build_methods(opts, context.step)
     teachers: set[str] = set()

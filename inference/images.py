@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageFile:
     """An image file to predict, and the path of its results relative to the result folders."""
 
     path: Path
@@ -82,42 +82,42 @@ def predict(opts: Options, world: World) -> int:
         UserError: there is no image, the checkpoint cannot be used, or results cannot be written.
     """
     setup_logging(world, None, debug=opts.debug)
-    pictures = find_pictures(opts.predict, opts.out)
+    files = find_images(opts.predict, opts.out)
     network = model_from_checkpoint(opts.ckpt, opts)
     classes = len(network.class_ids)
     what = f"step {network.step} of task {network.task.name} on {network.task.dataset}, {classes} classes"
-    log.info("%s: %s; %d images", opts.ckpt, what, len(pictures))
+    log.info("%s: %s; %d images", opts.ckpt, what, len(files))
     began = time.perf_counter()
     with distributed.shared_errors():
-        own = pictures[world.rank :: world.size]
+        own = files[world.rank :: world.size]
         shown = progress(own, total=len(own), desc="images", world=world, interval=opts.print_interval)
         predictor = Predictor(network, world.device)
         if world.is_main:
             predictor.precision.tell("opt_level" in opts.typed)
-        failed = sum(not _predict_one(picture, predictor, network, opts) for picture in shown)
+        failed = sum(not _predict_one(file, predictor, network, opts) for file in shown)
     failed = sum(distributed.gather_objects(failed))
     seconds = time.perf_counter() - began
     left_out = f", {failed} skipped" if failed else ""
-    done = len(pictures) - failed
+    done = len(files) - failed
     log.info(
         "%d of %d images predicted into %s/{%s,%s}%s (%.1f s)",
-        *(done, len(pictures), opts.out, PREDICTIONS, OVERLAYS, left_out, seconds),
+        *(done, len(files), opts.out, PREDICTIONS, OVERLAYS, left_out, seconds),
     )
     return 2 if failed else 0
 
 
-def find_pictures(path: Path, out: Path) -> list[Picture]:
+def find_images(path: Path, out: Path) -> list[ImageFile]:
     """The image, or all images in a folder and its subfolders, sorted, without hidden files and results.
 
     Raises:
         UserError: no such file or folder, no image in it, or two images would get the same name.
     """
     if path.is_file():
-        return [Picture(path, Path(f"{path.stem}.png"))]
+        return [ImageFile(path, Path(f"{path.stem}.png"))]
     if not path.is_dir():
         raise UserError(f"--predict {path}: no such file or folder; check the path")
     results = [(out / name).resolve() for name in (PREDICTIONS, OVERLAYS)]
-    pictures: dict[Path, Picture] = {}
+    files: dict[Path, ImageFile] = {}
     for file in sorted(path.rglob("*")):
         relative = file.relative_to(path)
         hidden = any(part.startswith(".") for part in relative.parts)
@@ -126,28 +126,28 @@ def find_pictures(path: Path, out: Path) -> list[Picture]:
         if any(folder in file.resolve().parents for folder in results):
             continue
         name = relative.with_suffix(".png")
-        if name in pictures:
-            raise UserError(f"{file}: {pictures[name].path.name} would get the same name; rename one of them")
-        pictures[name] = Picture(file, name)
-    if not pictures:
+        if name in files:
+            raise UserError(f"{file}: {files[name].path.name} would get the same name; rename one of them")
+        files[name] = ImageFile(file, name)
+    if not files:
         raise UserError(f"--predict {path}: contains no image ({', '.join(IMAGE_SUFFIXES)}); check the path")
-    return list(pictures.values())
+    return list(files.values())
 
 
-def _predict_one(picture: Picture, predictor: Predictor, network: TrainedNetwork, opts: Options) -> bool:
+def _predict_one(file: ImageFile, predictor: Predictor, network: TrainedNetwork, opts: Options) -> bool:
     """Predict one image and write its results; on failure print the reason and return False."""
     try:
-        image = read_image(picture.path)
-        ids = _within_memory(picture.path, predictor, image).numpy()
+        image = read_image(file.path)
+        ids = _within_memory(file.path, predictor, image).numpy()
     except DataError as error:
         print(f"run.py: error: {error}", file=sys.stderr, flush=True)
         return False
     mask = Image.fromarray(ids)
     if not opts.raw:
         mask.putpalette(palette().tobytes())
-    _save(mask, opts.out / PREDICTIONS / picture.name)
+    _save(mask, opts.out / PREDICTIONS / file.name)
     shown = with_legend(overlay(image, ids), ids, network.class_names)
-    _save(Image.fromarray(shown), opts.out / OVERLAYS / picture.name)
+    _save(Image.fromarray(shown), opts.out / OVERLAYS / file.name)
     return True
 
 
@@ -163,6 +163,6 @@ def _within_memory(path: Path, predictor: Predictor, image: Tensor) -> Tensor:
         ) from error
 
 
-def _save(picture: Image.Image, path: Path) -> None:
+def _save(image: Image.Image, path: Path) -> None:
     with atomic_write(path, "free some space or choose another --out") as file:
-        picture.save(file, format="PNG")
+        image.save(file, format="PNG")

@@ -19,21 +19,21 @@ _WIDTH_OF_FONT = 45  # image width in font heights
 _NARROWEST = 240  # pixels; least width of the result
 
 
-def with_legend(picture: Array, mask: Array, class_names: Sequence[str]) -> Array:
+def with_legend(image: Array, mask: Array, class_names: Sequence[str]) -> Array:
     """Draw a legend of the classes that occur in a mask below an image.
 
     The background, which overlays leave uncoloured, has an empty box. The result is wider than the image if a
     name needs the space.
 
     Args:
-        picture: image H×W×3, uint8.
+        image: H×W×3, uint8.
         mask: H×W, class ids; 255 is void and not listed.
         class_names: by class id.
 
     Returns:
         (H + legend)×(W or more)×3, uint8.
     """
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     size = max(_SMALLEST_FONT, width // _WIDTH_OF_FONT)
     shown = [int(c) for c in np.unique(mask) if c != VOID]
     names = {c: in_one_font(class_names[c]) for c in shown}
@@ -43,7 +43,7 @@ def with_legend(picture: Array, mask: Array, class_names: Sequence[str]) -> Arra
     places, lines = _flow(lengths, canvas_width, size)
     line_height = round(1.6 * size)
     canvas = Image.new("RGB", (canvas_width, height + size + lines * line_height), "white")
-    canvas.paste(Image.fromarray(picture), (0, 0))
+    canvas.paste(Image.fromarray(image), (0, 0))
     draw = ImageDraw.Draw(canvas)
     colours = palette().tolist()
     for c, (left, line) in zip(shown, places, strict=True):

@@ -155,8 +155,8 @@ def _forward(
     model.intermediates = frozenset({layer})
     for image in chosen:
         sample = data.test[image]
-        picture, labels, *_ = sample.sample if isinstance(sample, Substitute) else sample
-        images = pad_to(to_device(picture[None], world.device))  # as in evaluation; the padding is void
+        pixels, labels, *_ = sample.sample if isinstance(sample, Substitute) else sample
+        images = pad_to(to_device(pixels[None], world.device))  # as in evaluation; the padding is void
         below, right = (new - own for new, own in zip(images.shape[-2:], labels.shape, strict=True))
         with precision.network():
             _, found = model(images)
@@ -237,11 +237,11 @@ def write(path: Path, figure: Figure, rows: Sequence[Sequence[object]]) -> Path:
     Raises:
         UserError: a file cannot be written.
     """
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
     titles = ["x", "y", "class_id", "class_name", "new", "image", "row", "column"]
     with atomic_write(path, _REMEDY) as file:
-        file.write(picture.getvalue())
+        file.write(png.getvalue())
     atomic_write_text(path.with_suffix(".csv"), csv_text([titles, *rows]), _REMEDY)
     return path.with_suffix(".csv")
 

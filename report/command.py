@@ -48,12 +48,12 @@ def _report(argv: list[str] | None) -> None:
         page = write_report([read_run(run) for run in runs], args.out or _common(args.folders) / "report")
     finally:  # print the numbers even if the page cannot be written
         print(table)
-    pictures = [path for run in runs for path in step_files(run, PREDICTIONS).values()]
-    if len(pictures) > _LISTED:
-        print(f"images: {len(pictures)}, {PREDICTIONS.format(step='<step>')} in the folders of the runs")
+    images = [path for run in runs for path in step_files(run, PREDICTIONS).values()]
+    if len(images) > _LISTED:
+        print(f"images: {len(images)}, {PREDICTIONS.format(step='<step>')} in the folders of the runs")
     else:
-        for picture in pictures:
-            print(f"image: {picture}")
+        for image in images:
+            print(f"image: {image}")
     print(f"report: {page}")
 
 

@@ -396,7 +396,7 @@ def _bars(
     axes.grid(visible=False, axis="y")
 
 
-def sample_pictures(group: Group, index: int) -> Figure | None:
+def sample_images(group: Group, index: int) -> Figure | None:
     """One sample image: input and truth in the first column, then one column per method, one row per step.
 
     More than ``BESIDE`` methods are split into several bands, each with input and truth.
@@ -421,7 +421,7 @@ def sample_pictures(group: Group, index: int) -> Figure | None:
 def _sample_band(
     panels: Array, having: Sequence[tuple[Method, Run]], index: int, steps: Sequence[int], shape: float
 ) -> None:
-    """Fill one band of ``sample_pictures``."""
+    """Fill one band of ``sample_images``."""
     for axes in panels.flat:
         axes.set(xticks=[], yticks=[])
         axes.set_box_aspect(shape)  # empty panels too, else their titles are not aligned
@@ -447,8 +447,8 @@ def _show(axes: Axes, path: Path | None) -> None:
 
 def _pixels(path: Path) -> Array:
     try:
-        with Image.open(path) as picture:
-            return np.asarray(picture.convert("RGB"))
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read as an image ({error}); remove it") from error
 

@@ -210,9 +210,9 @@ def _methods(runs: Sequence[Run]) -> list[Method]:
     methods: list[Method] = []
     for label, runs in zip(labels, members, strict=True):
         twins = [other for other, text in zip(members, labels, strict=True) if text == label]
-        told = _told_apart(label, runs, twins)
+        unique = _unique_label(label, runs, twins)
         known = {method.label for method in methods}
-        methods.append(Method(f"{told} ({runs[0].folder})" if told in known else told, runs))
+        methods.append(Method(f"{unique} ({runs[0].folder})" if unique in known else unique, runs))
     return methods
 
 
@@ -293,7 +293,7 @@ def _label(runs: Sequence[Run]) -> str:
     return names.pop() if len(names) == 1 else str(runs[0].options.get("method") or runs[0].name)
 
 
-def _told_apart(label: str, runs: Sequence[Run], twins: Sequence[Sequence[Run]]) -> str:
+def _unique_label(label: str, runs: Sequence[Run], twins: Sequence[Sequence[Run]]) -> str:
     """Make a label unique: add options that differ from the other methods, else the folder or name."""
     if len(twins) == 1:
         return label

@@ -34,7 +34,7 @@ _LONGEST = 120  # characters of a figure's file name
 
 
 @dataclass(frozen=True)
-class Picture:
+class PageFigure:
     """A figure on the page: name of its PNG file, alternative text, data URI, and width in pixels."""
 
     file: str
@@ -48,14 +48,14 @@ class Section:
     """A section of the page.
 
     Attributes:
-        title, text, pictures: title, explanation and figures.
+        title, text, figures: title, explanation and figures.
         folded: whether all figures but the first are initially collapsed.
         coloured: whether a legend of class colours is above the figures.
     """
 
     title: str
     text: str
-    pictures: list[Picture]
+    figures: list[PageFigure]
     folded: bool = False
     coloured: bool = False
 
@@ -94,7 +94,7 @@ class _Folder:
         atomic_write_text(self.out / name, content, _REMEDY)
         self.written.append(name)
 
-    def picture(self, name: str, alt: str, figure: Figure | None, photo: bool = False) -> list[Picture]:
+    def figure(self, name: str, alt: str, figure: Figure | None, photo: bool = False) -> list[PageFigure]:
         """Write a figure as PNG. On the page, photographs are JPEG, a tenth of the size."""
         if figure is None:
             return []
@@ -104,7 +104,7 @@ class _Folder:
         self.written.append(f"{name}.png")
         kind, content = ("jpeg", _encoded(figure, "jpeg")) if photo else ("png", png)
         uri = f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
-        return [Picture(f"{name}.png", alt, uri, round(96 * figure.get_size_inches()[0]))]
+        return [PageFigure(f"{name}.png", alt, uri, round(96 * figure.get_size_inches()[0]))]
 
 
 def _stem(*parts: str) -> str:
@@ -206,8 +206,8 @@ def _group(folder: _Folder, group: Group) -> dict[str, Any]:
 
 
 def _sections(folder: _Folder, group: Group, lines: Sequence[Line]) -> list[Section]:
-    def one(name: str, alt: str, figure: Figure | None) -> list[Picture]:
-        return folder.picture(f"{group.slug}_{name}", f"{alt}, {group.title}", figure)
+    def one(name: str, alt: str, figure: Figure | None) -> list[PageFigure]:
+        return folder.figure(f"{group.slug}_{name}", f"{alt}, {group.title}", figure)
 
     spread = "Mean over the seeds; bands and error bars are one standard deviation."
     if group.num_steps > 2:
@@ -253,23 +253,23 @@ def _sections(folder: _Folder, group: Group, lines: Sequence[Line]) -> list[Sect
             one("cost", "wall time and memory", figures.cost(lines)),
         ),
     ]
-    return [section for section in sections if section.pictures]
+    return [section for section in sections if section.figures]
 
 
-def _confusions(folder: _Folder, group: Group) -> list[Picture]:
+def _confusions(folder: _Folder, group: Group) -> list[PageFigure]:
     found = []
     for method in group.methods:
         name = _stem(group.slug, "confusion", method.label)
-        found += folder.picture(name, method.label, figures.confusion(method))
+        found += folder.figure(name, method.label, figures.confusion(method))
     return found
 
 
-def _samples(folder: _Folder, group: Group) -> list[Picture]:
+def _samples(folder: _Folder, group: Group) -> list[PageFigure]:
     indices = sorted({index for method in group.methods for run in method.runs[:1] for index in run.samples})
     found = []
     for index in indices:
-        figure = figures.sample_pictures(group, index)
-        found += folder.picture(f"{group.slug}_picture_{index}", f"image {index}", figure, photo=True)
+        figure = figures.sample_images(group, index)
+        found += folder.figure(f"{group.slug}_picture_{index}", f"image {index}", figure, photo=True)
     return found
 
 
@@ -317,7 +317,7 @@ def _run(folder: _Folder, run: Run, alone: bool) -> dict[str, Any]:
         "speed": run.speed,
         "results": Table(headers, rows),
         "validations": validations,
-        "pictures": folder.picture(name, f"loss terms of {run.folder.name}", figures.loss_terms(run)),
+        "figures": folder.figure(name, f"loss terms of {run.folder.name}", figures.loss_terms(run)),
         "options": _options(run),
     }
 
@@ -353,6 +353,6 @@ def _markdown(groups: Sequence[Group], written: Sequence[dict[str, Any]], steps:
         parts += [f"## {markdown_text(group.title)}", tables.summary_table(group).markdown()]
         for section in content["sections"]:
             parts += [f"### {section.title}", section.text]
-            parts += [f"![{markdown_text(picture.alt)}]({picture.file})" for picture in section.pictures]
+            parts += [f"![{markdown_text(figure.alt)}]({figure.file})" for figure in section.figures]
     parts += ["## Every step of every run", steps.markdown()]
     return "\n\n".join(parts) + "\n"

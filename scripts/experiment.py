@@ -51,7 +51,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from scripts.experiment_plan import Experiment, Run, check_begun, plan, read_experiment
+from scripts.experiment_plan import Experiment, Run, check_existing_steps, plan, read_experiment
 from scripts.experiment_slurm import job_script, submit
 from tasks import Task
 from utils.command import run_command
@@ -219,11 +219,11 @@ def _report(runs: Sequence[Run], logdir: Path) -> int:
     # Imported here, since it takes a second that --dry-run and errors need not wait for.
     import report
 
-    begun: list[Path] = []
+    started: list[Path] = []
     for run in runs:
         with contextlib.suppress(UserError):  # not started: no folder, or an empty one
-            begun += report.find_runs([run.folder])
-    return report.main([*map(str, begun), "--out", str(logdir / "report")]) if begun else 0
+            started += report.find_runs([run.folder])
+    return report.main([*map(str, started), "--out", str(logdir / "report")]) if started else 0
 
 
 # ── the command ──────────────────────────────────────────────────────────────────────────────────────
@@ -257,7 +257,7 @@ def _print_plan(experiment: Experiment, runs: Sequence[Run], sbatch: dict[str, s
         if run.is_done:
             print(f"# {run.title}: done")
             continue
-        after = "" if run.begins_from is None else f", after {run.begins_from.title}"
+        after = "" if run.starts_from is None else f", after {run.starts_from.title}"
         print(f"# {run.title}{after}")
         if sbatch is not None:
             print(job_script(run, sbatch, experiment.logdir / "slurm"))
@@ -278,7 +278,7 @@ def _experiment(options: argparse.Namespace) -> int:
         runs = plan(experiment)
     except UserError as error:
         raise UserError(f"{options.file}: {error}") from error
-    check_begun(runs)
+    check_existing_steps(runs)
     sbatch = {} if options.slurm and experiment.slurm is None else experiment.slurm
     if options.local:
         sbatch = None

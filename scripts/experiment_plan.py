@@ -67,7 +67,7 @@ class Run:
         folder: folder of its results.
         compared_in: tasks of the experiment whose tables include it; joint training is in all.
         commands: arguments of ``run.py``, one list per call, in order.
-        begins_from: the run whose step 0 it starts from; None if it trains step 0 itself.
+        starts_from: the run whose step 0 it starts from; None if it trains step 0 itself.
     """
 
     method: str
@@ -76,7 +76,7 @@ class Run:
     folder: Path
     compared_in: list[Task] = field(default_factory=list)
     commands: list[list[str]] = field(default_factory=list)
-    begins_from: Run | None = None
+    starts_from: Run | None = None
 
     @property
     def title(self) -> str:
@@ -93,14 +93,14 @@ class Run:
         """Whether all its steps are trained and evaluated."""
         return self.results.is_file()
 
-    def has_begun(self, step: int) -> bool:
+    def has_started(self, step: int) -> bool:
         """Whether it has a checkpoint or results of a step."""
         return any(step_file(self.folder, kind, step).is_file() for kind in (CHECKPOINT, RESULTS))
 
     @property
     def can_start(self) -> bool:
         """Whether the step 0 that it needs is complete (results are written last)."""
-        return self.begins_from is None or step_file(self.begins_from.folder, RESULTS, 0).is_file()
+        return self.starts_from is None or step_file(self.starts_from.folder, RESULTS, 0).is_file()
 
 
 # ── the file ─────────────────────────────────────────────────────────────────────────────────────────
@@ -291,14 +291,14 @@ def plan(experiment: Experiment) -> list[Run]:
         begin = experiment.runs[run.method].get("from")
         base = key if begin is None else _base(experiment, planned, run, begin)
         origin = planned[_origin(planned, first, base)]
-        run.begins_from = None if origin is run else origin
+        run.starts_from = None if origin is run else origin
         run.commands = _commands(run, options[key], first[key])
     return list(planned.values())
 
 
 def _step_0_options(experiment: Experiment, own: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Options of step 0 of a run."""
-    return {**_without_own_words(own), **experiment.step_0, **_options(own.get("step_0"), where)}
+    return {**_without_run_entries(own), **experiment.step_0, **_options(own.get("step_0"), where)}
 
 
 def _for_task(run: Mapping[str, Any], task: str | None, where: str) -> dict[str, Any]:
@@ -307,7 +307,7 @@ def _for_task(run: Mapping[str, Any], task: str | None, where: str) -> dict[str,
     return _options(own.get(str(task)), f"tasks of {where}")
 
 
-def _without_own_words(options: Mapping[str, Any]) -> dict[str, Any]:
+def _without_run_entries(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of ``run.py`` among a run's entries."""
     return {name: value for name, value in options.items() if name not in _OF_A_RUN}
 
@@ -365,12 +365,12 @@ def _commands(run: Run, options: Mapping[str, Any], first: Mapping[str, Any]) ->
     }
     commands = []
     later: dict[str, Any] = {"step": list(range(1, run.task.num_steps))}
-    if run.begins_from is None:
+    if run.starts_from is None:
         commands.append(arguments({**first, **given, "step": 0}))
     else:
-        later["step_ckpt"] = step_file(run.begins_from.folder, CHECKPOINT, 0)
+        later["step_ckpt"] = step_file(run.starts_from.folder, CHECKPOINT, 0)
     if run.task.num_steps > 1:
-        commands.append(arguments({**_without_own_words(options), **given, **later}))
+        commands.append(arguments({**_without_run_entries(options), **given, **later}))
     for command in commands:
         _parsed(command, f"runs: {run.method}")
     return commands
@@ -379,7 +379,7 @@ def _commands(run: Run, options: Mapping[str, Any], first: Mapping[str, Any]) ->
 # ── existing steps ─────────────────────────────────────────────────────────────────────────────────
 
 
-def check_begun(runs: Iterable[Run]) -> None:
+def check_existing_steps(runs: Iterable[Run]) -> None:
     """Check that existing steps were trained with the options, and from the step 0, that the file has now.
 
     Steps without a checkpoint are skipped, since they start over; so are folders written by versions that
@@ -390,11 +390,11 @@ def check_begun(runs: Iterable[Run]) -> None:
     """
     for run in runs:
         recorded = read_run_options(run.folder).by_step
-        begun = {step for step in recorded if run.has_begun(step)}
-        for command in run.commands if begun else ():
+        started = {step for step in recorded if run.has_started(step)}
+        for command in run.commands if started else ():
             options = parse_options(command)
             for step, lr in zip(options.steps, options.lrs, strict=True):
-                if step in begun:
+                if step in started:
                     _check_origin(run, step, recorded[step])
                     _check_step(run, step, recorded[step], {**options.as_json(), "lr": lr})
 
@@ -404,7 +404,7 @@ def _check_origin(run: Run, step: int, recorded: Mapping[str, Any]) -> None:
     path = recorded.get("step_ckpt")
     own = f"{run.method}_{run.seed}"
     was = own if path is None else Path(path).parent.name.rpartition(f"-{run.task.dataset}_")[2]
-    says = own if run.begins_from is None else f"{run.begins_from.method}_{run.begins_from.seed}"
+    says = own if run.starts_from is None else f"{run.starts_from.method}_{run.starts_from.seed}"
     if step and was != says:
         raise UserError(
             f"{run.folder}: step {step} was trained from step 0 of {was}, the file says of {says}; "

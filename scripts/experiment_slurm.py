@@ -63,7 +63,7 @@ def submit(runs: Sequence[Run], options: Mapping[str, str], folder: Path) -> lis
     queued = set(_call(["squeue", "--me", "--noheader", "--format=%A"]).split()) if jobs else set()
     lines = []
     # Runs with their own step 0 first: the others need the job numbers.
-    for run in sorted(runs, key=lambda run: run.begins_from is not None):
+    for run in sorted(runs, key=lambda run: run.starts_from is not None):
         name = run.folder.name
         if run.is_done:
             continue
@@ -73,10 +73,10 @@ def submit(runs: Sequence[Run], options: Mapping[str, str], folder: Path) -> lis
         script = folder / f"{name}.slurm"
         atomic_write_text(script, job_script(run, options, folder))
         command = ["sbatch", "--parsable"]
-        if run.begins_from is not None and not run.can_start:
+        if run.starts_from is not None and not run.can_start:
             # A job whose dependency failed is removed from the queue.
             command += [
-                f"--dependency=afterok:{jobs[run.begins_from.folder.name]}",
+                f"--dependency=afterok:{jobs[run.starts_from.folder.name]}",
                 "--kill-on-invalid-dep=yes",
             ]
         # In a federation, sbatch prints "number;cluster".

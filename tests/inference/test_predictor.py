@@ -15,7 +15,7 @@ from argparser import parse_options
 from dataset.decoding import read_image
 from dataset.transforms import normalize
 from inference import images as module
-from inference.images import Predictor, find_pictures, predict
+from inference.images import Predictor, find_images, predict
 from inference.legend import with_legend
 from inference.load import model_from_checkpoint
 from inference.multiscale import FusedPrediction
@@ -27,7 +27,7 @@ from utils.visualize import overlay
 ALONE = World(0, 0, 1, torch.device("cpu"), None)
 
 
-def write_picture(path: Path, height: int, width: int, seed: int = 0) -> Path:
+def write_image(path: Path, height: int, width: int, seed: int = 0) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     Image.fromarray(coarse).resize((width, height), Image.Resampling.NEAREST).save(path)
@@ -51,7 +51,7 @@ def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("options", [DEEPLAB, SEGFORMER, f"{DEEPLAB} --unknown"])
 def test_raw_masks_are_the_arg_max_of_the_network_in_data_set_ids(tmp_path: Path, options: str) -> None:
     model, opts = save_untrained(tmp_path / "step.pth", options)
-    file = write_picture(tmp_path / "in" / "a.png", 70, 91)
+    file = write_image(tmp_path / "in" / "a.png", 70, 91)
     with torch.no_grad():
         logits, _ = model(normalize(read_image(file)[None]))
         classes = model.scores(logits).argmax(1)[0].numpy()
@@ -69,7 +69,7 @@ def test_raw_masks_are_the_arg_max_of_the_network_in_data_set_ids(tmp_path: Path
 
 
 def test_overlays_keep_the_picture_and_name_the_classes(tmp_path: Path, ckpt: Path) -> None:
-    file = write_picture(tmp_path / "in" / "a.png", 80, 120)
+    file = write_image(tmp_path / "in" / "a.png", 80, 120)
     _, out = run(file, ckpt)
     with Image.open(out / "predictions" / "a.png") as mask, Image.open(out / "overlays" / "a.png") as shown:
         ids, picture = np.asarray(mask), np.asarray(shown)
@@ -92,7 +92,7 @@ def test_any_size_and_several_scales(tmp_path: Path, options: str) -> None:
     save_untrained(tmp_path / "step.pth", options)
     sizes = [(1, 1), (3, 200), (31, 33), (67, 129)]
     for height, width in sizes:
-        write_picture(tmp_path / "in" / f"{height}.jpg", height, width)
+        write_image(tmp_path / "in" / f"{height}.jpg", height, width)
     fused = ("--test_scales", "0.5", "1.25", "--test_flip", "--fusion-mode", "max", "--opt_level", "O1")
     for more in ((), fused):
         code, out = run(tmp_path / "in", tmp_path / "step.pth", *more)
@@ -104,7 +104,7 @@ def test_any_size_and_several_scales(tmp_path: Path, options: str) -> None:
 
 def test_scales_and_flip_are_those_of_the_evaluation(tmp_path: Path) -> None:
     model, opts = save_untrained(tmp_path / "step.pth")
-    image = read_image(write_picture(tmp_path / "a.png", 64, 96))
+    image = read_image(write_image(tmp_path / "a.png", 64, 96))
     argv = f"--predict x --out x --ckpt {tmp_path / 'step.pth'} --test_scales 0.75 1.5 --test_flip"
     network = model_from_checkpoint(tmp_path / "step.pth", parse_options(shlex.split(argv)))
     found = Predictor(network, torch.device("cpu"))(image).numpy()
@@ -121,15 +121,15 @@ def test_folders_keep_their_structure(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     (tmp_path / "predictions").mkdir()
     (tmp_path / "predictions" / "old.png").touch()
-    found = find_pictures(tmp_path, tmp_path)
-    assert [str(picture.name) for picture in found] == ["a.png", "sub/b.png", "sub/deep/c.png"]
-    assert [picture.path.name for picture in found] == ["a.png", "b.JPG", "c.jpeg"]
+    found = find_images(tmp_path, tmp_path)
+    assert [str(file.name) for file in found] == ["a.png", "sub/b.png", "sub/deep/c.png"]
+    assert [file.path.name for file in found] == ["a.png", "b.JPG", "c.jpeg"]
     (tmp_path / "a.jpg").touch()
     with pytest.raises(UserError, match=r"a\.png: a\.jpg would get the same name"):
-        find_pictures(tmp_path, tmp_path)
+        find_images(tmp_path, tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="contains no image"):
-        find_pictures(tmp_path / "empty", tmp_path)
+        find_images(tmp_path / "empty", tmp_path)
 
 
 def test_a_released_checkpoint_needs_the_options_typed(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_own_classes_have_names_where_their_file_is(tmp_path: Path) -> None:
     assert model_from_checkpoint(path, opts).class_names == ("class 0", "class 1", "class 2")
 
 
-def test_a_picture_larger_than_memory_is_named(tmp_path: Path) -> None:
+def test_an_image_larger_than_memory_is_named(tmp_path: Path) -> None:
     def too_large(image: torch.Tensor) -> torch.Tensor:
         return torch.empty(2**50)
 

@@ -57,8 +57,8 @@ def test_what_is_written(report: Path) -> None:
     )
     assert {path.name for path in report.glob("*.csv")} == {"steps.csv", "classes.csv", f"{stem}_summary.csv"}
     for path in report.glob("*.png"):
-        with Image.open(path) as picture:
-            assert min(picture.size) > 100
+        with Image.open(path) as image:
+            assert min(image.size) > 100
     markdown = (report / "report.md").read_text()
     linked = re.findall(r"\]\((.*?)\)", markdown)
     assert len(linked) == len(figures) and all((report / name).is_file() for name in linked)
@@ -361,7 +361,7 @@ def test_many_methods_have_their_pictures_in_bands(tmp_path: Path) -> None:
     for label in labels:
         write_run(tmp_path, label, 1, pictures=1)
     (group,) = arrange([read_run(path) for path in find_runs([tmp_path])])
-    figure = figures.sample_pictures(group, 0)
+    figure = figures.sample_images(group, 0)
     assert figure is not None and len(figure.subfigs) == 2
     titles = [[axes.get_title() for axes in band.axes if axes.get_title()] for band in figure.subfigs]
     assert all({"input", "truth"} <= set(band) for band in titles)

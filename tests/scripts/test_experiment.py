@@ -22,7 +22,7 @@ from report.groups import arrange
 from report.reading import read_run
 from runs.options import write_run_options
 from scripts import experiment
-from scripts.experiment_plan import Run, check_begun, check_content, plan, read_experiment
+from scripts.experiment_plan import Run, check_content, check_existing_steps, plan, read_experiment
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,10 +58,10 @@ def test_tasks_with_the_same_first_step_share_it(tmp_path: Path) -> None:
     assert [len(owner.commands), len(by_name["FT", "10-5-5"].commands)] == [2, 2]
     step_0 = tmp_path / "15-5-shapes_FT_1" / "15-5-shapes_FT_1_0.pth"
     for key in (("FT", "15-5s"), ("MIB", "15-5"), ("MIB", "15-5s")):
-        assert by_name[key].begins_from is owner
+        assert by_name[key].starts_from is owner
         (command,) = by_name[key].commands
         assert parse_options(command).step_ckpt == step_0
-    assert by_name["MIB", "10-5-5"].begins_from is by_name["FT", "10-5-5"]
+    assert by_name["MIB", "10-5-5"].starts_from is by_name["FT", "10-5-5"]
 
 
 def test_a_task_has_options_of_its_own(tmp_path: Path) -> None:
@@ -82,8 +82,8 @@ def test_a_task_has_options_of_its_own(tmp_path: Path) -> None:
         assert [rates["FT", task] for task in ("15-5", "15-5s", "10-1")] == [0.01, 0.002, 0.01]
         assert [rates["SSUL", task] for task in ("15-5", "15-5s", "10-1")] == [0.05, 0.05, 0.03]
         by_name = {(run.method, run.task.name): run for run in made}
-        assert (by_name["FT", "15-5s"].begins_from is by_name["FT", "15-5"]) == shares
-        assert by_name["SSUL", "15-5s"].begins_from is by_name["SSUL", "15-5"]
+        assert (by_name["FT", "15-5s"].starts_from is by_name["FT", "15-5"]) == shares
+        assert by_name["SSUL", "15-5s"].starts_from is by_name["SSUL", "15-5"]
 
 
 @pytest.mark.parametrize(("overlap", "shares"), [(True, True), (False, False)])
@@ -93,18 +93,18 @@ def test_ade_shares_step_0_only_where_steps_overlap(tmp_path: Path, overlap: boo
     first, second = planned(
         tmp_path, seeds=[1], tasks=["100-10", "100-5"], common=common, runs={"FT": {"method": "FT"}}
     )
-    assert first.begins_from is None
-    assert (second.begins_from is first) == shares
+    assert first.starts_from is None
+    assert (second.starts_from is first) == shares
 
 
-def test_a_run_begins_from_the_step_0_of_another(tmp_path: Path) -> None:
+def test_a_run_starts_from_the_step_0_of_another(tmp_path: Path) -> None:
     runs = planned(tmp_path)
     assert [(run.method, run.seed) for run in runs] == [
         (m, s) for s in (1, 2) for m in ("FT", "MIB", "joint")
     ]
     ft, mib, joint = runs[:3]
     assert [len(run.commands) for run in (ft, mib, joint)] == [2, 1, 1]
-    assert mib.begins_from is ft and ft.begins_from is None
+    assert mib.starts_from is ft and ft.starts_from is None
     first, later, borrowed = (parse_options(c) for c in (*ft.commands, *mib.commands))
     assert (first.steps, first.epochs) == ([0], 5)
     assert (later.steps, later.epochs, later.overlap) == ([1, 2], 3, True)
@@ -145,7 +145,7 @@ def test_the_experiment_of_shapes_is_in_order() -> None:
     runs = plan(read_experiment(ROOT / "scripts" / "shapes.yaml"))
     assert {run.seed for run in runs} == {1, 2, 3}
     assert len(runs) == 3 * len({run.method for run in runs})
-    assert {run.method for run in runs if run.begins_from} >= {"LWF", "MIB", "PLOP", "SATS"}
+    assert {run.method for run in runs if run.starts_from} >= {"LWF", "MIB", "PLOP", "SATS"}
     sdr = next(run for run in runs if run.method == "SDR")
     first, later = (parse_options(command) for command in sdr.commands)
     assert (first.method, first.unce, first.loss_de_prototypes) == ("FT", True, 1.0)
@@ -449,15 +449,15 @@ def test_what_left_nothing_or_is_of_an_older_version_is_not_compared(tmp_path: P
     (run,) = planned(tmp_path, seeds=[1], runs={"FT": {}})
     other = parse_options([*run.commands[0], "--epochs", "9"])
     write_run_options(run.folder, other.as_json(), run.task.steps, step=0, lr=0.01)
-    check_begun([run])  # ended before its first checkpoint: it starts over
+    check_existing_steps([run])  # ended before its first checkpoint: it starts over
     (run.folder / f"{run.folder.name}_0.pth").touch()
     with pytest.raises(UserError, match="step 0 was trained with --epochs 9, the file says --epochs 5;"):
-        check_begun([run])
+        check_existing_steps([run])
     facts = run.folder / "run.json"
     content = json.loads(facts.read_text())
     del content["options_by_step"]
     facts.write_text(json.dumps(content))
-    check_begun([run])
+    check_existing_steps([run])
 
 
 # ── Slurm ────────────────────────────────────────────────────────────────────────────────────────────
@@ -705,12 +705,12 @@ def test_real_runs_end_with_table_and_report(shapes_root: Path, tmp_path: Path) 
     (page,) = (tmp_path / "logs" / "report").glob("*.html")
     assert "MIB" in page.read_text(encoding="utf-8")
     # What the real runs kept is what the commands are compared with.
-    check_begun(plan(read_experiment(file)))
+    check_existing_steps(plan(read_experiment(file)))
     write(tmp_path, common={**common, "epochs": 2}, seeds=[1], step_0={"epochs": 1}, processes=2)
     with pytest.raises(
         UserError, match="FT_1: step 1 was trained with --epochs 1, the file says --epochs 2;"
     ):
-        check_begun(plan(read_experiment(file)))
+        check_existing_steps(plan(read_experiment(file)))
 
 
 def test_a_wrong_experiment_raises_from_the_plan(tmp_path: Path) -> None:
