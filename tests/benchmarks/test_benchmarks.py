@@ -1,4 +1,4 @@
-"""The benchmarks of whole steps run, at sizes that say nothing about speed."""
+"""The benchmarks of whole steps run, at small sizes."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_classes_and_steps_are_those_of_the_names() -> None:
         assert name == f"{sum(counts)} classes, {len(counts)} step{'s' if len(counts) > 1 else ''}"
 
 
-def test_interleaved_runs_in_turn_and_leaves_the_warm_up_out() -> None:
+def test_interleaved_runs_in_turn_and_excludes_the_warm_up() -> None:
     calls: list[str] = []
     times = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, CPU, 2)
     assert calls == ["a", "b"] * 3 and times.keys() == {"a", "b"}

@@ -47,7 +47,7 @@ def zip_of(files: dict[str, bytes]) -> bytes:
 
 
 class Mirror:
-    """A web server that knows ranges, counts requests and can break off in the middle of a file."""
+    """A web server that supports ranges, counts requests and can disconnect in the middle of a file."""
 
     def __init__(self) -> None:
         base = "VOCdevkit/VOC2012"
@@ -137,7 +137,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_voc_from_nothing(mirror, tmp_path):
+def test_voc_without_existing_files(mirror, tmp_path):
     done = run(mirror, "voc", tmp_path)
     assert done.returncode == 0, done.stderr
     voc = tmp_path / "VOCdevkit" / "VOC2012"
@@ -155,7 +155,7 @@ def test_voc_from_nothing(mirror, tmp_path):
     assert not list(tmp_path.glob(".unpack*")) and not list(tmp_path.rglob("*.part"))
 
 
-def test_second_run_asks_for_nothing_and_changes_nothing(mirror, tmp_path):
+def test_second_run_makes_no_requests_and_no_changes(mirror, tmp_path):
     run(mirror, "voc", tmp_path)
     before, asked = tree(tmp_path), len(mirror.requests)
     again = run(mirror, "voc", tmp_path)
@@ -199,7 +199,7 @@ def test_interrupted_download_is_resumed(mirror, tmp_path):
     assert (tmp_path / "downloads" / VOC_TAR).read_bytes() == mirror.files[VOC_TAR]
 
 
-def test_server_that_breaks_off(mirror, tmp_path):
+def test_server_that_disconnects(mirror, tmp_path):
     mirror.break_after = 20_000
     broken = run(mirror, "voc", tmp_path)
     assert broken.returncode == 1

@@ -1,4 +1,4 @@
-"""docs/fidelity.md says which repository each preset follows, and what to type for the others' values."""
+"""docs/fidelity.md names the repository that each preset follows, and options for the others' values."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ ROWS = {
     for row in ([cell.strip() for cell in line.split("|")[1:-1]] for line in SECTION.splitlines()[5:])
     if row and row[0] in METHODS
 }
-# Not in the table: the map of the logits has its JSON, void and unseen classes are in methods.md.
+# Not in the table: pod_options is JSON; void and unseen classes are in methods.md.
 ELSEWHERE = {"pod_options", "void_label", "unseen_label"}
-# What the released argparsers set (SATS' threshold: its trainer), by reading them.
+# Values in the released argparsers (SATS' threshold: in its trainer).
 RELEASED = {
     "ILT": {"SATS": {"loss_kd": 10, "loss_de": 10}},
     "EWC": {

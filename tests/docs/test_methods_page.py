@@ -21,12 +21,12 @@ SECTIONS = {
     for title, body in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", TEXT, re.M | re.S)
     if "own" not in title
 }
-# Options of no method's group that the document names where a method uses them.
+# Options outside the methods' groups that the document lists for methods that use them.
 SHARED = {"init_balanced", "memory", "void_label", "unseen_label"}
 
 
 def items(body: str, start: str) -> str:
-    """The list item that begins with a word, its lines joined."""
+    """The list item that starts with a word, its lines joined."""
     found = re.search(rf"^- {start}: (.*?)(?=^- |\Z)", body, re.M | re.S)
     return " ".join(found[1].split()) if found else ""
 
@@ -98,6 +98,6 @@ def test_the_command_of_the_example_parses() -> None:
     assert words[:2] == ["python", "run.py"]
     example = ROOT / words[3]
     assert 50 <= len(example.read_text(encoding="utf-8").splitlines()) <= 70
-    # Its method would join this process's list: tests/cli/test_method_file.py runs it in one of its own.
+    # Loading would register its method in this process; tests/cli/test_method_file.py runs it separately.
     rest = [*words[2 : words.index("--method_file")], *words[6:]]
     assert parse_options(rest).steps == [0, 1]

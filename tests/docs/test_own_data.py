@@ -1,4 +1,4 @@
-"""The walk-through of docs/own_data.md, command by command, as it stands in the document."""
+"""Runs the commands and code of docs/own_data.md in order."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ COMMANDS = [
     for block in re.findall(r"^```bash\n(.*?)^```$", TEXT, re.M | re.S)
     for command in block.replace("\\\n", " ").strip().splitlines()
 ]
-# The last value of an option counts: a network and a length for seconds on one core.
+# Appended options override: a network and length that take seconds on one core.
 SMALL = "--backbone mobilenet_v2 --no_pretrained --crop_size 64 --batch_size 4 --epochs 1"
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working folder with my_data, the document's files in it, and some masks in colours."""
+    """A working folder with my_data, the document's files, and masks in colours."""
     folder = tmp_path_factory.mktemp("walk")
     make_own(folder / "my_data")
     for name, content in FILES.items():
@@ -60,7 +60,7 @@ def run(command: str, place: Path) -> str:
 
 
 def containing(*parts: str) -> str:
-    """The only command of the document with these words."""
+    """The only command of the document that contains these words."""
     (command,) = [command for command in COMMANDS if all(part in command for part in parts)]
     return command
 

@@ -1,4 +1,4 @@
-"""The commands of docs/recipes.md are what its table says, by the real parser."""
+"""The commands of docs/recipes.md, parsed, agree with its table."""
 
 from __future__ import annotations
 

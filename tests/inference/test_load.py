@@ -1,4 +1,4 @@
-"""A trained network from its checkpoint alone."""
+"""Loading a trained network from its checkpoint."""
 
 from __future__ import annotations
 

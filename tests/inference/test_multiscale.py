@@ -1,4 +1,4 @@
-"""Prediction of images of every size, in evaluation and ``--predict`` alike."""
+"""Prediction of images of any size, in evaluation and ``--predict``."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_no_view_is_smaller_than_the_networks_stride(scale: float) -> None:
     assert math.floor((least - 1) * min(scale, 1.0)) < MIN_SIDE
 
 
-def test_images_that_are_large_enough_go_through_as_they_are(model: IncrementalSegmentationModule) -> None:
+def test_images_that_are_large_enough_are_not_padded(model: IncrementalSegmentationModule) -> None:
     images = normalize(torch.randint(0, 256, (2, 3, 128, 131), dtype=torch.uint8))
     with torch.no_grad():
         assert torch.equal(predictor([1.0], False, "mean")(model, images), class_scores(model, images))
@@ -66,7 +66,7 @@ def test_images_that_are_large_enough_go_through_as_they_are(model: IncrementalS
         assert torch.equal(predictor([0.25, 1.5], True, "max")(model, images), fused(model, images))
 
 
-def test_what_is_added_is_the_border() -> None:
+def test_padding_repeats_the_border() -> None:
     class Knows(nn.Module):
         def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
             self.seen = images
@@ -78,7 +78,7 @@ def test_what_is_added_is_the_border() -> None:
     assert torch.equal(network.seen, F.pad(images, (0, 0, 0, 27), mode="replicate"))
 
 
-def test_training_and_validation_crop_pictures_of_every_shape() -> None:
+def test_training_and_validation_crop_images_of_every_shape() -> None:
     small = itertools.product((1, 2, 7, 31, 32, 33, 40), repeat=2)
     for height, width in [*small, (1, 20000), (20000, 1), (2, 33), (100000, 3)]:
         image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
@@ -87,7 +87,7 @@ def test_training_and_validation_crop_pictures_of_every_shape() -> None:
             assert cropped.shape == (3, 64, 64) and mask.shape == (1, 64, 64)
 
 
-def test_the_middle_of_a_long_picture_is_what_its_whole_would_give() -> None:
+def test_the_middle_of_a_long_image_equals_that_of_the_whole() -> None:
     row = (torch.arange(3 * 20 * 4) % 251).to(torch.uint8).reshape(3, 1, 80).repeat_interleave(4, 1)
     long = torch.cat([row[..., :1].expand(-1, -1, 40), row, row[..., -1:].expand(-1, -1, 40)], dim=-1)
     assert long.shape == (3, 4, 160)  # 40 times as long as wide

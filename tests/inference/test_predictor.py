@@ -35,7 +35,7 @@ def write_image(path: Path, height: int, width: int, seed: int = 0) -> Path:
 
 
 def run(folder: Path, ckpt: Path, *more: str) -> tuple[int, Path]:
-    """Predict a picture or folder; the exit code and the folder of results."""
+    """Predict an image or folder; returns the exit code and the folder of results."""
     out = folder.parent / "out"
     argv = ["--predict", folder, "--out", out, "--ckpt", ckpt, *more]
     return predict(parse_options([str(word) for word in argv]), ALONE), out
@@ -68,7 +68,7 @@ def test_raw_masks_are_the_arg_max_of_the_network_in_data_set_ids(tmp_path: Path
                 assert mask.getpalette() == palette().flatten().tolist()
 
 
-def test_overlays_keep_the_picture_and_name_the_classes(tmp_path: Path, ckpt: Path) -> None:
+def test_overlays_keep_the_image_and_name_the_classes(tmp_path: Path, ckpt: Path) -> None:
     file = write_image(tmp_path / "in" / "a.png", 80, 120)
     _, out = run(file, ckpt)
     with Image.open(out / "predictions" / "a.png") as mask, Image.open(out / "overlays" / "a.png") as shown:
@@ -79,7 +79,7 @@ def test_overlays_keep_the_picture_and_name_the_classes(tmp_path: Path, ckpt: Pa
         assert tuple(palette()[c].tolist()) in legend
 
 
-def test_legend_has_a_line_more_where_names_do_not_fit() -> None:
+def test_legend_has_more_lines_if_names_do_not_fit() -> None:
     picture, mask = np.full((10, 400, 3), 7, np.uint8), np.array([[0, 1, 2, 255]])
     few = with_legend(picture, mask, ["background", "cat", "dog"])
     assert few.shape[1] == 400 and (few[:10] == 7).all()
@@ -155,13 +155,13 @@ def test_a_released_checkpoint_needs_the_options_typed(tmp_path: Path) -> None:
         ("--dataset shapes --task 10-5-5 --class_order_seed 3 --step 2", "is of step 1, not 2"),
     ],
 )
-def test_what_is_typed_must_fit(ckpt: Path, typed: str, words: str) -> None:
+def test_typed_options_must_fit(ckpt: Path, typed: str, words: str) -> None:
     opts = parse_options(shlex.split(f"--predict x --out x --ckpt {ckpt} {typed}"))
     with pytest.raises(UserError, match=words):
         model_from_checkpoint(ckpt, opts)
 
 
-def test_what_is_typed_wins_where_it_fits(ckpt: Path) -> None:
+def test_typed_options_that_fit_have_priority(ckpt: Path) -> None:
     opts = parse_options(shlex.split(f"--predict x --out x --ckpt {ckpt} --pooling 7 --crop_size 96"))
     network = model_from_checkpoint(ckpt, opts)
     assert network.model.network.head.pooling == 7
@@ -182,7 +182,7 @@ def test_what_is_typed_wins_where_it_fits(ckpt: Path) -> None:
         {"options": {"backbone": "vgg"}},
     ],
 )
-def test_a_manifest_that_makes_no_sense_is_one_line(tmp_path: Path, changes: dict[str, object]) -> None:
+def test_an_invalid_manifest_is_one_line(tmp_path: Path, changes: dict[str, object]) -> None:
     path = tmp_path / "step.pth"
     save_untrained(path, **changes)
     with pytest.raises(UserError, match=r"step\.pth: its manifest has .*; give another checkpoint") as error:
@@ -190,7 +190,7 @@ def test_a_manifest_that_makes_no_sense_is_one_line(tmp_path: Path, changes: dic
     assert "\n" not in str(error.value)
 
 
-def test_own_classes_have_names_where_their_file_is(tmp_path: Path) -> None:
+def test_own_classes_have_names_if_their_file_exists(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("nothing\ncat\ndog\n")
     path = tmp_path / "step.pth"
     save_untrained(

@@ -1,4 +1,4 @@
-"""The picture of features: what is collected, and the real command."""
+"""The t-SNE plot: collected features, and the command."""
 
 from __future__ import annotations
 
@@ -37,9 +37,7 @@ def small_run(shapes_root: Path) -> str:
     )
 
 
-def test_the_command_writes_a_picture_and_its_points_again_the_same(
-    shapes_root: Path, tmp_path: Path
-) -> None:
+def test_the_command_writes_a_reproducible_plot_and_its_points(shapes_root: Path, tmp_path: Path) -> None:
     path = tmp_path / "step.pth"
     _, opts = save_untrained(path, small_run(shapes_root))
 
@@ -52,8 +50,8 @@ def test_the_command_writes_a_picture_and_its_points_again_the_same(
         [sys.executable, "-m", "inference.tsne", *command("a", 1)], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    with Image.open(tmp_path / "a.png") as picture:
-        assert min(picture.size) > 500
+    with Image.open(tmp_path / "a.png") as image:
+        assert min(image.size) > 500
     for name, seed in (("b", 1), ("c", 1), ("d", 2)):
         assert main(command(name, seed)) == 0
     first, same, other = ((tmp_path / f"{name}.csv").read_bytes() for name in "bcd")

@@ -1,4 +1,4 @@
-"""The report of runs as training leaves them: finished, going on, cut off, of several seeds."""
+"""The report of finished, unfinished and damaged runs, with several seeds."""
 
 import csv
 import json
@@ -26,7 +26,7 @@ from utils.palette import palette
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two methods, one of two seeds, joint training, and a run that is in its step 1."""
+    """Two methods, one with two seeds, joint training, and a run in step 1."""
     folder = tmp_path_factory.mktemp("runs")
     for seed in (1, 2):
         write_run(folder, "MIB", seed)
@@ -64,7 +64,7 @@ def test_what_is_written(report: Path) -> None:
     assert len(linked) == len(figures) and all((report / name).is_file() for name in linked)
 
 
-def test_seeds_are_averaged_and_stand_beside_the_published_number(runs: Path, report: Path) -> None:
+def test_seeds_are_averaged_and_shown_with_the_published_number(runs: Path, report: Path) -> None:
     results = [json.loads((runs / f"15-5-voc_MIB_{seed}/results_1.json").read_text()) for seed in (1, 2)]
     ours = [100 * content["miou_all"] for content in results]
     lines = [row for row in rows(next(report.glob("*_summary.csv"))) if row["method"] == "MIB"]
@@ -75,7 +75,7 @@ def test_seeds_are_averaged_and_stand_beside_the_published_number(runs: Path, re
         assert float(row["mIoU all std"]) == pytest.approx(statistics.stdev(ours))
     paper = next(row for row in lines if row["source"] == "MiB paper table")
     assert (paper["published old"], paper["published all"]) == ("75.5", "69.0")
-    # The paper's tables count no background: neither then do the means to set beside them.
+    # The paper's means exclude the background, so the means compared with them do too.
     bare = [
         100 * statistics.mean(iou for name, iou in content["class_iou"].items() if name != "background")
         for content in results
@@ -95,7 +95,7 @@ def test_old_and_new_are_those_of_the_papers(tmp_path: Path) -> None:
     means = {key: number.mean for key, number in line.numbers.items() if number is not None}
     expected = {"old": iou[:16], "new": iou[16:], "all": iou}
     assert means == pytest.approx({key: statistics.mean(values) for key, values in expected.items()})
-    # A mean of fewer runs than there are would be of other runs in every row: only those that are done count.
+    # Only runs with results of the last step are averaged, so that all columns are over the same runs.
     write_run(tmp_path, "MIB", 2, task="15-1", done=range(3), pictures=0)
     (group,) = arrange([read_run(path) for path in find_runs([tmp_path])])
     (line,) = summary(group)
@@ -127,21 +127,21 @@ def test_joint_training_is_split_as_the_task_is(runs: Path) -> None:
     assert [row.method for row in line.published] == ["joint"]
 
 
-def test_a_run_going_on_says_where_it_is(runs: Path, report: Path) -> None:
+def test_an_unfinished_run_shows_its_progress(runs: Path, report: Path) -> None:
     state = read_run(runs / "15-5-voc_ILT_1").state()
     assert re.fullmatch(r"step 1, epoch 2 of 4, iteration 80, \d+ (s|min) ago", state)
     assert "step 1, epoch 2 of 4, iteration 80" in (report / "report.html").read_text()
     assert read_run(runs / "15-5-voc_SDR_1").state() == "finished"
 
 
-def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
+def test_a_run_that_has_just_started(tmp_path: Path) -> None:
     write_run(tmp_path, "MIB", 1, done=(), going_on=0)
     assert main([str(tmp_path)]) == 0
     assert "no results yet" in (tmp_path / "report" / "report.html").read_text()
 
 
 def test_a_run_with_results_alone(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As runs left them before there was a history: the folder's name tells what it is."""
+    """A folder written before histories existed: task and name are taken from the folder's name."""
     folder = tmp_path / "15-5-voc_SDR_1"
     folder.mkdir()
     for path in (runs / folder.name).glob("results_*.json"):
@@ -161,7 +161,7 @@ def test_a_run_with_results_alone(runs: Path, tmp_path: Path, capsys: pytest.Cap
     }
 
 
-def test_options_of_a_checkpoint_are_taken_where_there_is_no_other(tmp_path: Path) -> None:
+def test_options_are_read_from_a_checkpoint_if_there_is_no_other_source(tmp_path: Path) -> None:
     folder = write_run(tmp_path, "SDR", 3)
     facts = json.loads((folder / "run.json").read_text())
     (folder / "run.json").unlink()
@@ -190,14 +190,14 @@ def test_a_run_of_an_earlier_version_lacks_later_options(tmp_path: Path) -> None
     ]
 
 
-def test_methods_of_one_name_are_told_apart_by_their_options(tmp_path: Path) -> None:
+def test_methods_of_one_name_are_distinguished_by_their_options(tmp_path: Path) -> None:
     folders = [write_run(tmp_path, "MIB", 1, loss_kd=10.0)]
     other = write_run(tmp_path / "other", "MIB", 2, loss_kd=100.0)
     (group,) = arrange([read_run(path) for path in [*folders, other]])
     assert {method.label for method in group.methods} == {"MIB (loss_kd=10.0)", "MIB (loss_kd=100.0)"}
 
 
-def test_the_page_needs_nothing_else(report: Path) -> None:
+def test_the_page_is_self_contained(report: Path) -> None:
     page = (report / "report.html").read_text()
     sources = re.findall(r"""(?:src|href)=["']([^"']*)""", page)
     assert sources and all(source.startswith(("data:", "#")) for source in sources)
@@ -240,7 +240,7 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "results_1.json" in error(str(folder))
 
 
-def test_folders_without_a_common_one_need_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_without_a_common_parent_need_out(monkeypatch: pytest.MonkeyPatch) -> None:
     folders = [Path("/a/logs"), Path("/b/logs")]
     with pytest.raises(UserError, match="give --out"):
         _common(folders)
@@ -251,13 +251,13 @@ def test_folders_without_a_common_one_need_out(monkeypatch: pytest.MonkeyPatch) 
 
 
 def methods(*folders: Path) -> dict[str, list[str]]:
-    """Names of the folders of every method's runs, by label."""
+    """Folder names of every method's runs, by label."""
     (group,) = arrange([read_run(folder) for folder in folders])
     return {method.label: [run.folder.name for run in method.runs] for method in group.methods}
 
 
-def test_seeds_that_stand_at_different_steps_are_one_method(tmp_path: Path) -> None:
-    """Step 0 has another rate and other epochs: the last start's options differ between these seeds."""
+def test_seeds_at_different_steps_are_one_method(tmp_path: Path) -> None:
+    """Step 0 has other options, so that the options of the last start differ between these seeds."""
     first, later = {"epochs": 30}, {"epochs": 10, "loss_kd": 5.0}
     done = write_run(tmp_path, "MIB", 1, pictures=0, by_step={0: first, 1: later})
     begun = write_run(tmp_path, "MIB", 2, pictures=0, done=(0,), by_step={0: first})
@@ -277,7 +277,7 @@ def test_methods_that_share_a_first_step_are_not_seeds_of_one_another(tmp_path: 
     one = write_run(tmp_path, "EWC", 1, pictures=0, done=(0,), by_step=alike)
     two = write_run(tmp_path, "RW", 2, pictures=0, done=(0,), by_step=alike)
     assert methods(one, two) == {"EWC": ["15-5-voc_EWC_1"], "RW": ["15-5-voc_RW_2"]}
-    # Trained to the end with the same options, they are: a name alone makes no method.
+    # Finished with the same options, they are one method: the name alone does not make another.
     for step in (0, 1):
         alike[step] = {"method": "FT"}
     one = write_run(tmp_path, "EWC", 1, pictures=0, by_step=alike)
@@ -295,11 +295,11 @@ def test_first_steps_of_another_run_count(tmp_path: Path) -> None:
     assert sorted(len(names) for names in methods(*folders).values()) == [1, 2]
 
 
-def test_pictures_of_a_first_step_of_another_run(tmp_path: Path) -> None:
+def test_sample_images_of_a_first_step_of_another_run(tmp_path: Path) -> None:
     base = write_run(tmp_path, "FT", 1, done=(0,))
     folder = write_run(tmp_path, "MIB", 1, done=(1,), step_ckpt=str(base / f"{base.name}_0.pth"))
     theirs, mine = (path / "samples" for path in (base, folder))
-    shutil.copy(theirs / "0_input.png", mine)  # of the second picture it drew another photo
+    shutil.copy(theirs / "0_input.png", mine)  # sample 1 is another photo
     samples = read_run(folder).samples
     assert samples[0].keys() == {"input", "truth", "step0", "step1"}
     assert samples[0]["step0"] == theirs / "0_step0.png" and samples[0]["truth"] == mine / "0_truth.png"
@@ -339,7 +339,7 @@ def test_a_run_that_diverges_leaves_the_others_readable(tmp_path: Path) -> None:
     assert [axes.get_yscale() for axes in terms.axes] == ["linear", "symlog", "linear", "linear"]
 
 
-def test_few_pictures_are_named_and_many_counted(
+def test_few_images_are_listed_and_many_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("report.command.write_report", lambda runs, out: out / "report.html")
@@ -356,7 +356,7 @@ def test_few_pictures_are_named_and_many_counted(
     assert "image:" not in out and "images: 30," in out
 
 
-def test_many_methods_have_their_pictures_in_bands(tmp_path: Path) -> None:
+def test_many_methods_have_their_images_in_bands(tmp_path: Path) -> None:
     labels = [f"M{number}" for number in range(figures.BESIDE + 1)]
     for label in labels:
         write_run(tmp_path, label, 1, pictures=1)
@@ -367,7 +367,7 @@ def test_many_methods_have_their_pictures_in_bands(tmp_path: Path) -> None:
     assert all({"input", "truth"} <= set(band) for band in titles)
     shown = [title for band in titles for title in band if title not in ("input", "truth")]
     assert shown == [method.label for method in group.methods]
-    # A prediction of each of the two steps for everyone, and input and truth in each band.
+    # Predictions after two steps for each method, and input and truth in each band.
     assert sum(bool(axes.images) for axes in figure.axes) == 2 * len(labels) + 4
 
 
@@ -386,7 +386,7 @@ def test_other_data_are_another_method(tmp_path: Path) -> None:
     assert "data_root" in deciding({}) and "num_workers" not in deciding({"num_workers": 3})
 
 
-def test_a_seed_that_is_there_twice_is_no_other_seed(tmp_path: Path) -> None:
+def test_a_repeated_seed_is_not_averaged(tmp_path: Path) -> None:
     folders = [
         write_run(tmp_path / place, "MIB", seed, pictures=0) for place in ("a", "b") for seed in (1, 2)
     ]
@@ -437,7 +437,7 @@ def test_tasks_are_titled_by_their_usual_names(dataset: str, task: str, title: s
 # ── files and figures ────────────────────────────────────────────────────────────────────────────────
 
 
-def test_files_of_the_report_before_are_removed(tmp_path: Path) -> None:
+def test_files_of_the_previous_report_are_removed(tmp_path: Path) -> None:
     out, folders = tmp_path / "out", [write_run(tmp_path / "logs", name, 1) for name in ("MIB", "SDR")]
     write_report([read_run(folder) for folder in folders], out)
     first = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -461,14 +461,14 @@ def test_files_of_the_report_before_are_removed(tmp_path: Path) -> None:
     }
 
 
-def test_runs_of_one_folder_name_have_pictures_of_their_own(tmp_path: Path) -> None:
+def test_runs_of_one_folder_name_have_separate_figures(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / place, "MIB", 1, pictures=0) for place in ("a", "b")]
     write_report([read_run(folder) for folder in folders], tmp_path / "out")
     assert len(list((tmp_path / "out").glob("run_*.png"))) == 2
 
 
 def test_colours_of_classes_are_those_of_the_data_sets_ids(tmp_path: Path) -> None:
-    """19-1b learns class 5 last: the network's 20 is the data set's 5, its 5 the data set's 6."""
+    """19-1b adds class 5 last: network index 20 is dataset class 5, index 5 is class 6."""
     folder = write_run(tmp_path, "MIB", 1, task="19-1b", pictures=0)
     (group,) = arrange([read_run(folder)])
     colours, known = dict(_class_colours(group)), palette()
@@ -482,7 +482,7 @@ def _change(folder: Path, step: int, **numbers: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **numbers}))
 
 
-def test_curves_stay_within_the_possible_and_join_no_new_classes(tmp_path: Path) -> None:
+def test_curves_stay_within_0_and_100_and_do_not_join_new_classes(tmp_path: Path) -> None:
     for seed, miou in ((1, 0.0), (2, 0.3)):
         folder = write_run(tmp_path, "MIB", seed, task="15-1", done=range(3), pictures=0)
         for step in range(3):
@@ -493,7 +493,7 @@ def test_curves_stay_within_the_possible_and_join_no_new_classes(tmp_path: Path)
     old, new, whole = figure.axes
     for axes in (old, whole):
         (band,) = axes.collections
-        assert band.get_paths()[0].vertices[:, 1].min() == 0.0  # 15 − 21 would be below
+        assert band.get_paths()[0].vertices[:, 1].min() == 0.0  # not 15 − 21
         assert axes.lines[0].get_linestyle() == "-"
     ((points, _, (ends,)),) = new.containers
     assert points.get_linestyle() == "None"
@@ -539,7 +539,7 @@ def test_what_was_never_learnt_is_not_shown_as_kept(tmp_path: Path) -> None:
 
 CLASSES = {"19-1": (19, 1), "15-5": (15, 5), "15-5s": (15, 5), "10-1": (10, 10), "5-3": (5, 15)}
 CLASSES |= {"100-50": (100, 50), "50": (50, 100), "100-10": (100, 50), "100-5": (100, 50)}
-# Rows whose three numbers do not fit together by either way of counting, as published.
+# Published rows whose three numbers are inconsistent with and without background.
 MISFITS = {
     ("15-5s", "disjoint", "deeplab-resnet101", "PLOP"),
     ("5-3", "overlapped", "segformer_b2", "MIB"),

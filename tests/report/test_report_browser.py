@@ -1,4 +1,4 @@
-"""The report's page in a real browser: nothing is complained about, and every picture is there."""
+"""The report's page in a real browser: no errors, and every figure is displayed."""
 
 import base64
 import json
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
     BROWSER is None, reason="no Chromium (Debian: apt-get install --no-install-recommends chromium)"
 )
 
-# Appended to a copy of the page: what the browser made of it, as text in the page itself.
+# Appended to a copy of the page: writes what the browser displayed as text into the page.
 PROBE = """<script>
 addEventListener("load", () => {
   const images = [...document.images].map(i => ({alt: i.alt, done: i.complete, width: i.naturalWidth}));
@@ -42,7 +42,7 @@ COMPLAINT = re.compile(r"CONSOLE|Uncaught|Refused|ERR_")
 
 
 def browse(page: Path, profile: Path, *flags: str) -> tuple[dict, str]:
-    """What the probe found in the page, and what the browser wrote on the standard error."""
+    """The probe's findings in the page, and the browser's standard error."""
     assert BROWSER is not None
     command = [
         *(BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
@@ -59,7 +59,7 @@ def browse(page: Path, profile: Path, *flags: str) -> tuple[dict, str]:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of a report's page with the probe, alone in its folder: nothing beside it can be loaded."""
+    """A copy of a report's page with the probe, in an otherwise empty folder."""
     logs = tmp_path_factory.mktemp("logs")
     write_run(logs, "MIB", 1)
     write_run(logs, "MIB", 2)
@@ -71,10 +71,10 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
-def test_every_picture_is_shown_and_nothing_is_complained_about(page: Path, tmp_path: Path) -> None:
+def test_every_figure_is_shown_without_errors(page: Path, tmp_path: Path) -> None:
     found, complaints = browse(page, tmp_path)
     pictures = page.read_text(encoding="utf-8").count("<img ")
-    # Seven sections, among them two confusion matrices and two sample pictures; three runs' loss terms.
+    # Seven sections, among them two confusion matrices and two sample images; three runs' loss terms.
     assert pictures == len(found["images"]) == 5 + 2 + 2 + 3
     assert all(image["done"] and image["width"] > 100 and image["alt"] for image in found["images"])
     assert found["title"].startswith("Continual segmentation: VOC")
@@ -82,15 +82,15 @@ def test_every_picture_is_shown_and_nothing_is_complained_about(page: Path, tmp_
     assert not COMPLAINT.search(complaints), complaints
 
 
-def test_the_page_has_a_dark_side(page: Path, tmp_path: Path) -> None:
+def test_the_page_has_a_dark_colour_scheme(page: Path, tmp_path: Path) -> None:
     light, _ = browse(page, tmp_path / "light", "--blink-settings=preferredColorScheme=1")
     dark, _ = browse(page, tmp_path / "dark", "--blink-settings=preferredColorScheme=0")
     assert (light["dark"], dark["dark"]) == (False, True)
     assert light["ground"] != dark["ground"]
 
 
-def test_the_probe_sees_what_is_wrong(tmp_path: Path) -> None:
-    """A test that cannot fail says nothing: a broken picture and a script's error are seen."""
+def test_the_probe_finds_faults(tmp_path: Path) -> None:
+    """The probe finds a broken figure and a script's error."""
     page = tmp_path / "bad.html"
     page.write_text(
         f'<body><img src="data:image/png;base64,AAAA" alt="x"><script>nothing()</script>{PROBE}</body>'

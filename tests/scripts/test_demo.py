@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_demo_ends_with_a_table_and_a_picture(shapes_root: Path, tmp_path: Path) -> None:
+def test_demo_ends_with_a_table_and_images(shapes_root: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         ["bash", "scripts/demo.sh"],
         cwd=ROOT,

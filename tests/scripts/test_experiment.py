@@ -40,7 +40,7 @@ def planned(tmp_path: Path, **changes: Any) -> list[Run]:
 
 
 def write(tmp_path: Path, **changes: Any) -> Path:
-    """An experiment's file whose runs go to ``logs`` beside it."""
+    """Write an experiment's file whose logdir is ``logs`` in the same folder."""
     file = tmp_path / "experiment.yaml"
     content = {**CONTENT, "logdir": str(tmp_path / "logs"), **changes}
     file.write_text(yaml.safe_dump({name: entry for name, entry in content.items() if entry is not None}))
@@ -64,8 +64,8 @@ def test_tasks_with_the_same_first_step_share_it(tmp_path: Path) -> None:
     assert by_name["MIB", "10-5-5"].starts_from is by_name["FT", "10-5-5"]
 
 
-def test_a_task_has_options_of_its_own(tmp_path: Path) -> None:
-    """They win over the common ones, a run's own over them, its own for a task over all.
+def test_options_of_a_task(tmp_path: Path) -> None:
+    """They override the common ones, a run's options override them, and its options for a task all others.
 
     A step 0 of other options is not shared.
     """
@@ -88,7 +88,7 @@ def test_a_task_has_options_of_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("overlap", "shares"), [(True, True), (False, False)])
 def test_ade_shares_step_0_only_where_steps_overlap(tmp_path: Path, overlap: bool, shares: bool) -> None:
-    """Disjoint, an image of ADE20K belongs to one of all steps: the lists of 100-10 and 100-5 differ."""
+    """Disjoint, each ADE20K image is in the list of one step: the lists of 100-10 and 100-5 differ."""
     common = {"dataset": "ade", "overlap": overlap}
     first, second = planned(
         tmp_path, seeds=[1], tasks=["100-10", "100-5"], common=common, runs={"FT": {"method": "FT"}}
@@ -115,7 +115,7 @@ def test_a_run_starts_from_the_step_0_of_another(tmp_path: Path) -> None:
 def test_a_run_waits_until_the_step_0_is_evaluated(tmp_path: Path) -> None:
     ft, mib = planned(tmp_path)[:2]
     ft.folder.mkdir()
-    # A checkpoint of a step that is still training lies there under the same name.
+    # The checkpoint of a step in training has the same name.
     (ft.folder / "10-5-5-shapes_FT_1_0.pth").touch()
     assert not mib.can_start
     (ft.folder / "results_0.json").touch()
@@ -202,7 +202,7 @@ def test_the_experiment_of_shapes_is_in_order() -> None:
         ({"slurm": {"dependency": "x"}}, "slurm: dependency is set by the experiment"),
     ],
 )
-def test_a_wrong_entry_is_told_before_anything_runs(
+def test_a_wrong_entry_is_reported_before_any_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], said: str
 ) -> None:
     file = write(tmp_path, **changes)
@@ -214,7 +214,7 @@ def test_a_wrong_entry_is_told_before_anything_runs(
 
 
 @pytest.mark.parametrize("text", [b"runs: {", b"- a list", b"\xff\xfe"])
-def test_what_is_no_experiment_is_one_line(
+def test_a_file_that_is_not_an_experiment_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: bytes
 ) -> None:
     file = tmp_path / "bad.yaml"
@@ -226,7 +226,7 @@ def test_what_is_no_experiment_is_one_line(
 
 # ── running ──────────────────────────────────────────────────────────────────────────────────────────
 
-# Writes results as run.py does, or ends with the code that the file "fails" beside it names for the run.
+# Writes results as run.py does, or ends with the code that the file "fails" has for the run.
 STAND_IN = """
 import json, os, pathlib, signal, sys, time
 sys.path.insert(0, {root!r})
@@ -257,7 +257,7 @@ for step in opts.steps:
 
 @pytest.fixture
 def fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, object]], None]:
-    """Put a stand-in in run.py's place; call with the runs that fail."""
+    """Replace run.py by a stand-in; call with the runs that fail."""
     (tmp_path / "run.py").write_text(STAND_IN.format(root=str(ROOT)))
     monkeypatch.setattr(experiment, "ROOT", tmp_path)
     monkeypatch.setattr(experiment, "_report", lambda runs, logdir: 0)
@@ -276,7 +276,7 @@ def calls(tmp_path: Path) -> list[str]:
     return lines
 
 
-def test_what_is_missing_runs_and_what_failed_runs_again(
+def test_missing_runs_are_started_and_failed_ones_repeated(
     tmp_path: Path, fails: Callable[[dict[str, object]], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write(tmp_path, seeds=[1], processes=2)
@@ -297,7 +297,7 @@ def test_what_is_missing_runs_and_what_failed_runs_again(
     assert calls(tmp_path) == []
 
 
-def test_runs_at_a_time_have_gpus_of_their_own(
+def test_concurrent_runs_have_separate_gpus(
     tmp_path: Path, fails: Callable[[dict[str, object]], None]
 ) -> None:
     runs = {"A": {}, "B": {}}
@@ -330,7 +330,7 @@ def test_several_gpus_per_run_are_started_by_torchrun(
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_handed_on_and_the_runs_save(
+def test_a_signal_is_forwarded_and_the_runs_save(
     tmp_path: Path, fails: Callable[[dict[str, object]], None], sent: signal.Signals
 ) -> None:
     file = write(tmp_path, seeds=[1], runs={"FT": {}})
@@ -361,7 +361,7 @@ def test_a_signal_is_handed_on_and_the_runs_save(
 
 
 def trained(file: Path, *methods: str) -> None:
-    """Leave what runs of a file keep of their steps: options and results."""
+    """Write the options and results that runs of a file would leave."""
     for run in plan(read_experiment(file)):
         for command in run.commands if run.method in methods else ():
             options = parse_options(command)
@@ -370,7 +370,7 @@ def trained(file: Path, *methods: str) -> None:
                 results(run, {}, step)
 
 
-def test_a_changed_option_of_what_is_done_is_told_before_anything_runs(
+def test_a_changed_option_of_an_existing_step_is_reported_before_any_run(
     tmp_path: Path, fails: Callable[[dict[str, object]], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs: dict[str, Any] = {"FT": {"method": "FT"}, "MIB": {"method": "MIB", "from": "FT"}}
@@ -387,7 +387,7 @@ def test_a_changed_option_of_what_is_done_is_told_before_anything_runs(
             "--lr 0.01, the file says --lr 0.5; change logdir or the name of the run, "
             "or restore the options\n"
         )
-    # Step 0 has epochs of its own; the later steps do not.
+    # Only step 0 has other epochs.
     write(tmp_path, seeds=[1], runs=runs, common=common, step_0={"lr": 0.01, "epochs": 5})
     assert experiment.main([str(file)]) == 2
     said = capsys.readouterr()
@@ -397,7 +397,7 @@ def test_a_changed_option_of_what_is_done_is_told_before_anything_runs(
     )
     assert calls(tmp_path) == []
 
-    # MIB has nothing yet: it may change. So may what does not decide what is learnt.
+    # MIB has no steps yet and may change; so may options that do not affect learning.
     mib = {**runs["MIB"], "lr": 0.5}
     harmless = {**CONTENT["common"], "num_workers": 0, "data_root": "elsewhere", "where_to_sim": "CPU"}
     write(tmp_path, seeds=[1], runs={**runs, "MIB": mib}, common=harmless)
@@ -405,7 +405,7 @@ def test_a_changed_option_of_what_is_done_is_told_before_anything_runs(
     assert calls(tmp_path) == ["MIB_1 [1, 2] None"]
 
 
-def test_a_changed_origin_of_what_is_done_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_origin_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs: dict[str, Any] = {"FT": {"method": "FT"}, "other": {"method": "FT", "unce": True}}
     file = write(tmp_path, seeds=[1], runs={**runs, "MIB": {"method": "MIB", "from": "FT"}})
     trained(file, "MIB")
@@ -418,7 +418,7 @@ def test_a_changed_origin_of_what_is_done_is_told(tmp_path: Path, capsys: pytest
         assert said.count("\n") == 1
 
 
-def test_another_task_may_train_the_step_0_that_is_shared(tmp_path: Path) -> None:
+def test_another_task_may_train_the_shared_step_0(tmp_path: Path) -> None:
     common = {"dataset": "shapes", "overlap": True}
     runs = {"FT": {"method": "FT"}}
     trained(write(tmp_path, seeds=[1], tasks=["15-5", "15-1"], common=common, runs=runs), "FT")
@@ -445,7 +445,7 @@ def test_every_step_has_its_own_rate_and_flags_are_named_as_typed(
     )
 
 
-def test_what_left_nothing_or_is_of_an_older_version_is_not_compared(tmp_path: Path) -> None:
+def test_steps_without_checkpoint_or_of_an_older_version_are_not_compared(tmp_path: Path) -> None:
     (run,) = planned(tmp_path, seeds=[1], runs={"FT": {}})
     other = parse_options([*run.commands[0], "--epochs", "9"])
     write_run_options(run.folder, other.as_json(), run.task.steps, step=0, lr=0.01)
@@ -462,7 +462,7 @@ def test_what_left_nothing_or_is_of_an_older_version_is_not_compared(tmp_path: P
 
 # ── Slurm ────────────────────────────────────────────────────────────────────────────────────────────
 
-# Gives numbers from 101 on and writes down its words; jobs stay in the queue until "gone" names them.
+# Numbers jobs from 101 on and records its arguments; jobs stay in the queue until "gone" lists them.
 SBATCH = """#!/usr/bin/env bash
 folder=$(dirname "$0")
 [ ! -e "$folder/refused" ] || { echo "sbatch: error: invalid partition" >&2; exit 1; }
@@ -482,7 +482,7 @@ printf '%s\\n' "$PWD" "$@" > "$(dirname "$0")/ran.$(ls "$(dirname "$0")" | grep 
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder on PATH with stand-ins for what is used of Slurm."""
+    """A folder on PATH with stand-ins for Slurm's commands."""
     folder = tmp_path / "bin"
     folder.mkdir()
     stand_ins = {"sbatch": SBATCH, "squeue": SQUEUE, "srun": SRUN, "scontrol": "#!/bin/sh\necho node1\n"}
@@ -526,10 +526,10 @@ def test_runs_are_submitted_once_and_wait_for_each_other(
     ]
 
 
-def test_the_report_of_what_is_there_is_made_after_submitting(
+def test_the_report_of_existing_results_is_written_after_submitting(
     tmp_path: Path, slurm: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Runs done and begun; nothing where nothing has begun."""
+    """The report shows finished and started runs; there is none without started runs."""
     file = write(tmp_path, seeds=[1], runs={method: {"method": method} for method in ("EWC", "FT", "MIB")})
     page = tmp_path / "logs" / "report" / "report.html"
     assert experiment.main([str(file), "--slurm"]) == 0
@@ -547,7 +547,7 @@ def test_the_report_of_what_is_there_is_made_after_submitting(
     assert [run.folder.name in shown for run in (done, begun, waiting)] == [True, True, False]
     assert [Path(line).stem for line in submitted(slurm)[3:]] == [begun.folder.name, waiting.folder.name]
     assert f"report: {page}" in capsys.readouterr().out
-    # All done: nothing is submitted, the report is made all the same.
+    # All done: nothing is submitted, but the report is written.
     page.unlink()
     for run in (begun, waiting):
         results(run, dict.fromkeys(run.task.order, 0.5))
@@ -555,7 +555,7 @@ def test_the_report_of_what_is_there_is_made_after_submitting(
     assert page.is_file() and len(submitted(slurm)) == 5
 
 
-def test_entries_that_slurm_passes_over_are_told(
+def test_entries_without_effect_with_slurm_are_reported(
     tmp_path: Path, slurm: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for changes, told in (({"processes": 2}, 1), ({"gpus": [0]}, 1), ({}, 0)):
@@ -585,7 +585,7 @@ def test_a_job_script_runs_the_commands_of_its_run(tmp_path: Path, slurm: Path) 
         assert words[-len(command) :] == command
 
 
-def test_local_wins_over_the_file(tmp_path: Path, slurm: Path, fails: object) -> None:
+def test_local_overrides_the_file(tmp_path: Path, slurm: Path, fails: object) -> None:
     file = write(tmp_path, seeds=[1], runs={"FT": {}}, slurm={"partition": "gpu"})
     assert experiment.main([str(file), "--local"]) == 0
     assert submitted(slurm) == []
@@ -611,7 +611,7 @@ def test_a_refused_job_and_a_missing_slurm_are_one_line(
 
 
 def results(run: Run, iou: dict[int, float | None], step: int | None = None) -> None:
-    """Write the results of a run's step, the last one if none is named: IoU by dataset class id."""
+    """Write the results of a run's step (default: the last): IoU by dataset class id."""
     step = run.task.num_steps - 1 if step is None else step
     run.folder.mkdir(parents=True, exist_ok=True)
     content = {
@@ -653,7 +653,7 @@ def test_new_are_the_classes_of_all_later_steps_as_in_the_report(tmp_path: Path)
     assert experiment.scores(joint, joint.task) == [None, None, pytest.approx((6 + 1.25) / 21)]
 
 
-def test_joint_training_is_judged_by_each_tasks_classes(tmp_path: Path) -> None:
+def test_joint_training_is_averaged_over_each_tasks_classes(tmp_path: Path) -> None:
     common = {name: value for name, value in CONTENT["common"].items() if name != "task"}
     runs = planned(
         tmp_path, tasks=["10-10", "15-5"], common=common, seeds=[1], runs={"joint": {"task": "offline"}}
@@ -704,7 +704,7 @@ def test_real_runs_end_with_table_and_report(shapes_root: Path, tmp_path: Path) 
     assert "step 0" not in log or "step 0 epoch" not in log
     (page,) = (tmp_path / "logs" / "report").glob("*.html")
     assert "MIB" in page.read_text(encoding="utf-8")
-    # What the real runs kept is what the commands are compared with.
+    # The commands are compared with the options that the real runs recorded.
     check_existing_steps(plan(read_experiment(file)))
     write(tmp_path, common={**common, "epochs": 2}, seeds=[1], step_0={"epochs": 1}, processes=2)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Every script of a published experiment, run by bash up to its launcher, says what was published."""
+"""The scripts of the published experiments have the published settings (run with stand-in launchers)."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ printf '\\n\\0' >> "$RECORD"
 
 @dataclass
 class Call:
-    """One command that a script gave: words before run.py, and options after it."""
+    """A command of a script: words before run.py, and options after it."""
 
     launcher: list[str]
     words: list[str]
@@ -80,7 +80,7 @@ class Call:
 
 @pytest.fixture
 def stand_ins(tmp_path: Path) -> Path:
-    """A folder for PATH whose torchrun, srun and python write down their words."""
+    """A folder for PATH whose torchrun, srun and python record their arguments."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name in ("torchrun", "srun", "python"):
@@ -94,7 +94,7 @@ def stand_ins(tmp_path: Path) -> Path:
 def calls(
     script: Path, stand_ins: Path, *words: str, code: int = 0, said: str = "", **variables: str
 ) -> list[Call]:
-    """What a script starts; it must end with a code, after words on its standard error."""
+    """Commands that a script starts; checks its exit code and standard error."""
     record = stand_ins.parent / "record"
     record.write_bytes(b"")
     known = {"DATA", "GPUS", "NAME", "PROTOCOL", "LOGDIR", "BATCH", "PROGRAM"}
@@ -234,7 +234,7 @@ def test_tasks_that_cannot_share_the_batch_start_nothing(
 
 @pytest.mark.parametrize("name", ["sdr_19-1.slurm", "requeue.slurm"])
 def test_slurm_scripts_find_the_program_or_say_so(name: str, stand_ins: Path, tmp_path: Path) -> None:
-    """Slurm runs a copy; the folder of sbatch, or PROGRAM, tells where the program is."""
+    """Slurm runs a copy of the script: the program is in the folder of sbatch, or in PROGRAM."""
     copy = tmp_path / "slurm_script"
     shutil.copy(SCRIPTS / "slurm" / name, copy)
     elsewhere = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(tmp_path)}
