@@ -205,7 +205,7 @@ def task_title(dataset: str, task: str) -> str:
 
 
 def _methods(runs: Sequence[Run]) -> list[Method]:
-    members = [part for seeds in _alike(runs) for part in _without_twins(seeds)]
+    members = [part for seeds in _alike(runs) for part in _without_repeated_seeds(seeds)]
     labels = [_with_evaluation(_label(runs), runs, members) for runs in members]
     methods: list[Method] = []
     for label, runs in zip(labels, members, strict=True):
@@ -262,7 +262,7 @@ def _unusual(run: Run) -> dict[str, Any]:
     }
 
 
-def _without_twins(runs: list[Run]) -> list[list[Run]]:
+def _without_repeated_seeds(runs: list[Run]) -> list[list[Run]]:
     """Split runs so that no part has a seed twice: by name, else by name and folder, else one run each."""
     ways: tuple[Callable[[Run], Hashable], ...] = (
         lambda run: "",

@@ -51,7 +51,7 @@ class Line:
         forgetting: mean over the old classes, a fraction.
         seconds, memory: wall time of training, and peak memory in MiB.
         published: the papers' rows.
-        alike: for each published row, the runs' means with or without background as in that row.
+        comparable: for each published row, the runs' means with or without background as in that row.
     """
 
     method: Method
@@ -62,12 +62,12 @@ class Line:
     seconds: Stat | None
     memory: Stat | None
     published: list[Published]
-    alike: list[dict[str, Stat | None]]
+    comparable: list[dict[str, Stat | None]]
 
     @property
-    def bare(self) -> dict[str, Stat | None]:
+    def without_background(self) -> dict[str, Stat | None]:
         """The means without background, if a published row leaves it out; else empty."""
-        counted = zip(self.published, self.alike, strict=True)
+        counted = zip(self.published, self.comparable, strict=True)
         return next((alike for row, alike in counted if not row.background), {})
 
 
@@ -87,7 +87,7 @@ def summary(group: Group) -> list[Line]:
                 seconds=stat(run.seconds for run in runs),
                 memory=stat(run.memory for run in runs),
                 published=published,
-                alike=[_means(group, runs, row.background) for row in published],
+                comparable=[_means(group, runs, row.background) for row in published],
             )
         )
     return lines
@@ -118,7 +118,7 @@ def summary_table(group: Group) -> Table:
         for number in (*line.numbers.values(), line.forgetting):
             own += [_percent(_mean(number)), _percent(None if number is None else number.std)]
         own += [_mean(line.seconds), _mean(line.memory)]
-        for row, alike in zip(line.published, line.alike, strict=True):
+        for row, alike in zip(line.published, line.comparable, strict=True):
             theirs: list[object] = [row.miou_old, row.miou_new, row.miou_all]
             counted = [_percent(_mean(alike[key])) for key in keys]
             rows.append([*own, *theirs, "with" if row.background else "without", row.source, *counted])
