@@ -1,4 +1,4 @@
-"""Example of a method with a trainable module: supervised contrastive loss of classes (Khosla et al. 2020).
+"""A method of one's own with a trainable module: supervised contrast of class features (Khosla et al. 2020).
 
 python run.py --method_file docs/examples/contrastive.py --method CONTRAST --step all ...
 """

@@ -1,4 +1,4 @@
-"""Example of a method: cosine distillation of the head's features from the teacher.
+"""A method of one's own: the head's features keep the direction that the old network gave them.
 
     python run.py --method_file docs/examples/cosine_distillation.py --method COSINE --step all ...
 
@@ -32,7 +32,7 @@ def cosine_distance(features: Tensor, features_old: Tensor, keep: Tensor) -> Ten
 
 
 class CosineDistillation(Method):
-    """Cosine distance to the teacher's features, on positions without a new class."""
+    """Cosine distance to the old network's features, on pixels without a new class."""
 
     needs = frozenset({"pre_logits"})
     needs_teacher = True

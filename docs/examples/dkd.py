@@ -1,4 +1,4 @@
-"""Example of a method: the losses of Decomposed Knowledge Distillation (Baek et al., NeurIPS 2022).
+"""A method of one's own: the losses of Decomposed Knowledge Distillation (Baek et al., NeurIPS 2022).
 
     python run.py --method_file docs/examples/dkd.py --method DKD --step all ...
 

@@ -1,4 +1,4 @@
-"""Example of a method with state: classifiers are also trained on the mean features of old classes.
+"""A method of one's own with state: the classifiers keep telling the old classes' mean features apart.
 
 python run.py --method_file docs/examples/mean_replay.py --method REPLAY --step all ...
 """

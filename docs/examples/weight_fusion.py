@@ -1,4 +1,4 @@
-"""Example of a method that changes weights after a step: EWF's average of old and new weights (CVPR 2023).
+"""A method of one's own that changes weights after a step: EWF's average of old and new ones (CVPR 2023).
 
 python run.py --method_file docs/examples/weight_fusion.py --method FUSION --step all ...
 """
