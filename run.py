@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         others_lost = isinstance(error, DataError)
         # Every process meets the same wrong option, only one meets the broken file that it reads.
-        if distributed.speaks() or isinstance(error, DataError):
+        if distributed.prints_shared_errors() or isinstance(error, DataError):
             print(f"run.py: error: {error}", file=sys.stderr, flush=True)
         return 2
     except Stopped as stopped:

@@ -87,7 +87,7 @@ class Precision:
             self.used
         ]
 
-    def tell(self, typed: bool) -> None:
+    def log_choice(self, typed: bool) -> None:
         """One line in the log: what is computed in; a warning where that is not what the user typed."""
         if self.used == self.level:
             log.info("precision: %s", self.description)

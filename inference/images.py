@@ -93,7 +93,7 @@ def predict(opts: Options, world: World) -> int:
         shown = progress(own, total=len(own), desc="images", world=world, interval=opts.print_interval)
         predictor = Predictor(network, world.device)
         if world.is_main:
-            predictor.precision.tell("opt_level" in opts.typed)
+            predictor.precision.log_choice("opt_level" in opts.typed)
         failed = sum(not _predict_one(file, predictor, network, opts) for file in shown)
     failed = sum(distributed.gather_objects(failed))
     seconds = time.perf_counter() - began

@@ -150,7 +150,7 @@ def _forward(
     """Index in the list, features D×h×w and labels H×W of each chosen image."""
     precision = Precision.of(network.opts.opt_level, network.opts.norm_act, world.device)
     if world.is_main:
-        precision.tell("opt_level" in network.opts.typed)
+        precision.log_choice("opt_level" in network.opts.typed)
     model = precision.place(network.model)
     model.intermediates = frozenset({layer})
     for image in chosen:

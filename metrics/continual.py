@@ -117,7 +117,7 @@ class Results:
 def summarise(
     confusion: Tensor | Array,
     class_names: Sequence[str],
-    old_classes: int = 0,
+    classes_old: int = 0,
     *,
     ignore: AbstractSet[int] = frozenset(),
     learnt_iou: Mapping[str, float] | None = None,
@@ -127,7 +127,7 @@ def summarise(
     Args:
         confusion: C×C counts, rows are labels, columns predictions, in network order.
         class_names: C different names.
-        old_classes: number of classes known before this step, background included; 0 at step 0.
+        classes_old: number of classes known before this step, background included; 0 at step 0.
         ignore: network indices that are not evaluated; their labels count as void.
         learnt_iou: IoU of each class, by name, after the step that learnt it.
     """
@@ -141,8 +141,8 @@ def summarise(
     iou = _ratio(right, labelled + predicted - right)
     accuracy = _ratio(right, labelled)
     kept = [index for index in range(len(class_names)) if index not in ignore]
-    old = [index for index in kept if index < old_classes]
-    new = [index for index in kept if index >= old_classes]
+    old = [index for index in kept if index < classes_old]
+    new = [index for index in kept if index >= classes_old]
     learnt = learnt_iou or {}
     forgetting = {
         class_names[index]: learnt[class_names[index]] - float(iou[index])
@@ -164,7 +164,7 @@ def summarise(
         class_accuracy={class_names[index]: float(accuracy[index]) for index in kept},
         class_pixels={class_names[index]: int(labelled[index]) for index in kept},
         forgetting=forgetting,
-        old_classes=old_classes,
+        old_classes=classes_old,
         indices={class_names[index]: index for index in kept},
     )
 

@@ -301,7 +301,7 @@ def confusion(method: Method) -> Figure | None:
 
 def total_losses(group: Group) -> Figure | None:
     """Total loss of every run, one panel per step."""
-    steps = sorted({step for run in _runs(group) for step, course in run.courses.items() if course.records})
+    steps = sorted({step for run in _runs(group) for step, read in run.histories.items() if read.entries})
     if not steps:
         return None
     look = styles(group)
@@ -310,9 +310,9 @@ def total_losses(group: Group) -> Figure | None:
     panels = figure.subplots(len(rows), len(rows[0]), squeeze=False)
     for axes, step in zip(panels.flat, steps, strict=False):
         for method in group.methods:
-            for place, run in enumerate(run for run in method.runs if step in run.courses):
-                records = run.courses[step].records
-                x, y = [r.iteration for r in records], [r.losses.get("total", math.nan) for r in records]
+            for place, run in enumerate(run for run in method.runs if step in run.histories):
+                entries = run.histories[step].entries
+                x, y = [r.iteration for r in entries], [r.losses.get("total", math.nan) for r in entries]
                 style = {**look[method.label], "marker": "", "linewidth": 1.4, "alpha": 0.85}
                 axes.plot(*_smooth(x, y), label=drawable(method.label) if place == 0 else None, **style)
         axes.set_title(f"step {step}")
@@ -328,24 +328,24 @@ def total_losses(group: Group) -> Figure | None:
 
 def loss_terms(run: Run) -> Figure | None:
     """Loss terms and learning rate of a run, one column per step."""
-    steps = [step for step, course in run.courses.items() if course.records]
+    steps = [step for step, history in run.histories.items() if history.entries]
     if not steps:
         return None
     figure = _figure(min(max(5.0, 3.1 * len(steps)), 20.0), 4.6)
     panels = figure.subplots(2, len(steps), squeeze=False, height_ratios=[3, 1], sharex="col")
-    names = sorted({name for step in steps for record in run.courses[step].records for name in record.losses})
+    names = sorted({name for step in steps for entry in run.histories[step].entries for name in entry.losses})
     for column, step in enumerate(steps):
-        records = run.courses[step].records
-        x = [record.iteration for record in records]
+        entries = run.histories[step].entries
+        x = [entry.iteration for entry in entries]
         for place, name in enumerate(names):
-            y = [record.losses.get(name, math.nan) for record in records]
+            y = [entry.losses.get(name, math.nan) for entry in entries]
             if not all(map(math.isnan, y)):
                 colour = "black" if name == "total" else _COLOURS[place % len(_COLOURS)]
                 dashes = "-" if place < len(_COLOURS) else "--"
                 panels[0, column].plot(
                     *_smooth(x, y), label=drawable(name), color=colour, linestyle=dashes, linewidth=1.3
                 )
-        panels[1, column].plot(x, [record.lr for record in records], color="0.35", linewidth=1.3)
+        panels[1, column].plot(x, [entry.lr for entry in entries], color="0.35", linewidth=1.3)
         _log_if_far(panels[0, column])
         panels[0, column].set_title(f"step {step}")
         panels[1, column].set_xlabel("iteration")

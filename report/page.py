@@ -308,7 +308,7 @@ def _run(folder: _Folder, run: Run, alone: bool) -> dict[str, Any]:
         shown = f"{step} (of {run.taken_over[step]})" if step in run.taken_over else step
         numbers = [results.get(key) for key in tables.NUMBERS.values()]
         rows.append([shown, *(None if number is None else 100 * number for number in numbers)])
-    validations = [(step, point) for step, course in run.courses.items() for point in course.validations]
+    validations = [(step, point) for step, history in run.histories.items() for point in history.validations]
     name = _stem("run", run.folder.name if alone else str(run.folder.resolve()), "losses")
     return {
         "name": run.folder.name,

@@ -14,7 +14,7 @@ from typing import Any
 
 from metrics.continual import Array
 from runs.files import CONFUSION, HISTORY, OPTIONS, RESULTS, SAMPLES, step_file, step_files
-from runs.history import Course, read_history
+from runs.history import StepHistory, read_history
 from runs.options import read_run_options
 from runs.results import read_confusion
 from tasks import DATASETS, get_task
@@ -80,7 +80,7 @@ class Run:
         results: by step, including a first step trained by another run.
         taken_over: name of the run that trained the step, for each step trained by another run.
         base: folder of that run, if it exists.
-        courses: training history by step.
+        histories: training history by step.
     """
 
     folder: Path
@@ -95,7 +95,7 @@ class Run:
     results: dict[int, dict[str, Any]]
     taken_over: dict[int, str]
     base: Path | None
-    courses: dict[int, Course]
+    histories: dict[int, StepHistory]
 
     @property
     def protocol(self) -> str | None:
@@ -121,7 +121,7 @@ class Run:
     @property
     def num_steps(self) -> int:
         """Number of steps of the task; if not recorded, the number of steps found."""
-        return len(self.steps) or max([*self.results, *self.courses], default=0) + 1
+        return len(self.steps) or max([*self.results, *self.histories], default=0) + 1
 
     @cached_property
     def introduced(self) -> dict[str, int]:
@@ -203,32 +203,32 @@ class Run:
     @property
     def seconds(self) -> float | None:
         """Wall time in seconds of the training of all steps; None if not recorded."""
-        return sum(course.seconds for course in self.courses.values()) or None
+        return sum(history.seconds for history in self.histories.values()) or None
 
     @property
     def memory(self) -> float | None:
         """Peak memory in MiB over all steps; None if not recorded."""
-        records = [record for course in self.courses.values() for record in course.records]
-        return max((record.memory for record in records if record.memory is not None), default=None)
+        entries = [entry for history in self.histories.values() for entry in history.entries]
+        return max((entry.memory for entry in entries if entry.memory is not None), default=None)
 
     @property
     def speed(self) -> float | None:
         """Median training speed in images per second; None if not recorded."""
-        records = [record for course in self.courses.values() for record in course.records]
-        speeds = sorted(r.images_per_second for r in records if r.images_per_second is not None)
+        entries = [entry for history in self.histories.values() for entry in history.entries]
+        speeds = sorted(r.images_per_second for r in entries if r.images_per_second is not None)
         return speeds[len(speeds) // 2] if speeds else None
 
     def state(self) -> str:
         """Progress of the run, for the page: "finished", or step, epoch and iteration."""
         if self.finished:
             return "finished"
-        step = max([*self.courses, *self.results], default=0)
+        step = max([*self.histories, *self.results], default=0)
         if step in self.results and step not in self.taken_over:
             return f"step {step} of 0–{self.num_steps - 1} done"
-        course = self.courses.get(step)
-        if course is None or not course.records:
+        history = self.histories.get(step)
+        if history is None or not history.entries:
             return f"step {step} started"
-        point = course.records[-1]
+        point = history.entries[-1]
         age = time.time() - step_file(self.folder, HISTORY, step).stat().st_mtime
         of = f" of {self.options['epochs']}" if "epochs" in self.options else ""
         return f"step {step}, epoch {point.epoch}{of}, iteration {point.iteration}, {_ago(age)}"
@@ -253,11 +253,11 @@ def read_run(folder: Path) -> Run:
     task, dataset, name = (str(options.get(key, text)) for key, text in named.items())
     task, published_steps = _known_steps(dataset, task)
     results = read_results(folder)
-    courses = {step: read_history(path) for step, path in step_files(folder, HISTORY).items()}
+    histories = {step: read_history(path) for step, path in step_files(folder, HISTORY).items()}
     taken_over: dict[int, str] = {}
     base = _base_folder(folder, options)
     if base is not None:
-        first = min([*results, *courses], default=0)
+        first = min([*results, *histories], default=0)
         for step, content in read_results(base).items():
             if step < first:
                 results[step], taken_over[step] = content, base.name
@@ -277,7 +277,7 @@ def read_run(folder: Path) -> Run:
         results=dict(sorted(results.items())),
         taken_over=taken_over,
         base=base,
-        courses=courses,
+        histories=histories,
     )
 
 

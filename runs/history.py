@@ -1,7 +1,7 @@
 """The history of a step's training, for reports while it runs and later.
 
 ``history_<step>.jsonl`` holds one JSON object per line: where training starts or resumes
-(``{"begin": iteration}``), a ``Record`` at every print interval, and a validation's mIoU. Lines are appended
+(``{"begin": iteration}``), an ``Entry`` at every print interval, and a validation's mIoU. Lines are appended
 as they happen, so that a run under way can be reported, and one that is killed loses one line at most.
 """
 
@@ -31,8 +31,8 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Record:
-    """One point of a step's course.
+class Entry:
+    """One point of a step's history.
 
     Attributes:
         iteration: batches done in this step.
@@ -64,26 +64,26 @@ class Validation:
 
 
 @dataclass
-class Course:
+class StepHistory:
     """All that ``history_<step>.jsonl`` says, in order of the iterations."""
 
-    records: list[Record] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
     validations: list[Validation] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
         """Wall time at the last point; 0 where there is none."""
-        points: list[Record | Validation] = [*self.records, *self.validations]
+        points: list[Entry | Validation] = [*self.entries, *self.validations]
         return max((point.seconds for point in points), default=0.0)
 
-    def forget(self, iteration: int) -> None:
+    def discard_after(self, iteration: int) -> None:
         """Drop every point beyond an iteration: a resumed step does it again."""
-        self.records = [point for point in self.records if point.iteration <= iteration]
+        self.entries = [point for point in self.entries if point.iteration <= iteration]
         self.validations = [point for point in self.validations if point.iteration <= iteration]
 
 
-class History:
-    """Appends the course of a step to ``<run_dir>/history_<step>.jsonl``.
+class HistoryWriter:
+    """Appends the history of a step to ``<run_dir>/history_<step>.jsonl``.
 
     A file that cannot be written is told once, and the run goes on without it.
 
@@ -113,9 +113,9 @@ class History:
         self._file: TextIO | None = None
         before = 0.0
         if enabled:
-            course = read_history(self._path)
-            course.forget(iteration)
-            before = course.seconds
+            history = read_history(self._path)
+            history.discard_after(iteration)
+            before = history.seconds
             self._file = self._open()
             self._append({"begin": iteration})
         self._start = time.perf_counter() - before
@@ -138,8 +138,8 @@ class History:
         """Training goes on now: what came before (an evaluation) does not count for the images per second."""
         self._lap = time.perf_counter()
 
-    def progress(self, iteration: int, epoch: int, losses: Mapping[str, float], lr: float) -> Record:
-        """Write a point of the course and return it.
+    def progress(self, iteration: int, epoch: int, losses: Mapping[str, float], lr: float) -> Entry:
+        """Write a point of the history and return it.
 
         Args:
             iteration: batches done in this step.
@@ -150,12 +150,10 @@ class History:
         now = time.perf_counter()
         images = (iteration - self._iteration) * self._images
         speed = images / (now - self._lap) if images > 0 and now > self._lap else None
-        record = Record(
-            iteration, epoch, now - self._start, speed, lr, peak_memory(self._device), dict(losses)
-        )
+        entry = Entry(iteration, epoch, now - self._start, speed, lr, peak_memory(self._device), dict(losses))
         self._iteration, self._lap = iteration, now
-        self._append(asdict(record))
-        return record
+        self._append(asdict(entry))
+        return entry
 
     def validation(self, epoch: int, miou: float) -> None:
         """Write a validation's mIoU, a fraction; NaN is left out."""
@@ -187,34 +185,34 @@ class History:
         _log.warning("%s cannot be written (%s); the run goes on without it", self._path, error.strerror)
 
 
-def read_history(path: Path) -> Course:
-    """The course of a step; empty where there is no file.
+def read_history(path: Path) -> StepHistory:
+    """The history of a step; empty where there is no file.
 
     Lines that are torn or of another kind are passed over. Where a step went on from an earlier
     iteration, only the later run's points count.
     """
-    course = Course()
+    history = StepHistory()
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:  # not there, or not readable: a report shows what there is
-        return course
+        return history
     for line in lines:
         try:
-            _add(course, json.loads(line))
+            _add(history, json.loads(line))
         except (ValueError, TypeError, KeyError):  # torn by a kill or a full disk
             continue
-    return course
+    return history
 
 
-def _add(course: Course, content: dict[str, Any]) -> None:
+def _add(history: StepHistory, content: dict[str, Any]) -> None:
     if "begin" in content:
-        course.forget(int(content["begin"]))
+        history.discard_after(int(content["begin"]))
     elif "miou" in content:
-        course.validations.append(Validation(**content))
+        history.validations.append(Validation(**content))
     else:
-        record = Record(**content)
-        course.records = [point for point in course.records if point.iteration < record.iteration]
-        course.records.append(record)
+        entry = Entry(**content)
+        history.entries = [point for point in history.entries if point.iteration < entry.iteration]
+        history.entries.append(entry)
 
 
 def peak_memory(device: torch.device) -> float | None:

@@ -60,7 +60,7 @@ class Session:
         log.info("%s", opts.summary())
         log.info("%s", world.description)
         if world.is_main:
-            self._precision().tell("opt_level" in opts.typed)
+            self._precision().log_choice("opt_level" in opts.typed)
         for note in opts.notes:
             log.info(note)
 

@@ -87,7 +87,7 @@ class Evaluation:
         return summarise(
             metrics.confusion_matrix,
             data.class_names,
-            old_classes=len(self.opts.task_.old_classes(step)) if step else 0,
+            classes_old=len(self.opts.task_.old_classes(step)) if step else 0,
             ignore=data.ignored,
             learnt_iou=learnt_iou,
         )

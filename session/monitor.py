@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metrics.continual import Results
 from runs.files import TENSORBOARD, step_file
-from runs.history import History
+from runs.history import HistoryWriter
 from session.run import Run
 from session.tensorboard import RunLogger
 from train import Means
@@ -43,13 +43,13 @@ class Monitor:
         self.total_batch = opts.batch_size * world.size
         self._lr = 0.0
         with contextlib.ExitStack() as opened:
-            begins_at = 0 if iteration is None else iteration + 1
+            purge_step = 0 if iteration is None else iteration + 1
             self.writer = RunLogger(
-                world, step_file(path, TENSORBOARD, step), enabled=opts.visualize, begins_at=begins_at
+                world, step_file(path, TENSORBOARD, step), enabled=opts.visualize, purge_step=purge_step
             )
             opened.callback(self.writer.close)
             self.writer.options(run.folder.options)
-            self.history = History(
+            self.history = HistoryWriter(
                 path,
                 step,
                 enabled=world.is_main,

@@ -241,7 +241,7 @@ class StepState:
 
     # ── the step's end ───────────────────────────────────────────────────────────────────────────
 
-    def rate(self, score: float) -> None:
+    def add_score(self, score: float) -> None:
         """Take in a validation's score; with ``--keep best``, copy the state that reached the best one."""
         progress = self.progress
         if self.run.opts.keep == "last":

@@ -14,7 +14,7 @@ from typing import Any
 from tensorboardX import SummaryWriter
 
 from metrics.continual import Results
-from runs.history import Record
+from runs.history import Entry
 from utils.distributed import World
 from utils.drawing import failure_is_a_warning
 from utils.files import cannot_write
@@ -32,19 +32,19 @@ class RunLogger:
         world: this process.
         run_dir: folder of the event files, made if missing.
         enabled: False for ``--no_tensorboard``, which switches TensorBoard off.
-        begins_at: where the curves begin or are resumed: TensorBoard hides what earlier files of the folder
+        purge_step: where the curves begin or are resumed: TensorBoard hides what earlier files of the folder
             have from there on. None: it shows all.
     """
 
     def __init__(
-        self, world: World, run_dir: Path, enabled: bool = True, begins_at: int | None = None
+        self, world: World, run_dir: Path, enabled: bool = True, purge_step: int | None = None
     ) -> None:
         self._writer: SummaryWriter | None = None
         if enabled and world.is_main:
             try:
                 # Its files' names count seconds: two of the same second would be one, without the first's.
                 suffix = f".{time.time_ns()}"
-                self._writer = SummaryWriter(str(run_dir), purge_step=begins_at, filename_suffix=suffix)
+                self._writer = SummaryWriter(str(run_dir), purge_step=purge_step, filename_suffix=suffix)
             except OSError as error:
                 # Its queue needs a little shared memory.
                 full = error.errno == errno.ENOSPC and is_shared_memory_full()
@@ -83,14 +83,14 @@ class RunLogger:
         if (writer := self._open()) is not None:
             writer.add_image(tag, image, step, dataformats="HWC")
 
-    def progress(self, record: Record) -> None:
+    def progress(self, entry: Entry) -> None:
         """A point of a step's curves: every loss term under its own name, learning rate, speed, memory."""
-        values = {f"loss/{name}": value for name, value in record.losses.items()}
-        values["lr"] = record.lr
-        for tag, value in (("images_per_second", record.images_per_second), ("memory_MiB", record.memory)):
+        values = {f"loss/{name}": value for name, value in entry.losses.items()}
+        values["lr"] = entry.lr
+        for tag, value in (("images_per_second", entry.images_per_second), ("memory_MiB", entry.memory)):
             if value is not None:
                 values[tag] = value
-        self.scalars(values, record.iteration)
+        self.scalars(values, entry.iteration)
 
     def options(self, options: Mapping[str, Any]) -> None:
         """The options of a run as a table."""

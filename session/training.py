@@ -241,7 +241,7 @@ class StepTraining:
             raise
         results = self.evaluation.summarise(self.step, data, metrics)
         self.monitor.validation(results, self.state.progress.epoch)
-        self.state.rate(results.miou_all)
+        self.state.add_score(results.miou_all)
 
     def _save_or_stop(self) -> None:
         """Save when ``--ckpt_minutes`` are over, save and stop after a signal; all processes alike."""

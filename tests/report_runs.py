@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from metrics.continual import summarise
-from runs.history import History
+from runs.history import HistoryWriter
 from runs.options import write_run_options
 from runs.results import write_results
 from tasks import get_task
@@ -51,7 +51,7 @@ def write_run(
 
 
 def _train(folder: Path, step: int, rng: np.random.Generator, epochs: int) -> None:
-    history = History(folder, step, images=8)
+    history = HistoryWriter(folder, step, images=8)
     for iteration in range(10, 40 * epochs + 1, 10):
         ce = 2 * np.exp(-iteration / 80) + 0.05 * rng.random()
         losses = {"ce": ce, "total": ce} if step == 0 else {"ce": ce, "kd": 0.4 * ce, "total": 1.4 * ce}

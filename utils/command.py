@@ -56,7 +56,7 @@ def interrupts_in_one_line() -> None:
     file = getattr(sys.modules["__main__"], "__file__", None)
     # "-m" is what Python has there while it looks for the module to start.
     if sys.argv[:1] == ["-m"] or (file and Path(file).resolve().parent in (_ROOT, _ROOT / "data")):
-        sys.excepthook = _tell
+        sys.excepthook = _excepthook
 
 
 def set_up_output() -> None:
@@ -69,7 +69,7 @@ def set_up_output() -> None:
         if stream is None:  # closed by the caller: the next file that is opened would get the descriptor
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8", errors="replace"))  # noqa: SIM115, PTH123
         elif stream is own:
-            setattr(sys, name, _patient(stream))
+            setattr(sys, name, _unfailing(stream))
 
 
 def _end(line: str, code: int) -> int:
@@ -84,17 +84,17 @@ def _end(line: str, code: int) -> int:
     return code
 
 
-def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
         return
     raise SystemExit(_end("interrupted", EXIT_INTERRUPTED))
 
 
-def _patient(stream: TextIO) -> TextIO:
+def _unfailing(stream: TextIO) -> TextIO:
     """The stream anew, over an outlet that swallows what cannot be written."""
     stream.flush()
-    outlet: Any = _Outlet(stream.fileno(), "wb", closefd=False)
+    outlet: Any = _UnfailingFile(stream.fileno(), "wb", closefd=False)
     direct = bool(getattr(stream, "write_through", False))  # python -u
     return io.TextIOWrapper(
         outlet if direct else io.BufferedWriter(outlet),
@@ -105,7 +105,7 @@ def _patient(stream: TextIO) -> TextIO:
     )
 
 
-class _Outlet(io.FileIO):
+class _UnfailingFile(io.FileIO):
     """A descriptor that leads to nowhere from the moment that it cannot be written any more."""
 
     def write(self, data: Any, /) -> int:

@@ -81,7 +81,7 @@ def launch_rank() -> int:
     return _number("RANK") or 0
 
 
-def speaks() -> bool:
+def prints_shared_errors() -> bool:
     """Whether this process tells what all of them meet: the first one, and until they have found each other
     the first one of each machine, as the other machines may have another environment."""
     if _grouped():
@@ -254,7 +254,7 @@ class AllReducedFlag:
     def __init__(self, timeout_s: float = 1800.0) -> None:
         self._group: Any = None
         if _grouped():
-            with _told_interfaces():
+            with _interface_errors():
                 self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         self._pending: tuple[dist.Work, Tensor] | None = None
 
@@ -430,7 +430,7 @@ def _join(backend: str, rank: int, size: int, device: torch.device, timeout_s: f
         store.set_timeout(timeout)
         # torchrun keeps its store when it starts processes again, and with it the addresses of the dead ones.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        with _told_interfaces():
+        with _interface_errors():
             dist.init_process_group(
                 backend,
                 store=dist.PrefixStore(f"attempt_{attempt}", store),
@@ -499,7 +499,7 @@ def _check_interfaces(backend: str) -> None:
 
 
 @contextlib.contextmanager
-def _told_interfaces() -> Iterator[None]:
+def _interface_errors() -> Iterator[None]:
     """A network without an address, which only Gloo finds out, as bad input."""
     try:
         yield

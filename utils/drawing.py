@@ -23,7 +23,7 @@ _BASE = "DejaVu Sans"
 matplotlib.rcParams.update({"text.parse_math": False, "text.usetex": False, "font.family": [_BASE]})
 
 _fallbacks: dict[str, str] = {}  # further fonts in use: family → file
-_told: list[str] = []  # the first text that no font could draw
+_warned: list[str] = []  # the first text that no font could draw
 
 
 def drawable(text: str) -> str:
@@ -35,7 +35,7 @@ def drawable(text: str) -> str:
     """
     shown = "".join(letter if _can_draw(letter) else _code(letter) for letter in text)
     if any(letter.isprintable() and not _can_draw(letter) for letter in text):
-        _tell_missing(text, shown)
+        _warn_missing(text, shown)
     # matplotlib leaves labels with a leading underscore out of legends; a space of no width goes before it.
     return f"\u200b{shown}" if shown.startswith("_") else shown
 
@@ -83,7 +83,7 @@ def _has_fallback(letter: str) -> bool:
     if any(ord(letter) in _letters(path) for path in _fallbacks.values()):
         return True
     _register_new_fonts()
-    for entry in sorted(fontManager.ttflist, key=_strangeness):
+    for entry in sorted(fontManager.ttflist, key=_preference):
         if _is_candidate(entry) and FT2Font(entry.fname).get_char_index(ord(letter)):
             _fallbacks[entry.name] = entry.fname
             matplotlib.rcParams["font.family"] = [_BASE, *_fallbacks]
@@ -108,7 +108,7 @@ def _is_candidate(entry: FontEntry) -> bool:
     return not own and not entry.name.startswith((".", "Last Resort")) and not getattr(entry, "index", 0)
 
 
-def _strangeness(entry: FontEntry) -> tuple[object, ...]:
+def _preference(entry: FontEntry) -> tuple[object, ...]:
     """Upright, regular, sans fonts first."""
     weight = entry.weight if isinstance(entry.weight, int) else 400
     return entry.style != "normal", abs(weight - 400), "Sans" not in entry.name, entry.name
@@ -124,9 +124,9 @@ def _base_file() -> str:
     return findfont(_BASE)
 
 
-def _tell_missing(text: str, shown: str) -> None:
-    if not _told:
-        _told.append(text)
+def _warn_missing(text: str, shown: str) -> None:
+    if not _warned:
+        _warned.append(text)
         log.warning(
             "no installed font has all letters of %s: pictures show such letters by their codes, %s; install "
             "one that has them (Chinese, Japanese, Korean: fonts-noto-cjk)",

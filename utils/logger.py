@@ -17,7 +17,7 @@ from utils.files import cannot_write
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
-_OWN = "run."  # prefix of the names of our handlers, so that they can be replaced
+_PREFIX = "run."  # prefix of the names of our handlers, so that they can be replaced
 
 
 class _ConsoleHandler(logging.Handler):
@@ -49,7 +49,7 @@ def setup_logging(world: World, run_dir: Path | None, debug: bool = False) -> lo
         UserError: the log file cannot be written.
     """
     root = logging.getLogger()
-    for handler in [h for h in root.handlers if (h.get_name() or "").startswith(_OWN)]:
+    for handler in [h for h in root.handlers if (h.get_name() or "").startswith(_PREFIX)]:
         root.removeHandler(handler)
         handler.close()
     level = logging.DEBUG if debug else logging.INFO
@@ -69,7 +69,7 @@ def setup_logging(world: World, run_dir: Path | None, debug: bool = False) -> lo
 
 
 def _add(root: logging.Logger, name: str, handler: logging.Handler, level: int, line: str) -> None:
-    handler.set_name(_OWN + name)
+    handler.set_name(_PREFIX + name)
     handler.setLevel(level)
     handler.setFormatter(logging.Formatter(line, datefmt="%H:%M:%S" if name == "console" else None))
     root.addHandler(handler)

@@ -369,15 +369,15 @@ class CILDistillationLoss(nn.Module):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def _unbiased_cross_entropy(logits: Tensor, targets: Tensor, old_cl: int, ignore_index: int) -> Tensor:
+def _unbiased_cross_entropy(logits: Tensor, targets: Tensor, classes_old: int, ignore_index: int) -> Tensor:
     """Map of −log P(y): B×C×H×W, B×H×W → B×H×W, 0 where void.
 
-    P(y) = softmax_y for a new class, Σ_{c<old_cl} softmax_c for an old one.
+    P(y) = softmax_y for a new class, Σ_{c<classes_old} softmax_c for an old one.
     """
     if loss_kernels.gain(logits):
-        return loss_kernels.unbiased_cross_entropy(logits, targets, old_cl, ignore_index)
-    log_old, log_new = logits[:, :old_cl].logsumexp(dim=1), logits[:, old_cl:].logsumexp(dim=1)
-    is_new = (targets >= old_cl) & (targets != ignore_index)
+        return loss_kernels.unbiased_cross_entropy(logits, targets, classes_old, ignore_index)
+    log_old, log_new = logits[:, :classes_old].logsumexp(dim=1), logits[:, classes_old:].logsumexp(dim=1)
+    is_new = (targets >= classes_old) & (targets != ignore_index)
     at_target = logits.gather(1, torch.where(is_new, targets, 0)[:, None])[:, 0]
     as_new = torch.logaddexp(log_old, log_new) - at_target
     as_old = F.softplus(log_new - log_old)  # keeps its digits where P(old) is close to 1

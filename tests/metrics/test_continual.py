@@ -14,7 +14,7 @@ IOU = [6 / 10, 2 / 6, 1 / 5, 3 / 5]
 
 
 def test_hand_worked_case_at_step_1():
-    results = summarise(CONFUSION, NAMES, old_classes=3, learnt_iou={"background": 0.9, "dog": 0.1})
+    results = summarise(CONFUSION, NAMES, classes_old=3, learnt_iou={"background": 0.9, "dog": 0.1})
     assert list(results.class_iou.values()) == pytest.approx(IOU)
     assert results.miou_all == pytest.approx(sum(IOU) / 4)
     assert results.miou_old == pytest.approx(sum(IOU[:3]) / 3)
@@ -41,7 +41,7 @@ def test_step_0_has_no_old_classes_and_owns_the_background():
 
 def test_only_a_class_absent_from_labels_and_predictions_is_left_out():
     confusion = np.array([[4, 0, 0, 0], [0, 2, 2, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
-    results = summarise(confusion, NAMES, old_classes=2)
+    results = summarise(confusion, NAMES, classes_old=2)
     assert results.class_iou["dog"] == 0  # predicted, never labelled
     assert math.isnan(results.class_iou["sheep"])
     assert results.miou_all == pytest.approx((1 + 0.5 + 0) / 3)
@@ -51,7 +51,7 @@ def test_only_a_class_absent_from_labels_and_predictions_is_left_out():
 
 
 def test_ignored_class_is_void_and_in_no_mean():
-    results = summarise(CONFUSION, NAMES, old_classes=3, ignore=frozenset({0}))
+    results = summarise(CONFUSION, NAMES, classes_old=3, ignore=frozenset({0}))
     kept = CONFUSION.clone()
     kept[0] = 0
     # cat: 2/(4+3-2), dog: 1/(3+3-1), sheep: 3/(4+3-3); predictions of class 0 still miss their class.
@@ -63,7 +63,7 @@ def test_ignored_class_is_void_and_in_no_mean():
 
 
 def test_empty_evaluation_has_no_numbers():
-    results = summarise(torch.zeros(4, 4, dtype=torch.long), NAMES, old_classes=2)
+    results = summarise(torch.zeros(4, 4, dtype=torch.long), NAMES, classes_old=2)
     numbers = (results.miou_all, results.miou_old, results.miou_new, results.pixel_accuracy)
     assert all(math.isnan(number) for number in numbers)
     assert "NaN" not in json.dumps(results.to_json())
@@ -78,7 +78,7 @@ def test_json_keeps_every_digit_and_writes_null_for_nan():
 
 
 def test_table_shows_percent_and_names():
-    table = summarise(CONFUSION, NAMES, old_classes=3, learnt_iou={"cat": 0.5}).table()
+    table = summarise(CONFUSION, NAMES, classes_old=3, learnt_iou={"cat": 0.5}).table()
     cat = next(line for line in table.splitlines() if " cat " in line)
     assert cat.split() == ["old", "cat", "33.33", "50.00", "16.67", "4"]
     sheep = next(line for line in table.splitlines() if " sheep " in line)
@@ -89,7 +89,7 @@ def test_table_shows_percent_and_names():
 
 
 def test_csv_row_is_the_published_one():
-    results = summarise(CONFUSION, NAMES, old_classes=3, ignore=frozenset({0}))
+    results = summarise(CONFUSION, NAMES, classes_old=3, ignore=frozenset({0}))
     row = results.csv_row(step=1, num_classes=6)
     iou = [str(value) for value in results.class_iou.values()]
     assert row == ["1", "X", *iou, "x", "x", str(results.miou_all)]

@@ -1,4 +1,4 @@
-"""The course of a step, as it is written, cut off, taken up again and read."""
+"""The history of a step, as it is written, cut off, taken up again and read."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ import torch
 
 from runs.files import HISTORY, step_file
 from runs.history import (
-    History,
+    HistoryWriter,
     peak_memory,
     read_history,
 )
@@ -20,11 +20,11 @@ CPU = torch.device("cpu")
 
 
 def points(folder: Path, step: int = 0) -> list[tuple[int, float]]:
-    return [(r.iteration, r.losses["ce"]) for r in read_history(step_file(folder, HISTORY, step)).records]
+    return [(r.iteration, r.losses["ce"]) for r in read_history(step_file(folder, HISTORY, step)).entries]
 
 
-def write(folder: Path, iterations: range, loss: float, begin: int = 0) -> History:
-    history = History(folder, 0, iteration=begin, images=8)
+def write(folder: Path, iterations: range, loss: float, begin: int = 0) -> HistoryWriter:
+    history = HistoryWriter(folder, 0, iteration=begin, images=8)
     for iteration in iterations:
         history.progress(iteration, 1, {"ce": loss}, lr=0.1)
     return history
@@ -33,19 +33,17 @@ def write(folder: Path, iterations: range, loss: float, begin: int = 0) -> Histo
 def test_what_is_written_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 0.0, 4.0, 5.0])
     monkeypatch.setattr("runs.history.time.perf_counter", lambda: next(clock))
-    history = History(tmp_path / "run", 2, images=8, device=CPU)
+    history = HistoryWriter(tmp_path / "run", 2, images=8, device=CPU)
     first = history.progress(10, 1, {"ce": 2.0, "kd": 0.5}, lr=0.1)
     history.validation(1, 0.25)
     history.validation(1, float("nan"))
-    course = read_history(
-        step_file(tmp_path / "run", HISTORY, 2)
-    )  # before the file is closed: a run going on
-    assert course.records == [first]
+    found = read_history(step_file(tmp_path / "run", HISTORY, 2))  # before the file is closed
+    assert found.entries == [first]
     assert first.losses == {"ce": 2.0, "kd": 0.5} and first.lr == 0.1 and first.epoch == 1
     assert (first.seconds, first.images_per_second) == (4.0, 80 / 4)
-    (validation,) = course.validations
+    (validation,) = found.validations
     assert (validation.iteration, validation.epoch, validation.miou) == (10, 1, 0.25)
-    assert course.seconds == validation.seconds == 5.0
+    assert found.seconds == validation.seconds == 5.0
     history.close()
     history.close()
 
@@ -53,7 +51,7 @@ def test_what_is_written_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_lap_leaves_an_evaluation_out_of_the_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 0.0, 10.0, 110.0, 120.0])
     monkeypatch.setattr("runs.history.time.perf_counter", lambda: next(clock))
-    history = History(tmp_path, 0, images=4)
+    history = HistoryWriter(tmp_path, 0, images=4)
     assert history.progress(5, 1, {}, 0.1).images_per_second == 2.0
     history.lap()
     second = history.progress(10, 2, {}, 0.1)
@@ -61,7 +59,7 @@ def test_lap_leaves_an_evaluation_out_of_the_speed(tmp_path: Path, monkeypatch: 
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    history = History(tmp_path / "run", 0, enabled=False)
+    history = HistoryWriter(tmp_path / "run", 0, enabled=False)
     assert history.progress(1, 1, {"ce": 1.0}, 0.1).losses == {"ce": 1.0}
     history.validation(1, 0.5)
     history.close()
@@ -72,12 +70,12 @@ def test_a_resumed_step_replaces_what_lay_beyond(tmp_path: Path) -> None:
     history = write(tmp_path, range(10, 60, 10), 1.0)
     history.validation(1, 0.9)
     history.close()
-    before = read_history(step_file(tmp_path, HISTORY, 0)).records[1].seconds
+    before = read_history(step_file(tmp_path, HISTORY, 0)).entries[1].seconds
     write(tmp_path, range(35, 50, 10), 2.0, begin=20).close()
     assert points(tmp_path) == [(10, 1.0), (20, 1.0), (35, 2.0), (45, 2.0)]
-    course = read_history(step_file(tmp_path, HISTORY, 0))
-    assert course.validations == []
-    assert course.records[2].seconds > before
+    history = read_history(step_file(tmp_path, HISTORY, 0))
+    assert history.validations == []
+    assert history.entries[2].seconds > before
 
 
 def test_a_step_begun_anew_starts_from_nothing(tmp_path: Path) -> None:
@@ -106,17 +104,17 @@ def test_a_torn_last_line_costs_that_line_only(tmp_path: Path, cut: int) -> None
 
 def test_lines_of_another_kind_are_passed_over(tmp_path: Path) -> None:
     step_file(tmp_path, HISTORY, 0).write_text('[1]\n{"iteration": 3}\n7\n{"begin": "x"}\n\x00\n')
-    assert read_history(step_file(tmp_path, HISTORY, 0)).records == []
-    assert read_history(tmp_path / "missing.jsonl").records == []
+    assert read_history(step_file(tmp_path, HISTORY, 0)).entries == []
+    assert read_history(tmp_path / "missing.jsonl").entries == []
 
 
 LIMITED = """
 import logging, resource, sys
 from pathlib import Path
 logging.basicConfig(format="%(message)s")
-from runs.history import History
+from runs.history import HistoryWriter
 resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
-history = History(Path(sys.argv[1]), 0)
+history = HistoryWriter(Path(sys.argv[1]), 0)
 for iteration in range(100):
     history.progress(iteration, 1, {"ce": 1.0}, 0.1)
 history.close()
@@ -136,7 +134,7 @@ def test_a_full_disk_is_told_once_and_the_run_goes_on(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("")
-    history = History(tmp_path / "file" / "run", 0)
+    history = HistoryWriter(tmp_path / "file" / "run", 0)
     history.progress(1, 1, {}, 0.1)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
@@ -150,7 +148,7 @@ def test_peak_memory_grows_with_what_is_held() -> None:
 
 
 def test_records_are_plain_json(tmp_path: Path) -> None:
-    history = History(tmp_path, 0)
+    history = HistoryWriter(tmp_path, 0)
     record = history.progress(1, 1, {"ce": 1.5}, 0.1)
     history.close()
     begin, line = step_file(tmp_path, HISTORY, 0).read_text().splitlines()

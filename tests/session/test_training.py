@@ -167,7 +167,7 @@ def test_another_runs_checkpoint_goes_on_with_the_commands_options(
 
 def test_more_epochs_train_at_the_rates_of_the_whole_schedule(run: Run, whole: Path, logs: Path) -> None:
     assert run(f"--name longer --ckpt {whole} --epochs 3 --lr 0.1") == 0
-    rates = [record.lr for record in read_history(logs / "15-5-shapes_longer" / "history_0.jsonl").records]
+    rates = [entry.lr for entry in read_history(logs / "15-5-shapes_longer" / "history_0.jsonl").entries]
     # A point of the curve tells the rate after its update, and the step's last is 0.
     assert rates == pytest.approx([*unbroken("--epochs 3 --lr 0.1", 3 * BATCHES)[-BATCHES + 1 :], 0])
     # The same command again: it is this run's own step now.

@@ -337,9 +337,9 @@ def test_a_network_without_an_address_is_bad_input(monkeypatch):
     text = (
         "[enforce fail at gloo/transport/tcp/device.cc:84] ifa != nullptr. Unable to find address for: eth7"
     )
-    with pytest.raises(UserError, match="GLOO_SOCKET_IFNAME='eth7'"), distributed._told_interfaces():
+    with pytest.raises(UserError, match="GLOO_SOCKET_IFNAME='eth7'"), distributed._interface_errors():
         raise RuntimeError(text)
-    with pytest.raises(RuntimeError, match="shapes"), distributed._told_interfaces():
+    with pytest.raises(RuntimeError, match="shapes"), distributed._interface_errors():
         raise RuntimeError("shapes differ")
 
 

@@ -77,7 +77,7 @@ def test_letters_that_no_font_has_are_told_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(drawing, "_has_fallback", lambda letter: False)
-    monkeypatch.setattr(drawing, "_told", [])
+    monkeypatch.setattr(drawing, "_warned", [])
     with caplog.at_level(logging.WARNING):
         assert drawable("big 猫") == "big \\u732b"
         assert drawable("鹰") == "\\u9e70"

@@ -12,7 +12,7 @@ from tensorboard_events import events, values
 from tensorboardX.proto.event_pb2 import SessionLog
 
 from metrics.continual import summarise
-from runs.history import Record
+from runs.history import Entry
 from session.tensorboard import RunLogger
 from utils.distributed import World
 from utils.errors import UserError
@@ -111,7 +111,7 @@ def test_full_shared_memory_is_not_told_as_a_full_disk(tmp_path, monkeypatch):
 
 def test_course_options_and_results_in_tensorboard(tmp_path):
     board = RunLogger(MAIN, tmp_path)
-    board.progress(Record(10, 1, 5.0, 16.0, 0.1, None, {"ce": 1.0, "kd": 2.0}))
+    board.progress(Entry(10, 1, 5.0, 16.0, 0.1, None, {"ce": 1.0, "kd": 2.0}))
     board.options({"method": "MIB", "lr": [0.1]})
     confusion = np.array([[6, 2], [0, 8]])
     board.results(summarise(confusion, ["background", "cat"], 1), 3, confusion)
@@ -131,8 +131,8 @@ def test_course_options_and_results_in_tensorboard(tmp_path):
 
 
 def test_a_curve_that_begins_again_hides_what_stood_there(tmp_path):
-    for begins_at in (0, 3):
-        board = RunLogger(MAIN, tmp_path, begins_at=begins_at)
+    for purge_step in (0, 3):
+        board = RunLogger(MAIN, tmp_path, purge_step=purge_step)
         board.scalar("lr", 0.5, 4)
         board.close()
     begun = [event.step for event in events(tmp_path) if event.session_log.status == SessionLog.START]
