@@ -1,4 +1,4 @@
-"""Loss functions, checkpoints, processes, logs and pictures."""
+"""The lowest floor: losses, files, processes, logging, drawing; imports nothing from the other packages."""
 
 from utils.command import interrupts_in_one_line
 

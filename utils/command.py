@@ -1,8 +1,8 @@
-"""How every program of this repository begins and ends: its output, its errors, its exit code.
+"""Standard output, error messages and exit codes, shared by all programs of this repository.
 
-Nothing that a program prints can end it. A letter that the terminal cannot show becomes a question mark, and
-where nobody reads any more (``... | head -1``, a terminal that is gone, a full disk behind ``>``) the program
-does its work to the end without printing, with the exit code of its work.
+A failing ``print`` does not end a program. Characters that the terminal cannot encode are printed as question
+marks. If the output cannot be written (``... | head -1``, a closed terminal, a full disk), the program
+continues without printing and exits with its usual code.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from utils.errors import Fault, UserError
 _ROOT = Path(__file__).resolve().parent.parent
 EXIT_FAULT = 1
 EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell counts
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells return it
 
 
 def run_command(name: str, body: Callable[[], object]) -> int:
-    """Run a program's body; errors and Ctrl-C are one line.
+    """Run the main function of a program; report errors and Ctrl-C in one line.
 
     Args:
-        name: of the program, at the head of that line.
-        body: parses the command line and works.
+        name: of the program, the first word of that line.
+        body: the main function.
 
     Returns:
-        The exit code: the body's result where that is a number, else 0; 1 after a ``Fault``, 2 after a
+        The exit code: the result of ``body`` if it is an int, else 0; 1 after a ``Fault``, 2 after a
         ``UserError``, 130 after Ctrl-C.
     """
     set_up_output()
@@ -48,25 +48,24 @@ def run_command(name: str, body: Callable[[], object]) -> int:
 
 
 def interrupts_in_one_line() -> None:
-    """Let Ctrl-C be one line also while a program is imported, which takes seconds with torch.
+    """Report Ctrl-C in one line also during imports, which take seconds with torch.
 
-    The packages with programs call it before anything else. Where they are imported as a library the
-    interpreter stays as it is.
+    Packages with programs call this first. It does nothing if they are imported as a library.
     """
     file = getattr(sys.modules["__main__"], "__file__", None)
-    # "-m" is what Python has there while it looks for the module to start.
+    # sys.argv[0] is "-m" while Python searches for the module to run.
     if sys.argv[:1] == ["-m"] or (file and Path(file).resolve().parent in (_ROOT, _ROOT / "data")):
         sys.excepthook = _excepthook
 
 
 def set_up_output() -> None:
-    """Make the standard output and error of this process ones that printing cannot fail on.
+    """Replace stdout and stderr by streams on which printing cannot fail.
 
-    Streams that are not the process's own, as under pytest, stay as they are.
+    Streams that were already replaced, as pytest does, are left unchanged.
     """
     for name in ("stdout", "stderr"):
         stream, own = getattr(sys, name), getattr(sys, f"__{name}__")
-        if stream is None:  # closed by the caller: the next file that is opened would get the descriptor
+        if stream is None:  # closed by the caller; the next opened file would get its descriptor
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8", errors="replace"))  # noqa: SIM115, PTH123
         elif stream is own:
             setattr(sys, name, _unfailing(stream))
@@ -74,11 +73,11 @@ def set_up_output() -> None:
 
 def _end(line: str, code: int) -> int:
     if (tqdm := sys.modules.get("tqdm")) is not None:
-        # An interrupt can leave a progress bar open, whose line this one would be printed behind.
+        # An interrupt can leave a progress bar open; the message would appear on its line.
         for bar in list(tqdm.tqdm._instances):
-            with contextlib.suppress(AttributeError):  # interrupted while it was made
+            with contextlib.suppress(AttributeError):  # interrupted in its constructor
                 bar.close()
-    # Of several processes that are interrupted together the first one speaks.
+    # If several processes are interrupted together, only rank 0 prints.
     if code != EXIT_INTERRUPTED or os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr, flush=True)
     return code
@@ -92,12 +91,12 @@ def _excepthook(kind: type[BaseException], error: BaseException, trace: Tracebac
 
 
 def _unfailing(stream: TextIO) -> TextIO:
-    """The stream anew, over an outlet that swallows what cannot be written."""
+    """A text stream on the same descriptor that discards what cannot be written."""
     stream.flush()
-    outlet: Any = _UnfailingFile(stream.fileno(), "wb", closefd=False)
+    file: Any = _UnfailingFile(stream.fileno(), "wb", closefd=False)
     direct = bool(getattr(stream, "write_through", False))  # python -u
     return io.TextIOWrapper(
-        outlet if direct else io.BufferedWriter(outlet),
+        file if direct else io.BufferedWriter(file),
         encoding=stream.encoding,
         errors="replace" if stream is sys.__stdout__ else stream.errors,
         line_buffering=bool(stream.line_buffering),
@@ -106,16 +105,16 @@ def _unfailing(stream: TextIO) -> TextIO:
 
 
 class _UnfailingFile(io.FileIO):
-    """A descriptor that leads to nowhere from the moment that it cannot be written any more."""
+    """A file descriptor that is redirected to ``os.devnull`` after the first failed write."""
 
     def write(self, data: Any, /) -> int:
-        """Write, or swallow; returns the number of bytes."""
+        """Write or discard ``data``; returns the number of bytes."""
         try:
             return super().write(data)
         except OSError as error:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.fileno())
-            os.close(nowhere)
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.fileno())
+            os.close(null)
             if not isinstance(error, BrokenPipeError) and self.fileno() == 1:
-                print(f"the output cannot be written ({error.strerror}); the work goes on", file=sys.stderr)
+                print(f"stdout cannot be written ({error.strerror}); continuing without it", file=sys.stderr)
             return memoryview(data).nbytes

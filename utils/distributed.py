@@ -1,8 +1,8 @@
-"""Process group: set-up, reductions, agreement between processes, and faults in one line.
+"""Process group set-up and reductions, shared errors, and one-line messages for faults.
 
-``torchrun`` and ``python -m torch.distributed.launch`` describe each process in its environment (RANK,
-WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Without them there is one process and no process group,
-and every function below does the right thing for it.
+``torchrun`` and ``python -m torch.distributed.launch`` set the environment variables RANK, WORLD_SIZE,
+LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Without them there is one process and no process group; every
+function below supports that case too.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ PLACES = ("GPU_server", "GPU_windows", "CPU", "CPU_windows")
 
 _NAME_LOOKUPS = 5
 
-# How Gloo and NCCL say that a process is gone, in RuntimeErrors of no class of their own.
+# Texts by which the RuntimeErrors of Gloo and NCCL show that another process ended.
 _LOST = ("connection closed by peer", "connection reset by peer", "timed out waiting", "gloo", "nccl")
-# How torch begins what it raises for an exception in a loader process.
+# First words of the error that torch raises for an exception in a loader process.
 _CAUGHT = re.compile(r"Caught (\w+) in DataLoader worker process")
-# How a full /dev/shm shows: in torch's words where it asks for memory, or as a signal where it uses it.
+# Texts of errors caused by a full /dev/shm: torch's message on allocation, or the signal on access.
 _SHARED_MEMORY_FULL = ("shared memory", "bus error", "</torch_", "no space left on device")
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others.
+    """Rank, device and process group of this process.
 
     Attributes:
-        rank: number of this process, from 0.
-        local_rank: its number on this machine, from 0.
+        rank: of this process, from 0.
+        local_rank: rank on this machine, from 0.
         size: number of processes.
-        device: where this process computes.
+        device: of this process.
         backend: "nccl", "gloo", or None without a process group.
-        bfloat16: whether the devices of all processes compute bfloat16 fast; None: nobody asked.
+        bfloat16: whether the devices of all processes have native bfloat16 arithmetic; None: not checked.
     """
 
     rank: int
@@ -69,7 +69,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """True on the one process that writes files and talks."""
+        """True on rank 0, which writes files and log lines."""
         return self.rank == 0
 
 
@@ -77,13 +77,13 @@ ONE_PROCESS = World(0, 0, 1, torch.device("cpu"), None)  # alone on the CPU
 
 
 def launch_rank() -> int:
-    """Rank that the launcher gave to this process, before ``start``; 0 without a launcher."""
+    """Rank set by the launcher, also before ``start``; 0 without a launcher."""
     return _number("RANK") or 0
 
 
 def prints_shared_errors() -> bool:
-    """Whether this process tells what all of them meet: the first one, and until they have found each other
-    the first one of each machine, as the other machines may have another environment."""
+    """Whether this process prints errors that all processes raise: rank 0, and before the process group is
+    set up local rank 0 of each machine, as the machines' environments may differ."""
     if _grouped():
         return dist.get_rank() == 0
     local_rank = _number("LOCAL_RANK")
@@ -91,12 +91,12 @@ def prints_shared_errors() -> bool:
 
 
 def start(where: str | None = None, local_rank: int | None = None, timeout_s: float = 1800.0) -> World:
-    """Join the process group, if the launcher started several processes, and choose the device.
+    """Choose the device and, if the launcher started several processes, join the process group.
 
     Args:
         where: ``--where_to_sim``: GPU_server (NCCL), GPU_windows (one process, no group), CPU (Gloo),
-            CPU_windows (one process on the CPU, no group); None: NCCL where CUDA is, else Gloo.
-        local_rank: ``--local_rank`` of old launchers; LOCAL_RANK of the environment comes first.
+            CPU_windows (one process on the CPU, no group); None: NCCL if CUDA is available, else Gloo.
+        local_rank: ``--local_rank`` of old launchers; the environment variable LOCAL_RANK takes precedence.
         timeout_s: seconds after which waiting for another process becomes an error.
 
     Raises:
@@ -123,7 +123,7 @@ def start(where: str | None = None, local_rank: int | None = None, timeout_s: fl
     if size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         _join(backend, rank, size, device, timeout_s)
-    # Agreed on: gradients that one process scales, or holds in another type, cannot be summed.
+    # All processes use one precision: gradients of different scale or type cannot be summed.
     bfloat16 = not any_rank(not fast_bfloat16(device))
     return World(rank, local_rank, size, device, backend, bfloat16)
 
@@ -132,15 +132,15 @@ def stop(others_lost: bool = False) -> None:
     """Leave the process group, if there is one.
 
     Args:
-        others_lost: another process may be gone or stand elsewhere; NCCL would wait for it here, so that is
-            left to the exit.
+        others_lost: another process may have ended or be in another collective. NCCL would wait for it here,
+            so its group is left to the exit of this process.
     """
     if _grouped() and not (others_lost and dist.get_backend() == "nccl"):
         dist.destroy_process_group()
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait until every process has called this."""
     if _grouped():
         dist.barrier()
 
@@ -149,7 +149,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sum a tensor over all processes, in place, and return it. Any device; the same shape everywhere."""
     if not _grouped():
         return tensor
-    # NCCL takes only tensors on its GPU, Gloo is built for the CPU's, and both want them contiguous.
+    # NCCL needs tensors on the GPU, Gloo on the CPU, both contiguous.
     staged = tensor.to(_collective_device()).contiguous()
     dist.all_reduce(staged)
     if staged is not tensor:
@@ -158,20 +158,20 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def broadcast_buffers(module: nn.Module) -> None:
-    """Give every process the first one's buffers (running statistics of norm layers)."""
+    """Copy rank 0's buffers (running statistics of norm layers) to every process."""
     _broadcast(module.buffers())
 
 
 def broadcast_weights(module: nn.Module) -> None:
-    """Give every process the first one's parameters and buffers."""
+    """Copy rank 0's parameters and buffers to every process."""
     _broadcast((*module.parameters(), *module.buffers()))
 
 
 @torch.no_grad()
 def average_gradients(module: nn.Module) -> None:
-    """Give every process the mean of all processes' gradients, and the first one's buffers.
+    """Average the gradients over all processes and copy rank 0's buffers to every process.
 
-    A weight without gradient counts as one of gradient 0 on every process, so that none waits for another.
+    A parameter without gradient counts as gradient 0, so that all processes reduce the same tensors.
     """
     weights = [weight for weight in module.parameters() if weight.requires_grad]
     gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
@@ -196,7 +196,7 @@ def _broadcast(tensors: Iterable[Tensor]) -> None:
 
 
 def gather_objects(obj: Any) -> list[Any]:
-    """Every process's object, in the order of ranks, on every process."""
+    """The objects of all processes, in order of rank, on every process."""
     if not _grouped():
         return [obj]
     gathered: list[Any] = [None] * dist.get_world_size()
@@ -205,7 +205,7 @@ def gather_objects(obj: Any) -> list[Any]:
 
 
 def broadcast_object(obj: Any) -> Any:
-    """The first process's object, on every process."""
+    """Rank 0's object, on every process."""
     if not _grouped():
         return obj
     box = [obj]
@@ -217,35 +217,35 @@ def any_rank(flag: bool) -> bool:
     """True on every process if ``flag`` is true on any."""
     if not _grouped():
         return flag
-    votes = torch.tensor(int(flag), device=_collective_device())
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return bool(votes.item())
+    highest = torch.tensor(int(flag), device=_collective_device())
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+    return bool(highest.item())
 
 
 @contextlib.contextmanager
 def shared_errors() -> Iterator[None]:
-    """What one process raises as ``UserError`` in the body, every process raises at its end.
+    """A ``UserError`` that one process raises in the ``with`` block is raised on every process at its end.
 
-    The body calls no collective: the process that failed would be missed there.
+    The block must not call a collective: the other processes would wait there for the one that failed.
     """
     error: UserError | None = None
     try:
         yield
     except UserError as raised:
         error = raised
-    met = gather_objects(None if error is None else (type(error), str(error)))
+    errors = gather_objects(None if error is None else (type(error), str(error)))
     if error is not None:
         raise error
-    for other in met:
+    for other in errors:
         if other is not None:
             raise other[0](other[1])
 
 
 class AllReducedFlag:
-    """The highest flag over all processes, one batch late, without waiting for the device.
+    """Maximum of a flag over all processes, one batch late, without synchronising with the GPU.
 
-    The flags are reduced in a Gloo group of their own while the next batch is computed: a value read from
-    the GPU after every batch would let it run empty.
+    The flags are reduced in a separate Gloo group while the next batch is computed: reading a value from the
+    GPU after every batch would leave it idle.
 
     Args:
         timeout_s: seconds after which waiting for another process's flag becomes an error.
@@ -259,9 +259,9 @@ class AllReducedFlag:
         self._pending: tuple[dist.Work, Tensor] | None = None
 
     def reduce(self, flag: int) -> int:
-        """Hand in this batch's flag and return the highest of the batch before (0 for the first).
+        """Start to reduce this batch's flag and return the maximum of the previous batch (0 for the first).
 
-        Every process calls this equally often. One process alone gets its own flag back at once.
+        Every process must call this equally often. A single process gets its own flag back at once.
         """
         if self._group is None:
             return flag
@@ -273,7 +273,7 @@ class AllReducedFlag:
         return before
 
     def wait(self) -> int:
-        """Wait for the flags that are being reduced and return the highest (0 if there are none)."""
+        """Wait for the pending reduction and return the maximum (0 if none is pending)."""
         if self._pending is None:
             return 0
         work, value = self._pending
@@ -283,7 +283,7 @@ class AllReducedFlag:
 
 
 def as_fault(error: BaseException) -> Fault | None:
-    """One line for a fault of the machine or of another process, which ended or was too slow; else None."""
+    """The error as a one-line ``Fault`` if memory ran out or another process ended or timed out; or None."""
     if isinstance(error, Fault):
         return error
     text = str(error)
@@ -298,21 +298,21 @@ def as_fault(error: BaseException) -> Fault | None:
             reason += "; " + _one_line(text.split("Last error:", 1)[1].strip())
         return Fault(
             f"another process ended or did not answer within --timeout seconds ({reason}); its own message "
-            "says why. Start again to go on from the last checkpoint"
+            "says why. Start again to resume from the last checkpoint"
         )
     return None
 
 
 def loader_fault(error: BaseException, signals: Sequence[str] = ()) -> Fault:
-    """One line for an error in or about a loader process, however torch wrapped it up.
+    """An error of a loader process as a one-line ``Fault``.
 
     Args:
-        error: what torch raised.
-        signals: what loader processes were killed by, in the system's words.
+        error: raised by torch.
+        signals: descriptions of the signals that killed loader processes.
     """
     text = str(error)
     caught = _CAUGHT.match(text)
-    if caught is not None:  # torch put the worker's traceback behind this: the reason is its last line
+    if caught is not None:  # the worker's traceback follows; its last line is the reason
         last = re.findall(rf"^(?:[\w.<>]+\.)?{caught[1]}(?:: .*)?$", text, re.M)
         reason = last[-1] if last else _one_line(text)
     elif "DataLoader worker" in text:
@@ -323,16 +323,16 @@ def loader_fault(error: BaseException, signals: Sequence[str] = ()) -> Fault:
         reason += f": {', '.join(signals)}"
     if any(mark in f"{text} {reason}".lower() for mark in _SHARED_MEMORY_FULL):
         return Fault(
-            f"the shared memory is full through which loader processes hand over their batches ({reason}); "
-            f"{SHARED_MEMORY_REMEDY}, or give --num_workers 0, and start again to go on"
+            f"the shared memory is full, which loader processes need for their batches ({reason}); "
+            f"{SHARED_MEMORY_REMEDY}, or give --num_workers 0, and start again to resume"
         )
     if caught is None:
         return Fault(
-            f"a loader process was lost ({reason}): it was killed, or there is no room for one more; "
-            "start again to go on, with fewer --num_workers if it happens again"
+            f"a loader process was lost ({reason}): it was killed, or memory is too short for another one; "
+            "start again to resume, with fewer --num_workers if it happens again"
         )
     remedy = "give fewer --num_workers" if _lacks_memory(error) else "--num_workers 0 shows where"
-    return Fault(f"a loader process failed ({reason}); {remedy}, and start again to go on")
+    return Fault(f"a loader process failed ({reason}); {remedy}, and start again to resume")
 
 
 def _lacks_memory(error: BaseException) -> bool:
@@ -340,7 +340,7 @@ def _lacks_memory(error: BaseException) -> bool:
 
 
 def _one_line(text: str) -> str:
-    """The first line, without its indentations."""
+    """The first line, with single spaces."""
     return " ".join(text.splitlines()[0].split()) if text else ""
 
 
@@ -360,13 +360,14 @@ def _from_environment(name: str, default: int) -> int:
     value = _number(name)
     if value is None:
         raise UserError(
-            f"environment variable {name}={os.environ[name]!r} is no number; start with torchrun, or unset it"
+            f"environment variable {name}={os.environ[name]!r} is not a number; start with torchrun, or "
+            "unset it"
         )
     return value
 
 
 def _number(name: str) -> int | None:
-    """The whole number that a variable of the environment holds; None without it, or where it is none."""
+    """An environment variable as a whole number of 0 or more; None if it is unset or something else."""
     word = os.environ.get(name, "")
     return int(word) if word.isascii() and word.isdigit() and len(word) < 10 else None
 
@@ -389,8 +390,8 @@ def _choose_device(where: str | None, local_rank: int, size: int) -> torch.devic
     if processes > gpus:
         raise UserError(
             f"{processes} processes on this machine but {gpus} GPU{'s' if gpus > 1 else ''}; "
-            f"start with --nproc_per_node={gpus}, give --where_to_sim CPU, or where Slurm shows each process "
-            "only its own GPU, ask it for --gpus-per-node instead of --gpus-per-task"
+            f"start with --nproc_per_node={gpus}, give --where_to_sim CPU, or if Slurm limits each process "
+            "to its own GPU, request --gpus-per-node instead of --gpus-per-task"
         )
     return torch.device("cuda", local_rank)
 
@@ -401,19 +402,19 @@ def _share_cores(size: int) -> None:
         return
     processes = _from_environment("LOCAL_WORLD_SIZE", size)
     share = max(1, available_cores() // processes)
-    # For one process PyTorch's own number stays, except in a container that has less than these cores.
+    # One process keeps PyTorch's default, unless its container grants fewer cores than that.
     if processes > 1 or share < torch.get_num_threads():
         torch.set_num_threads(share)
 
 
 def _launcher_chose_threads() -> bool:
-    """Whether OMP_NUM_THREADS is torchrun's: it gives several processes one thread each where the user gives
-    no number, with which all other cores would idle. The environment it was started with tells."""
+    """Whether torchrun set OMP_NUM_THREADS: to 1 for several processes if the user did not set it, which
+    leaves the other cores idle. The environment of torchrun itself shows which."""
     if os.environ["OMP_NUM_THREADS"] != "1" or "TORCHELASTIC_RUN_ID" not in os.environ:
         return False
     try:
         variables = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return False
     return not any(variable.startswith(b"OMP_NUM_THREADS=") for variable in variables)
 
@@ -428,7 +429,7 @@ def _join(backend: str, rank: int, size: int, device: torch.device, timeout_s: f
     try:
         store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=timeout))
         store.set_timeout(timeout)
-        # torchrun keeps its store when it starts processes again, and with it the addresses of the dead ones.
+        # When torchrun restarts processes it keeps its store, with the addresses of the ended processes.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         with _interface_errors():
             dist.init_process_group(
@@ -444,21 +445,21 @@ def _join(backend: str, rank: int, size: int, device: torch.device, timeout_s: f
         reason = _one_line(str(error).split("Last error:", 1)[-1].strip())
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
-            f"rank {rank} of {size} finds no group at {place} "
-            f"({reason}); see that every process was started and that --master_port (MASTER_PORT) is free"
+            f"rank {rank} of {size} finds no process group at {place} "
+            f"({reason}); check that every process was started and that --master_port (MASTER_PORT) is free"
         ) from error
 
 
 def _check_address() -> None:
-    """The place where the processes meet, before torch waits --timeout seconds for it.
+    """Check the rendezvous address, for which torch would wait --timeout seconds.
 
     Raises:
-        UserError: MASTER_PORT is no port, or MASTER_ADDR no name of a machine.
+        UserError: MASTER_PORT is not a port, or MASTER_ADDR is not the address of a machine.
     """
     address, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT")
     if port is None or not 1 <= port <= 65535:
         raise UserError(
-            f"environment variable MASTER_PORT={os.environ['MASTER_PORT']!r} is no port; "
+            f"environment variable MASTER_PORT={os.environ['MASTER_PORT']!r} is not a port; "
             "give a free one of 1 to 65535 (--master_port), or start with torchrun"
         )
     for attempt in reversed(range(_NAME_LOOKUPS)):
@@ -467,7 +468,7 @@ def _check_address() -> None:
             return
         except (OSError, UnicodeError) as error:
             if attempt and getattr(error, "errno", None) == socket.EAI_AGAIN:
-                time.sleep(1)  # the name server may be busy: many processes start at once
+                time.sleep(1)  # many processes start at once and may overload the name server
                 continue
             reason = getattr(error, "strerror", None) or error
             raise UserError(
@@ -477,20 +478,22 @@ def _check_address() -> None:
 
 
 def _check_interfaces(backend: str) -> None:
-    """The networks that GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name; Gloo carries the votes in any case.
+    """Check the network interfaces in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME.
+
+    Gloo's are needed with NCCL too, for ``AllReducedFlag``.
 
     Raises:
-        UserError: this machine has none of them.
+        UserError: this machine has no such interface.
     """
     here = [name for _, name in socket.if_nameindex()]
     gloo = os.environ.get("GLOO_SOCKET_IFNAME", "")
-    # An alias, eth0:1, is an address of eth0.
+    # An alias such as eth0:1 is an address of eth0.
     wrong = [name for name in gloo.split(",") if gloo and name.split(":")[0] not in here]
     if wrong:
         raise _no_interface("GLOO_SOCKET_IFNAME", here)
     nccl = os.environ.get("NCCL_SOCKET_IFNAME", "")
     if backend == "nccl" and nccl:
-        # NCCL's rule: beginnings of names, whole names after "=", all but these after "^".
+        # NCCL's syntax: prefixes of names; "=" before whole names; "^" excludes.
         bare = nccl.removeprefix("^")
         names = tuple(name.split(":")[0] for name in bare.removeprefix("=").split(",") if name)
         meant = [name for name in here if (name in names if bare[:1] == "=" else name.startswith(names))]
@@ -500,7 +503,7 @@ def _check_interfaces(backend: str) -> None:
 
 @contextlib.contextmanager
 def _interface_errors() -> Iterator[None]:
-    """A network without an address, which only Gloo finds out, as bad input."""
+    """Raise Gloo's error about a network interface without an address as a ``UserError``."""
     try:
         yield
     except dist.DistError:
@@ -513,6 +516,7 @@ def _interface_errors() -> Iterator[None]:
 
 def _no_interface(variable: str, here: list[str]) -> UserError:
     return UserError(
-        f"environment variable {variable}={os.environ[variable]!r} names no network with an address on "
-        f"{platform.node()}, which has {', '.join(here)}; give the one between the machines, or unset it"
+        f"environment variable {variable}={os.environ[variable]!r} names no network interface with an "
+        f"address on {platform.node()}, which has {', '.join(here)}; give the one between the machines, or "
+        "unset it"
     )

@@ -1,7 +1,7 @@
-"""Text in pictures that a user chose (names of classes, methods, runs and files), and pictures that fail.
+"""User-chosen text in figures (names of classes, methods, runs and files), and errors while drawing.
 
-Importing this sets matplotlib up: text is drawn letter by letter, never read as a formula (``Ba$$in``), in a
-font that comes with matplotlib, whatever the user's own settings say.
+Importing this module configures matplotlib, whatever the user's settings are: text is never parsed as a
+formula (``Ba$$in``) and is drawn in a font that comes with matplotlib.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ log = logging.getLogger(__name__)
 _BASE = "DejaVu Sans"
 matplotlib.rcParams.update({"text.parse_math": False, "text.usetex": False, "font.family": [_BASE]})
 
-_fallbacks: dict[str, str] = {}  # further fonts in use: family → file
-_warned: list[str] = []  # the first text that no font could draw
+_fallbacks: dict[str, str] = {}  # fallback fonts in use: family → file
+_warned: list[str] = []  # the first text with characters that no font has
 
 
 def drawable(text: str) -> str:
-    """A text as pictures can show it.
+    """The text with undrawable characters replaced.
 
-    Letters that matplotlib's own font lacks come from an installed font that has them, to which figures made
-    from now on fall back. Where there is none, their codes stand in their place (``\\u732b``), and one line
-    says so once.
+    Characters that matplotlib's font lacks are drawn in an installed font that has them, which becomes a
+    fallback font of later figures. If there is none, the character is replaced by its code (``\\u732b``), and
+    a warning is logged once.
     """
     shown = "".join(letter if _can_draw(letter) else _code(letter) for letter in text)
     if any(letter.isprintable() and not _can_draw(letter) for letter in text):
         _warn_missing(text, shown)
-    # matplotlib leaves labels with a leading underscore out of legends; a space of no width goes before it.
+    # matplotlib omits labels with a leading underscore from legends; a zero-width space prevents that.
     return f"\u200b{shown}" if shown.startswith("_") else shown
 
 
 def in_one_font(text: str) -> tuple[str, str]:
-    """A text as ``drawable`` has it, and the file of a font that has all of its letters, for Pillow."""
+    """The text as from ``drawable`` and the file of one font that has all its characters, for Pillow."""
     shown = drawable(text)
     for path in (_base_file(), *_fallbacks.values()):
         if _letters(path).issuperset(map(ord, shown)):
@@ -52,12 +52,12 @@ def in_one_font(text: str) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def failure_is_a_warning(what: str) -> Iterator[None]:
-    """Draw what is no result: a fault of the drawing is a line in the log, and the run goes on.
+    """Log an error in the ``with`` block, which draws, as a warning and continue.
 
-    Files that cannot be written stop the run as everywhere (``UserError``).
+    A ``UserError`` (a file that cannot be written) is raised.
 
     Args:
-        what: is drawn, for the line.
+        what: what is drawn, for the message.
     """
     try:
         yield
@@ -65,8 +65,8 @@ def failure_is_a_warning(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        log.warning("%s could not be drawn (%s); the results are not touched", what, reason)
-        log.debug("where that was", exc_info=True)
+        log.warning("%s could not be drawn (%s); the results are not affected", what, reason)
+        log.debug("traceback of the error while drawing", exc_info=True)
 
 
 def _can_draw(letter: str) -> bool:
@@ -79,7 +79,7 @@ def _code(letter: str) -> str:
 
 @cache
 def _has_fallback(letter: str) -> bool:
-    """Whether an installed font has the letter; that font is in use from then on."""
+    """Whether an installed font has the character; that font becomes a fallback font."""
     if any(ord(letter) in _letters(path) for path in _fallbacks.values()):
         return True
     _register_new_fonts()
@@ -93,23 +93,23 @@ def _has_fallback(letter: str) -> bool:
 
 @cache
 def _register_new_fonts() -> None:
-    """Tell matplotlib of fonts that were installed after it made its list."""
+    """Register fonts with matplotlib that were installed after it cached its list."""
     known = {entry.fname for entry in fontManager.ttflist}
     for path in findSystemFonts():
         if path not in known:
-            # A file that is no font: matplotlib passes over those too when it makes its list.
+            # Not a font file: skipped, as matplotlib does.
             with contextlib.suppress(OSError, RuntimeError):
                 fontManager.addfont(path)
 
 
 def _is_candidate(entry: FontEntry) -> bool:
-    """Not matplotlib's own (symbols, a last resort whose every letter is a box), nor a Mac's hidden ones."""
+    """Excludes matplotlib's own fonts (symbols, the last-resort boxes) and hidden fonts of macOS."""
     own = entry.fname.startswith(matplotlib.get_data_path())
     return not own and not entry.name.startswith((".", "Last Resort")) and not getattr(entry, "index", 0)
 
 
 def _preference(entry: FontEntry) -> tuple[object, ...]:
-    """Upright, regular, sans fonts first."""
+    """Sort key: upright, regular, sans fonts first."""
     weight = entry.weight if isinstance(entry.weight, int) else 400
     return entry.style != "normal", abs(weight - 400), "Sans" not in entry.name, entry.name
 
@@ -128,7 +128,7 @@ def _warn_missing(text: str, shown: str) -> None:
     if not _warned:
         _warned.append(text)
         log.warning(
-            "no installed font has all letters of %s: pictures show such letters by their codes, %s; install "
-            "one that has them (Chinese, Japanese, Korean: fonts-noto-cjk)",
+            "no installed font has all characters of %s: images show their codes instead, %s; install a font "
+            "that has them (Chinese, Japanese, Korean: fonts-noto-cjk)",
             *(text, shown),
         )

@@ -1,4 +1,4 @@
-"""Errors that are told in one clear line, without a traceback."""
+"""Errors that are reported in one line, without a traceback."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ class UserError(Exception):
 
 
 class DataError(UserError):
-    """A bad image, mask or list. Raised on whichever rank reads the file, so every rank prints its own."""
+    """A bad image, mask or list. Only the rank that reads the file raises it, so every rank prints it."""
 
 
 class Fault(RuntimeError):
-    """The machine or the numbers failed: a process died, a loss is not finite.
+    """A failure at run time: a process ended, a loss is not finite.
 
-    ``run.py`` prints it as ``run.py: fault: <text>`` on every rank that meets it and exits with code 1.
+    ``run.py`` prints it as ``run.py: fault: rank <rank>: <text>`` on every rank that raises it and exits with
+    code 1.
     """

@@ -1,7 +1,4 @@
-"""Paths, names and texts that a user gives; files that are whole or absent; folders of one process.
-
-A file is written beside its place, flushed to the disk, then renamed.
-"""
+"""User-given paths, names and text files; atomic writes; locks on folders and files."""
 
 from __future__ import annotations
 
@@ -23,22 +20,21 @@ except ImportError:  # Windows
 
 log = logging.getLogger(__name__)
 
-# How a lock says that another process has it (the last one on Windows); any other error means: no locks here.
+# Errors if another process holds the lock (the last one on Windows); others: the file system has no locks.
 _HELD = {errno.EACCES, errno.EAGAIN, errno.EDEADLK}
-# How network file systems say that folders need no flushing there.
+# Errors of network file systems on which folders cannot be flushed and need not be.
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF}
-_NAME_BYTES = 150  # a file's name may have 255: the others are for the step and the writer's number
-_IN_NO_NAME = '/\\<>:"|?*' if os.name == "nt" else "/\\"  # a backslash would be a folder on another system
+_NAME_BYTES = 150  # of the 255 that a file name may have; the rest is for the step and the process id
+_IN_NO_NAME = '/\\<>:"|?*' if os.name == "nt" else "/\\"  # a backslash separates folders on Windows
 
 
 def given_path(text: str) -> Path:
-    """A path as a user writes it, wherever that is: ``~`` and ``~name`` stand for home folders.
+    """Parse a user-given path; ``~`` and ``~name`` are expanded to home folders.
 
-    A shell replaces them only at the head of a word; in a YAML file, in ``--option=~/x``, in quotes and on
-    Windows nobody else does.
+    A shell expands them only at the start of a word, not in ``--option=~/x`` or in quotes.
 
     Raises:
-        UserError: it is empty, names an unknown user's home, has a zero byte or is no UTF-8 text.
+        UserError: it is empty, names an unknown user's home, has a zero byte or is not UTF-8 text.
     """
     if not text.strip():
         raise UserError("the path is empty; give one, or leave the option out")
@@ -51,7 +47,7 @@ def given_path(text: str) -> Path:
 
 
 def printable(text: str | Path) -> str:
-    """A path for a message: bytes of its name that are no UTF-8 text as ``\\xe9``."""
+    """A path for a message, with bytes that are not UTF-8 as ``\\xe9``."""
     return os.fsencode(text).decode("utf-8", errors="backslashreplace")
 
 
@@ -65,7 +61,7 @@ def is_utf8(text: str | Path) -> bool:
 
 
 def name_fault(text: str) -> str | None:
-    """What keeps a word from being part of the names of files, and what to change; None if nothing."""
+    """Why a text cannot be part of file names, and the remedy; None if it can."""
     if not text.strip():
         return "is empty, but part of file names; give a word"
     if text != text.strip() or text.startswith("."):
@@ -82,25 +78,25 @@ def name_fault(text: str) -> str | None:
 def _unwritable(text: str) -> str | None:
     if "\0" in text:
         return "has a zero byte"
-    return None if is_utf8(text) else "is no UTF-8 text"
+    return None if is_utf8(text) else "is not UTF-8 text"
 
 
 def read_text(path: Path, label: str = "") -> str:
-    """The text of a file that a user wrote: UTF-8, with or without a byte-order mark.
+    """Read a user's text file: UTF-8, with or without a byte-order mark.
 
     Args:
         path: the file.
-        label: what stands before its path in a message, e.g. the option that names it.
+        label: put before its path in messages, e.g. the option that names it.
 
     Raises:
-        DataError: it cannot be read, or is no UTF-8 text.
+        DataError: it cannot be read, or is not UTF-8 text.
     """
     try:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{label}{path}: cannot be read ({error.strerror}); check the path") from error
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data:
-        raise DataError(f"{label}{path}: not UTF-8 text but UTF-16 or no text at all; save it as UTF-8")
+        raise DataError(f"{label}{path}: not UTF-8 text but UTF-16 or binary; save it as UTF-8")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -110,19 +106,19 @@ def read_text(path: Path, label: str = "") -> str:
 
 @contextlib.contextmanager
 def atomic_write(path: Path, remedy: str = "free some space or choose another folder") -> Iterator[BinaryIO]:
-    """Open a file that appears under its name only once it is complete and on the disk.
+    """Write a temporary file in the same folder, flush it to the disk, then rename it to ``path``.
 
-    Whatever happens in between (an error, a kill, a power cut), a file that stood there before stays as
-    it was. After an error nothing else is left behind.
+    Until then a previous file of that name is unchanged, whatever happens (an error, a kill, a power cut).
+    After an error the temporary file is removed.
 
     Args:
-        path: the file; its folder is made if it is missing.
+        path: the file; its folder is made if missing.
         remedy: last part of the message of the UserError.
 
     Raises:
         UserError: the folder or the file cannot be written, e.g. because the disk is full.
     """
-    # The process id keeps two writers apart; same folder, because a rename works only within one disk.
+    # The process id separates two writers; same folder, because a rename works only within one disk.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -156,20 +152,20 @@ def cannot_write(path: Path, error: OSError, remedy: str) -> UserError:
 
 
 class FolderLock:
-    """A folder that is one process's own until the process ends, however it ends.
+    """Exclusive lock on a folder; the system releases it when the process ends, however it ends.
 
-    Some file systems have no locks (Lustre mounted without ``flock``, NFS without its lock service). There
-    the folder is anyone's, as ``warning`` says.
+    On file systems without locks (Lustre mounted without ``flock``, NFS without its lock service) the folder
+    is not locked, and ``warning`` says so.
 
     Args:
         folder: made if missing; it gets a file ``.lock`` that names the owner.
-        remedy: last part of the message where the folder cannot be written.
+        remedy: last part of the message if the folder cannot be written.
 
     Attributes:
-        warning: for the log where the file system has no locks, else None.
+        warning: for the log if the file system has no locks, else None.
 
     Raises:
-        UserError: another process has the folder, or it cannot be written.
+        UserError: another process holds the lock, or the folder cannot be written.
     """
 
     def __init__(self, folder: Path, remedy: str = "choose another folder") -> None:
@@ -187,35 +183,35 @@ class FolderLock:
                 owner = self._owner()
                 self._file.close()
                 raise UserError(
-                    f"{folder}: another run is at work there ({owner}); wait for its end or give another "
+                    f"{folder}: another run uses this folder ({owner}); wait for its end or give another "
                     "--name"
                 ) from error
             self.warning = (
-                f"{no_locks(path, error)}, and nothing keeps a second run from this folder: "
+                f"{no_locks(path, error)}, so a second run in this folder is not prevented: "
                 "start one at a time"
             )
-        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same, only nameless
+        with contextlib.suppress(OSError):  # a full disk: the lock holds, without the owner's name
             self._file.truncate(0)
             self._file.write(f"process {os.getpid()} on {platform.node()}\n")
             self._file.flush()
 
     def _owner(self) -> str:
-        with contextlib.suppress(OSError):  # Windows does not let others read what is locked
+        with contextlib.suppress(OSError):  # on Windows others cannot read a locked file
             self._file.seek(0)
             if name := self._file.read(200).strip():
                 return name
-        return "a process that does not say who it is"
+        return "an unknown process"
 
     def release(self) -> None:
-        """Give the folder back before the process ends."""
+        """Release the lock before the process ends."""
         self._file.close()
 
 
 @contextlib.contextmanager
 def queue_lock(path: Path) -> Iterator[None]:
-    """Wait for a lock on a file and hold it; the system releases it when the process dies.
+    """Wait for a lock on a file and hold it; the system releases it when the process ends.
 
-    Where the file system has no locks nobody waits, and the log says so.
+    If the file system has no locks, a warning is logged and nothing is locked.
 
     Raises:
         OSError: the file cannot be written.
@@ -229,10 +225,10 @@ def queue_lock(path: Path) -> Iterator[None]:
 
 
 def _lock(file: IO[Any], *, wait: bool) -> None:
-    """Lock a file until it is closed, at once or not at all unless ``wait``.
+    """Lock a file until it is closed; without ``wait``, raise OSError if another process holds the lock.
 
-    A record lock: unlike flock's (which filelock takes) it does not pass on to loader processes, which can
-    outlive a killed run by some seconds. It works on NFS too.
+    A POSIX record lock: unlike ``flock`` (used by filelock) it is not inherited by loader processes, which
+    can outlive a killed run by seconds. It works on NFS too.
     """
     if fcntl is not None:
         fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -244,12 +240,12 @@ def _lock(file: IO[Any], *, wait: bool) -> None:
 
 
 def no_locks(path: Path, error: OSError) -> str:
-    """Says that a file system has no locks."""
+    """The message that a file system has no locks."""
     return f"{path}: the file system has no locks ({error.strerror or error})"
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename outlast a power cut."""
+    """Flush a folder to the disk, so that a rename in it survives a power cut."""
     if os.name == "nt":  # Windows cannot open folders
         return
     handle = os.open(folder, os.O_RDONLY)

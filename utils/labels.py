@@ -1,3 +1,3 @@
-"""What labels mean beside their classes."""
+"""Mask values other than class ids."""
 
-VOID = 255  # mask value of pixels that belong to no class
+VOID = 255  # of pixels that belong to no class

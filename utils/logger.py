@@ -1,4 +1,4 @@
-"""What a run says while it works: log lines and progress."""
+"""Logging and progress of a run."""
 
 from __future__ import annotations
 
@@ -17,30 +17,29 @@ from utils.files import cannot_write
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
-_PREFIX = "run."  # prefix of the names of our handlers, so that they can be replaced
+_PREFIX = "run."  # of the names of the handlers that ``setup_logging`` adds, and replaces
 
 
 class _ConsoleHandler(logging.Handler):
-    """Lines that do not tear a progress bar."""
+    """Prints log lines above a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             tqdm.write(self.format(record), file=sys.stdout)
             sys.stdout.flush()
-        except Exception:  # logging's own convention: report the fault, never stop the program for a log line
+        except Exception:  # as all handlers of ``logging``: report the error, do not raise it
             self.handleError(record)
 
 
 def setup_logging(world: World, run_dir: Path | None, debug: bool = False) -> logging.Logger:
-    """Send log lines to where they belong; calling it again replaces the earlier arrangement.
+    """Set up the root logger; a second call replaces the handlers of the first.
 
-    Rank 0 writes to the standard output and appends to ``<run_dir>/train.log``; other ranks write only
-    warnings, to the standard error.
+    Rank 0 logs to stdout and appends to ``<run_dir>/train.log``; other ranks log only warnings, to stderr.
 
     Args:
         world: this process.
         run_dir: folder of the run, made if missing; None: no file.
-        debug: show debug lines too.
+        debug: log debug lines too.
 
     Returns:
         The root logger, whose level and handlers are set.
@@ -78,32 +77,32 @@ def _add(root: logging.Logger, name: str, handler: logging.Handler, level: int, 
 def _file_handler(path: Path) -> logging.FileHandler:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A file name that is no UTF-8 must not cost the line that names it.
+        # File names in log lines may not be UTF-8.
         return logging.FileHandler(path, mode="a", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise cannot_write(path, error, "choose another --logdir") from error
 
 
 def progress(iterable: Iterable[T], *, total: int, desc: str, world: World, interval: int) -> Iterator[T]:
-    """Pass the items on and show how far we are, on rank 0.
+    """Yield the items and show the progress on rank 0, as a bar if stderr is a terminal, else in log lines.
 
     Args:
         iterable: the items.
-        total: how many there will be.
-        desc: what they are, in a few words.
+        total: number of items.
+        desc: description of the items.
         world: this process.
-        interval: items between two log lines, where the standard error is no terminal and no bar is drawn.
+        interval: items between two log lines.
     """
     if not world.is_main:
         yield from iterable
     elif sys.stderr.isatty():
         yield from tqdm(iterable, total=total, desc=desc, leave=False, dynamic_ncols=True)
     else:
-        began = time.perf_counter()
+        start = time.perf_counter()
         for done, item in enumerate(iterable, start=1):
-            yield item  # the consumer works on the item before the next line runs
+            yield item  # the consumer processes the item before the next line runs
             if done % interval == 0 or done == total:
-                seconds = time.perf_counter() - began
+                seconds = time.perf_counter() - start
                 left = _clock(seconds / done * (total - done))
                 _log.info("%s: %d/%d (%.1f/s, %s left)", desc, done, total, done / max(seconds, 1e-9), left)
 

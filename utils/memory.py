@@ -1,4 +1,4 @@
-"""Memory: keep what the processor freed, and know when there is no more."""
+"""Memory allocation on the CPU and recognition of out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import torch
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _LARGEST = 2**31 - 1
 
-# What helps where /dev/shm is full: containers get little of it.
+# Remedy for a full /dev/shm, which is small in containers.
 SHARED_MEMORY_REMEDY = "enlarge /dev/shm (Docker: --shm-size 8g)"
 
 
 def keep_freed_memory() -> bool:
-    """Ask the C library to keep freed memory for the next batch; returns whether it could be asked.
+    """Configure glibc to keep freed memory for the next batch; returns whether that succeeded.
 
-    Training on a processor frees and allocates gigabytes in every step. By default glibc gives each large
-    tensor back to the system at once, and every new one is then paid for by page faults; on virtual machines
-    whose host takes back free pages this more than doubles the time of a step (docs/performance.md).
+    Training on the CPU frees and allocates gigabytes in every step. By default glibc returns each large
+    tensor to the system, and each new one causes page faults; on virtual machines whose host reclaims free
+    pages this more than doubles the time of a step (docs/performance.md).
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -31,13 +31,13 @@ def keep_freed_memory() -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: CUDA has an error of its own for it, the processor only a text."""
+    """Whether memory ran out: CUDA has its own exception class, the CPU only a message."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def is_shared_memory_full() -> bool:
-    """Whether /dev/shm has no room for 16 locks, a page each, which queues between processes need."""
+    """Whether /dev/shm has no space for 16 locks (a page each), as queues between processes need."""
     try:
         return shutil.disk_usage("/dev/shm").free < 16 * 4096
-    except OSError:  # a system without it
+    except OSError:  # no /dev/shm on this system
         return False

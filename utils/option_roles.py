@@ -1,4 +1,4 @@
-"""What an option means for a run: its role, declared together with its name, type, default and help."""
+"""Roles of options, declared together with their name, type, default and help."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from typing import Any, Literal, TypeVar, get_args
 from utils.errors import UserError
 from utils.option_types import Parser, path_option
 
-# network: shapes the network, or what it computes
-# data: which images a network is trained for and evaluated on
-# learning: what else decides the trained weights
-# evaluation: how a trained network is evaluated, and when
-# incidental: where a run works, how fast, what it shows; which steps it trains
+# network: changes the network or what it computes
+# data: changes the images or classes of training and evaluation
+# learning: changes the trained weights otherwise
+# evaluation: changes how and when a trained network is evaluated
+# incidental: changes none of these: folders, speed, output; which steps are trained
 Role = Literal["network", "data", "learning", "evaluation", "incidental"]
 
 
 @dataclass(frozen=True)
 class Declaration:
-    """An option's role, and where it is treated otherwise than the role says.
+    """An option's role, and exceptions to the rules of that role.
 
     Attributes:
-        name: of the attribute of the parsed options, and in the records of a run.
-        flag: the option as it is typed; the first of its names.
+        name: attribute of the parsed options, and key in a run's files.
+        flag: first name of the option on the command line.
         role: see ``Role``.
-        switches_off: a flag that is true unless it is typed.
+        switches_off: a flag whose value is True unless it is typed.
         is_path: its value is a path.
-        compared_as_fact: a resumed run compares what the option stands for (the images, the total batch, the
-            class order), not its value.
-        chooses_task: it says which classes come in which step.
-        set_by_experiment: an experiment's runner gives it to every command.
-        derived: no option, but a value that follows from options and stands in a run's records beside them.
-        restored: a checkpoint brings it along unless it is typed; None: as the role says.
-        of_method: runs that differ in it are runs of different methods; None: as the role says.
-        with_results: if it is typed, a step's results name it; None: as the role says.
+        compared_as_fact: on resume, the fingerprint of its effect is compared (the images, the total batch,
+            the class order), not its value.
+        chooses_task: it decides which classes each step has.
+        set_by_experiment: ``scripts/experiment.py`` adds it to every command.
+        derived: not an option, but a value computed from options and saved with them.
+        restored: evaluation takes it from the checkpoint unless it is typed; None: by the role.
+        of_method: runs that differ in it count as different methods; None: by the role.
+        with_results: if typed, it is saved with a step's results; None: by the role.
     """
 
     name: str
@@ -53,10 +53,10 @@ class Declaration:
     with_results: bool | None = None
 
     def must_agree_on_resume(self, keep_best: bool) -> bool:
-        """Whether a step goes on only with the value with which it was started.
+        """Whether a step can be resumed only with the value with which it was started.
 
         Args:
-            keep_best: the validation chooses the epoch whose weights are the result.
+            keep_best: ``--keep best``: the validation chooses the weights.
         """
         if self.role == "evaluation":
             return keep_best
@@ -71,21 +71,21 @@ class Declaration:
 
     @property
     def tells_methods_apart(self) -> bool:
-        """Whether runs with two values of it are not averaged; they learn or evaluate differently."""
+        """Whether runs with different values count as different methods and are not averaged."""
         return self.role != "incidental" if self.of_method is None else self.of_method
 
     @property
     def is_named_with_results(self) -> bool:
-        """Whether results of a step name it where it is typed: it changes a trained network's numbers."""
+        """Whether it is saved with a step's results if typed: it changes the evaluation of given weights."""
         return self.role == "evaluation" if self.with_results is None else self.with_results
 
     @property
     def says_where_data_are(self) -> bool:
-        """Whether it names a place of the data, which may move between two runs of a method."""
+        """Whether it is a path of the data, which may differ between two runs of a method."""
         return self.role == "data" and self.is_path and not self.chooses_task
 
     def as_typed(self, value: Any) -> Any:
-        """A value as it belongs to ``flag``: a flag that switches off is true where it was typed."""
+        """The value to show with ``flag``: True for a switch-off flag that was typed."""
         return not value if self.switches_off and isinstance(value, bool) else value
 
 
@@ -94,12 +94,12 @@ _TRAITS = {field.name for field in fields(Declaration) if field.default is not M
 
 
 class OptionGroup(argparse._ArgumentGroup):
-    """A titled group of options, each with its role.
+    """A titled group of options with roles.
 
     Args:
-        parser: to which the group belongs.
+        parser: the parser of the group.
         title: in the help.
-        role: of the options that are declared without one; None: each must name its own.
+        role: default role of the options; None: each option must be declared with one.
     """
 
     def __init__(self, parser: OptionParser, title: str, role: Role | None = None) -> None:
@@ -109,12 +109,12 @@ class OptionGroup(argparse._ArgumentGroup):
         self.declared = parser.declared
 
     def add_argument(self, *names: Any, role: Role | None = None, **words: Any) -> argparse.Action:
-        """``argparse``'s, with ``role`` and the attributes of ``Declaration`` that differ from the role's.
+        """``argparse``'s method, with ``role`` and the optional attributes of ``Declaration`` as keywords.
 
-        A second option for the same attribute (``--fresh`` beside ``--resume``) has the first one's role.
+        A second option of the same attribute (``--fresh``, ``--resume``) has the role of the first.
 
         Raises:
-            UserError: there is no such role.
+            UserError: unknown role.
         """
         traits = {name: words.pop(name) for name in _TRAITS & words.keys()}
         if role is not None and role not in get_args(Role):
@@ -139,7 +139,7 @@ class OptionGroup(argparse._ArgumentGroup):
         return self.add_argument(*names.split(), choices=choices, default=default, **words)
 
     def _add_action(self, action: _Action) -> _Action:
-        """Declare also what comes through a group within this one, with the role of this group."""
+        """Declare also options added through a nested group, with the role of this group."""
         added = super()._add_action(action)
         if action.dest not in self.declared and self.role is not None:
             self.declared[action.dest] = self._declaration(action, self.role)
@@ -162,7 +162,7 @@ class OptionParser(Parser):
     """A parser whose options have roles.
 
     Attributes:
-        declared: what every option means, by the name of its attribute.
+        declared: the declaration of every option, by attribute name.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

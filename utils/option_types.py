@@ -1,4 +1,4 @@
-"""What argparse lacks: numbers with a range, and faults in one line."""
+"""Additions to argparse: numbers with a range, paths, one-line errors."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from utils.files import given_path
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports every fault as a ``UserError``: one line, no usage text around it."""
+    """Raises every error as a ``UserError``: one line without the usage text."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # Before Python 3.14 argparse takes -1e-3, and always -inf, for the name of an option.
+        # argparse parses -inf as the name of an option, before Python 3.14 also -1e-3.
         self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)
 
     def error(self, message: str) -> NoReturn:
@@ -28,14 +28,14 @@ class Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class Number:
-    """A number of a range; the ``type=`` of an option. Infinity and NaN lie in no range.
+    """A number in a range; the ``type=`` of an option. Infinity and NaN are in no range.
 
     Args:
         kind: ``int`` or ``float``.
-        low: the smallest.
-        high: the largest.
-        above: the number must be above ``low``.
-        below: the number must be below ``high``.
+        low: lower bound, included unless ``above``.
+        high: upper bound, included unless ``below``.
+        above: exclude ``low``.
+        below: exclude ``high``.
     """
 
     kind: type[int] | type[float]
@@ -46,7 +46,7 @@ class Number:
 
     @property
     def metavar(self) -> str:
-        """Its short name in the help."""
+        """The placeholder in the help."""
         return "N" if self.kind is int else "X"
 
     @property
@@ -58,15 +58,15 @@ class Number:
         return f"{what} of {low} and {high}"
 
     def __contains__(self, value: float) -> bool:
-        """Whether a number lies in the range; comparisons with NaN are false."""
+        """Whether a number is in the range; NaN is not."""
         over = value > self.low if self.above else value >= self.low
         return over and (value < self.high if self.below else value <= self.high)
 
     def __call__(self, word: str) -> int | float:
-        """The number that a word of the command line stands for.
+        """Parse a command-line argument.
 
         Raises:
-            argparse.ArgumentTypeError: it is none, or out of the range.
+            argparse.ArgumentTypeError: it is not a number, or out of range.
         """
         try:
             value = self.kind(word)
@@ -83,21 +83,21 @@ def whole(low: int, high: int) -> Number:
     return Number(int, low, high)
 
 
-MOST = 10**9  # of what is counted; far above what any machine can do, far below where arithmetic ends
-SEEDS = 2**32 - 1  # numpy's older generators take no larger ones
+MOST = 10**9  # upper bound of counts, such as epochs
+SEEDS = 2**32 - 1  # largest seed of numpy's older generators
 
 positive_int = whole(1, MOST)
 count = whole(0, MOST)
 seed = whole(0, SEEDS)
-loss_weight = Number(float, 0, 1e9)  # products with a loss stay finite in single precision
+loss_weight = Number(float, 0, 1e9)  # products with a loss stay finite in float32
 share = Number(float, 0, 1)
 
 
 def path_option(word: str) -> Path:
-    """A path as :func:`utils.files.given_path` reads it; the type of every option that is a path.
+    """Parse a path by :func:`utils.files.given_path`; the type of every path option.
 
     Raises:
-        argparse.ArgumentTypeError: it can be no path.
+        argparse.ArgumentTypeError: it is not a valid path.
     """
     try:
         return given_path(word)

@@ -1,4 +1,4 @@
-"""The colours of classes in masks and pictures."""
+"""Colours of classes in masks and images."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import numpy as np
 
 
 def palette(num_classes: int = 256) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Colours of PASCAL VOC, for any number of classes: num_classes×3, uint8; 0 is black.
+    """Colour map of PASCAL VOC for any number of classes: num_classes×3, uint8; class 0 is black.
 
-    VOC's rule: the bits of the class id go in turn to red, green and blue, from the highest bit down.
+    The bits of the class id are assigned in turn to red, green and blue, to their highest bits first.
     """
     ids = np.arange(num_classes, dtype=np.int64)
     colours = np.zeros((num_classes, 3), dtype=np.int64)

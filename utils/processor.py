@@ -1,4 +1,4 @@
-"""What this machine's devices are good for: whether bfloat16 is fast, and how many cores are ours."""
+"""Native bfloat16 arithmetic of devices, and the CPU cores available to this process."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def fast_bfloat16(device: torch.device) -> bool:
-    """Whether a device has bfloat16 arithmetic of its own, rather than emulating it.
+    """Whether a device has native bfloat16 arithmetic, not emulation.
 
-    On the CPU that is what PyTorch asks oneDNN before each convolution (ONEDNN_MAX_CPU_ISA counts), and on
-    x86 moreover AVX512_BF16 (every processor with AMX has it): with AVX-512 alone oneDNN emulates bfloat16 at
-    half of float32's speed; with less, PyTorch's own loops take ten times as long (docs/performance.md).
+    On the CPU: oneDNN supports it, as PyTorch checks before each convolution (ONEDNN_MAX_CPU_ISA counts), and
+    on x86 there is AVX512_BF16 (all CPUs with AMX have it). With AVX-512 alone oneDNN emulates bfloat16 at
+    half the speed of float32; with less, PyTorch's own loops take ten times as long (docs/performance.md).
     """
     if device.type == "cuda":
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
-    taken = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # none in builds without oneDNN
-    if taken is None or not taken():
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # None in builds without oneDNN
+    if supported is None or not supported():
         return False
     return platform.machine().lower() not in ("x86_64", "amd64") or torch.cpu._is_avx512_bf16_supported()
 
 
 def available_cores() -> int:
-    """Cores that this process may use: those it is bound to, within its container's share of time.
+    """Number of cores that this process may use: its CPU affinity, limited by its container's CPU quota.
 
-    Docker's ``--cpus`` and Kubernetes' limits leave every core visible; a thread for each of them would spend
-    most of its time waiting.
+    With Docker's ``--cpus`` and Kubernetes' limits every core is visible; one thread per visible core would
+    spend most of its time waiting.
     """
-    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _quota()
-    return bound if quota is None else max(1, min(bound, int(quota)))
+    return affinity if quota is None else max(1, min(affinity, int(quota)))
 
 
 def _quota() -> float | None:
-    """Cores' worth of time that the control group grants (its version 2, else 1); None without a limit."""
+    """CPU quota of the control group (version 2, else 1), in cores; None without a limit."""
     try:
         if (both := _CGROUPS / "cpu.max").is_file():
             limit, period = both.read_text().split()
@@ -53,7 +53,7 @@ def _quota() -> float | None:
 
 
 def description() -> str:
-    """Model of the processor, vector instructions, cores, and whether bfloat16 is fast."""
+    """CPU model, vector instructions, cores, and whether bfloat16 is native (fast)."""
     name = platform.processor() or platform.machine()
     information = Path("/proc/cpuinfo")
     if information.is_file():

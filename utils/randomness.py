@@ -1,4 +1,4 @@
-"""Random generators: their state in checkpoints, and runs that are equal to the last bit."""
+"""Random generator states in checkpoints, and deterministic algorithms."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from utils.errors import UserError
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:
-    """State of this process's generators: the CPU's and, on CUDA, the device's."""
+    """State of this process's random generators: of the CPU and, on CUDA, of the device."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -20,7 +20,11 @@ def rng_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
-    """Go on where ``rng_state`` was taken; a run that moved between CPU and CUDA keeps what fits."""
+    """Set the generators to a state from ``rng_state``; without a CUDA state, set the CPU's alone.
+
+    Raises:
+        UserError: the state is of another kind of generator.
+    """
     try:
         torch.set_rng_state(state["cpu"])
         if device.type == "cuda" and "cuda" in state:
@@ -33,7 +37,7 @@ def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 def make_deterministic() -> None:
-    """Let every operation give the same bits for the same input, or raise where none such exists.
+    """Use deterministic algorithms only; operations without one raise.
 
     Call it before CUDA is used: cuBLAS reads its setting once.
     """

@@ -1,4 +1,4 @@
-"""The former name of ``python -m report``; it goes with the next version."""
+"""Former name of ``python -m report``; removed in the next version."""
 
 import runpy
 

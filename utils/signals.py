@@ -1,8 +1,8 @@
-"""Signals that ask a run to stop: from Slurm before its time limit, ``kill``, ``torchrun`` or Ctrl-C.
+"""Signals that stop a run: from Slurm before its time limit, ``kill``, ``torchrun`` or Ctrl-C.
 
-SIGTERM, SIGUSR1 and SIGINT only set a flag. Training looks at it between two batches, saves, and ends with
-exit code ``EXIT_STOPPED``: the same command, started again, resumes with the next batch. A second Ctrl-C
-does not wait for that.
+SIGTERM, SIGUSR1 and SIGINT set a flag. Training checks it after every optimiser step, saves a checkpoint and
+exits with code ``EXIT_STOPPED``; the same command resumes with the next batch. A second Ctrl-C interrupts at
+once.
 """
 
 from __future__ import annotations
@@ -20,31 +20,32 @@ from utils import distributed
 T = TypeVar("T")
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 _NAMES = ("SIGTERM", "SIGUSR1", "SIGINT")  # Windows has no SIGUSR1
-# Launchers pass a Ctrl-C on that the terminal has sent to their processes already; a hand is slower.
+# Launchers forward a Ctrl-C that the terminal has already sent to their processes: SIGINTs within this time,
+# in seconds, count as one Ctrl-C.
 _ONE_CTRL_C_S = 1.0
 
 
 class Stopped(Exception):
-    """A signal ended the run; everything that it needs to be resumed is saved."""
+    """A signal ended the run, which can be resumed from what it saved."""
 
 
 class StopRequest:
     """Whether this process received a signal to stop.
 
     Attributes:
-        signal: name of the signal that came, None before.
+        signal: name of the received signal, else None.
     """
 
     def __init__(self) -> None:
         self.signal: str | None = None
         self._owner = os.getpid()
-        self._interrupted: float | None = None  # when the first Ctrl-C came
+        self._interrupted: float | None = None  # time of the first Ctrl-C
 
     def __bool__(self) -> bool:
         return self.signal is not None
 
     def listen(self) -> StopRequest:
-        """Catch the signals from now on. Only the main thread can; in another this does nothing."""
+        """Install the signal handlers; does nothing outside the main thread, where that is not possible."""
         if threading.current_thread() is threading.main_thread():
             for number in _signals():
                 signal.signal(number, self._note)
@@ -52,11 +53,11 @@ class StopRequest:
 
     @property
     def reason(self) -> str:
-        """What ended the run, for a message."""
+        """The signal that stopped the run, for a message."""
         return self.signal or "a signal to another process"
 
     def raise_if_set(self) -> None:
-        """End every process if one received a signal; every process must call it.
+        """Raise on every process if one received a signal; every process must call it.
 
         Raises:
             Stopped: on every process.
@@ -65,14 +66,14 @@ class StopRequest:
             raise Stopped(f"{self.reason}: stopped")
 
     def until_set(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, up to the one during which a signal came."""
+        """Yield the items, up to the one during which a signal is received."""
         for item in items:
             yield item
             if self:
                 return
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._owner:  # a child process that has not yet handlers of its own
+        if os.getpid() != self._owner:  # a child process before it installs its own handlers
             return
         if number == signal.SIGINT:
             now = time.monotonic()
@@ -83,20 +84,20 @@ class StopRequest:
 
 
 class Flag(Protocol):
-    """A truth value in memory that processes share (``multiprocessing.RawValue``)."""
+    """A bool in shared memory (``multiprocessing.RawValue``)."""
 
     value: bool
 
 
 def outlive_signals(unwanted: Flag, worker: int = 0) -> None:
-    """Let this loader process outlive signals as long as the process that reads from it wants it.
+    """Let this loader process ignore signals while its parent process needs it.
 
-    Slurm and Ctrl-C signal the loaders too. One that died of it would take the batch with it that the run
-    still has to finish. Once the run has set the flag, or is gone, a signal ends the loader at once.
+    Slurm and Ctrl-C signal the loaders too; ending there would lose the batches that the run still needs.
+    When the run has set the flag or has ended, a signal ends the loader at once.
 
     Args:
-        unwanted: set by the run when it needs its loaders no more.
-        worker: number of the process; not used (torch passes it).
+        unwanted: set by the run when it no longer needs its loaders.
+        worker: number of the worker, passed by torch; not used.
     """
     parent = os.getppid()
 
@@ -109,7 +110,7 @@ def outlive_signals(unwanted: Flag, worker: int = 0) -> None:
 
 
 def _signals() -> list[signal.Signals]:
-    """The signals to listen to; a background job ignores Ctrl-C, and continues to do so."""
+    """The signals to handle; without SIGINT if it is ignored, as in background jobs."""
     numbers = [signal.Signals[name] for name in _NAMES if hasattr(signal, name)]
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     return [number for number in numbers if not (ignored and number == signal.SIGINT)]

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Sequence
 
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """An aligned text table; columns of numbers stand at the right, floats with two decimals.
+    """An aligned text table: numeric columns right-aligned, floats with two decimals.
 
     Args:
-        headers: one title per column.
+        headers: one per column.
         rows: cells; None and NaN are shown as a dash.
     """
     shown = [[_cell(cell) for cell in row] for row in rows]
@@ -36,7 +36,7 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> st
 
 
 def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """The table as ``format_table``'s, in Markdown."""
+    """The table of ``format_table`` in Markdown."""
     shown = [[markdown_text(_cell(cell)) for cell in row] for row in rows]
     columns = list(zip(*shown, strict=True))
     right = [bool(column) and all(map(_numeric, column)) for column in columns] or [False] * len(headers)
@@ -45,20 +45,20 @@ def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> 
 
 
 def csv_text(rows: Iterable[Sequence[object]]) -> str:
-    """Rows as CSV, cells as they are."""
+    """Rows as CSV, cells unchanged."""
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows(rows)
     return buffer.getvalue()
 
 
 def markdown_text(text: str) -> str:
-    """A text of a user in one line of Markdown, where no letter of it means anything."""
+    """A text in one line of Markdown, with all special characters escaped."""
     plain = re.sub(r"([\\`*<>\[\]|~$&])", r"\\\1", " ".join(text.split("\n")))
-    return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", plain)  # within a word it means nothing
+    return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", plain)  # not special within a word
 
 
 def _width(text: str) -> int:
-    """Columns of a terminal that a text takes."""
+    """Width of a text in terminal columns."""
     wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
     return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
 

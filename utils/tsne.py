@@ -1,4 +1,4 @@
-"""The former name of ``python -m inference.tsne``; it goes with the next version."""
+"""Former name of ``python -m inference.tsne``; removed in the next version."""
 
 import runpy
 

@@ -1,4 +1,4 @@
-"""Pictures of masks: colours, overlays, predictions beside the truth, the confusion matrix."""
+"""Images of masks (colours, overlays, predictions beside the labels) and of confusion matrices."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from utils.labels import VOID
 from utils.palette import palette
 
 Array = np.ndarray[Any, np.dtype[Any]]
-SAMPLE_SIDE = 320
-_OPACITY = 0.6  # of the colours over a picture
-_NUMBERED = 40  # classes of a confusion matrix up to which its cells hold numbers
+SAMPLE_SIDE = 320  # longer side of sample images, in pixels
+_OPACITY = 0.6  # of the colours over an image
+_NUMBERED = 40  # largest number of classes for which cells of a confusion matrix show numbers
 
 
 def colorize(mask: Array | Tensor) -> Array:
-    """Mask H×W of class ids (255 void, in VOC's cream) to a picture H×W×3, uint8."""
+    """Colours of a mask: H×W class ids (255 void, shown in VOC's cream) → H×W×3, uint8."""
     ids = np.asarray(mask)
     return palette(max(256, int(ids.max(initial=0)) + 1))[ids]
 
 
 def overlay(image: Array | Tensor, mask: Array | Tensor) -> Array:
-    """Colour the classes of a mask over a picture; background and void leave the picture as it is.
+    """Blend the colours of a mask's classes into an image, except where it is background or void.
 
     Args:
         image: H×W×3 or 3×H×W, uint8.
@@ -42,10 +42,10 @@ def overlay(image: Array | Tensor, mask: Array | Tensor) -> Array:
     Returns:
         H×W×3, uint8.
     """
-    picture, ids = _picture(image), np.asarray(mask)
-    mixed = np.rint((1 - _OPACITY) * picture + _OPACITY * colorize(ids)).astype(np.uint8)
-    bare = (ids == 0) | (ids == VOID)
-    return np.where(bare[..., None], picture, mixed)
+    pixels, ids = _channels_last(image), np.asarray(mask)
+    mixed = np.rint((1 - _OPACITY) * pixels + _OPACITY * colorize(ids)).astype(np.uint8)
+    unchanged = (ids == 0) | (ids == VOID)
+    return np.where(unchanged[..., None], pixels, mixed)
 
 
 def prediction_grid(
@@ -57,18 +57,18 @@ def prediction_grid(
     old_predictions: Sequence[Array | Tensor] | None = None,
     path: Path | None = None,
 ) -> Array:
-    """Pictures in rows: image, labels, old model's prediction, prediction; below, the classes' colours.
+    """A grid with one row per image: image, labels, old model's prediction, prediction; a legend below.
 
     Args:
         images: each H×W×3 or 3×H×W, uint8; sizes may differ.
         targets: each H×W, class ids, 255 void.
         predictions: each H×W, class ids.
         class_names: by class id.
-        old_predictions: each H×W, of the model before this step, for a column before the predictions.
-        path: also write the picture there, as PNG.
+        old_predictions: each H×W, of the previous step's model; None: no such column.
+        path: also write the grid there, as PNG.
 
     Returns:
-        The picture, height×width×3, uint8.
+        The grid, height×width×3, uint8.
 
     Raises:
         UserError: ``path`` cannot be written.
@@ -77,12 +77,12 @@ def prediction_grid(
     masks = {"labels": targets, **old, "prediction": predictions}
     if not images or any(len(column) != len(images) for column in masks.values()):
         raise ValueError("prediction_grid needs as many labels and predictions as images, and at least one")
-    figure = _grid_figure([_picture(image) for image in images], masks, class_names)
+    figure = _grid_figure([_channels_last(image) for image in images], masks, class_names)
     return _render(figure, path)
 
 
 def confusion_figure(confusion: Array | Tensor, class_names: Sequence[str]) -> Figure:
-    """Confusion matrix as a matplotlib figure, each row (true class) in percent of its pixels.
+    """A matplotlib figure of a confusion matrix, in percent of each row (true class).
 
     Args:
         confusion: C×C counts, rows are labels, columns predictions.
@@ -91,7 +91,7 @@ def confusion_figure(confusion: Array | Tensor, class_names: Sequence[str]) -> F
     counts = np.asarray(confusion, dtype=np.float64)
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     names, classes = [drawable(name) for name in class_names], len(class_names)
-    # 151 names need about 0.11 inch each to be read; few classes get room for a number in every cell.
+    # 151 names need about 0.11 inch each to be legible; with few classes each cell shows a number.
     side = 2.4 + (0.3 * classes if classes <= _NUMBERED else 0.115 * classes)
     figure = _figure(side + 1, side)
     axes = figure.add_subplot()
@@ -109,7 +109,7 @@ def confusion_figure(confusion: Array | Tensor, class_names: Sequence[str]) -> F
 
 
 def _number_cells(axes: Axes, shares: Array) -> None:
-    """Percentages of half a percent and more, in the cells of a confusion matrix."""
+    """Write percentages of at least 0.5 % into the cells of a confusion matrix."""
     for row, column in zip(*np.nonzero(shares >= 0.5), strict=True):
         share = shares[row, column]
         colour = "white" if share > 55 else "black"
@@ -123,10 +123,10 @@ def write_samples(
     predictions: Sequence[Array | Tensor],
     step: int,
 ) -> list[Path]:
-    """Write the same pictures after every step, for reports that set steps and methods side by side.
+    """Write sample images of a step, for reports that compare steps and methods.
 
-    ``<i>_input.png``, ``<i>_truth.png`` and ``<i>_step<step>.png``, masks as colours over the picture, the
-    longer side at most ``SAMPLE_SIDE`` pixels.
+    ``<i>_input.png``, ``<i>_truth.png`` and ``<i>_step<step>.png``, masks as overlays, the longer side at
+    most ``SAMPLE_SIDE`` pixels.
 
     Args:
         folder: made if missing.
@@ -144,21 +144,21 @@ def write_samples(
     written = []
     for index, (image, target, prediction) in enumerate(zip(images, targets, predictions, strict=True)):
         shown = {
-            f"{index}_input.png": _picture(image),
+            f"{index}_input.png": _channels_last(image),
             f"{index}_truth.png": overlay(image, target),
             f"{index}_step{step}.png": overlay(image, prediction),
         }
         for name, pixels in shown.items():
-            picture = Image.fromarray(pixels)
-            picture.thumbnail((SAMPLE_SIDE, SAMPLE_SIDE))
+            sample = Image.fromarray(pixels)
+            sample.thumbnail((SAMPLE_SIDE, SAMPLE_SIDE))
             with atomic_write(folder / name, "free some space or choose another --logdir") as file:
-                picture.save(file, format="png")
+                sample.save(file, format="png")
             written.append(folder / name)
     return written
 
 
 def _grid_figure(
-    pictures: Sequence[Array], masks: Mapping[str, Sequence[Array | Tensor]], names: Mapping[int, str]
+    images: Sequence[Array], masks: Mapping[str, Sequence[Array | Tensor]], names: Mapping[int, str]
 ) -> Figure:
     present = set[int]()
     for column in masks.values():
@@ -166,20 +166,20 @@ def _grid_figure(
             present.update(np.unique(np.asarray(mask)).tolist())
     shown = sorted(present - {0, VOID})
     width, cell = 1 + len(masks), 3.0
-    heights = [min(cell * picture.shape[0] / picture.shape[1], 1.5 * cell) for picture in pictures]
+    heights = [min(cell * image.shape[0] / image.shape[1], 1.5 * cell) for image in images]
     per_row = max(1, int(width * cell / 1.9))
     legend_height = 0.15 + 0.24 * math.ceil(len(shown) / per_row)
     figure = _figure(width * cell, sum(heights) + 0.3 + legend_height)
-    grid = figure.add_gridspec(len(pictures) + 1, width, height_ratios=[*heights, legend_height])
-    for row, picture in enumerate(pictures):
-        cells = [picture, *(overlay(picture, column[row]) for column in masks.values())]
+    grid = figure.add_gridspec(len(images) + 1, width, height_ratios=[*heights, legend_height])
+    for row, image in enumerate(images):
+        cells = [image, *(overlay(image, column[row]) for column in masks.values())]
         for place, (title, content) in enumerate(zip(["image", *masks], cells, strict=True)):
             axes = figure.add_subplot(grid[row, place])
             axes.imshow(content, interpolation="antialiased")
             axes.set_axis_off()
             if row == 0:
                 axes.set_title(title, fontsize=11)
-    legend = figure.add_subplot(grid[len(pictures), :])
+    legend = figure.add_subplot(grid[len(images), :])
     legend.set_axis_off()
     colours = palette(max([VOID, *shown]) + 1) / 255
     legend.legend(
@@ -196,18 +196,19 @@ def _grid_figure(
     return figure
 
 
-def _picture(image: Array | Tensor) -> Array:
-    picture = np.asarray(image)
-    # Three rows of pixels look like channels: a tensor has its channels first, an array last.
-    if picture.ndim == 3 and picture.shape[0] == 3 and (isinstance(image, Tensor) or picture.shape[2] != 3):
-        picture = picture.transpose(1, 2, 0)
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-        raise ValueError(f"an image must be H×W×3 or 3×H×W in uint8, not {picture.dtype} {picture.shape}")
-    return picture
+def _channels_last(image: Array | Tensor) -> Array:
+    """H×W×3 or 3×H×W, uint8 → H×W×3."""
+    pixels = np.asarray(image)
+    # 3×H×3 is ambiguous: a tensor has its channels first, an array last.
+    if pixels.ndim == 3 and pixels.shape[0] == 3 and (isinstance(image, Tensor) or pixels.shape[2] != 3):
+        pixels = pixels.transpose(1, 2, 0)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise ValueError(f"an image must be H×W×3 or 3×H×W in uint8, not {pixels.dtype} {pixels.shape}")
+    return pixels
 
 
 def _figure(width: float, height: float) -> Figure:
-    """A figure that pyplot does not keep: nothing to close, no display needed."""
+    """A figure that pyplot does not register: no need to close it, no display needed."""
     return Figure(figsize=(width, height), dpi=100, layout="constrained")
 
 
@@ -217,5 +218,5 @@ def _render(figure: Figure, path: Path | None) -> Array:
     if path is not None:
         with atomic_write(path, "free some space or choose another --logdir") as file:
             file.write(buffer.getvalue())
-    with Image.open(buffer) as picture:
-        return np.asarray(picture.convert("RGB"))
+    with Image.open(buffer) as rendered:
+        return np.asarray(rendered.convert("RGB"))

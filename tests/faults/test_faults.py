@@ -60,7 +60,7 @@ def test_a_second_run_in_the_same_folder_is_told_and_ends(tiny_data: Path, tmp_p
         assert sorted(codes) == [0, 2]
         winner, loser = (one, other) if codes[0] == 0 else (other, one)
         (line,) = errors(loser)
-        assert f"another run is at work there (process {winner.processes[0].pid} on" in line
+        assert f"another run uses this folder (process {winner.processes[0].pid} on" in line
     assert saved_batch(tmp_path) > 0
     assert (run_dir(tmp_path) / "results_0.json").is_file()
     # What the loser would have logged is not mixed into the winner's log.

@@ -99,7 +99,7 @@ def test_a_folder_has_one_owner(tmp_path: Path) -> None:
             os._exit(0)
     os.waitpid(child, 0)
     text = os.read(reader, 1000).decode()
-    assert f"another run is at work there (process {os.getpid()} on" in text
+    assert f"another run uses this folder (process {os.getpid()} on" in text
     lock.release()
     FolderLock(tmp_path / "run").release()
 

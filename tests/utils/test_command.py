@@ -158,7 +158,7 @@ def test_a_report_is_written_whatever_becomes_of_its_output(tmp_path: Path) -> N
     ("redirect", "out", "err"),
     [
         (">&-", "", ""),
-        (">/dev/full", "", "the output cannot be written (No space left on device); the work goes on\n"),
+        (">/dev/full", "", "stdout cannot be written (No space left on device); continuing without it\n"),
         ("| (exec <&-; sleep 0.1)", "", ""),
         ("2>/dev/full | cat", "?" * 50 + "\n", ""),
     ],

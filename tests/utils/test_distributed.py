@@ -157,7 +157,7 @@ def test_missing_rank_is_a_user_error():
     """
     ((returncode, output),) = run_processes(1, code, WORLD_SIZE="2")
     assert returncode == 0, output
-    assert "rank 0 of 2 finds no group at 127.0.0.1" in output
+    assert "rank 0 of 2 finds no process group at 127.0.0.1" in output
 
 
 @pytest.mark.parametrize(("environment", "threads"), [({"OMP_NUM_THREADS": "1"}, 1), ({}, 3)])
@@ -227,7 +227,7 @@ def test_launch_rank(monkeypatch):
         ("GPU_windows", {"RANK": "0", "WORLD_SIZE": "2"}, 1, "one process, but 2"),
         (None, {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, 1, "2 processes .* 1 GPU; .*=1"),
         (None, {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"}, 2, "4 processes .* 2 GPUs; .*=2"),
-        ("CPU", {"RANK": "zero"}, 0, "RANK='zero' is no number"),
+        ("CPU", {"RANK": "zero"}, 0, "RANK='zero' is not a number"),
         ("CPU", {"WORLD_SIZE": "2"}, 0, "RANK, MASTER_ADDR, MASTER_PORT is not set"),
     ],
 )
@@ -280,13 +280,13 @@ def test_all_processes_agree_on_bfloat16():
 WRONG_PLACES = [
     ({"GLOO_SOCKET_IFNAME": "nosuch0"}, "GLOO_SOCKET_IFNAME='nosuch0' names no network .* unset it"),
     ({"GLOO_SOCKET_IFNAME": "lo,nosuch0"}, "GLOO_SOCKET_IFNAME='lo,nosuch0' names no network"),
-    ({"MASTER_PORT": "abc"}, "MASTER_PORT='abc' is no port; give a free one of 1 to 65535"),
-    ({"MASTER_PORT": "65536"}, "MASTER_PORT='65536' is no port"),
-    ({"MASTER_PORT": "0"}, "MASTER_PORT='0' is no port"),
+    ({"MASTER_PORT": "abc"}, "MASTER_PORT='abc' is not a port; give a free one of 1 to 65535"),
+    ({"MASTER_PORT": "65536"}, "MASTER_PORT='65536' is not a port"),
+    ({"MASTER_PORT": "0"}, "MASTER_PORT='0' is not a port"),
     ({"MASTER_ADDR": "no such host"}, "MASTER_ADDR='no such host' is not the address of a machine"),
     ({"MASTER_ADDR": "a" * 64}, "MASTER_ADDR='a+' is not the address of a machine"),
     ({"RANK": "2"}, "RANK is 2 but WORLD_SIZE 2"),
-    ({"WORLD_SIZE": "²"}, "WORLD_SIZE='²' is no number"),
+    ({"WORLD_SIZE": "²"}, "WORLD_SIZE='²' is not a number"),
 ]
 
 

@@ -83,7 +83,7 @@ def test_letters_that_no_font_has_are_told_once(
         assert drawable("鹰") == "\\u9e70"
         assert in_one_font("猫")[0] == "\\u732b"
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [
-        "no installed font has all letters of big 猫"
+        "no installed font has all characters of big 猫"
     ]
 
 

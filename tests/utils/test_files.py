@@ -52,7 +52,7 @@ def test_a_word_that_may_be_part_of_a_file_name(name):
         ("a\nb", "a control character"),
         ("x" * 151, "151 bytes long; use at most 150"),
         ("é" * 76, "152 bytes long"),
-        (os.fsdecode(b"caf\xe9"), "no UTF-8 text"),
+        (os.fsdecode(b"caf\xe9"), "not UTF-8 text"),
     ],
 )
 def test_a_word_that_may_not(name, words):
@@ -129,7 +129,7 @@ def test_a_lock_that_is_held_is_another_run(tmp_path, monkeypatch, name):
         raise OSError(getattr(errno, name), "held")
 
     monkeypatch.setattr(files.fcntl, "lockf", held)
-    with pytest.raises(UserError, match="another run is at work there"):
+    with pytest.raises(UserError, match="another run uses this folder"):
         FolderLock(tmp_path / "run")
 
 

@@ -101,7 +101,7 @@ def test_no_program_has_paths_of_another_type() -> None:
     [
         ("~nobody-of-that-name/x", "~nobody-of-that-name/x: no home folder of that user is known"),
         ("", "the path is empty"),
-        (os.fsdecode(b"caf\xe9"), r"caf\xe9: the path is no UTF-8 text"),
+        (os.fsdecode(b"caf\xe9"), r"caf\xe9: the path is not UTF-8 text"),
     ],
 )
 def test_what_can_be_no_path_is_refused_with_its_option(path: str, words: str) -> None:
