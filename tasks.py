@@ -1,14 +1,14 @@
-"""Class orders: which dataset classes each step of a task brings, and the order of the network's outputs.
+"""Tasks: which dataset classes each step learns, and the order of the network's outputs.
 
 A task is an ordered list of steps, each a list of dataset class ids. Background is id 0 and belongs to
-step 0. The network's output index of a class is its position in the concatenation of the steps.
+step 0. The output index of a class is its position in the concatenation of the steps.
 
     >>> task = get_task("voc", "15-1")
     >>> task.name, task.num_steps, task.new_classes(1), task.classes_per_step(2)
     ('15-5s', 6, (16,), [16, 1, 1])
 
-The VOC and ADE20K orders are those of the released programs of MiB, PLOP, SDR, SATS and SSUL; they are stored
-as step sizes over the natural order, plus the explicit permutations (``_VOC_ORDERS``, ``_ADE_ORDERS``).
+The VOC and ADE20K tasks are those of the released code of MiB, PLOP, SDR, SATS and SSUL; they are stored as
+step sizes in the order of ids, and as permutations (``_VOC_ORDERS``, ``_ADE_ORDERS``).
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ Steps = tuple[tuple[int, ...], ...]
 
 DATASETS = ("voc", "ade", "folder", "shapes")
 
-# Number of dataset classes with background (ADE20K: with "other"); own data brings its own number.
+# Number of dataset classes with background (ADE20K: with "other"); user data defines its own.
 _NUM_CLASSES = {"voc": 21, "ade": 151, "shapes": 21}
 
-# name -> (classes of step 0 without background, classes of every later step), in the order of the ids.
+# name -> (classes of step 0 without background, classes of every later step), in order of ids.
 _VOC_REGULAR = {
     "offline": (20, 0),
     "19-1": (19, 1),
@@ -58,7 +58,7 @@ _ADE_REGULAR = {
     "10-10": (10, 10),
 }
 
-# 15-5s_<letter>: 16 classes at step 0, then one by one.
+# 15-5s_<letter>: 16 classes at step 0, then one per step.
 _VOC_ORDERS = {
     "b": "0 12 9 20 7 15 8 14 16 5 19 4 1 13 2 11 17 3 6 18 10",
     "c": "0 13 19 15 17 9 8 5 20 4 3 10 11 18 16 7 12 14 6 1 2",
@@ -84,8 +84,8 @@ _VOC_ORDERS = {
     "w": "0 1 2 12 14 13 19 18 7 11 20 8 4 9 16 10 3 15 6 5 17",
 }
 
-# ADE20K's shuffled orders: (step 0 of 50<letter>, steps 1..5 of 100-10<letter>). 100-50<letter> and
-# 50<letter> are made of the same sets; classes of a first step or of a step of 50 stand in ascending order.
+# Shuffled orders of ADE20K: (step 0 of 50<letter>, steps 1..5 of 100-10<letter>). 100-50<letter> and
+# 50<letter> have the same sets of classes; classes of a first step or of a step of 50 are in ascending order.
 _ADE_ORDERS = {
     "b": (
         "0 1 9 14 18 22 24 25 27 28 29 32 38 42 45 46 47 48 49 54 56 58 61 62 63 69 74 75 76 77 81 82 84 90 "
@@ -170,7 +170,7 @@ def check_step(task: Task, step: int) -> None:
 
 
 def task_names(dataset: str) -> list[str]:
-    """Names of the published tasks of a data set (own data has only ``offline``; any ``A-B`` works there)."""
+    """Names of the published tasks of a data set (user data: only ``offline``, besides any ``A-B``)."""
     _check_dataset(dataset)
     return list(_published(dataset))
 
@@ -184,18 +184,17 @@ def get_task(
     class_order: Sequence[int] | None = None,
     class_order_seed: int | None = None,
 ) -> Task:
-    """Look up a published task, cut one from an ``A-B`` name, or read one from a file.
+    """A published task, a task by an ``A-B`` name, or a task from a file.
 
     Args:
         dataset: ``voc``, ``ade``, ``folder`` or ``shapes``.
-        name: a published name or one of its synonyms (``15-1``, ``joint``; case does not matter). For
-            ``folder`` and ``shapes`` also ``10-2`` (the first 10 foreground classes, then 2 by 2, the last
-            step takes what is left) or all sizes, ``10-5-5``. ``None``: the only task of ``task_file``,
-            or its list of steps under the file's name.
+        name: a published name or one of its synonyms (``15-1``, ``joint``; case-insensitive). For ``folder``
+            and ``shapes`` also ``10-2`` (10 foreground classes, then 2 per step, the rest in the last step)
+            or all sizes, ``10-5-5``. ``None``: the only task of ``task_file``, or its list of steps, named
+            after the file.
         task_file: YAML or JSON file with ``{name: [[0, ...], [...]]}`` or with one list of steps.
-        num_classes: number of dataset classes with background; needed for ``folder``.
-        class_order: the foreground class ids in the order in which the task takes them (``folder``,
-            ``shapes``).
+        num_classes: number of dataset classes with background; required for ``folder``.
+        class_order: foreground class ids in the order of the task (``folder``, ``shapes``).
         class_order_seed: shuffle the foreground classes with this seed instead.
 
     Raises:
@@ -244,7 +243,7 @@ def _resolve_num_classes(dataset: str, num_classes: int | None) -> int:
 
 
 def _canonical_name(dataset: str, name: str, num_classes: int) -> str:
-    """The table's name for what users type: case, dashes of papers, ``15-1``, ``15-5-1``, ``joint``."""
+    """The published name of a synonym: upper case, other dashes, ``15-1``, ``15-5-1``, ``joint``."""
     typed = re.sub(r"[\u2010-\u2015\u2212]", "-", name.strip().lower())
     names = _published(dataset)
     if typed in names:
@@ -270,7 +269,7 @@ def _unknown_task(dataset: str, name: str) -> str:
     near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
     usual = [known for known in names if "_" not in known]
     hint = f"did you mean {' or '.join(near)}?" if near else f"known tasks: {', '.join(usual)}"
-    more = "" if dataset in ("voc", "ade") else "; or cut your own: 10-2 is 10 classes, then 2 by 2"
+    more = "" if dataset in ("voc", "ade") else "; or any sizes: 10-2 is 10 classes, then 2 per step"
     return f"--task {name!r}: unknown task of --dataset {dataset}; {hint}{more}"
 
 
@@ -278,7 +277,7 @@ def _unknown_task(dataset: str, name: str) -> str:
 
 
 def _cut(num_classes: int, first: int, width: int) -> Steps:
-    """Background and ``first`` classes, then ``width`` by ``width``; the last step takes what is left."""
+    """Background and ``first`` classes, then ``width`` per step; the last step has the rest."""
     bounds = [0, first + 1, *(range(first + 1 + width, num_classes, width) if width else ())]
     if bounds[-1] < num_classes:
         bounds.append(num_classes)
@@ -319,26 +318,26 @@ def _published(dataset: str) -> dict[str, Steps]:
     return dict(_ade_tasks() if dataset == "ade" else _voc_tasks())
 
 
-# --- tasks of one's own -------------------------------------------------------------------------------------
+# --- custom tasks -------------------------------------------------------------------------------------------
 
 
 def _foreground_order(
     dataset: str, num_classes: int, class_order: Sequence[int] | None, seed: int | None
 ) -> tuple[int, ...]:
-    """Dataset class id for each place of the task; background stays first."""
+    """Dataset class ids in the order of the task; background first."""
     if class_order is None and seed is None:
         return tuple(range(num_classes))
     if class_order is not None and seed is not None:
         raise UserError("--class_order and --class_order_seed exclude each other; give one")
     if dataset in ("voc", "ade"):
         raise UserError(
-            f"--dataset {dataset}: its task names stand for published class orders; "
+            f"--dataset {dataset}: its task names are published class orders; "
             "give another order as a task file, or choose a shuffled task such as 15-5s_b or 100-10b"
         )
     if seed is not None:
         if not 0 <= seed < 2**32:
             raise UserError(f"--class_order_seed {seed}: give a number from 0 to {2**32 - 1}")
-        # RandomState's stream is frozen (NEP 19): a seed means the same order with every numpy.
+        # RandomState's stream is frozen (NEP 19): a seed gives the same order with every numpy version.
         return (0, *(int(c) for c in 1 + np.random.RandomState(seed).permutation(num_classes - 1)))
     order = tuple(class_order or ())
     if 0 not in order:
@@ -353,7 +352,7 @@ def _foreground_order(
 
 
 def _steps_from_sizes(name: str, num_classes: int) -> Steps | None:
-    """Steps of ``A-B`` or ``A-B-C...``; None where the name is not of this form."""
+    """Steps of ``A-B`` or ``A-B-C...``; None for other names."""
     if not re.fullmatch(r"\d+(-\d+)+", name):
         return None
     sizes = [int(size) for size in name.split("-")]
@@ -375,7 +374,7 @@ def _steps_from_sizes(name: str, num_classes: int) -> Steps | None:
 
 
 def _read_task_file(path: Path, name: str | None, dataset: str, num_classes: int) -> tuple[str, str, Steps]:
-    """Name, data set and steps of a task in a file of one's own."""
+    """Name, data set and steps of a task in a user's file."""
     try:
         text = read_text(path, "task file ")
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
@@ -399,15 +398,15 @@ def _read_task_file(path: Path, name: str | None, dataset: str, num_classes: int
 
 
 def read_class_order(path: Path, class_names: Sequence[str]) -> list[int]:
-    """Class ids from a text file with one class per line, by its name or its id (``--class_order``).
+    """Read class ids from a text file with one class per line, as its name or id (``--class_order``).
 
     Args:
-        path: the file; empty lines do not count.
-        class_names: name of each dataset class id. A name wins over an id.
+        path: the file; empty lines are skipped.
+        class_names: name of each dataset class id; names take precedence over ids.
 
     Raises:
-        UserError: the file cannot be read or a line is no class. Whether every class is there once is left to
-            :func:`get_task`.
+        UserError: the file cannot be read or a line is not a class. :func:`get_task` checks that every class
+            is listed once.
     """
     lines = read_text(path, "--class_order ").splitlines()
     ids = {str(c): c for c in range(len(class_names))} | {name: c for c, name in enumerate(class_names)}
@@ -417,7 +416,7 @@ def read_class_order(path: Path, class_names: Sequence[str]) -> list[int]:
         if word and word not in ids:
             near = difflib.get_close_matches(word, class_names, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else "give a name or id of classes.txt"
-            raise UserError(f"--class_order {path}:{number}: {word!r} is no class; {hint}")
+            raise UserError(f"--class_order {path}:{number}: {word!r} is not a class; {hint}")
         if word:
             order.append(ids[word])
     return order

@@ -1,1 +1,1 @@
-"""From predictions to the published numbers: confusion matrix, then old, new and all classes."""
+"""Confusion matrix, and the metrics of old, new and all classes computed from it."""

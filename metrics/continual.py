@@ -1,7 +1,7 @@
-"""What a step is judged by: IoU of old, new and all classes, and what was forgotten.
+"""Metrics of a step: IoU of old, new and all classes, and forgetting.
 
-"Old" are the classes of earlier steps, "new" those of this one. A class that is in no label and no prediction
-has no IoU (NaN) and is left out of every mean; so is ADE20K's "other", always. Numbers are fractions; tables
+"Old" are the classes of earlier steps, "new" those of this step. A class without labels and predictions has
+IoU NaN and is excluded from every mean; ADE20K's "other" is always excluded. Values are fractions; tables
 show percent.
 """
 
@@ -24,20 +24,20 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass(frozen=True)
 class Results:
-    """Numbers of one evaluation; NaN where a number does not exist.
+    """Metrics of one evaluation; NaN if undefined.
 
     Attributes:
-        miou_all: mean IoU over all classes seen, background included.
+        miou_all: mean IoU over old and new classes, background included.
         miou_old, miou_old_no_background: over the classes of earlier steps.
         miou_new, miou_new_no_background: over the classes of this step; they differ at step 0 only.
         harmonic_mean: of ``miou_old`` and ``miou_new``.
-        pixel_accuracy: share of labelled pixels predicted right.
-        mean_accuracy: mean over the labelled classes of the share of their pixels predicted right.
+        pixel_accuracy: share of labelled pixels predicted correctly.
+        mean_accuracy: mean over the labelled classes of the share of their pixels predicted correctly.
         mean_forgetting: mean of ``forgetting``.
-        class_iou, class_accuracy: by class name, in network order; classes left out have no entry.
-        class_pixels: labelled pixels of each class.
+        class_iou, class_accuracy: by class name, in network order; ignored classes have no entry.
+        class_pixels: number of labelled pixels of each class.
         forgetting: by name of each old class, its IoU after the step that learnt it minus its IoU now.
-        old_classes: number of network classes known before the step, background included.
+        old_classes: ``classes_old`` under its name in result files: number of old classes, with background.
         indices: network index of each name in ``class_iou``.
     """
 
@@ -62,7 +62,7 @@ class Results:
         return "\n\n".join(format_table(*table) for table in self.tables())
 
     def tables(self) -> list[tuple[list[str], list[list[str]]]]:
-        """Titles and rows of two tables: every class, then the means, in percent."""
+        """Headers and rows of two tables: every class, then the means, in percent."""
         classes = [
             [
                 "old" if self.indices[name] < self.old_classes else "new",
@@ -85,7 +85,7 @@ class Results:
             ("mean accuracy", self.mean_accuracy),
             ("mean forgetting of old classes", self.mean_forgetting),
         ]
-        if self.old_classes:  # the background is old: both means of the new classes are one number
+        if self.old_classes:  # the background is old: both means of the new classes are equal
             del means[3]
         return [
             (["", "class", "IoU %", "accuracy %", "forgotten", "pixels"], classes),
@@ -93,14 +93,14 @@ class Results:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as plain JSON types, NaN as None."""
-        plain: dict[str, Any] = _without_nan(asdict(self))
-        return plain
+        """All attributes as JSON types, NaN as None."""
+        content: dict[str, Any] = _without_nan(asdict(self))
+        return content
 
     def csv_row(self, step: int, num_classes: int) -> list[str]:
-        """The row that PLOP and SATS append: step, IoU per network index, mean IoU.
+        """CSV row as PLOP and SATS write it: step, IoU per network index, mean IoU.
 
-        A class of a later step is "x", one that has no IoU (or is not evaluated) "X".
+        A class of a later step is "x", a class without IoU or not evaluated "X".
 
         Args:
             step: number of the step.
@@ -122,12 +122,12 @@ def summarise(
     ignore: AbstractSet[int] = frozenset(),
     learnt_iou: Mapping[str, float] | None = None,
 ) -> Results:
-    """Reduce a confusion matrix to the numbers of a step.
+    """Compute the metrics of a step from its confusion matrix.
 
     Args:
         confusion: C×C counts, rows are labels, columns predictions, in network order.
         class_names: C different names.
-        classes_old: number of classes known before this step, background included; 0 at step 0.
+        classes_old: number of old classes, background included; 0 at step 0.
         ignore: network indices that are not evaluated; their labels count as void.
         learnt_iou: IoU of each class, by name, after the step that learnt it.
     """
@@ -170,20 +170,20 @@ def summarise(
 
 
 def _ratio(numerator: Array, denominator: Array) -> Array:
-    """Quotient, NaN where the denominator is zero."""
+    """Quotient; NaN if the denominator is 0."""
     quotient = np.full(denominator.shape, np.nan)
     np.divide(numerator, denominator, out=quotient, where=denominator > 0)
     return quotient
 
 
 def _mean(values: Iterable[float] | Array) -> float:
-    """Mean of the values that are not NaN; NaN if there is none."""
+    """Mean of the values other than NaN; NaN without such values."""
     finite = [float(value) for value in values if not math.isnan(value)]
     return math.fsum(finite) / len(finite) if finite else math.nan
 
 
 def _harmonic_mean(a: float, b: float) -> float:
-    """2ab/(a+b); 0 where both are 0, NaN where either does not exist."""
+    """2ab/(a+b); 0 if both are 0, NaN if either is NaN."""
     return 2 * a * b / (a + b) if a + b != 0 else 0.0
 
 

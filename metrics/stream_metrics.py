@@ -1,4 +1,4 @@
-"""The confusion matrix of an evaluation, exact on any device and any number of processes."""
+"""Confusion matrix of an evaluation, exact on any device and any number of processes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from utils.labels import VOID
 class StreamSegMetrics(Metric):
     """Counts pixels by label and prediction, batch by batch.
 
-    torchmetrics' own confusion matrix drops void pixels through a boolean mask, which makes the GPU wait
-    for the host in every batch, and in deterministic mode builds a pixels × C² table. Here void has a bin
-    of its own and one scatter counts everything in int64.
+    The confusion matrix of torchmetrics removes void pixels by a boolean mask, which synchronises with the
+    GPU in every batch, and in deterministic mode builds a pixels × C² table. Here void has its own bin and
+    one scatter counts all pixels in int64.
 
     Args:
-        num_classes: C, the network's classes. Labels are 0..C-1, or 255 for void.
-        device: where counting happens: that of the predictions.
+        num_classes: C, number of the network's classes. Labels are 0..C-1, or 255 for void.
+        device: of the predictions, where pixels are counted.
     """
 
     full_state_update = False
@@ -29,7 +29,7 @@ class StreamSegMetrics(Metric):
     images: Tensor
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
-        super().__init__(sync_on_compute=False)  # adding up over processes is synchronise's, visibly
+        super().__init__(sync_on_compute=False)  # ``synchronise`` sums over processes
         self.num_classes = num_classes
         # C² cells, then void, then labels that are neither a class nor void.
         self.add_state("counts", torch.zeros(num_classes**2 + 2, dtype=torch.long), dist_reduce_fx="sum")
@@ -37,7 +37,7 @@ class StreamSegMetrics(Metric):
         self.to(torch.device(device))
 
     def update(self, preds: Tensor, targets: Tensor) -> None:
-        """Count a batch; reads nothing back from the device.
+        """Count a batch, without synchronising with the GPU.
 
         Args:
             preds: B×H×W, integers 0..C-1.
@@ -59,7 +59,7 @@ class StreamSegMetrics(Metric):
         self.images += preds.shape[0]
 
     def synchronise(self) -> None:
-        """Sum over all processes; every process calls it once before it reads them. Again is harmless."""
+        """Sum the counts over all processes; every process must call it. Further calls do nothing."""
         if not self._is_synced:
             self.sync()
 
@@ -68,7 +68,7 @@ class StreamSegMetrics(Metric):
         """C×C, int64, on the CPU; rows are labels, columns predictions.
 
         Raises:
-            UserError: labels were met that are neither a class nor void.
+            UserError: there were labels that are neither a class nor void.
         """
         counts = self.counts.cpu()
         stray = int(counts[-1])
@@ -80,5 +80,5 @@ class StreamSegMetrics(Metric):
         return counts[:-2].view(self.num_classes, self.num_classes)
 
     def compute(self) -> Tensor:
-        """The confusion matrix (torchmetrics' name for it)."""
+        """The confusion matrix."""
         return self.confusion_matrix

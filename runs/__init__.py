@@ -1,1 +1,1 @@
-"""The files of a run: each format has one owner, its writer beside its reader."""
+"""The files of a run; each module writes and reads one format."""

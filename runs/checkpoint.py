@@ -1,9 +1,8 @@
-"""Checkpoints: the published names, whole files only, and a clear word about one that does not fit.
+"""Writing, reading and checking checkpoints.
 
-Beside ``<name>.pth`` stands ``<name>.json``, its manifest for people and programs, with the file's sha256.
-It is written second. If a run is killed between the two, the older manifest names another ``save_id`` than
-the checkpoint holds and is passed over with a log line; if the ids agree and the hash does not, the
-checkpoint is damaged.
+``<name>.pth`` has a manifest ``<name>.json`` with the file's sha256, written after it. If a run is killed
+between the two writes, the ``save_id`` of the older manifest differs from the checkpoint's, and the manifest
+is skipped with a log line. If the ids agree but the hash does not, the checkpoint is damaged.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ FORMAT_VERSION = 1
 
 _log = logging.getLogger(__name__)
 _NO_SPACE = "free some space or choose another --logdir"
-_DOS_FOLDER = 0x10  # bit of a zip record's attributes
+_DOS_FOLDER = 0x10  # bit of a zip member's attributes
 _WRAPPERS = ("module.", "_orig_mod.")
-_SAME_WEIGHTS = ({"std", "sync"}, {"iabn", "iabn_sync", "iabn_sync_test"})  # --norm_act: same arithmetic
-# Released checkpoints hold their best score as a numpy number. These rebuild one and can do nothing else.
+_SAME_WEIGHTS = ({"std", "sync"}, {"iabn", "iabn_sync", "iabn_sync_test"})  # --norm_act: same weights
+# Released checkpoints hold their best score as a numpy number: the functions that unpickle one are safe.
 _SCALAR = np.float64(0).__reduce__()[0]
 _NUMPY_NUMBERS: list[Any] = [
     (_SCALAR, "numpy.core.multiarray.scalar"),
@@ -54,18 +53,18 @@ _NUMPY_NUMBERS: list[Any] = [
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a checkpoint and its manifest; an earlier checkpoint stays whole until the new one is.
+    """Write a checkpoint and its manifest atomically.
 
-    One process at a time may write to a path: temporary files that a killed run left there are removed.
+    Only one process at a time may write to a path: temporary files left by a killed run are removed.
 
     Args:
         path: file; its folder is made if missing.
         content: dict of tensors, numbers, strings, None, and dicts, lists and tuples of these. Its
-            ``manifest`` (see ``make_manifest``) also goes into the JSON file.
+            ``manifest`` (see ``make_manifest``) is also written to the JSON file.
 
     Raises:
         UserError: the file cannot be written (disk full, read-only folder).
-        TypeError: the content holds something that ``load_checkpoint`` would refuse.
+        TypeError: the content has a type that ``load_checkpoint`` does not read.
     """
     check_loadable(dict(content), "content")
     path = Path(path)
@@ -83,7 +82,7 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     except OSError as error:
         raise cannot_write(path, error, _NO_SPACE) from error
     except RuntimeError as error:
-        # torch's archive writer covers the operating system's error with one about its own position.
+        # torch's archive writer raises a RuntimeError of its own over the operating system's error.
         if isinstance(error.__context__, OSError):
             raise cannot_write(path, error.__context__, _NO_SPACE) from error
         raise
@@ -106,14 +105,14 @@ def make_manifest(
     options: Mapping[str, Any],
     precision: str = "float32",
 ) -> dict[str, Any]:
-    """What a checkpoint belongs to, in JSON types: task, networks, options, git commit, library versions.
+    """Description of a checkpoint in JSON types: task, network, options, git commit, library versions.
 
     Args:
         task: class order.
         step: number of the step whose network it is.
-        spec: form of the network.
+        spec: of the network.
         options: all options of the run.
-        precision: in which it was trained, at the end; ``--opt_level`` means another one on another device.
+        precision: of the training, which ``--opt_level`` alone does not determine on every device.
     """
     return {
         "task": task.name,
@@ -144,16 +143,16 @@ def _manifest_path(path: Path) -> Path:
 
 
 def check_loadable(value: object, where: str) -> None:
-    """Refuse what ``load_checkpoint`` could not read back.
+    """Check that ``load_checkpoint`` can read a value.
 
     Args:
-        value: what a checkpoint is to hold.
-        where: its place there, for the message.
+        value: part of a checkpoint's content.
+        where: its place in the checkpoint, for the message.
 
     Raises:
         TypeError: naming type and place.
     """
-    # Exact types: a numpy float is a float too, but comes back only through a pickle.
+    # Exact types: a numpy float is a float too, but ``weights_only`` does not load it.
     if value is None or isinstance(value, Tensor) or type(value) in (bool, int, float, str, torch.Size):
         return
     if type(value) in (dict, OrderedDict):
@@ -170,7 +169,7 @@ def check_loadable(value: object, where: str) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """The same in JSON types; what JSON has no word for, as text."""
+    """A value in JSON types; other types as str."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -181,10 +180,10 @@ def _plain(value: Any) -> Any:
 
 
 def _git_commit() -> str | None:
-    """Commit of this code, with ``-dirty`` after it if files differ; None outside a git checkout."""
+    """Git commit of this code, with ``-dirty`` appended if files differ; None outside a git checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        # --match with a name that no tag has: the commit itself, not the nearest tag.
+        # --match with a name that no tag has gives the commit instead of the nearest tag.
         done = subprocess.run(
             [*command, "--match", "no-such-tag"], capture_output=True, text=True, timeout=10, check=True
         )
@@ -198,19 +197,19 @@ def _git_commit() -> str | None:
 
 
 def load_checkpoint(path: Path | str, *, map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """Read a checkpoint, ours or a released one. Nothing in the file is run.
+    """Read a checkpoint of this program or of a released one, without running code from it.
 
     Args:
         path: file.
         map_location: device of the tensors.
 
     Raises:
-        UserError: no such file, damaged, no checkpoint, or something other than data inside.
+        UserError: the file does not exist, is damaged, is not a checkpoint, or contains more than data.
     """
     path = Path(path)
     try:
         with path.open("rb") as file:
-            # Both from one open file: another process may put a new checkpoint under the name meanwhile.
+            # Hash and content of one open file: another process may replace the checkpoint meanwhile.
             digest = _sha256(file)
             manifest = _read_manifest(path)
             if digest != manifest.get("sha256"):
@@ -225,7 +224,7 @@ def load_checkpoint(path: Path | str, *, map_location: str | torch.device = "cpu
     if manifest and digest != manifest.get("sha256"):
         if content.get("save_id") == manifest.get("save_id"):
             raise _damaged(path, "its sha256 is not the one in its manifest")
-        _log.info("%s: the manifest beside it is of another save and is passed over", path)
+        _log.info("%s: its manifest is of another save and is skipped", path)
     version = content.get("format", FORMAT_VERSION)
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise UserError(
@@ -235,7 +234,7 @@ def load_checkpoint(path: Path | str, *, map_location: str | torch.device = "cpu
 
 
 def save_id(path: Path) -> str | None:
-    """Name of the save that made a checkpoint, from the manifest beside it; None where there is none."""
+    """The ``save_id`` of a checkpoint, from its manifest; None without a manifest."""
     found = _read_manifest(path).get("save_id")
     return found if isinstance(found, str) else None
 
@@ -248,32 +247,32 @@ def saved_options(content: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def model_state(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Weights by this program's names, without the ``module.`` of wrapped models.
+    """Weights with this program's names, without the prefixes of wrapped models (``module.``).
 
     Args:
         content: of a checkpoint; its ``model_state``, or the content itself if it is a plain state dict.
 
     Raises:
-        UserError: there are no weights in it.
+        UserError: it has no weights.
     """
     state = content.get("model_state", content)
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError("the checkpoint holds no 'model_state' with weights; give another file")
     weights = {str(name): tensor for name, tensor in state.items()}
-    for prefix in _WRAPPERS * 2:  # DistributedDataParallel around torch.compile or the other way round
+    for prefix in _WRAPPERS * 2:  # DistributedDataParallel around torch.compile or vice versa
         if all(name.startswith(prefix) for name in weights):
             weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
-    # The released programs keep body and head beside the classifiers, here they are the network's.
+    # The released programs have no ``network.`` prefix of the backbone (``body.``) and the head.
     return {f"network.{n}" if n.startswith(("body.", "head.")) else n: t for n, t in weights.items()}
 
 
 def with_current_names(content: Mapping[str, Any], spec: NetworkSpec) -> dict[str, Any]:
-    """The content of a checkpoint with today's names of the weights, whichever version wrote it."""
+    """The content of a checkpoint of any version, with the current names of the weights."""
     former = classifier_kind(spec.classifier).former_names
 
     def current(name: Any) -> Any:
-        begins = (old for old in former if isinstance(name, str) and name.startswith(old))
-        return next((former[old] + name.removeprefix(old) for old in begins), name)
+        prefixes = (old for old in former if isinstance(name, str) and name.startswith(old))
+        return next((former[old] + name.removeprefix(old) for old in prefixes), name)
 
     def renamed(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -294,7 +293,7 @@ def _sha256(file: BinaryIO) -> str:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    """The JSON file beside a checkpoint; empty if there is none or it is not readable as one."""
+    """The manifest of a checkpoint; empty if there is none or it cannot be read."""
     try:
         manifest = json.loads(_manifest_path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -308,19 +307,19 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _check_archive(path: Path, file: BinaryIO) -> None:
-    """Compare the checksums inside the zip archive, which ``torch.load`` does not look at."""
+    """Verify the checksums in the zip archive, which ``torch.load`` does not."""
     file.seek(0)
     try:
         if not zipfile.is_zipfile(file):
-            return  # the format before torch 1.6, or no checkpoint: the reader will tell
+            return  # the format before torch 1.6, or not a checkpoint; ``_read`` checks that
         with zipfile.ZipFile(file) as archive:
-            record = archive.testzip()
-            # torch's reader takes a record with this mark for a folder and leaves its tensor unfilled.
+            member = archive.testzip()
+            # torch's reader takes a member with this flag for a folder and leaves its tensor uninitialised.
             folders = [info.filename for info in archive.infolist() if info.external_attr & _DOS_FOLDER]
-    except Exception as error:  # whatever a damaged archive makes the zip reader stumble over
+    except Exception as error:  # a damaged archive can raise many exceptions
         raise _damaged(path, _first_line(error)) from error
-    if record is not None:
-        raise _damaged(path, f"checksum of {record}")
+    if member is not None:
+        raise _damaged(path, f"checksum of {member}")
     if folders:
         raise _damaged(path, f"attributes of {folders[0]}")
 
@@ -337,16 +336,16 @@ def _read(path: Path, file: BinaryIO, map_location: str | torch.device) -> Any:
         if refused is None:
             raise _damaged(path, "not a checkpoint's pickle") from error
         raise UserError(
-            f"{path}: holds more than weights and numbers ({refused[1]}) and was not loaded: that could "
+            f"{path}: holds more than weights and numbers ({refused[1]}) and was not loaded, as that could "
             "run code; give a checkpoint that torch.load reads with weights_only=True"
         ) from error
-    except Exception as error:  # whatever damaged bytes make the readers stumble over
+    except Exception as error:  # damaged bytes can raise many exceptions
         raise _damaged(path, _first_line(error)) from error
 
 
 def _damaged(path: Path, reason: str) -> UserError:
     return UserError(
-        f"{path}: damaged or cut short, or no checkpoint ({reason}); copy it again or train the step again"
+        f"{path}: damaged, truncated or not a checkpoint ({reason}); copy it again or train the step again"
     )
 
 
@@ -366,20 +365,20 @@ def check_fits(
     step: int,
     spec: NetworkSpec,
 ) -> None:
-    """Raise unless the checkpoint is of this task's step and of this network.
+    """Check that a checkpoint is of this step of the task and of this network.
 
-    A released checkpoint has no manifest; only its classifiers can be compared then. A task of another
-    name whose steps up to this one are the same (15-5 and 15-5s at step 0) fits.
+    For a released checkpoint, which has no manifest, only the classifiers are compared. A task of another
+    name with the same steps up to this one (15-5 and 15-5s at step 0) fits.
 
     Args:
         content: of ``load_checkpoint``.
         path: for the message.
         task: class order.
-        step: number of the step that the checkpoint must be of.
-        spec: form of the network.
+        step: required step of the checkpoint.
+        spec: of the network.
 
     Raises:
-        UserError: says everything that does not fit.
+        UserError: lists every difference.
     """
     manifest = content.get("manifest")
     if manifest is None:
@@ -392,7 +391,7 @@ def check_fits(
             theirs, ours = ("released", "paper") if released else ("paper", "released")
             misfits.append(f"it has the network of --fidelity {theirs}, not {ours}")
     else:
-        misfits = ["its manifest is no dictionary"]
+        misfits = ["its manifest is not a dictionary"]
     if misfits:
         raise UserError(
             f"{path}: does not fit this run: {'; '.join(misfits)}; give another checkpoint or options"
@@ -419,7 +418,7 @@ def _task_misfits(manifest: Mapping[str, Any], task: Task, step: int) -> list[st
 def _network_misfits(manifest: Mapping[str, Any], spec: NetworkSpec) -> list[str]:
     misfits = []
     for option, value in spec.shaping.items():
-        # Those that are younger than some checkpoints; there the weights tell the kind of classifier.
+        # Older checkpoints lack these two; loading their weights checks the kind of classifier.
         found = manifest.get(option, {"head": "mib", "classifier": value}.get(option))
         if found != value and not any(found in kinds and value in kinds for kinds in _SAME_WEIGHTS):
             own = option == "classifier" and found not in classifier_names()

@@ -1,6 +1,6 @@
-"""Names of the files in a run's folder, ``<logdir>/<task>-<dataset>_<name>/``; each is spelled here alone.
+"""Names of the files in a run's folder, ``<logdir>/<task>-<dataset>_<name>/``.
 
-Users' scripts know these names, and folders of earlier versions have them: they stay.
+They must not change: folders of earlier versions and users' scripts use them.
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-OPTIONS = "run.json"  # options of the last start and of every step
+OPTIONS = "run.json"  # options of the latest start and of every step
 SAMPLES = "samples"  # folder of the sample images
 # One per step; {run} is the folder's name.
 CHECKPOINT = "{run}_{step}.pth"
 MANIFEST = "{run}_{step}.json"  # of the checkpoint
-RESULTS = "results_{step}.json"  # written last: the step is done
+RESULTS = "results_{step}.json"  # written last, so it marks the step as done
 CONFUSION = "confusion_{step}.csv"
 HISTORY = "history_{step}.jsonl"
 EXEMPLARS = "exemplars_{step}.json"
@@ -22,12 +22,12 @@ TENSORBOARD = "step_{step}"  # folder
 
 
 def step_file(run_dir: Path, kind: str, step: int) -> Path:
-    """Where a run's file of one kind (``RESULTS``, ...) of a step is."""
+    """Path of a step's file of one kind (``RESULTS``, ...)."""
     return run_dir / kind.format(run=run_dir.name, step=step)
 
 
 def step_files(run_dir: Path, kind: str) -> dict[int, Path]:
-    """The files of one kind that are there, by step, in order."""
+    """The existing files of one kind, by step, in order of steps."""
     before, after = kind.replace("{run}", re.escape(run_dir.name)).split("{step}")
     pattern = re.compile(rf"{before}(\d+){re.escape(after)}")
     found = ((pattern.fullmatch(path.name), path) for path in run_dir.iterdir())

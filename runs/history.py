@@ -1,8 +1,8 @@
-"""The history of a step's training, for reports while it runs and later.
+"""The training history of a step, for reports during and after training.
 
-``history_<step>.jsonl`` holds one JSON object per line: where training starts or resumes
-(``{"begin": iteration}``), an ``Entry`` at every print interval, and a validation's mIoU. Lines are appended
-as they happen, so that a run under way can be reported, and one that is killed loses one line at most.
+``history_<step>.jsonl`` has one JSON object per line: the iteration at which training starts or resumes
+(``{"begin": iteration}``), an ``Entry`` per print interval, a ``Validation``. Lines are appended at once, so
+that an unfinished run can be reported and a killed run loses at most one line.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Entry:
-    """One point of a step's history.
+    """Training metrics of a print interval.
 
     Attributes:
         iteration: batches done in this step.
-        epoch: the epoch under way, from 1.
-        seconds: wall time of the step so far, without the time between two runs of an interrupted step.
-        images_per_second: trained images, of all processes, since the last point; None where unknown.
+        epoch: current epoch, from 1.
+        seconds: wall time of the step so far, without the time between the starts of an interrupted step.
+        images_per_second: images trained on all processes since the previous entry; None if unknown.
         lr: learning rate of the first parameter group.
-        memory: peak memory of this process in MiB, see ``peak_memory``; None where unknown.
-        losses: mean of every loss term since the last point, by name.
+        memory: peak memory of this process in MiB, see ``peak_memory``; None if unknown.
+        losses: mean of every loss term since the previous entry, by name.
     """
 
     iteration: int
@@ -65,35 +65,35 @@ class Validation:
 
 @dataclass
 class StepHistory:
-    """All that ``history_<step>.jsonl`` says, in order of the iterations."""
+    """The content of ``history_<step>.jsonl``, in order of iterations."""
 
     entries: list[Entry] = field(default_factory=list)
     validations: list[Validation] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
-        """Wall time at the last point; 0 where there is none."""
-        points: list[Entry | Validation] = [*self.entries, *self.validations]
-        return max((point.seconds for point in points), default=0.0)
+        """Wall time of the latest entry or validation; 0 if there is none."""
+        lines: list[Entry | Validation] = [*self.entries, *self.validations]
+        return max((line.seconds for line in lines), default=0.0)
 
     def discard_after(self, iteration: int) -> None:
-        """Drop every point beyond an iteration: a resumed step does it again."""
-        self.entries = [point for point in self.entries if point.iteration <= iteration]
-        self.validations = [point for point in self.validations if point.iteration <= iteration]
+        """Discard everything after an iteration, which a resumed step repeats."""
+        self.entries = [entry for entry in self.entries if entry.iteration <= iteration]
+        self.validations = [each for each in self.validations if each.iteration <= iteration]
 
 
 class HistoryWriter:
-    """Appends the history of a step to ``<run_dir>/history_<step>.jsonl``.
+    """Appends to ``<run_dir>/history_<step>.jsonl``.
 
-    A file that cannot be written is told once, and the run goes on without it.
+    If the file cannot be written, one warning is logged and nothing more is written.
 
     Args:
         run_dir: folder of the run.
         step: number of the step.
-        enabled: whether to write, True on rank 0; elsewhere the same calls write nothing.
-        iteration: batches that were done before, where a step goes on.
-        images: per iteration, of all processes together.
-        device: whose memory counts.
+        enabled: whether to write; True on rank 0 only.
+        iteration: batches done before, if the step is resumed.
+        images: images per iteration, of all processes together.
+        device: whose memory is measured.
     """
 
     def __init__(
@@ -135,16 +135,16 @@ class HistoryWriter:
             return None
 
     def lap(self) -> None:
-        """Training goes on now: what came before (an evaluation) does not count for the images per second."""
+        """Restart the clock of the images per second, e.g. after a validation."""
         self._lap = time.perf_counter()
 
     def progress(self, iteration: int, epoch: int, losses: Mapping[str, float], lr: float) -> Entry:
-        """Write a point of the history and return it.
+        """Write an entry and return it.
 
         Args:
             iteration: batches done in this step.
-            epoch: the epoch under way, from 1.
-            losses: mean of every term since the last point.
+            epoch: current epoch, from 1.
+            losses: mean of every loss term since the previous entry.
             lr: learning rate.
         """
         now = time.perf_counter()
@@ -156,7 +156,7 @@ class HistoryWriter:
         return entry
 
     def validation(self, epoch: int, miou: float) -> None:
-        """Write a validation's mIoU, a fraction; NaN is left out."""
+        """Write a validation's mIoU, a fraction; NaN is skipped."""
         if not math.isnan(miou):
             seconds = time.perf_counter() - self._start
             self._append(asdict(Validation(self._iteration, epoch, seconds, miou)))
@@ -180,26 +180,26 @@ class HistoryWriter:
     def _give_up(self, error: OSError) -> None:
         file, self._file = self._file, None
         if file is not None:
-            with contextlib.suppress(OSError):  # what is left in its buffer fails as the write did
+            with contextlib.suppress(OSError):  # flushing the buffer fails as the write did
                 file.close()
-        _log.warning("%s cannot be written (%s); the run goes on without it", self._path, error.strerror)
+        _log.warning("%s cannot be written (%s); continuing without it", self._path, error.strerror)
 
 
 def read_history(path: Path) -> StepHistory:
-    """The history of a step; empty where there is no file.
+    """Read the history of a step; empty if there is no readable file.
 
-    Lines that are torn or of another kind are passed over. Where a step went on from an earlier
-    iteration, only the later run's points count.
+    Truncated and unknown lines are skipped. If a step was resumed, lines that the resumed run repeats are
+    discarded.
     """
     history = StepHistory()
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:  # not there, or not readable: a report shows what there is
+    except OSError:
         return history
     for line in lines:
         try:
             _add(history, json.loads(line))
-        except (ValueError, TypeError, KeyError):  # torn by a kill or a full disk
+        except (ValueError, TypeError, KeyError):  # truncated by a kill or a full disk
             continue
     return history
 
@@ -211,18 +211,18 @@ def _add(history: StepHistory, content: dict[str, Any]) -> None:
         history.validations.append(Validation(**content))
     else:
         entry = Entry(**content)
-        history.entries = [point for point in history.entries if point.iteration < entry.iteration]
+        history.entries = [earlier for earlier in history.entries if earlier.iteration < entry.iteration]
         history.entries.append(entry)
 
 
 def peak_memory(device: torch.device) -> float | None:
-    """Most memory that this process has held, in MiB: tensors on CUDA, the whole process on the processor.
+    """Peak memory of this process in MiB: of tensors on CUDA, of the whole process on the CPU.
 
-    None on Windows without CUDA, which has no such count.
+    None on Windows without CUDA.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     if resource is None:
         return None
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most / 2**20 if sys.platform == "darwin" else most / 2**10  # bytes there, KiB on Linux
+    return most / 2**20 if sys.platform == "darwin" else most / 2**10  # bytes on macOS, KiB on Linux

@@ -1,4 +1,4 @@
-"""The options of a run, kept in ``run.json``, and the key by which a report finds the seeds of one method."""
+"""The options of a run in ``run.json``, and the key that groups the seeds of one method in a report."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class RunOptions:
-    """What a run was started with.
+    """The options of a run.
 
     Attributes:
-        options: of the last start, as plain JSON types; empty where nothing tells them.
+        options: of the latest start, as JSON types; empty if unknown.
         steps: dataset class ids of every step of the task.
-        group: key of the last start's options, see ``group_key``; None where nothing tells them.
-        by_step: the options that each step was trained with, its own ``lr`` (one number) among them; empty
-            where a version wrote the file that did not keep them.
-        group_by_step: key of each of these.
+        group: ``group_key`` of ``options``; None if unknown.
+        by_step: options with which each step was trained, with the step's ``lr`` (one number); empty in files
+            of versions that did not save them.
+        group_by_step: ``group_key`` of each of ``by_step``.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -47,15 +47,13 @@ def write_run_options(
     step: int | None = None,
     lr: float | None = None,
 ) -> None:
-    """Write ``run.json``, by which a report tells methods, seeds and tasks apart.
-
-    The options of the steps that were trained before stay: a later start may train other steps with others.
+    """Write ``run.json``. Options of other steps, trained earlier, are kept.
 
     Args:
         run_dir: folder of the run, made if missing.
-        options: of this start, as plain JSON types.
+        options: of this start, as JSON types.
         steps: dataset class ids of every step of the task.
-        step: the step that is trained now with these options; they replace those it was trained with before.
+        step: the step to train with these options; replaces its earlier options.
         lr: learning rate of that step.
 
     Raises:
@@ -64,7 +62,7 @@ def write_run_options(
     try:
         known = read_run_options(run_dir)
     except UserError as error:
-        _log.warning("%s; it is written anew, without the options of earlier steps", error)
+        _log.warning("%s; it is rewritten without the options of earlier steps", error)
         known = RunOptions()
     if step is not None:
         known.by_step[step] = {**options, "lr": lr}
@@ -82,9 +80,9 @@ def write_run_options(
 
 
 def read_run_options(run_dir: Path) -> RunOptions:
-    """What ``run.json`` says, else what the manifest of the last checkpoint does, else nothing.
+    """Read ``run.json``, or without it the manifest of the last checkpoint; empty if there is neither.
 
-    Keys that a version did not write are computed from the options.
+    Group keys missing in files of earlier versions are computed from the options.
 
     Raises:
         UserError: ``run.json`` is damaged.
@@ -98,7 +96,7 @@ def read_run_options(run_dir: Path) -> RunOptions:
     for manifest in reversed(step_files(run_dir, MANIFEST).values()) if run_dir.is_dir() else ():
         try:
             return _from_json(json.loads(manifest.read_text(encoding="utf-8"))["manifest"])
-        except (OSError, ValueError, KeyError, TypeError):  # another kind of file under such a name
+        except (OSError, ValueError, KeyError, TypeError):  # not a manifest
             continue
     return RunOptions()
 
@@ -117,15 +115,14 @@ def _from_json(content: dict[str, Any]) -> RunOptions:
 
 
 def deciding(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that decide what is learnt and which numbers come out, each with its value.
+    """The options that change the weights or the results, by name.
 
-    Options that a run of an earlier version lacks are as its others imply, else their default. Those that say
-    where and how fast a run works, or which of several equal runs it is, are left out. The folder of the data
-    counts, by its path as it was given: two folders may hold different images, so runs on two of them are
-    different methods even where one data set lies in two places.
+    Options missing in a run of an earlier version get the value that its other options imply, else their
+    default. Options about folders, speed and the seed are excluded. The data folder counts, by its path as
+    given: runs on two folders are different methods, as the folders may hold different images.
 
     Args:
-        options: of a run, or of one of its steps, as plain JSON types.
+        options: of a run, or of one of its steps, as JSON types.
     """
     kept = {
         name: value for name, value in with_implied(options).items() if declared(name).tells_methods_apart
@@ -137,9 +134,9 @@ def deciding(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def group_key(options: Mapping[str, Any]) -> str:
-    """Fingerprint of the deciding options that are not the default: equal for the seeds of one method.
+    """Hash of the deciding options that differ from their default: equal for the seeds of one method.
 
-    An option that a later version adds changes no key as long as it has its default.
+    An option added by a later version does not change the key while it has its default.
     """
     usual = deciding({})
     unusual = {name: value for name, value in deciding(options).items() if value != usual.get(name)}

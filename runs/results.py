@@ -1,4 +1,4 @@
-"""Results of a step on the disk: JSON, CSV and the confusion matrix."""
+"""Files of a step's results: JSON, CSV and the confusion matrix."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write_results(
 ) -> list[Path]:
     """Write ``results_<step>.json`` and the step's row of the CSV file into the run's folder.
 
-    A step that runs again replaces its files' contents and its row. Every file is whole at any moment.
+    An earlier row and earlier files of the step are replaced, atomically.
 
     Args:
         run_dir: folder of the run, made if missing.
@@ -45,14 +45,13 @@ def write_results(
         confusion: C×C counts, rows are labels, columns predictions; also written, as
             ``confusion_<step>.csv`` with the class names as its first row and column.
         class_names: C names for it.
-        evaluation: options of the evaluation that the user gave, as plain JSON types; they stand in the file
-            where there are any, so that numbers got otherwise are not mixed up.
+        evaluation: options of the evaluation that the user typed, as JSON types; saved with the results.
 
     Returns:
         The paths of the files written.
 
     Raises:
-        UserError: a file cannot be written, or the CSV file that stands there cannot be read.
+        UserError: a file cannot be written, or the existing CSV file cannot be read.
     """
     json_path, csv_path = step_file(run_dir, RESULTS, step), run_dir / csv_name
     written = [json_path, csv_path]
@@ -69,7 +68,7 @@ def write_results(
 
 
 def read_confusion(path: Path) -> tuple[Array, list[str]]:
-    """Counts (C×C, int64, rows are labels) and class names that ``write_results`` wrote.
+    """Read counts (C×C, int64, rows are labels) and class names written by ``write_results``.
 
     Raises:
         UserError: the file cannot be read as such.
@@ -81,7 +80,7 @@ def read_confusion(path: Path) -> tuple[Array, list[str]]:
         raise UserError(f"{path}: cannot be read as a confusion matrix ({error}); move it away") from error
     names = header[1:]
     if counts.shape != (len(names), len(names)):
-        raise UserError(f"{path}: is no square confusion matrix; move it away")
+        raise UserError(f"{path}: is not a square confusion matrix; move it away")
     return counts, names
 
 
@@ -102,5 +101,5 @@ def _read_rows(path: Path) -> list[list[str]]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as a CSV file of results; move it away") from error
     if not all(row and row[0].isdecimal() for row in rows):
-        raise UserError(f"{path}: is no CSV file of results (step, IoU per class, mean IoU); move it away")
+        raise UserError(f"{path}: is not a CSV file of results (step, IoU per class, mean IoU); move it away")
     return rows

@@ -156,7 +156,7 @@ def test_published_orders_are_not_reordered():
         ("voc", "15-6", "'15-6': unknown task of --dataset voc; did you mean 15-5"),
         ("ade", "100-51", "did you mean 100-5"),
         ("voc", "zzz", "known tasks: offline18-20, offline, 19-1"),
-        ("folder", "zzz", "cut your own: 10-2 is 10 classes, then 2 by 2"),
+        ("folder", "zzz", "or any sizes: 10-2 is 10 classes, then 2 per step"),
         ("folder", "4-1", "no class is left for step 1; the data has 4 foreground classes"),
         ("folder", "2-0", "a step without classes"),
         ("folder", "2-1-2", "the sizes add up to 5; the data has 4 foreground classes"),
@@ -256,8 +256,8 @@ def test_class_order_file(tmp_path):
         (1,),
     )
     for content, message in (
-        (b"cat\ndoog\n", r"order\.txt:2: 'doog' is no class; did you mean dog\?"),
-        (b"9\n", r"order\.txt:1: '9' is no class; give a name or id of classes\.txt"),
+        (b"cat\ndoog\n", r"order\.txt:2: 'doog' is not a class; did you mean dog\?"),
+        (b"9\n", r"order\.txt:1: '9' is not a class; give a name or id of classes\.txt"),
         (b"\xff\n", "not UTF-8 text"),
     ):
         path.write_bytes(content)

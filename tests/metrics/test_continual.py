@@ -29,7 +29,7 @@ def test_hand_worked_case_at_step_1():
     assert results.class_pixels == {"background": 8, "cat": 4, "dog": 3, "sheep": 4}
 
 
-def test_step_0_has_no_old_classes_and_owns_the_background():
+def test_step_0_has_no_old_classes_and_the_background_is_new():
     results = summarise(CONFUSION, NAMES)
     assert math.isnan(results.miou_old)
     assert math.isnan(results.harmonic_mean)

@@ -257,9 +257,9 @@ def make_bad_file(kind, path, target):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("empty", "damaged or cut short"),
-        ("cut", "damaged or cut short"),
-        ("text", "damaged or cut short"),
+        ("empty", "damaged, truncated"),
+        ("cut", "damaged, truncated"),
+        ("text", "damaged, truncated"),
         ("flipped", "checksum"),
         ("manifest kept", "checksum|sha256"),
         ("hostile", "holds more than weights"),

@@ -1,4 +1,4 @@
-"""The history of a step, as it is written, cut off, taken up again and read."""
+"""History of a step: written, truncated, resumed and read."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ from runs.history import (
 CPU = torch.device("cpu")
 
 
-def points(folder: Path, step: int = 0) -> list[tuple[int, float]]:
+def losses(folder: Path, step: int = 0) -> list[tuple[int, float]]:
     return [(r.iteration, r.losses["ce"]) for r in read_history(step_file(folder, HISTORY, step)).entries]
 
 
@@ -30,7 +30,7 @@ def write(folder: Path, iterations: range, loss: float, begin: int = 0) -> Histo
     return history
 
 
-def test_what_is_written_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_written_entries_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 0.0, 4.0, 5.0])
     monkeypatch.setattr("runs.history.time.perf_counter", lambda: next(clock))
     history = HistoryWriter(tmp_path / "run", 2, images=8, device=CPU)
@@ -66,43 +66,43 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_resumed_step_replaces_what_lay_beyond(tmp_path: Path) -> None:
+def test_a_resumed_step_replaces_later_entries(tmp_path: Path) -> None:
     history = write(tmp_path, range(10, 60, 10), 1.0)
     history.validation(1, 0.9)
     history.close()
     before = read_history(step_file(tmp_path, HISTORY, 0)).entries[1].seconds
     write(tmp_path, range(35, 50, 10), 2.0, begin=20).close()
-    assert points(tmp_path) == [(10, 1.0), (20, 1.0), (35, 2.0), (45, 2.0)]
+    assert losses(tmp_path) == [(10, 1.0), (20, 1.0), (35, 2.0), (45, 2.0)]
     history = read_history(step_file(tmp_path, HISTORY, 0))
     assert history.validations == []
     assert history.entries[2].seconds > before
 
 
-def test_a_step_begun_anew_starts_from_nothing(tmp_path: Path) -> None:
+def test_a_step_started_over_has_a_new_history(tmp_path: Path) -> None:
     write(tmp_path, range(10, 60, 10), 1.0).close()
     write(tmp_path, range(10, 20, 10), 2.0).close()
-    assert points(tmp_path) == [(10, 2.0)]
+    assert losses(tmp_path) == [(10, 2.0)]
 
 
 def test_the_later_line_of_an_iteration_counts(tmp_path: Path) -> None:
     history = write(tmp_path, range(10, 30, 10), 1.0)
     history.progress(20, 1, {"ce": 3.0}, 0.1)
     history.close()
-    assert points(tmp_path) == [(10, 1.0), (20, 3.0)]
+    assert losses(tmp_path) == [(10, 1.0), (20, 3.0)]
 
 
 @pytest.mark.parametrize("cut", [1, 20, 60])
-def test_a_torn_last_line_costs_that_line_only(tmp_path: Path, cut: int) -> None:
+def test_a_truncated_last_line_costs_that_line_only(tmp_path: Path, cut: int) -> None:
     write(tmp_path, range(10, 40, 10), 1.0).close()
     path = step_file(tmp_path, HISTORY, 0)
     path.write_bytes(path.read_bytes()[:-cut])
     expected = [(10, 1.0), (20, 1.0), (30, 1.0)][: 3 if cut == 1 else 2]  # cut=1 loses the newline alone
-    assert points(tmp_path) == expected
+    assert losses(tmp_path) == expected
     write(tmp_path, range(40, 50, 10), 2.0, begin=30).close()
-    assert points(tmp_path) == [*expected, (40, 2.0)]
+    assert losses(tmp_path) == [*expected, (40, 2.0)]
 
 
-def test_lines_of_another_kind_are_passed_over(tmp_path: Path) -> None:
+def test_unknown_lines_are_skipped(tmp_path: Path) -> None:
     step_file(tmp_path, HISTORY, 0).write_text('[1]\n{"iteration": 3}\n7\n{"begin": "x"}\n\x00\n')
     assert read_history(step_file(tmp_path, HISTORY, 0)).entries == []
     assert read_history(tmp_path / "missing.jsonl").entries == []
@@ -123,16 +123,16 @@ print("done", iteration)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of files")
-def test_a_full_disk_is_told_once_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_once_and_the_run_continues(tmp_path: Path) -> None:
     command = [sys.executable, "-c", LIMITED, str(tmp_path)]
     outcome = subprocess.run(command, capture_output=True, text=True, check=True)
     assert outcome.stdout.strip() == "done 99"
     assert outcome.stderr.count("cannot be written") == 1
     assert "Traceback" not in outcome.stderr
-    assert 1 <= len(points(tmp_path)) < 10
+    assert 1 <= len(losses(tmp_path)) < 10
 
 
-def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_folder_that_cannot_be_made_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("")
     history = HistoryWriter(tmp_path / "file" / "run", 0)
     history.progress(1, 1, {}, 0.1)
@@ -147,10 +147,10 @@ def test_peak_memory_grows_with_what_is_held() -> None:
     assert after is not None and after >= before and after > held.numel() / 2**20
 
 
-def test_records_are_plain_json(tmp_path: Path) -> None:
+def test_entries_are_json(tmp_path: Path) -> None:
     history = HistoryWriter(tmp_path, 0)
-    record = history.progress(1, 1, {"ce": 1.5}, 0.1)
+    entry = history.progress(1, 1, {"ce": 1.5}, 0.1)
     history.close()
     begin, line = step_file(tmp_path, HISTORY, 0).read_text().splitlines()
     assert json.loads(begin) == {"begin": 0}
-    assert json.loads(line) == asdict(record)
+    assert json.loads(line) == asdict(entry)

@@ -40,7 +40,7 @@ def test_options_of_every_step_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"options_by_step": 3}', '{"options_by_step": {"x": {}}}'])
-def test_a_damaged_file_is_told_and_stops_no_training(
+def test_a_damaged_file_is_reported_and_training_starts(
     tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / OPTIONS).write_text(text)
