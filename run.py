@@ -1,24 +1,23 @@
-"""Learn the classes of a task step by step.
+"""Train, test and predict: continual semantic segmentation.
 
 One process:        python run.py --dataset voc --task 15-5 --overlap --step 0 1 --lr 0.01 0.001 --method MIB
 Several processes:  torchrun --nproc_per_node=2 run.py ...           (NCCL on CUDA, Gloo on the CPU)
                     python -m torch.distributed.launch --nproc_per_node=2 run.py ...
 All steps:          --step all
-A checkpoint:       --test [--ckpt FILE]
-Own images:         --predict PATH --out DIR --ckpt FILE
-The data set:       --check_data
+Test a checkpoint:  --test [--ckpt FILE]
+Predict images:     --predict PATH --out DIR --ckpt FILE
+Check the data:     --check_data
 
-``--batch_size`` is per process. Exit code 0: done; 1: a fault of the program or the machine; 2: bad input,
-with one line that says what to change; 75: a signal (SIGTERM, SIGUSR1, Ctrl-C) ended the run after it was
-saved, and the same command resumes there; 130: Ctrl-C where there is nothing to save, or a second one
-(docs/long_runs.md).
+``--batch_size`` is per process. Exit codes: 0: done; 1: fault of the program or the machine; 2: bad input,
+with one line that names the remedy; 75: stopped by a signal (SIGTERM, SIGUSR1, Ctrl-C) after saving, the same
+command resumes; 130: Ctrl-C with nothing to save, or a second Ctrl-C (docs/long_runs.md).
 """
 
 from __future__ import annotations
 
 import sys
 
-import utils.command  # first: it answers Ctrl-C while the rest is imported
+import utils.command  # first: handles Ctrl-C during the other imports
 from argparser import Options, parse_options
 from utils import distributed
 from utils.errors import DataError, UserError
@@ -26,16 +25,16 @@ from utils.signals import EXIT_STOPPED, Stopped
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run what the command line asks for and return the exit code."""
+    """Parse the command line, run it and return the exit code."""
     rank = distributed.launch_rank()
-    others_lost = True  # also what nobody expects strikes one process while the others wait for it
+    others_lost = True  # the default also holds for unexpected exceptions
     try:
         code = run(parse_options(argv))
         others_lost = False
         return code
     except UserError as error:
         others_lost = isinstance(error, DataError)
-        # Every process meets the same wrong option, only one meets the broken file that it reads.
+        # Every process raises the error of a wrong option, but only one that of a broken file that it reads.
         if distributed.prints_shared_errors() or isinstance(error, DataError):
             print(f"run.py: error: {error}", file=sys.stderr, flush=True)
         return 2
@@ -55,8 +54,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(opts: Options) -> int:
-    """Check the data, predict images, or train or test every step that the options name."""
-    # Imported here so that --help and a wrong option answer at once.
+    """Check the data, predict images, or train or test the steps."""
+    # Imported here so that --help and wrong options respond at once.
     if opts.check_data:
         from dataset.check import check_data
 

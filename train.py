@@ -1,9 +1,9 @@
-"""One training loop for every method: train, evaluate.
+"""Training and evaluation, the same for all methods.
 
-``Trainer`` takes any module that maps images to ``(logits, intermediates)``; methods act through the
-hooks of ``methods/base.py``. Order in a step: teacher forward, student forward,
-running statistics, pseudo-labels, all terms, one backward, importance update, the penalty's backward,
-optimiser, scheduler. In a group of batches the part up to the backward is done for each of them first.
+``Trainer`` trains any module that maps images to ``(logits, intermediates)``; methods act through the hooks
+of ``methods/base.py``. Order of an optimiser step: teacher forward, student forward, ``observe``,
+``relabel``, ``losses``, backward (up to here for every batch of a group), ``after_backward``, ``penalty`` and
+its backward, optimiser, scheduler.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ class NonFiniteLoss(Fault):
 
 
 class Precision:
-    """What ``--opt_level`` means on a device.
+    """Number formats of ``--opt_level`` on a device.
 
-    O0: float32. O1: the networks run under autocast, losses in float32. O2: losses under autocast too.
-    O3: the student's and teacher's weights themselves are in half precision. Half precision is bfloat16 where
-    the device has arithmetic for it. Elsewhere it is float16 with loss scaling on CUDA (bfloat16 for O3,
-    which has no scaling), and on the CPU, where emulating it takes many times as long, every level is O0.
+    O0: float32. O1: networks under autocast, losses in float32. O2: losses under autocast too. O3: the
+    weights of student and teacher are in half precision. Half precision is bfloat16 on devices with native
+    bfloat16 arithmetic. Otherwise it is float16 with loss scaling on CUDA (bfloat16 for O3, which has no
+    scaling); on the CPU, where emulation is several times slower than float32, every level is O0.
 
     Args:
         level: as typed.
-        device: where the networks run.
-        bfloat16: whether the device computes bfloat16 fast, and those of all other processes; None: ask this
+        device: of the networks.
+        bfloat16: whether the devices of all processes have native bfloat16 arithmetic; None: check this
             process's device.
 
     Attributes:
@@ -73,13 +73,13 @@ class Precision:
 
     @classmethod
     def of(cls, level: str, norm_act: str, device: torch.device, bfloat16: bool | None = None) -> Precision:
-        """That of a network: in-place norms have kernels for float16 on CUDA, but not for bfloat16."""
+        """Of a network: in-place norms have CUDA kernels for float16, but not for bfloat16."""
         in_place = norm_act.startswith("iabn") and device.type == "cuda"
         return cls(level, device, False if in_place else bfloat16)
 
     @property
     def description(self) -> str:
-        """What is computed in, for logs and manifests."""
+        """The number formats, for logs and manifests."""
         if self.used == "O0":
             return "float32"
         name = str(self.dtype).removeprefix("torch.")
@@ -88,23 +88,23 @@ class Precision:
         ]
 
     def log_choice(self, typed: bool) -> None:
-        """One line in the log: what is computed in; a warning where that is not what the user typed."""
+        """Log the precision; warn if it is not the one that the user typed."""
         if self.used == self.level:
             log.info("precision: %s", self.description)
             return
         log.log(
             logging.WARNING if typed else logging.INFO,
-            "--opt_level %s is computed in float32: this processor (or another process's) has no bfloat16 "
-            "arithmetic, and without it a step takes 2 to 12 times as long as in float32",
+            "--opt_level %s is computed in float32: this CPU (or another process's) has no native bfloat16 "
+            "arithmetic, and emulation takes 2 to 12 times as long as float32",
             self.level,
         )
 
     def place(self, model: M) -> M:
-        """Move a network to the device, channels last (what convolutions are fastest on), and ``cast`` it."""
+        """Move a network to the device, channels last (fastest for convolutions), and ``cast`` it."""
         return self.cast(model.to(self.device).to(memory_format=torch.channels_last))
 
     def cast(self, model: M) -> M:
-        """Lower the weights for O3, before the optimiser is made."""
+        """Convert the weights for O3; call it before the optimiser is made."""
         return model.to(self.dtype) if self.used == "O3" else model
 
     def network(self) -> contextlib.AbstractContextManager[Any]:
@@ -116,7 +116,7 @@ class Precision:
         return self._autocast(self.used in ("O2", "O3"))
 
     def loss_input(self, value: Any) -> Any:
-        """What the losses see of a network's output: float32 unless they run in half precision too."""
+        """A network's output as input of the losses: float32 unless they run under autocast."""
         return value if self.used in ("O2", "O3") else map_tensors(_single, value)
 
     def _autocast(self, on: bool) -> contextlib.AbstractContextManager[Any]:
@@ -124,22 +124,21 @@ class Precision:
 
 
 class Trainer:
-    """Trains and evaluates the network of one step.
+    """Trains the network of one step.
 
     Args:
-        context: the step: networks, classes, device. The teacher must be in evaluation mode.
-        methods: the methods in calling order, already through ``begin_step``.
-        optimizer: over the student's parameters.
+        context: networks, classes and device of the step. The teacher must be in evaluation mode.
+        methods: in calling order, after their ``begin_step``.
+        optimizer: of the student's parameters and those of ``own_modules``.
         scheduler: stepped once per optimiser step, or None.
-        forward: the module whose forward trains (the student wrapped for several processes); the student
-            itself if None.
+        forward: the student wrapped for several processes; None: the student itself.
         precision: O0 if None.
-        compile: run both networks through ``torch.compile`` in training. Weights keep their names, and
-            evaluation, whose images may have any size, runs the networks as they are.
-        own_modules: what the methods train beside the student (``collect_modules``).
+        compile: use ``torch.compile`` for both networks in training. Weights keep their names; evaluation,
+            with images of any size, uses the networks without it.
+        own_modules: modules of the methods (``collect_modules``), trained with the student.
 
     Raises:
-        UserError: there is no compiler for ``compile``.
+        UserError: ``compile`` without an installed compiler.
     """
 
     def __init__(
@@ -168,7 +167,7 @@ class Trainer:
             self.teacher = None if self.teacher is None else compiled(self.teacher)
 
     def set_training(self) -> None:
-        """Put what the optimiser trains into training mode."""
+        """Put the student and the methods' own modules into training mode."""
         self.model.train()
         self.own_modules.train()
 
@@ -183,7 +182,7 @@ class Trainer:
         """One optimiser step on one batch.
 
         Args:
-            images: B×3×H×W, uint8 (normalised here) or float32 (taken as normalised).
+            images: B×3×H×W, uint8 (normalised here) or float32 (already normalised).
             targets: B×H×W, network indices and 255, any integer type.
             extras: further tensors of the samples, by name.
             epoch: number of the epoch, from 0.
@@ -196,8 +195,8 @@ class Trainer:
     def train_group(self, samples: Sequence[Sequence[Any]], *, epoch: int = 0) -> dict[str, Tensor]:
         """One optimiser step on the mean gradient of several batches.
 
-        Importance estimates and penalties see that mean, once. Several processes exchange gradients once,
-        with the last batch.
+        ``after_backward`` and ``penalty`` are called once, with that mean. Processes reduce gradients once,
+        in the backward pass of the last batch.
 
         Args:
             samples: the batches, each (images, targets) or (images, targets, extras); see ``train_step``.
@@ -208,10 +207,10 @@ class Trainer:
         """
         self.optimizer.zero_grad(set_to_none=True)
         means = Means()
-        # Only a network that is wrapped for several processes has gradients to hold back.
-        hold_back = getattr(self.model, "no_sync", contextlib.nullcontext)
+        # Only a network wrapped for several processes has ``no_sync``.
+        no_sync = getattr(self.model, "no_sync", contextlib.nullcontext)
         for left in reversed(range(len(samples))):
-            with hold_back() if left else contextlib.nullcontext():
+            with no_sync() if left else contextlib.nullcontext():
                 means.add(self._backward(*samples[-1 - left], epoch=epoch, share=len(samples)))
         terms = means.means()
         penalties = self._penalise()
@@ -234,7 +233,7 @@ class Trainer:
         epoch: int,
         share: int,
     ) -> dict[str, Tensor]:
-        """Add a batch's gradient, divided by ``share``, to that of the step; returns its terms and total."""
+        """Add a batch's gradient, divided by ``share``, to the step's; returns the loss terms and total."""
         batch = self._forward(images, targets, extras or {}, epoch)
         with self.precision.losses():
             for method in self.methods.values():
@@ -247,7 +246,7 @@ class Trainer:
         if not terms:
             raise UserError(
                 f"step {self.context.step}: no method returned a loss ({', '.join(self.methods)}); "
-                "nothing can be learnt"
+                "choose a method or option with a loss"
             )
         total = torch.stack([term.float() for term in terms.values()]).sum()
         self.precision.scaler.scale(total / share).backward()
@@ -255,8 +254,8 @@ class Trainer:
         return {name: term.detach() for name, term in terms.items()}
 
     def _penalise(self) -> dict[str, Tensor]:
-        """Show the methods the step's gradient, then add their penalties' to it; returns the penalties."""
-        average_gradients(self.own_modules)  # the network's were averaged in its backward
+        """Call ``after_backward``, then add the gradients of the penalties; returns the penalties."""
+        average_gradients(self.own_modules)  # the network's were averaged in its backward pass
         self.precision.scaler.unscale_(self.optimizer)
         if self._gradients_are_finite():
             for method in self.methods.values():
@@ -265,14 +264,14 @@ class Trainer:
         for method in self.methods.values():
             self._loss_terms.add(penalties, method, "penalty", method.penalty())
         for penalty in penalties.values():
-            if penalty.requires_grad:  # else a constant, or the method added its gradient itself
+            if penalty.requires_grad:  # else constant, or the method added the gradient itself
                 penalty.backward()
         return {name: penalty.detach() for name, penalty in penalties.items()}
 
     def _gradients_are_finite(self) -> bool:
-        """False where loss scaling overflowed: that step is skipped, and no estimate should take it in.
+        """False if loss scaling overflowed: that step is skipped, and methods must not use its gradients.
 
-        Reading the answer waits for the device, so it is asked only where a method looks at gradients.
+        This synchronises with the GPU, so it is checked only if a method has ``after_backward``.
         """
         readers = any(type(m).after_backward is not Method.after_backward for m in self.methods.values())
         if not (readers and self.precision.scaler.is_enabled()):
@@ -309,7 +308,7 @@ class Trainer:
 
 
 def class_scores(model: nn.Module, images: Tensor) -> Tensor:
-    """Scores B×C×H×W of normalised images; arg-max over C is the prediction."""
+    """Class scores B×C×H×W of normalised images; the prediction is their argmax over C."""
     logits, _ = model(images)
     scores = getattr(model, "scores", None)
     return logits if scores is None else scores(logits)
@@ -324,12 +323,12 @@ def evaluate(
     precision: Precision,
     predict: Predict | None = None,
 ) -> StreamSegMetrics:
-    """Confusion matrix over a loader's images, summed over all processes.
+    """Confusion matrix of a loader's images, summed over all processes.
 
     Args:
         model: maps images to (logits, intermediates); put into evaluation mode.
-        loader: yields (images, targets); no image may come twice over all processes.
-        metrics: emptied first.
+        loader: yields (images, targets); each image on one process only.
+        metrics: reset first.
         device, precision: as in training.
         predict: maps (model, images) to scores B×C×H×W; ``class_scores`` if None.
     """
@@ -347,7 +346,7 @@ def evaluate(
 
 @contextlib.contextmanager
 def _untuned_convolutions() -> Iterator[None]:
-    """Without cuDNN's search for the fastest kernel, which whole pictures of every size would each start."""
+    """Without cuDNN's search for the fastest kernel, which would run for every new image size."""
     tuned = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False
     try:
@@ -357,16 +356,16 @@ def _untuned_convolutions() -> Iterator[None]:
 
 
 def to_device(images: Tensor, device: torch.device) -> Tensor:
-    """Images on the device, normalised float32, channels last (what convolutions are fastest on)."""
+    """Images on the device, as normalised float32, channels last (fastest for convolutions)."""
     moved = images.to(device, non_blocking=True)
     return normalize(moved).contiguous(memory_format=torch.channels_last)
 
 
 def compiled(module: nn.Module) -> nn.Module:
-    """The module, on its device, behind ``torch.compile``, which translates it at the first batch of a shape.
+    """``torch.compile`` of a module, compiled at the first batch of each shape.
 
     Raises:
-        UserError: a compiler that it calls is missing: a C++ compiler, on CUDA Triton and a C compiler.
+        UserError: a required compiler is missing: on the CPU a C++ compiler, on CUDA Triton and a C compiler.
     """
     on_cuda = next(module.parameters()).is_cuda
     if on_cuda and importlib.util.find_spec("triton") is None:
@@ -379,14 +378,14 @@ def compiled(module: nn.Module) -> nn.Module:
 
 
 def groups(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """The batches in lists of ``size``; the last may be shorter."""
+    """Yield the batches in lists of ``size``; the last may be shorter."""
     iterator = iter(batches)
     while group := list(itertools.islice(iterator, size)):
         yield group
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Apply a function to a tensor, or to those in dicts, lists and tuples of them."""
+    """Apply a function to a tensor, or to all tensors in nested dicts, lists and tuples."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):
@@ -397,25 +396,25 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 
 def _single(value: Tensor) -> Tensor:
-    """Half-precision tensors as float32: losses take sums over many pixels."""
+    """Floating-point tensors as float32: losses are sums over many pixels."""
     return value.float() if value.is_floating_point() else value
 
 
 def _savable(value: Tensor) -> Tensor:
-    """A tensor made under inference mode as one that autograd may save; the same memory."""
+    """A tensor of inference mode as a normal one, which autograd can save; shares its memory."""
     plain = torch.empty(0, dtype=value.dtype, device=value.device)
     return plain.set_(value.untyped_storage(), value.storage_offset(), value.size(), value.stride())
 
 
 class Means:
-    """Means of loss terms, kept on the device until they are read."""
+    """Running means of loss terms, on the device until ``read``."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.count = 0
 
     def add(self, terms: Mapping[str, Tensor], count: int = 1) -> None:
-        """Take in the terms of one batch, or the means over ``count`` batches."""
+        """Add the terms of one batch, or the means of ``count`` batches."""
         self.count += count
         for name, term in terms.items():
             weighted = term if count == 1 else count * term
@@ -428,10 +427,10 @@ class Means:
         return {name: value / self.count for name, value in self.sums.items()}
 
     def read(self) -> dict[str, float]:
-        """The means as numbers, which waits for the device.
+        """The means as floats; synchronises with the GPU.
 
         Raises:
-            NonFiniteLoss: one is NaN or infinite.
+            NonFiniteLoss: a mean is NaN or infinite.
         """
         if not self.sums:
             return {}

@@ -634,14 +634,14 @@ def test_what_a_level_means_on_a_device(
 
 
 @pytest.mark.parametrize("typed", [True, False])
-def test_a_level_that_is_not_used_is_told(typed: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_level_that_is_not_used_is_logged(typed: bool, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         Precision("O1", torch.device("cpu"), bfloat16=False).log_choice(typed)
         Precision("O1", torch.device("cpu"), bfloat16=True).log_choice(typed)
-    (told, used) = caplog.records
-    assert told.levelname == ("WARNING" if typed else "INFO")
-    assert told.getMessage().startswith("--opt_level O1 is computed in float32: ")
-    assert "2 to 12 times as long" in told.getMessage()
+    (warned, used) = caplog.records
+    assert warned.levelname == ("WARNING" if typed else "INFO")
+    assert warned.getMessage().startswith("--opt_level O1 is computed in float32: ")
+    assert "2 to 12 times as long" in warned.getMessage()
     assert (used.levelname, used.getMessage()) == ("INFO", "precision: bfloat16 autocast")
 
 
