@@ -1,7 +1,8 @@
-"""One run: its steps, trained or tested one after the other.
+"""A run: its steps are trained or tested in order.
 
-``folder`` knows the run's files and where a step starts, ``networks`` what a step trains, ``training`` its
-epochs, ``state`` its checkpoint, ``monitor`` its progress, ``evaluation`` its results.
+``folder``: the run's files and the start of a step; ``networks``: student, teacher and methods;
+``optimizer``: optimiser and schedule; ``training``: epochs; ``state``: the checkpoint; ``monitor``: progress;
+``evaluation``: results.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ class Session:
 
     Args:
         opts: checked options.
-        world: this process among the others.
+        world: this process.
 
     Raises:
-        UserError: the run's folder cannot be written or belongs to another run.
+        UserError: the run's folder cannot be written or another run uses it.
     """
 
     def __init__(self, opts: Options, world: World) -> None:
@@ -48,7 +49,7 @@ class Session:
         if opts.deterministic:
             make_deterministic()
         elif world.device.type == "cuda":
-            # Crops are of one size, for which cuDNN's fastest kernels are looked up once.
+            # All crops have one size, for which cuDNN searches its fastest kernels once.
             torch.backends.cudnn.benchmark = True
         with distributed.shared_errors():
             self._lock = FolderLock(folder.path, "choose another --logdir") if world.is_main else None
@@ -68,7 +69,7 @@ class Session:
         """Train a step from its beginning or from its checkpoint, then evaluate it.
 
         Raises:
-            Stopped: a signal came; the step is saved and resumed when the command is given again.
+            Stopped: a signal was received; the step is saved, and the same command resumes it.
         """
         run, folder, tolerance = self.run, self.run.folder, self.run.tolerance
         run.stop.raise_if_set()
@@ -87,7 +88,7 @@ class Session:
             log.warning("%d unreadable images were skipped: %s", len(tolerance.reasons), listed)
 
     def test(self, step: int) -> None:
-        """Evaluate a step's checkpoint on the final images.
+        """Evaluate a step's checkpoint on the images of the final evaluation.
 
         Raises:
             UserError: the checkpoint does not fit, or the data cannot be read.

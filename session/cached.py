@@ -1,4 +1,4 @@
-"""What methods compute over a step's whole training set, kept for the next start of the step."""
+"""Cache of tensors that methods compute over a step's training set, for the next start of the step."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ log = logging.getLogger(__name__)
 
 
 class Cache:
-    """``Context.cached``: takes what an earlier start of the step computed from the same, or computes it.
+    """``Context.cached``: loads tensors that an earlier start computed from the same inputs, else computes.
 
     Args:
         folder: of the run; it gets a file ``<name>_<step>.pth``.
-        world: this process among the others.
-        step: the step.
-        origin: all that can have gone into it, in JSON types; asked only on the first process. Whatever a
-            method reads must show here, so it holds digests of things themselves and not some options' names.
+        world: this process.
+        step: number of the step.
+        origin: everything on which the tensors may depend, in JSON types: digests of weights and samples, and
+            options. Called on rank 0 only.
     """
 
     def __init__(
@@ -50,10 +50,10 @@ class Cache:
                 stored = load_checkpoint(path) if path.is_file() else {}
                 if stored.get("computed_from") == computed_from:
                     values = dict(stored["values"])
-        # All take what the first process finds: another may not see its file yet.
+        # Other processes may not see rank 0's file yet.
         values = distributed.broadcast_object(values)
         if values is not None:
-            log.info("%s: taken from %s", name, path)
+            log.info("%s: loaded from %s", name, path)
             return {k: v.to(self.world.device) for k, v in values.items()}
         values = compute()
         with distributed.shared_errors():

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class Evaluation:
-    """Evaluates networks and writes what came out.
+    """Evaluates networks and writes the results.
 
     Args:
         run: the run.
@@ -46,10 +46,10 @@ class Evaluation:
     def run(
         self, model: nn.Module, images: IncrementalDataset, classes: int, precision: Precision
     ) -> StreamSegMetrics:
-        """Confusion matrix over images, summed over all processes.
+        """Confusion matrix of images, summed over all processes.
 
         Raises:
-            Stopped: a signal came.
+            Stopped: a signal was received.
         """
         opts = self.opts
         loader = make_eval_loader(
@@ -62,7 +62,7 @@ class Evaluation:
         batches = progress(
             loader, total=len(loader), desc="evaluation", world=self.world, interval=opts.print_interval * 10
         )
-        # Running statistics of norm layers differ between processes; the first one's count, as in training.
+        # Running statistics of norm layers differ between processes; use rank 0's, as in training.
         distributed.broadcast_buffers(model)
         with loader:
             metrics = evaluate(
@@ -83,7 +83,7 @@ class Evaluation:
         metrics: StreamSegMetrics,
         learnt_iou: dict[str, float] | None = None,
     ) -> Results:
-        """The numbers of a confusion matrix."""
+        """Metrics computed from a confusion matrix."""
         return summarise(
             metrics.confusion_matrix,
             data.class_names,
@@ -93,7 +93,7 @@ class Evaluation:
         )
 
     def report(self, step: int, data: EvaluationData, metrics: StreamSegMetrics) -> Results:
-        """Results of a step in the log and, from rank 0, as JSON and CSV in the run's folder."""
+        """Log the results of a step; on rank 0 also write them as JSON, CSV and to TensorBoard."""
         opts = self.opts
         results = self.summarise(step, data, metrics, self.folder.learnt_iou(step))
         log.info("step %d, %s protocol\n%s", step, opts.protocol, results.table())
@@ -121,7 +121,7 @@ class Evaluation:
 
     @contextlib.contextmanager
     def _task_writer(self) -> Iterator[RunLogger]:
-        """The whole task in TensorBoard: a point and an image per step."""
+        """TensorBoard writer of the whole task: a point and an image per step."""
         writer = RunLogger(self.world, self.folder.path / "task", enabled=self.opts.visualize)
         try:
             yield writer
@@ -136,14 +136,14 @@ class Evaluation:
         precision: Precision,
         writer: RunLogger,
     ) -> None:
-        """Show ``--sample_num`` images, the same in every step, with their labels and predictions.
+        """Write ``--sample_num`` images, the same in every step, with their labels and predictions.
 
         Args:
             step: number of the step.
             data: images to choose from.
-            networks: of this step and of the one before.
-            precision: how they compute.
-            writer: TensorBoard's for the step.
+            networks: of this step and of the previous one.
+            precision: of the networks.
+            writer: TensorBoard writer of the step.
         """
         images, targets = self._samples(data)
         if not images:
@@ -154,7 +154,7 @@ class Evaluation:
             options: Any = {"device": self.world.device, "precision": precision, "predict": self.predict}
             return [predict_classes(network, image, **options) for image in images]
 
-        # By the data set's ids, so that a class has one colour in every order of the classes.
+        # By dataset class ids, so that a class has the same colour in every class order.
         seen = self.opts.task_.seen_classes(step)
         ids = torch.full((256,), VOID)
         ids[: len(seen)] = torch.tensor(seen)
@@ -176,7 +176,7 @@ class Evaluation:
             log.info("images of predictions: %s", path)
 
     def _samples(self, data: EvaluationData) -> tuple[list[Tensor], list[Tensor]]:
-        """On the first process, the images to show with their labels."""
+        """The images to show and their labels; empty except on rank 0."""
         images: list[Tensor] = []
         targets: list[Tensor] = []
         count = min(self.opts.sample_num, len(data.test)) if self.world.is_main else 0

@@ -1,4 +1,4 @@
-"""What lies in a run's folder: its checkpoints, and which of them a step is resumed from."""
+"""A run's folder: its checkpoints, and the one from which a step is resumed."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from utils.errors import UserError
 
 @dataclass(frozen=True)
 class Resumed:
-    """A checkpoint that a step is resumed from.
+    """A checkpoint from which a step is resumed.
 
     Attributes:
         path: its file.
-        content: what it holds.
-        own: this run wrote it; else it is that of ``--ckpt``.
+        content: its content.
+        own: whether this run wrote it; else it is the one of ``--ckpt``.
     """
 
     path: Path
@@ -41,7 +41,7 @@ class Resumed:
     def is_exact(self) -> bool:
         """Whether it was trained with this run's options, so that optimiser and schedule are restored.
 
-        One of a release or of an early version does not say at which rate it was trained.
+        Checkpoints of released code and of early versions have no fingerprint with the learning rate.
         """
         return self.own and "facts" in self.content
 
@@ -53,9 +53,9 @@ class Start:
     Attributes:
         step: its number.
         lr: its learning rate.
-        fingerprint: what beside the options a checkpoint must have been trained with, by the words for a
-            message; the images' digests come in when they are known.
-        resumed: the checkpoint that it is resumed from; None: it starts from its beginning.
+        fingerprint: values besides the options that a checkpoint to resume from must share, by their names in
+            messages; digests of the images are added after loading the data.
+        resumed: the checkpoint to resume from; None: start from the beginning.
     """
 
     step: int
@@ -65,16 +65,16 @@ class Start:
 
 
 class RunFolder:
-    """Files of a run under their published names.
+    """Files of a run.
 
     Args:
         opts: checked options.
-        world: this process among the others.
+        world: this process.
 
     Attributes:
         path: ``<logdir>/<task>-<dataset>_<name>``.
-        options: the options in JSON types, as checkpoints hold them.
-        spec: form of the network.
+        options: the options in JSON types, as saved in checkpoints.
+        spec: of the network.
     """
 
     def __init__(self, opts: Options, world: World) -> None:
@@ -91,16 +91,16 @@ class RunFolder:
         return path if opts.checkpoint is None else opts.checkpoint / path.name
 
     def previous(self, step: int) -> Path:
-        """Checkpoint of the step before, which may be another run's (``--step_ckpt``)."""
+        """Checkpoint of the previous step, possibly of another run (``--step_ckpt``)."""
         opts = self.opts
         return opts.step_ckpt if opts.step_ckpt and step == opts.steps[0] else self.checkpoint(step - 1)
 
     def results(self, step: int) -> Path:
-        """Results of a step; written last, they mark the step as done."""
+        """Results file of a step; written last, it marks the step as done."""
         return step_file(self.path, RESULTS, step)
 
     def load(self, path: Path, step: int) -> dict[str, Any]:
-        """A checkpoint that fits this run's network and task at a step.
+        """Load a checkpoint and check that it is of this run's network, task and step.
 
         Raises:
             UserError: it is damaged, or of another network, task or step.
@@ -110,10 +110,10 @@ class RunFolder:
         return with_current_names(content, self.spec)
 
     def load_previous(self, step: int) -> dict[str, Any]:
-        """The checkpoint of the step before.
+        """Load the checkpoint of the previous step.
 
         Raises:
-            UserError: there is none, it is not trained to its end, or it does not fit.
+            UserError: it does not exist, its training is not finished, or it does not fit.
         """
         path = self.previous(step)
         if not path.is_file():
@@ -125,7 +125,7 @@ class RunFolder:
         epochs = saved_options(content).get("epochs")
         if epochs is not None and not is_trained(content, epochs):
             raise UserError(
-                f"{path}: step {step - 1} is not finished, it stands in epoch "
+                f"{path}: training of step {step - 1} is not finished, it is in epoch "
                 f"{content['epoch'] + 1} of {epochs}; finish --step {step - 1} first"
             )
         return content
@@ -154,7 +154,7 @@ class RunFolder:
         return Start(step, lr, fingerprint, resumed)
 
     def _resumed(self, step: int, fingerprint: dict[str, Any]) -> Resumed | None:
-        """The checkpoint that a step is resumed from: this run's own, or ``--ckpt``, or none."""
+        """The checkpoint to resume a step from: this run's own, else ``--ckpt``, else None."""
         opts, path = self.opts, self.checkpoint(step)
         content = self._own(path, step)
         if content is not None:
@@ -168,7 +168,7 @@ class RunFolder:
         trained = is_trained(resumed.content, opts.epochs)
         if not resumed.own and (trained or epoch >= opts.epochs):
             raise UserError(
-                f"--ckpt {resumed.path} stands in epoch {epoch + 1} and --epochs is {opts.epochs}: nothing "
+                f"--ckpt {resumed.path} is in epoch {epoch + 1} and --epochs is {opts.epochs}: nothing "
                 "is left to train; give more --epochs, counted from the step's start, or --test"
             )
         if "optimizer_state" not in resumed.content and not trained:
@@ -178,8 +178,8 @@ class RunFolder:
         return resumed
 
     def _own(self, path: Path, step: int) -> dict[str, Any] | None:
-        """This run's checkpoint of a step if the step is resumed from it."""
-        # A job that was requeued with --fresh resumes what it has done itself.
+        """This run's checkpoint of a step if the step is to be resumed from it, else None."""
+        # A job that was requeued with --fresh resumes its own checkpoint.
         if not path.is_file() or not (self.opts.resume == "auto" or restarted()):
             return None
         content = self.load(path, step)
@@ -188,22 +188,22 @@ class RunFolder:
         return content if self._is_own(content) else None
 
     def _is_own(self, content: dict[str, Any]) -> bool:
-        """Whether this run wrote it, rather than one that began from another ``--ckpt``."""
+        """Whether a run with the same ``--ckpt`` wrote it."""
         return bool(saved_options(content).get("ckpt") == self.options["ckpt"])
 
     def differences(self, content: dict[str, Any], fingerprint: dict[str, Any]) -> list[str]:
-        """What a checkpoint was trained with that this run has otherwise."""
+        """Differences between a checkpoint's options and fingerprint and this run's; see ``differences``."""
         return differences(content, self.options, fingerprint)
 
     def check_same_run(self, step: int, content: dict[str, Any], fingerprint: dict[str, Any]) -> None:
-        """Refuse to resume from a checkpoint that was trained with other options or another fingerprint.
+        """Check that a checkpoint was trained with this run's options and fingerprint.
 
         Raises:
             UserError: naming each difference.
         """
         if differing := self.differences(content, fingerprint):
             raise UserError(
-                f"{self.checkpoint(step)} was trained otherwise: {'; '.join(differing)}; give the same "
+                f"{self.checkpoint(step)} was trained differently: {'; '.join(differing)}; give the same "
                 "options to resume it, --fresh to start the step over, or another --name"
             )
 
@@ -213,9 +213,9 @@ class RunFolder:
         return trained and self.results(step).is_file()
 
     def learnt_iou(self, step: int) -> dict[str, float]:
-        """IoU of each class after the step that learnt it, from the results of the earlier steps.
+        """IoU of each class after the step that learnt it, from the results of earlier steps.
 
-        Where the previous step is another run's (``--step_ckpt``), its results are in that run's folder.
+        With ``--step_ckpt``, results of the steps before the first are read from that checkpoint's folder.
         """
         learnt: dict[str, float] = {}
         for earlier in range(step):

@@ -22,18 +22,18 @@ log = logging.getLogger(__name__)
 
 
 class Monitor:
-    """Reports a step's losses every ``--print_interval`` batches, after each epoch, and its validations.
+    """Logs a step's losses every ``--print_interval`` batches and after each epoch, and its validations.
 
-    Losses are read from the device at these points only.
+    The GPU is synchronised at these points only.
 
     Args:
         run: the run.
         step: number of the step.
         batches_per_epoch: batches of a whole epoch.
-        iteration: batches of the step that are done already; None: the step starts from its beginning.
+        iteration: batches of the step done before; None: the step starts from its beginning.
 
     Attributes:
-        writer: TensorBoard's.
+        writer: TensorBoard writer.
     """
 
     def __init__(self, run: Run, step: int, *, batches_per_epoch: int, iteration: int | None) -> None:
@@ -65,11 +65,11 @@ class Monitor:
         self._opened.close()
 
     def begin_epoch(self, epoch: int, first_batch: int) -> None:
-        """Begin an epoch.
+        """Start an epoch.
 
         Args:
             epoch: its number, from 0.
-            first_batch: number of its batches that are done already.
+            first_batch: number of its batches done before.
         """
         self._epoch, self._first, self._batch = epoch, first_batch, first_batch
         self._epoch_means, self._interval_means = Means(), Means()
@@ -77,7 +77,7 @@ class Monitor:
         self.history.lap()
 
     def shown(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Pass on what is left of the epoch's batches and show the progress, as a bar or in lines."""
+        """Yield the remaining batches of the epoch and show the progress."""
         left = self.batches_per_epoch - self._first
         return progress(batches, total=left, desc=self._title, world=self.world, interval=self.interval)
 
@@ -86,15 +86,15 @@ class Monitor:
         return f"step {self.step} epoch {self._epoch + 1}/{self.epochs}"
 
     def add(self, terms: Mapping[str, Tensor], batches: int, lr: float) -> None:
-        """Take in the loss terms of an optimiser step.
+        """Add the loss terms of an optimiser step.
 
         Args:
-            terms: their means over the batches, on the device.
-            batches: number of batches of the step.
-            lr: learning rate after the step.
+            terms: means over its batches, on the device.
+            batches: number of its batches.
+            lr: learning rate after it.
 
         Raises:
-            NonFiniteLoss: a term of the interval that ends here was NaN or infinite.
+            NonFiniteLoss: the print interval ends here and one of its terms was NaN or infinite.
         """
         reported = self._batch // self.interval
         self._batch, self._lr = self._batch + batches, lr
@@ -105,7 +105,7 @@ class Monitor:
             self._interval_means = Means()
 
     def end_epoch(self) -> None:
-        """Report the means of the epoch.
+        """Log the means of the epoch.
 
         Raises:
             NonFiniteLoss: a term was NaN or infinite.
@@ -118,13 +118,13 @@ class Monitor:
         log.info("%s: %s (%.1f images/s)", self._title, _listed(means), speed)
 
     def _report(self, terms: Mapping[str, float]) -> None:
-        """One point of the curves."""
+        """Write a history entry, a point in TensorBoard and a debug line."""
         epoch, iteration = self._epoch, self._epoch * self.batches_per_epoch + self._batch
         self.writer.progress(self.history.progress(iteration, epoch + 1, terms, self._lr))
         log.debug("step %d epoch %d batch %d: %s", self.step, epoch + 1, self._batch, _listed(terms))
 
     def validation(self, results: Results, epoch: int) -> None:
-        """Report a validation after an epoch (counted from 0)."""
+        """Log a validation after an epoch (counted from 0)."""
         self.history.validation(epoch + 1, results.miou_all)
         self.writer.results(results, epoch + 1)
         log.info("step %d epoch %d: validation mIoU %.2f %%", self.step, epoch + 1, 100 * results.miou_all)

@@ -1,4 +1,4 @@
-"""Networks, methods and optimiser of a step, put together from the options and the step before."""
+"""Networks and methods of a step, from the options and the previous step's checkpoint."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ log = logging.getLogger(__name__)
 
 
 class StepNetworks:
-    """What a step trains, as at its start.
+    """Student, teacher and methods at the start of a step.
 
     Args:
         run: the run.
         step: number of the step.
-        precision: how the networks compute.
+        precision: of the networks.
         methods: of the step, by name.
 
     Attributes:
-        context: networks, classes and device, as the methods know them.
-        methods: already through ``begin_step`` once :meth:`begin` was called.
-        own_modules: what the methods train beside the student, once :meth:`begin` was called.
+        context: networks, classes and device for the methods.
+        methods: of the step; :meth:`begin` calls their ``begin_step``.
+        own_modules: modules of the methods, trained with the student; set by :meth:`begin`.
 
     Raises:
-        UserError: the step before has no checkpoint that fits, or pretrained
-            weights cannot be had.
+        UserError: there is no fitting checkpoint of the previous step, or pretrained weights cannot be
+        loaded.
     """
 
     def __init__(self, run: Run, step: int, precision: Precision, methods: dict[str, Method]) -> None:
@@ -68,7 +68,7 @@ class StepNetworks:
         )
 
     def _student(self) -> IncrementalSegmentationModule:
-        """It starts from the previous step or from ImageNet."""
+        """The student, initialised from the previous step or from pretrained weights."""
         opts = self.opts
         task, step = opts.task_, self.step
         model = make_model(self.folder.spec, task.classes_per_step(step), task.later_classes_per_step(step))
@@ -86,16 +86,16 @@ class StepNetworks:
         channels = int(model.network.body_channels)
         if "feat_dim" in opts.typed and channels != opts.feat_dim:
             raise UserError(
-                f"--feat_dim {opts.feat_dim:g}: this network's body has {channels} channels; drop it"
+                f"--feat_dim {opts.feat_dim:g}: this network's features have {channels} channels; drop it"
             )
         return model
 
     def _pretrained(self, model: IncrementalSegmentationModule) -> LoadReport:
-        """Load ImageNet weights: the user's file, or what the published code starts from."""
+        """Load pretrained weights: the user's file, or those that the released code starts from."""
         opts = self.opts
         if opts.pretrained_path is not None:
             return load_pretrained(model.network, path=opts.pretrained_path)
-        # One process downloads, the others then find the file.
+        # Rank 0 downloads the file; the others wait and then load it.
         if not self.world.is_main:
             distributed.barrier()
         report = load_default_pretrained(
@@ -109,7 +109,7 @@ class StepNetworks:
         return report
 
     def teacher(self) -> IncrementalSegmentationModule:
-        """The network of the step before, frozen, on the CPU.
+        """The previous step's network, frozen, on the CPU.
 
         Raises:
             UserError: its checkpoint does not fit.
@@ -118,19 +118,19 @@ class StepNetworks:
         return freeze(load_model(self.folder.spec, self.previous, path, task, self.step - 1)).eval()
 
     def previous_network(self) -> IncrementalSegmentationModule | None:
-        """The network of the step before, loaded where no method needed it; None at step 0."""
+        """The previous step's network, loaded if no method uses a teacher; None at step 0."""
         if self.step == 0 or self.context.model_old is not None:
             return self.context.model_old  # type: ignore[return-value]
         return self.place(self.teacher())
 
     def place(self, model: IncrementalSegmentationModule) -> IncrementalSegmentationModule:
-        """A network on this process's device, in the precision and memory layout that it computes in."""
+        """Move a network to this process's device, in its precision and memory format."""
         return self.precision.place(model)
 
     # ── methods ──────────────────────────────────────────────────────────────────────────────────
 
     def begin(self) -> None:
-        """Give the methods the previous step's state and their networks' needs, and begin the step."""
+        """Pass the previous step's states to the methods, request intermediates, call ``begin_step``."""
         context, methods = self.context, self.methods
         state = self.previous.get("method_state", {})
         for name, method in methods.items():
@@ -142,7 +142,7 @@ class StepNetworks:
         if context.model_old is not None:
             context.model_old.intermediates = teacher  # type: ignore[assignment]
             if not any(method.uses_teacher for method in methods.values()):
-                context.model_old = None  # fine-tuning needs no teacher: save its forward pass
+                context.model_old = None  # no method uses it: save its forward pass
         for method in methods.values():
             call_hook(method, "begin_step", context)
         self.own_modules = self.precision.place(collect_modules(methods, context))
@@ -151,7 +151,7 @@ class StepNetworks:
         log.info("methods: %s", ", ".join(methods))
 
     def restore(self, resumed: Mapping[str, Any]) -> None:
-        """Restore the weights and methods' states of an interrupted run; call it after ``begin``."""
+        """Restore weights and methods' states of a checkpoint to resume from; call it after ``begin``."""
         load_state(self.context.model, model_state(resumed))
         local = resumed.get("method_state_of_rank") or []
         states = resumed.get("method_state", {})
@@ -161,15 +161,15 @@ class StepNetworks:
             if name in states:
                 call_hook(method, "load_state_dict", states[name])
 
-    # ── what trains them ─────────────────────────────────────────────────────────────────────────
+    # ── training ─────────────────────────────────────────────────────────────────────────────────
 
     @property
     def trained(self) -> tuple[nn.Module, nn.Module]:
-        """What the optimiser trains: the student and the methods' own modules."""
+        """The modules with trained parameters: the student and the methods' own modules."""
         return self.context.model, self.own_modules
 
     def wrapped(self) -> nn.Module:
-        """The module whose forward trains: synchronised over processes where there are several."""
+        """The student, in DistributedDataParallel if there are several processes."""
         model = self.context.model
         if self.world.size == 1:
             return model
@@ -178,12 +178,12 @@ class StepNetworks:
             model,
             device_ids=[device.index] if device.type == "cuda" else None,
             gradient_as_bucket_view=True,
-            # Looking for unused weights keeps the gradients' buckets as they are at the start. Else they are
-            # put together anew after the first batch, also the first of a resumed run, and with three
-            # processes or more the order in which gradients are summed depends on them.
+            # find_unused_parameters keeps the initial gradient buckets. Otherwise they are rebuilt after the
+            # first batch of every start, also of a resumed run; with three or more processes the order in
+            # which gradients are summed depends on the buckets.
             find_unused_parameters=self.opts.deterministic,
         )
 
     def optimizer(self, lr: float) -> torch.optim.Optimizer:
-        """That of the student and the methods' own modules at a learning rate. See ``make_optimizer``."""
+        """Optimiser of the student and the methods' own modules; see ``make_optimizer``."""
         return make_optimizer(self.opts, self.context.model, self.methods, lr, self.own_modules)

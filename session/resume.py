@@ -1,4 +1,4 @@
-"""Where a step of a run stands, and whether a checkpoint is of the same run."""
+"""Progress of a step, and comparison of a checkpoint with a run."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from runs.checkpoint import saved_options
 
 @dataclass
 class Progress:
-    """How far a step is.
+    """Progress of a step.
 
     Attributes:
-        epoch: the epoch under way, from 0.
-        batch: its batches that are done.
-        best: best validation score so far.
-        unreadable: images that ``--skip_corrupt`` skipped.
+        epoch: current epoch, from 0.
+        batch: number of its batches done.
+        best: best validation mIoU so far.
+        unreadable: images skipped by ``--skip_corrupt``.
     """
 
     epoch: int = 0
@@ -31,7 +31,7 @@ class Progress:
 
     @classmethod
     def of(cls, content: Mapping[str, Any], batches_per_epoch: int) -> Progress:
-        """That of a checkpoint; one without a number of batches stands at the end of its epoch."""
+        """From a checkpoint; one without a number of batches is at the end of its epoch."""
         return cls(
             epoch=int(content["epoch"]),
             batch=int(content.get("batch", batches_per_epoch)),
@@ -50,18 +50,18 @@ class Progress:
 
 
 def is_trained(content: Mapping[str, Any], epochs: int) -> bool:
-    """Whether a checkpoint holds a step's result: it stands at the end of the last epoch.
+    """Whether a checkpoint holds a step's result: it is at the end of the last epoch.
 
-    As long as ``--keep best`` has not chosen, the checkpoint holds ``best`` beside the latest weights. One
-    that was saved after the last batch, but before the methods' ``end_step``, says so with ``ended``; those
-    without it are of versions that had no such hook.
+    Until ``--keep best`` has chosen an epoch, the checkpoint holds ``best`` besides the latest weights.
+    ``ended`` is False if it was saved before the methods' ``end_step``; checkpoints of versions without that
+    hook have no such key.
     """
     at_end = int(content["epoch"]) + 1 >= epochs and not is_within_epoch(content)
     return at_end and "best" not in content and bool(content.get("ended", True))
 
 
 def is_within_epoch(content: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint stands between two batches of an epoch."""
+    """Whether a checkpoint was saved between two batches of an epoch."""
     return content.get("batch", None) not in (None, content.get("batches_per_epoch"))
 
 
@@ -89,9 +89,9 @@ def has_same_batches(
 
 
 def deciding_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that change what is learnt, but for those that are compared by what they stand for.
+    """The options that change the trained weights, except those compared by fingerprint.
 
-    With ``--keep best`` those of the validation are among them.
+    With ``--keep best`` options of the validation are included.
     """
     keep_best = options.get("keep") == "best"
     return {name: value for name, value in options.items() if declared(name).must_agree_on_resume(keep_best)}
@@ -100,12 +100,12 @@ def deciding_options(options: Mapping[str, Any]) -> dict[str, Any]:
 def differences(
     content: Mapping[str, Any], options: Mapping[str, Any], fingerprint: Mapping[str, Any]
 ) -> list[str]:
-    """What a checkpoint was trained with that this run has otherwise, e.g. ``--momentum 0.9, now 0.5``.
+    """Differences between a checkpoint and this run, as texts, e.g. ``--momentum 0.9, now 0.5``.
 
     Args:
         content: of the checkpoint.
-        options: this run's, in JSON types; those that only one of the two knows are skipped.
-        fingerprint: this run's, by the words that the message shall use.
+        options: this run's, in JSON types; those known to only one of the two are skipped.
+        fingerprint: this run's, by names for the message.
     """
     saved = saved_options(content)
     found = []
@@ -127,17 +127,17 @@ def _short(value: Any) -> str:
 
 
 def job_id() -> str:
-    """Name of the job of the scheduler or launcher that this process belongs to; empty without one."""
+    """Job id of the scheduler or launcher; empty without one."""
     return os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID") or ""
 
 
 def restarted() -> bool:
-    """Whether the scheduler or launcher started this job before (requeued, ``--max-restarts``)."""
+    """Whether the scheduler or launcher restarted this job (requeued, ``--max-restarts``)."""
     counts = (os.environ.get(name, "") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
     return any(count.isdigit() and int(count) > 0 for count in counts)
 
 
 def rng_of_rank(content: Mapping[str, Any], rank: int) -> dict[str, Tensor] | None:
-    """State of a rank's random generators in a checkpoint; None where there is none for it."""
+    """State of a rank's random generators in a checkpoint; None if it has none for this rank."""
     states = content.get("rng_state") or []
     return states[rank] if rank < len(states) else None

@@ -1,4 +1,4 @@
-"""What the steps of a run share on one process."""
+"""Objects shared by all steps of a run on one process."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Run:
 
     Attributes:
         opts: checked options.
-        world: this process among the others.
+        world: this process.
         folder: files of the run.
-        stop: whether this process received a signal to stop.
+        stop: whether this process received a signal.
         tolerance: unreadable images so far, over all steps.
     """
 

@@ -1,4 +1,4 @@
-"""The state of a step in training: what its checkpoint holds, how it is saved and resumed."""
+"""The training state of a step: content of its checkpoint, saving and resuming."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ class StepState:
 
     Args:
         run: the run.
-        start: how the step starts. A checkpoint to resume from is restored, but for the weights and the
-            methods' states, which ``StepNetworks.restore`` has restored already.
+        start: how the step starts. Its checkpoint is restored here, except for the weights and the methods'
+            states, which ``StepNetworks.restore`` has restored before.
         networks: of the step.
-        trainer: with the optimiser and its schedule, as at the step's beginning.
+        trainer: with optimiser and schedule as at the step's beginning.
         sampler: of the training batches.
 
     Attributes:
-        progress: how far the step is.
-        rng: states of the random generators to resume with in the middle of an epoch, else None.
-        chosen: whether the weights are those of the epoch that ``--keep`` asks for.
-        ended: whether the methods' ``end_step`` was called on them.
+        progress: epoch and batch reached.
+        rng: random generator states for resuming within an epoch, else None.
+        chosen: whether the weights are those of the epoch chosen by ``--keep``.
+        ended: whether the methods' ``end_step`` was called on these weights.
 
     Raises:
-        UserError: the checkpoint's optimiser trained other weights, or nothing is left to learn with.
+        UserError: the checkpoint's optimiser has other weights, or the remaining learning rate is 0.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class StepState:
         self.rng: dict[str, Tensor] | None = None
         self.chosen = run.opts.keep == "last"
         self.ended = False
-        self._saved_at: tuple[int, int] | None = None  # epoch and batch of the checkpoint on the disk
-        self._best: dict[str, Any] | None = None  # with --keep best: the best epoch so far and its states
+        self._saved_at: tuple[int, int] | None = None  # epoch and batch of the saved checkpoint
+        self._best: dict[str, Any] | None = None  # with --keep best: the best epoch so far and its state
         if start.resumed is not None:
             self._resume(start.resumed)
         self._check_learning_rate()
@@ -73,19 +73,19 @@ class StepState:
 
     @property
     def iteration(self) -> int:
-        """Batches of the step that are done."""
+        """Number of batches done in the step."""
         return self.progress.epoch * self.sampler.batches_per_epoch + self.progress.batch
 
     # ── resuming ─────────────────────────────────────────────────────────────────────────────────
 
     def _resume(self, resumed: Resumed) -> None:
-        """Restore what a checkpoint holds beside the weights and the methods' states."""
+        """Restore a checkpoint except for the weights and the methods' states."""
         opts, batches, content = self.run.opts, self.sampler.batches_per_epoch, resumed.content
         progress = self.progress = Progress.of(content, batches)
         if not resumed.own and not has_same_batches(
             content, self.run.folder.options, self.start.fingerprint, batches
         ):
-            # The batches that are done had other images than this run's.
+            # The finished batches had other images than this run's: repeat the epoch, or start the next.
             progress.batch = 0 if is_within_epoch(content) else batches
         self.run.tolerance.reasons |= progress.unreadable
         if "optimizer_state" in content:
@@ -93,7 +93,7 @@ class StepState:
                 self._restore_optimizer(content)
             else:
                 self._advance_schedule(resumed)
-            # Empty where the checkpoint was trained without a scaler, on the CPU or in bfloat16.
+            # Empty if trained without a scaler, on the CPU or in bfloat16.
             if content.get("scaler_state"):
                 self.trainer.precision.scaler.load_state_dict(content["scaler_state"])
         if 0 < progress.batch < batches:
@@ -112,18 +112,18 @@ class StepState:
         )
 
     def _restore_optimizer(self, content: dict[str, Any]) -> None:
-        """Rates, momentum and schedule as this run saved them."""
+        """Restore optimiser and schedule of this run's checkpoint."""
         try:
             load_optimizer(self.trainer.optimizer, content["optimizer_state"])
         except ValueError as error:
             raise UserError(
-                f"{self.run.folder.checkpoint(self.start.step)}: its optimiser trained other weights "
+                f"{self.run.folder.checkpoint(self.start.step)}: its optimiser has other weights "
                 f"({error}); --fresh starts the step over"
             ) from error
         self.scheduler.load_state_dict(content["scheduler_state"])
 
     def _advance_schedule(self, resumed: Resumed) -> None:
-        """Another run's momentum, and this command's schedule as if it had held from the step's beginning."""
+        """Load the momentum of another run's checkpoint; advance this command's schedule to its progress."""
         progress, opts = self.progress, self.run.opts
         updates = self.networks.context.updates // opts.epochs
         optimizer = self.trainer.optimizer
@@ -132,29 +132,29 @@ class StepState:
         done = progress.epoch * updates + (updates if whole else progress.batch // opts.accumulate)
         advance(self.scheduler, done)
         log.info(
-            "%s gives the weights and their momentum%s; the schedule is this command's: %d of %d updates are "
-            "done, the learning rate is %.3g",
-            resumed.path,
+            "weights and momentum%s are from %s, the schedule is this command's: %d of %d updates are done, "
+            "the learning rate is %.3g",
             f" (none for {missing})" if missing else "",
+            resumed.path,
             done,
             opts.epochs * updates,
             max(group["lr"] for group in optimizer.param_groups),
         )
 
     def _check_learning_rate(self) -> None:
-        """Refuse to train what is left of the step at a learning rate of 0."""
+        """Raise if the learning rate is 0 for the rest of the step."""
         progress = self.progress
         left = progress.epoch + 1 < self.run.opts.epochs or progress.batch < self.sampler.batches_per_epoch
         if left and not any(group["lr"] for group in self.trainer.optimizer.param_groups):
             raise UserError(
-                f"step {self.start.step}: the learning rate is 0 in all that is left to train; give another "
+                f"step {self.start.step}: the learning rate is 0 for the rest of the step; give another "
                 "--lr or --lr_old, or start the step over with --fresh"
             )
 
     # ── saving ───────────────────────────────────────────────────────────────────────────────────
 
     def save(self) -> None:
-        """Write the checkpoint from rank 0; every process waits until it is whole, or fails with it."""
+        """Write the checkpoint on rank 0; all processes wait for it and raise its errors."""
         world = self.run.world
         _check_finite(self.networks.trained)
         if self.run.opts.skip_corrupt:
@@ -162,7 +162,7 @@ class StepState:
                 self.run.tolerance.note(reasons)
             self.progress.unreadable = set(self.run.tolerance.reasons)
         methods = self.method_states()
-        # On the CPU: a pickled CUDA tensor comes back on the GPU that it left, in every process.
+        # On the CPU: a gathered CUDA tensor would be on its original GPU in every process.
         local = {
             name: map_tensors(Tensor.cpu, methods[name])
             for name, m in self.trainer.methods.items()
@@ -176,7 +176,7 @@ class StepState:
         self._saved_at = self.progress.epoch, self.progress.batch
 
     def save_if_unsaved(self) -> None:
-        """Write the checkpoint unless the one on the disk is as far."""
+        """Write the checkpoint unless this progress is already saved."""
         if self._saved_at != (self.progress.epoch, self.progress.batch):
             self.save()
 
@@ -189,7 +189,7 @@ class StepState:
         """States of the methods, by name.
 
         Raises:
-            UserError: a checkpoint cannot hold a method's state, or the method has other modules now.
+            UserError: a method's state cannot be saved, or its own modules changed.
         """
         check_unchanged(self.networks.own_modules, self.trainer.methods)
         states = {name: method.state_dict() for name, method in self.trainer.methods.items()}
@@ -207,7 +207,7 @@ class StepState:
         return states
 
     def _result(self) -> dict[str, Any]:
-        """What also a finished step's checkpoint holds, beside the methods' states."""
+        """Content of a finished step's checkpoint, without the methods' states."""
         return {
             **self.progress.state(),
             "batches_per_epoch": self.sampler.batches_per_epoch,
@@ -220,7 +220,7 @@ class StepState:
         }
 
     def _for_resuming(self) -> dict[str, Any]:
-        """What only a resumed run needs."""
+        """Content needed only to resume the step."""
         optimizer = self.trainer.optimizer
         return {
             "optimizer_state": optimizer.state_dict(),
@@ -239,14 +239,14 @@ class StepState:
             precision=self.trainer.precision.description,
         )
 
-    # ── the step's end ───────────────────────────────────────────────────────────────────────────
+    # ── end of the step ──────────────────────────────────────────────────────────────────────────
 
     def add_score(self, score: float) -> None:
-        """Take in a validation's score; with ``--keep best``, copy the state that reached the best one."""
+        """Record a validation's mIoU; with ``--keep best``, copy the state if it is the best so far."""
         progress = self.progress
         if self.run.opts.keep == "last":
             progress.best = max(progress.best, score)
-        elif self._best is None or not score <= progress.best:  # NaN, where nothing is labelled: the latest
+        elif self._best is None or not score <= progress.best:  # a NaN score (no labels) also replaces it
             progress.best = score
             state = {
                 "model_state": self.model.state_dict(),
@@ -256,9 +256,9 @@ class StepState:
             self._best = {"epoch": progress.epoch, **map_tensors(_copied, state)}
 
     def keep_best(self) -> None:
-        """Make the best epoch's state the step's result, in the model and in the checkpoint.
+        """Make the best epoch's state the result of the step, in the model and in the checkpoint.
 
-        The checkpoint then has no optimiser state, since that belongs to the last epoch.
+        The checkpoint then has no optimiser state, which is of the last epoch.
         """
         best = self._best
         assert best is not None  # the last epoch is always validated
@@ -282,7 +282,7 @@ class StepState:
         return any(type(m).end_step is not Method.end_step for m in self.trainer.methods.values())
 
     def end_step(self) -> None:
-        """Let the methods finish the step; what they draw is the same in a resumed run."""
+        """Call the methods' ``end_step``, with the same random seed in a resumed run."""
         self.ended = True
         if not self._has_end_step:
             return
@@ -302,9 +302,9 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 def _check_finite(networks: Sequence[nn.Module]) -> None:
-    """Raise rather than save weights that no run can be resumed from."""
+    """Raise instead of saving weights that are not finite."""
     finite = [p.detach().isfinite().all() for network in networks for p in network.parameters()]
     if not bool(torch.stack(finite).all()):
         raise NonFiniteLoss(
-            "the weights are not finite any more and are not saved; a lower --lr or --opt_level O0 may help"
+            "the weights are not finite and are not saved; a lower --lr or --opt_level O0 may help"
         )

@@ -1,4 +1,4 @@
-"""What a run shows in TensorBoard."""
+"""TensorBoard output of a run."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _log = logging.getLogger(__name__)
 
 
 class RunLogger:
-    """TensorBoard on rank 0; elsewhere, or switched off, the same calls do nothing.
+    """TensorBoard writer on rank 0; on other ranks, or if not enabled, its methods do nothing.
 
     Args:
         world: this process.
         run_dir: folder of the event files, made if missing.
-        enabled: False for ``--no_tensorboard``, which switches TensorBoard off.
-        purge_step: where the curves begin or are resumed: TensorBoard hides what earlier files of the folder
-            have from there on. None: it shows all.
+        enabled: False with ``--no_tensorboard``.
+        purge_step: step at which the curves start or are resumed; TensorBoard hides points of earlier files
+            from this step on. None: it shows all.
     """
 
     def __init__(
@@ -42,29 +42,29 @@ class RunLogger:
         self._writer: SummaryWriter | None = None
         if enabled and world.is_main:
             try:
-                # Its files' names count seconds: two of the same second would be one, without the first's.
+                # File names have a resolution of seconds: a second file would overwrite the first.
                 suffix = f".{time.time_ns()}"
                 self._writer = SummaryWriter(str(run_dir), purge_step=purge_step, filename_suffix=suffix)
             except OSError as error:
-                # Its queue needs a little shared memory.
+                # The writer's queue needs shared memory.
                 full = error.errno == errno.ENOSPC and is_shared_memory_full()
                 remedy = SHARED_MEMORY_REMEDY if full else "choose another --logdir"
                 raise cannot_write(run_dir, error, f"{remedy}, or give --no_tensorboard") from error
 
     def _open(self) -> SummaryWriter | None:
-        """The writer, as long as its thread lives: to a dead one's queue this process would wait forever."""
+        """The writer, or None if its thread has ended: this process would wait forever for its queue."""
         if self._writer is not None and not self._writer.file_writer.event_writer._worker.is_alive():
-            _log.warning("TensorBoard's file cannot be written any more; the run continues without it")
+            _log.warning("TensorBoard's file can no longer be written; continuing without it")
             self._writer = None
         return self._writer
 
     def scalar(self, tag: str, value: float, step: int) -> None:
-        """One point of a curve; NaN (a number that does not exist) is left out."""
+        """One point of a curve; NaN is skipped."""
         if not math.isnan(value) and (writer := self._open()) is not None:
             writer.add_scalar(tag, value, step)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """One point of several curves, each under its own tag."""
+        """One point of several curves, by tag."""
         for tag, value in values.items():
             self.scalar(tag, value, step)
 
@@ -84,7 +84,7 @@ class RunLogger:
             writer.add_image(tag, image, step, dataformats="HWC")
 
     def progress(self, entry: Entry) -> None:
-        """A point of a step's curves: every loss term under its own name, learning rate, speed, memory."""
+        """A point of a step's curves: every loss term by name, learning rate, speed, memory."""
         values = {f"loss/{name}": value for name, value in entry.losses.items()}
         values["lr"] = entry.lr
         for tag, value in (("images_per_second", entry.images_per_second), ("memory_MiB", entry.memory)):
@@ -102,7 +102,7 @@ class RunLogger:
 
         Args:
             results: of the evaluation.
-            step: place on the curves: the number of the step, or of the epoch.
+            step: of the curves: the number of the step, or of the epoch.
             confusion: C×C counts, rows are labels, columns predictions; None: no figure.
         """
         if self._open() is None:  # a figure of 151 classes takes a second
@@ -121,23 +121,23 @@ class RunLogger:
                 self.figure("confusion", confusion_figure(confusion, class_names), step)
 
     def close(self) -> None:
-        """Write what is left and close the file."""
+        """Flush and close the file."""
         if (writer := self._open()) is not None:
             try:
                 writer.close()
             except OSError as error:
-                _log.warning("TensorBoard's file is not complete (%s)", error.strerror or error)
+                _log.warning("TensorBoard's file is incomplete (%s)", error.strerror or error)
                 events = writer.file_writer.event_writer
                 events._worker.stop()
-                events._closed = True  # else its exit hook would try once more, with a traceback
+                events._closed = True  # else its exit hook tries again, with a traceback
             self._writer = None
 
 
 def _tags(names: Iterable[str]) -> dict[str, str]:
-    """A TensorBoard tag for each class: its name with "_" for what tags must not hold.
+    """A TensorBoard tag for each class name, with "_" for characters not allowed in tags.
 
-    A slash would put the class into a group of its own. Of two names with one tag the later has its place
-    behind it; classes only join at the end, so every curve keeps its tag.
+    A slash would start a new group. Of two names with the same tag the later gets its index appended; later
+    steps only append classes, so every curve keeps its tag.
     """
     tags: dict[str, str] = {}
     for place, name in enumerate(names):

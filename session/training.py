@@ -1,4 +1,4 @@
-"""Training of a step: its data, networks, methods and optimiser put together, then its epochs."""
+"""Training of a step: set-up of data, networks, methods and optimiser, then the epochs."""
 
 from __future__ import annotations
 
@@ -35,32 +35,32 @@ from utils.signals import Stopped
 
 log = logging.getLogger(__name__)
 
-_CONTINUE, _SAVE, _STOP = 0, 1, 2  # flags after an optimiser step; the highest over all processes counts
+_CONTINUE, _SAVE, _STOP = 0, 1, 2  # flags after an optimiser step; the maximum over all processes counts
 
 
 class StepTraining:
-    """A step in training. ``close`` ends its loader processes and closes its files.
+    """Training of a step. ``close`` ends its loader processes and closes its files.
 
     Args:
         run: the run.
         start: how the step starts.
 
     Attributes:
-        data: its images.
+        data: images of the step.
         networks: student, teacher and methods.
-        trainer: the optimiser and its schedule.
-        state: what is saved.
-        monitor: what is reported.
+        trainer: with optimiser and schedule.
+        state: content of the checkpoint.
+        monitor: logs the progress.
 
     Raises:
-        UserError: data, previous step or checkpoint do not fit.
+        UserError: data, the previous step's checkpoint or the checkpoint to resume from do not fit.
     """
 
     def __init__(self, run: Run, start: Start) -> None:
         self.run, self.start, self.step = run, start, start.step
         self.evaluation = Evaluation(run)
         torch.manual_seed(run.opts.random_seed + self.step)
-        # First: methods check their options, which costs nothing yet.
+        # First, so that methods check their options before the data are read.
         self.methods = build_methods(run.opts, self.step)
         with distributed.shared_errors():
             self.data = load_data(run, start, self.methods)
@@ -74,10 +74,10 @@ class StepTraining:
             batches = self.sampler.batches_per_epoch
             self.monitor = Monitor(run, self.step, batches_per_epoch=batches, iteration=iteration)
             opened.callback(self.monitor.close)
-            self._opened = opened.pop_all()  # from here on ``close`` closes them
+            self._opened = opened.pop_all()  # closed by ``close``
         self._flag = distributed.AllReducedFlag(run.opts.timeout)
         self._last_save = time.monotonic()
-        self._states_checked = False  # whether the methods' states were found savable after a batch
+        self._states_checked = False  # whether ``method_states`` was checked after a batch
 
     def close(self) -> None:
         """End the loader processes and close the files."""
@@ -100,12 +100,12 @@ class StepTraining:
 
     @property
     def sampler(self) -> EpochSampler:
-        """Which samples each batch has."""
+        """The sampler of the training batches."""
         assert isinstance(self.loader.sampler, EpochSampler)
         return self.loader.sampler
 
     def _networks(self) -> StepNetworks:
-        """Student, teacher and methods; the context describes the step to the methods."""
+        """Student, teacher and methods, and the ``Context`` of the methods."""
         run, opts = self.run, self.run.opts
         precision = Precision.of(opts.opt_level, opts.norm_act, run.world.device, run.world.bfloat16)
         networks = StepNetworks(run, self.step, precision, self.methods)
@@ -116,7 +116,7 @@ class StepTraining:
         return networks
 
     def _begin_methods(self) -> None:
-        """Begin the step, and restore weights and methods' states where it is resumed."""
+        """Call the methods' ``begin_step``; if the step is resumed, restore weights and methods' states."""
         self.networks.begin()
         if self.start.resumed is not None:
             self.networks.restore(self.start.resumed.content)
@@ -137,22 +137,22 @@ class StepTraining:
 
     @property
     def _updates(self) -> int:
-        """Optimiser steps of the step."""
+        """Number of optimiser steps of the step."""
         return self.run.opts.epochs * math.ceil(self.sampler.batches_per_epoch / self.run.opts.accumulate)
 
     def _training_pass(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """This step's training batches once, as epoch 0 draws them."""
+        """One pass over the training batches of epoch 0."""
         device = self.run.world.device
         self.sampler.set_epoch(0)
         rng = rng_state(device)
         for position, (images, targets, *_) in enumerate(self.loader):
             if position == 0:
-                # A loader that starts draws a number, one that runs already does not.
+                # A loader draws a random number when it starts its processes, but not if they already run.
                 set_rng_state(rng, device)
             yield to_device(images, device), targets.to(device).long()
 
     def _origin(self) -> dict[str, Any]:
-        """All that what a method computes in ``begin_step`` can depend on."""
+        """Everything on which a method's computations in ``begin_step`` may depend, for ``Cache``."""
         self.sampler.set_epoch(0)
         order = [(key.index, key.epoch, key.position) for key in self.sampler]
         context, world = self.networks.context, self.run.world
@@ -169,10 +169,10 @@ class StepTraining:
     # ── epochs ───────────────────────────────────────────────────────────────────────────────────
 
     def train(self) -> None:
-        """Train what is left of the epochs, validate and save, and finish the step.
+        """Train the remaining epochs, with validations and checkpoints, and finish the step.
 
         Raises:
-            Stopped: a signal came; the step is saved.
+            Stopped: a signal was received; the step is saved.
             NonFiniteLoss: a loss or a weight is not finite.
         """
         opts, state, progress = self.run.opts, self.state, self.state.progress
@@ -204,7 +204,7 @@ class StepTraining:
             state.keep_best()
 
     def evaluate(self) -> None:
-        """Evaluate the trained step. The results come first, for they show that it is done; then images."""
+        """Evaluate the trained step: write the results, which mark it as done, then images."""
         opts, step, data, model = self.run.opts, self.step, self.data, self.state.model
         precision, writer = self.trainer.precision, self.monitor.writer
         metrics = self.evaluation.run(model, data.test, len(data.class_names), precision)
@@ -217,11 +217,11 @@ class StepTraining:
                 self.evaluation.images(step, data, networks, precision, writer)
 
     def _batches(self, epoch: int) -> Iterator[Any]:
-        """What is left of an epoch; dropout and drop path draw what they draw in an uninterrupted run."""
+        """The remaining batches of an epoch, with the random numbers of an uninterrupted run."""
         state, world = self.state, self.run.world
         self.sampler.set_epoch(epoch, state.progress.batch)
         for position, batch in enumerate(self.monitor.shown(self.loader)):
-            # Not earlier: a loader that starts draws a number too.
+            # After the first batch, since starting the loader draws a random number.
             if position == 0 and state.rng is not None:
                 set_rng_state(state.rng, world.device)
                 state.rng = None
@@ -230,7 +230,7 @@ class StepTraining:
             yield batch
 
     def _validate(self) -> None:
-        """Evaluate on the validation images; a signal that comes meanwhile saves the epoch first."""
+        """Evaluate on the validation images; if a signal is received, save the epoch and stop."""
         data = self.data
         try:
             metrics = self.evaluation.run(
@@ -244,9 +244,9 @@ class StepTraining:
         self.state.add_score(results.miou_all)
 
     def _save_or_stop(self) -> None:
-        """Save when ``--ckpt_minutes`` are over, save and stop after a signal; all processes alike."""
+        """Save every ``--ckpt_minutes``; save and stop after a signal. The same on all processes."""
         if not self._states_checked:
-            self.state.method_states()  # what cannot be saved is reported now rather than after an epoch
+            self.state.method_states()  # reports a state that cannot be saved now, not after an epoch
             self._states_checked = True
         flag = self._flag.reduce(_STOP if self.run.stop else _SAVE if self._save_is_due() else _CONTINUE)
         if flag == _CONTINUE:
@@ -260,7 +260,7 @@ class StepTraining:
             )
 
     def _save_is_due(self) -> bool:
-        """Whether the first process's clock says so; once per interval."""
+        """Whether ``--ckpt_minutes`` have passed since the last save; on rank 0 only, once per interval."""
         interval = 60 * self.run.opts.ckpt_minutes
         if not (self.run.world.is_main and interval) or time.monotonic() - self._last_save < interval:
             return False
@@ -273,7 +273,7 @@ class StepTraining:
 
 
 def load_data(run: Run, start: Start, methods: Mapping[str, Method]) -> StepData:
-    """A step's images, once the checkpoint to resume from is known to fit them.
+    """Load a step's images and check that the checkpoint to resume from was trained on them.
 
     Raises:
         UserError: the data set is missing or faulty, or the checkpoint was trained on other images.
@@ -291,7 +291,7 @@ def load_data(run: Run, start: Start, methods: Mapping[str, Method]) -> StepData
         run.folder.check_same_run(step, resumed.content, fingerprint)
     elif resumed is not None and (differing := run.folder.differences(resumed.content, fingerprint)):
         level = logging.WARNING if run.world.is_main else logging.DEBUG
-        log.log(level, "%s was trained otherwise: %s", resumed.path, "; ".join(differing))
+        log.log(level, "%s was trained differently: %s", resumed.path, "; ".join(differing))
     log.info(
         "step %d of task %s: %d training images, %d for the final evaluation, %d classes, total batch %d",
         step,

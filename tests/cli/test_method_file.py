@@ -171,4 +171,4 @@ def test_a_module_goes_on_in_the_next_step_and_is_saved_only_if_finite(cli: Laun
     (tmp_path / "overflow").touch()
     outcome = cli(*words, "--step", "1", "--fresh")
     assert outcome.code == 1, outcome.err[-2000:]
-    assert "the weights are not finite any more and are not saved" in outcome.err
+    assert "the weights are not finite and are not saved" in outcome.err

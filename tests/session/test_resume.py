@@ -70,7 +70,7 @@ def test_restarted_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> Non
     assert restarted()
 
 
-def test_random_numbers_go_on() -> None:
+def test_random_numbers_resume() -> None:
     cpu = torch.device("cpu")
     torch.manual_seed(1)
     torch.rand(3)
@@ -140,7 +140,7 @@ def test_alone_flags_and_errors_are_ones_own() -> None:
         raise UserError("mine")
 
 
-def test_faults_of_others_are_told_from_own_ones() -> None:
+def test_faults_of_other_processes_are_recognised() -> None:
     lost = as_fault(RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer [127.0.0.1]:1"))
     assert lost is not None and "--timeout" in str(lost)
     own = Fault("a loss is not finite")

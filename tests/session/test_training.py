@@ -90,7 +90,7 @@ DIFFERENT = [
 
 
 @pytest.mark.parametrize("options", ["--epochs 4", *DIFFERENT])
-def test_ones_own_step_goes_on_with_its_own_options_only(
+def test_a_step_resumes_only_with_its_own_options(
     run: Run, whole: Path, capsys: pytest.CaptureFixture[str], options: str
 ) -> None:
     common = "" if "--epochs" in options else "--epochs 2 "
@@ -98,11 +98,11 @@ def test_ones_own_step_goes_on_with_its_own_options_only(
     before = whole.read_bytes()
     assert run(f"--name whole {common}{options}") == 2
     said = capsys.readouterr().err
-    assert "was trained otherwise" in said and said.count("\n") == 1
+    assert "was trained differently" in said and said.count("\n") == 1
     assert whole.read_bytes() == before and (whole.parent / "results_0.json").is_file()
 
 
-def test_other_images_in_the_place_of_the_data_are_told(
+def test_other_images_in_the_data_folder_are_reported(
     run: Run, whole: Path, logs: Path, shapes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As many, with the same classes; so their places in the list are the same."""
@@ -130,7 +130,7 @@ def test_with_the_same_options_another_runs_checkpoint_gives_the_unbroken_weight
 
 
 @pytest.mark.parametrize("options", DIFFERENT)
-def test_another_runs_checkpoint_goes_on_with_the_commands_options(
+def test_another_runs_checkpoint_resumes_with_the_commands_options(
     run: Run, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: str
 ) -> None:
     """The schedule of all --epochs, where it stands after those that are done; and the momentum is taken."""
@@ -162,7 +162,7 @@ def test_another_runs_checkpoint_goes_on_with_the_commands_options(
         assert all(torch.equal(buffer, saved[i]["momentum_buffer"]) for i, buffer in enumerate(buffers))
     said = capsys.readouterr().out
     assert f"{2 * updates} of {4 * updates} updates are done, the learning rate is {expected[0]:.3g}" in said
-    assert "was trained otherwise: " in said and "--epochs 2, now 4" in said
+    assert "was trained differently: " in said and "--epochs 2, now 4" in said
 
 
 def test_more_epochs_train_at_the_rates_of_the_whole_schedule(run: Run, whole: Path, logs: Path) -> None:
@@ -214,7 +214,7 @@ def test_what_leaves_nothing_to_train_is_refused(
     assert "falls to 0 within" in refused(run, capsys, f"--name none --epochs 3 {falls}")
 
 
-def test_a_checkpoint_that_stands_at_a_rate_of_0_is_refused(
+def test_a_checkpoint_with_a_learning_rate_of_0_is_refused(
     run: Run, whole: Path, logs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As versions before this one left it when ``--ckpt`` gave it more epochs."""
@@ -222,7 +222,7 @@ def test_a_checkpoint_that_stands_at_a_rate_of_0_is_refused(
     content["manifest"]["options"]["epochs"] = 4
     save_checkpoint(checkpoint(logs, "zero"), content)
     said = refused(run, capsys, "--name zero --epochs 4 --lr 0.01")
-    assert "the learning rate is 0 in all that is left to train" in said and "--fresh" in said
+    assert "the learning rate is 0 for the rest of the step" in said and "--fresh" in said
 
 
 def test_a_checkpoint_that_does_not_say_its_rate_gets_the_commands_schedule(
