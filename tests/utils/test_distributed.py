@@ -242,7 +242,7 @@ def test_bad_launches(monkeypatch, where, environment, gpus, message):
 
 
 @pytest.mark.parametrize(("environment", "expected"), [({}, [4]), ({"OMP_NUM_THREADS": "1"}, [])])
-def test_processes_share_the_cores_unless_told_otherwise(monkeypatch, environment, expected):
+def test_processes_share_the_cores_unless_the_user_sets_threads(monkeypatch, environment, expected):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     launch = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}  # two machines, two processes each
     for name, value in (launch | environment).items():
@@ -291,7 +291,7 @@ WRONG_PLACES = [
 
 
 @pytest.mark.parametrize(("environment", "told"), WRONG_PLACES)
-def test_a_wrong_place_to_meet_is_told_at_once(monkeypatch, capsys, environment, told):
+def test_a_wrong_rendezvous_address_is_reported_at_once(monkeypatch, capsys, environment, told):
     """By the first process of each machine, in one line and with exit code 2; the others say nothing."""
     monkeypatch.setattr(distributed, "_NAME_LOOKUPS", 1)
     for rank, lines in ((0, 1), (1, 0)):

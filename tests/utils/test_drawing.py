@@ -73,7 +73,7 @@ def test_strange_names_are_drawn_letter_by_letter(tmp_path: Path) -> None:
     assert with_legend(picture, mask, STRANGE).shape[0] > 9
 
 
-def test_letters_that_no_font_has_are_told_once(
+def test_characters_that_no_font_has_are_reported_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(drawing, "_has_fallback", lambda letter: False)

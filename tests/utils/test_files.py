@@ -133,7 +133,7 @@ def test_a_lock_that_is_held_is_another_run(tmp_path, monkeypatch, name):
         FolderLock(tmp_path / "run")
 
 
-def test_the_command_warns_and_goes_on_without_locks(tmp_path):
+def test_the_command_warns_and_continues_without_locks(tmp_path):
     """In a real process; the missing data that ends it comes after the lock."""
     (tmp_path / "sitecustomize.py").write_text(
         "import errno, fcntl\n"

@@ -98,7 +98,7 @@ def test_tensorboard_events(tmp_path):
     assert any(value.tag.startswith("options") for _, value in found)
 
 
-def test_full_shared_memory_is_not_told_as_a_full_disk(tmp_path, monkeypatch):
+def test_full_shared_memory_is_not_reported_as_a_full_disk(tmp_path, monkeypatch):
     def no_room(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 

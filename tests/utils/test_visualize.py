@@ -53,7 +53,7 @@ def test_overlay_refuses_other_images(image):
         overlay(image, np.zeros((4, 4), int))
 
 
-def test_grid_of_pictures_of_several_sizes(tmp_path):
+def test_grid_of_images_of_several_sizes(tmp_path):
     (first, mask), (second, other) = sample(), sample(40, 24, seed=1)
     path = tmp_path / "new" / "grid.png"
     grid = prediction_grid([first, torch.from_numpy(second)], [mask, other], [mask, other], NAMES, path=path)
@@ -72,7 +72,7 @@ def test_grid_without_any_class_and_with_an_unnamed_one():
     prediction_grid([image], [np.full_like(mask, 7)], [mask], NAMES)
 
 
-def test_grid_needs_pictures_that_pair_up(tmp_path):
+def test_grid_needs_as_many_masks_as_images(tmp_path):
     image, mask = sample()
     for arguments in (([], [], []), ([image], [mask], []), ([image], [mask], [mask, mask])):
         with pytest.raises(ValueError, match="at least one"):
