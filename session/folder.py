@@ -125,7 +125,7 @@ class RunFolder:
         epochs = saved_options(content).get("epochs")
         if epochs is not None and not is_trained(content, epochs):
             raise UserError(
-                f"{path}: training of step {step - 1} is not finished, it is in epoch "
+                f"{path}: step {step - 1} is not finished, it is in epoch "
                 f"{content['epoch'] + 1} of {epochs}; finish --step {step - 1} first"
             )
         return content

@@ -33,8 +33,8 @@ def drawable(text: str) -> str:
     fallback font of later figures. If there is none, the character is replaced by its code (``\\u732b``), and
     a warning is logged once.
     """
-    shown = "".join(letter if _can_draw(letter) else _code(letter) for letter in text)
-    if any(letter.isprintable() and not _can_draw(letter) for letter in text):
+    shown = "".join(char if _can_draw(char) else _code(char) for char in text)
+    if any(char.isprintable() and not _can_draw(char) for char in text):
         _warn_missing(text, shown)
     # matplotlib omits labels with a leading underscore from legends; a zero-width space prevents that.
     return f"\u200b{shown}" if shown.startswith("_") else shown
@@ -44,10 +44,10 @@ def in_one_font(text: str) -> tuple[str, str]:
     """The text as from ``drawable`` and the file of one font that has all its characters, for Pillow."""
     shown = drawable(text)
     for path in (_base_file(), *_fallbacks.values()):
-        if _letters(path).issuperset(map(ord, shown)):
+        if _characters(path).issuperset(map(ord, shown)):
             return shown, path
-    base = _letters(_base_file())
-    return "".join(letter if ord(letter) in base else _code(letter) for letter in shown), _base_file()
+    base = _characters(_base_file())
+    return "".join(char if ord(char) in base else _code(char) for char in shown), _base_file()
 
 
 @contextlib.contextmanager
@@ -69,22 +69,22 @@ def failure_is_a_warning(what: str) -> Iterator[None]:
         log.debug("traceback of the error while drawing", exc_info=True)
 
 
-def _can_draw(letter: str) -> bool:
-    return letter.isprintable() and (ord(letter) in _letters(_base_file()) or _has_fallback(letter))
+def _can_draw(char: str) -> bool:
+    return char.isprintable() and (ord(char) in _characters(_base_file()) or _has_fallback(char))
 
 
-def _code(letter: str) -> str:
-    return letter.encode("unicode_escape").decode("ascii")
+def _code(char: str) -> str:
+    return char.encode("unicode_escape").decode("ascii")
 
 
 @cache
-def _has_fallback(letter: str) -> bool:
+def _has_fallback(char: str) -> bool:
     """Whether an installed font has the character; that font becomes a fallback font."""
-    if any(ord(letter) in _letters(path) for path in _fallbacks.values()):
+    if any(ord(char) in _characters(path) for path in _fallbacks.values()):
         return True
     _register_new_fonts()
     for entry in sorted(fontManager.ttflist, key=_preference):
-        if _is_candidate(entry) and FT2Font(entry.fname).get_char_index(ord(letter)):
+        if _is_candidate(entry) and FT2Font(entry.fname).get_char_index(ord(char)):
             _fallbacks[entry.name] = entry.fname
             matplotlib.rcParams["font.family"] = [_BASE, *_fallbacks]
             return True
@@ -115,7 +115,7 @@ def _preference(entry: FontEntry) -> tuple[object, ...]:
 
 
 @cache
-def _letters(path: str) -> frozenset[int]:
+def _characters(path: str) -> frozenset[int]:
     return frozenset(FT2Font(path).get_charmap())
 
 

@@ -140,7 +140,7 @@ def atomic_write_text(
 ) -> None:
     """Write a text file in UTF-8 as ``atomic_write`` does.
 
-    Bytes of a file's name that are no UTF-8 become ``\\udcXX``, which JSON reads back.
+    Bytes of a file name that are not UTF-8 become ``\\udcXX``, which JSON reads back.
     """
     with atomic_write(path, remedy) as file:
         file.write(text.encode("utf-8", errors="backslashreplace"))

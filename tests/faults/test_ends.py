@@ -189,7 +189,7 @@ def test_the_loaders_of_a_killed_process_end(tiny_data: Path, tmp_path: Path) ->
 
 
 def test_full_shared_memory_is_told_with_its_remedy(tiny_data: Path, tmp_path: Path) -> None:
-    """As in a Docker container: what loader processes hand over does not fit into /dev/shm."""
+    """As in a Docker container: the batches of loader processes do not fit into /dev/shm."""
     inside = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=96k tmpfs /dev/shm && exec "$@"', "sh"]
     if shutil.which("unshare") is None or subprocess.run([*inside, "true"], capture_output=True).returncode:
         pytest.skip("needs the right to mount a small /dev/shm in a mount namespace of its own")

@@ -37,7 +37,7 @@ def test_a_step_goes_on_at_the_other_kind_of_machine(
                 run.wait_for(f"step 0 epoch {epoch}/{len(others)}: [12]/")
                 run.processes[0].send_signal(signal.SIGTERM)
             assert run.wait() == [75 if epoch < len(others) else 0], run.output()
-        told = [line for line in run.output().splitlines() if "float32: this processor" in line]
+        told = [line for line in run.output().splitlines() if "float32: this CPU" in line]
         assert len(told) == (other or here == "float32")
         assert all(f"--opt_level {level} is computed in float32" in line for line in told)
         content = load_checkpoint(folder / "15-5-shapes_run_0.pth")

@@ -57,7 +57,7 @@ def takes(
     def begin(options: str) -> bool:
         common = f"{SMALL} --data_root {data} --logdir {logs} --step 1 --fresh"
         assert main(shlex.split(f"{common} {options}")) == 75
-        return "pseudo_label_thresholds: taken from" in capsys.readouterr().out
+        return "pseudo_label_thresholds: loaded from" in capsys.readouterr().out
 
     return begin
 
