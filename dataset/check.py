@@ -15,7 +15,7 @@ from PIL import Image
 
 from dataset import open_dataset
 from dataset.base import SegmentationDataset
-from dataset.decoding import StoredPicture, load_picture, read_mask
+from dataset.decoding import StoredImage, load_image, read_mask
 from dataset.image_labels import map_in_threads
 from dataset.protocols import (
     Protocol,
@@ -201,7 +201,7 @@ def check_pair(image: Path, mask: Path, num_classes: int) -> Pair:
     if stored is None:
         return pair
     pair.wide, pair.has_orientation = stored.bits > 8, stored.orientation != 1
-    if mask_size is not None and mask_size != (size := stored.picture.size):
+    if mask_size is not None and mask_size != (size := stored.image.size):
         pair.turned = stored.orientation in _QUARTER_TURNS and mask_size == size[::-1]
         if not pair.turned:
             detail = f"{image} ({size[0]}×{size[1]}, its mask {mask_size[0]}×{mask_size[1]})"
@@ -209,12 +209,12 @@ def check_pair(image: Path, mask: Path, num_classes: int) -> Pair:
     return pair
 
 
-def _check_image(path: Path, pair: Pair) -> StoredPicture | None:
+def _check_image(path: Path, pair: Pair) -> StoredImage | None:
     try:
         data = path.read_bytes()
         with Image.open(io.BytesIO(data)) as image:
             image.verify()  # a PNG's checksums; other formats show their damage in load()
-        return load_picture(path, data)
+        return load_image(path, data)
     except DataError as error:
         pair.faults.append(("images without a defined black and white", _named(path, error)))
     except _DAMAGE as error:

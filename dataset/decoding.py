@@ -1,4 +1,4 @@
-"""Reading pictures and label masks into uint8 tensors.
+"""Reading images and label masks into uint8 tensors.
 
 Torchvision's decoder reads JPEG; Pillow reads the rest: torchvision's PNG decoder ends the process (a
 segmentation fault) on some damaged files. Each file is decoded as its author meant it or refused by name with
@@ -36,7 +36,7 @@ _12_BITS = 4095
 _ORIENTATION = 0x0112  # tag of EXIF and TIFF
 _BITS_PER_SAMPLE = 0x0102  # tag of TIFF
 _Turn = PILImage.Transpose
-# Orientation -> how the stored picture becomes upright.
+# Orientation -> how the stored image becomes upright.
 _UPRIGHT = {
     **{2: _Turn.FLIP_LEFT_RIGHT, 3: _Turn.ROTATE_180, 4: _Turn.FLIP_TOP_BOTTOM, 5: _Turn.TRANSPOSE},
     **{6: _Turn.ROTATE_270, 7: _Turn.TRANSVERSE, 8: _Turn.ROTATE_90},
@@ -47,12 +47,12 @@ _PNG_GREY, _PNG_PALETTE = 0, 3
 
 
 def read_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
-    """Read a picture as uint8 RGB, 3×H×W. Greyscale and CMYK files are converted.
+    """Read an image as uint8 RGB, 3×H×W. Greyscale and CMYK files are converted.
 
     Args:
         path: any format of torchvision or Pillow.
-        size: (height, width) of the picture's mask. The camera's orientation (EXIF) is applied only where
-            that makes the picture fit its mask. VOC's and ADE20K's masks were drawn on the stored pixels, so
+        size: (height, width) of the image's mask. The camera's orientation (EXIF) is applied only where
+            that makes the image fit its mask. VOC's and ADE20K's masks were drawn on the stored pixels, so
             what fits as it is stored stays as it is. Without ``size`` the orientation is never applied.
 
     Raises:
@@ -89,8 +89,8 @@ def read_mask(path: Path) -> Tensor:
         )
     try:
         _check_png(data)
-        with PILImage.open(io.BytesIO(data)) as picture:
-            indices = np.array(picture)
+        with PILImage.open(io.BytesIO(data)) as image:
+            indices = np.array(image)
     except _PIL_ERRORS as error:
         raise _broken(path, "mask", error) from error
     if indices.max(initial=0) > 255:
@@ -122,67 +122,67 @@ def _decode_rgb(path: Path, data: bytearray, *, upright: bool) -> Tensor:
     try:
         if data.startswith(PNG_SIGNATURE):
             _check_png(data)
-        stored = load_picture(path, data)
+        stored = load_image(path, data)
     except _PIL_ERRORS as error:
         raise _broken(path, "image", error) from error
     turn = _UPRIGHT.get(stored.orientation) if upright else None
-    return F.pil_to_tensor(stored.picture if turn is None else stored.picture.transpose(turn))
+    return F.pil_to_tensor(stored.image if turn is None else stored.image.transpose(turn))
 
 
 @dataclass(frozen=True)
-class StoredPicture:
-    """A picture as it is stored, before the camera's orientation is applied.
+class StoredImage:
+    """An image as it is stored, before the camera's orientation is applied.
 
     Attributes:
-        picture: 8-bit RGB.
+        image: 8-bit RGB.
         orientation: of the camera (EXIF), 1 to 8; 1 is upright.
         bits: of a pixel's channel in the file.
     """
 
-    picture: PILImage.Image
+    image: PILImage.Image
     orientation: int
     bits: int
 
 
-def load_picture(path: Path, data: bytes | bytearray) -> StoredPicture:
-    """Decode a picture by Pillow, from the bytes of its file.
+def load_image(path: Path, data: bytes | bytearray) -> StoredImage:
+    """Decode an image by Pillow, from the bytes of its file.
 
     Raises:
         DataError: its pixels have no defined white.
         OSError, ValueError, SyntaxError, Image.DecompressionBombError: the file is damaged.
     """
-    with PILImage.open(io.BytesIO(data)) as picture:
-        orientation, bits = _orientation(picture), _bits(picture, data)
-        picture.load()
+    with PILImage.open(io.BytesIO(data)) as image:
+        orientation, bits = _orientation(image), _bits(image, data)
+        image.load()
         # Pillow has turned a TIFF by now, and no other format.
-        back = _BACK.get(orientation) if picture.format == "TIFF" else None
-        rgb = _rgb(path, picture, bits)
-    return StoredPicture(rgb if back is None else rgb.transpose(back), orientation, bits)
+        back = _BACK.get(orientation) if image.format == "TIFF" else None
+        rgb = _rgb(path, image, bits)
+    return StoredImage(rgb if back is None else rgb.transpose(back), orientation, bits)
 
 
-def _orientation(picture: PILImage.Image) -> int:
-    value = picture.getexif().get(_ORIENTATION)
+def _orientation(image: PILImage.Image) -> int:
+    value = image.getexif().get(_ORIENTATION)
     return value if value in _UPRIGHT else 1
 
 
-def _bits(picture: PILImage.Image, data: bytes | bytearray) -> int:
-    if picture.format == "PNG":
+def _bits(image: PILImage.Image, data: bytes | bytearray) -> int:
+    if image.format == "PNG":
         return data[24]
-    if picture.format == "TIFF":
-        return int(max(picture.tag_v2.get(_BITS_PER_SAMPLE, (1,))))  # type: ignore[attr-defined]
-    return 16 if picture.mode.startswith("I;16") else 8
+    if image.format == "TIFF":
+        return int(max(image.tag_v2.get(_BITS_PER_SAMPLE, (1,))))  # type: ignore[attr-defined]
+    return 16 if image.mode.startswith("I;16") else 8
 
 
-def _rgb(path: Path, picture: PILImage.Image, bits: int) -> PILImage.Image:
-    """Any picture of Pillow as 8-bit RGB; see the module's description for more bits."""
-    mode = picture.mode
-    if mode.startswith("I;16") or (mode == "I" and picture.format == "PNG"):  # I: Pillow before 11
-        values = np.asarray(picture)
+def _rgb(path: Path, image: PILImage.Image, bits: int) -> PILImage.Image:
+    """Any image of Pillow as 8-bit RGB; see the module's description for more bits."""
+    mode = image.mode
+    if mode.startswith("I;16") or (mode == "I" and image.format == "PNG"):  # I: Pillow before 11
+        values = np.asarray(image)
         is_dark = bits == 16 and values.max(initial=0) <= _12_BITS
         # Pillow's own conversion would clip at 255.
         rgb = PILImage.fromarray((values >> (bits - 8)).astype(np.uint8)).convert("RGB")
     elif mode in _MODES:
-        rgb = picture.convert("RGB")
+        rgb = image.convert("RGB")
         is_dark = bits == 16 and np.asarray(rgb).max(initial=0) <= _12_BITS >> 8  # high bytes
     else:
         kind = {"F": "floating-point", "I": "32-bit or signed whole"}.get(mode, mode)
@@ -203,8 +203,8 @@ def _check_png(data: bytearray) -> None:
 
     Decoding does not check the CRC of the pixels, and gives wrong ones for some damaged files.
     """
-    with PILImage.open(io.BytesIO(data)) as picture:
-        picture.verify()
+    with PILImage.open(io.BytesIO(data)) as image:
+        image.verify()
 
 
 def _broken(path: Path, kind: str, reason: object) -> DataError:

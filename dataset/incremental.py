@@ -131,7 +131,7 @@ class IncrementalDataset(Dataset[Sample]):
         seed: seed of the run.
         saliency: one map per picture of ``dataset`` (PNG, above 0 where something stands out); samples then
             end with ``{"saliency": bool H×W}``, cropped as the image is.
-        tell_exemplars: samples end with ``{"exemplar": bool}`` (beside the saliency), true of entries whose
+        flag_exemplars: samples end with ``{"exemplar": bool}`` (beside the saliency), true of entries whose
             table is not the first.
         skip_corrupt: so many unreadable samples in a row are passed over for the next one that can be read.
         void_instead: pass over them for a black picture labelled void, which no evaluation counts.
@@ -146,7 +146,7 @@ class IncrementalDataset(Dataset[Sample]):
         seed: int = 0,
         saliency: Sequence[Path] | None = None,
         *,
-        tell_exemplars: bool = False,
+        flag_exemplars: bool = False,
         skip_corrupt: int = 0,
         void_instead: bool = False,
     ) -> None:
@@ -155,7 +155,7 @@ class IncrementalDataset(Dataset[Sample]):
         self.transform = transform
         self.seed = seed
         self.saliency = saliency
-        self.tell_exemplars = tell_exemplars
+        self.flag_exemplars = flag_exemplars
         self.skip_corrupt = skip_corrupt
         self.void_instead = void_instead
         self._tables = [lookup.numpy() for lookup in lookups]
@@ -238,7 +238,7 @@ class IncrementalDataset(Dataset[Sample]):
         extras: dict[str, Tensor] = {}
         if self.saliency is not None:
             extras["saliency"] = target[1] > 0
-        if self.tell_exemplars:
+        if self.flag_exemplars:
             extras["exemplar"] = torch.tensor(entry.lookup > 0)
         pair = image.contiguous(), target[0].contiguous()
         return (*pair, extras) if extras else pair

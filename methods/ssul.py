@@ -16,9 +16,9 @@ from modules.norm import norm_layers
 from segmentation_module import IncrementalSegmentationModule, freeze
 from utils.loss import VOID, BCEWithLogitsLossWithIgnoreIndex, sigmoid_pseudo_labels
 
-BODY_LR_FACTOR = 0.1  # step 0: SSUL trains the body at 1e-3 and the heads at 1e-2
+BACKBONE_LR_FACTOR = 0.1  # step 0: SSUL trains the body at 1e-3 and the heads at 1e-2
 BACKGROUND_LR_FACTOR = 1e-4  # later steps: the background's head hardly moves
-RELEASED_BODY_MOMENTUM = 0.01  # of the running statistics in the body's norm layers
+RELEASED_BACKBONE_MOMENTUM = 0.01  # of the running statistics in the body's norm layers
 log = logging.getLogger(__name__)
 
 
@@ -149,7 +149,7 @@ class UnknownClass(Method):
             return
         if context.step == 0:
             for layer in norm_layers(model.network.body) if self.released else ():
-                layer.momentum = RELEASED_BODY_MOMENTUM  # type: ignore[assignment]
+                layer.momentum = RELEASED_BACKBONE_MOMENTUM  # type: ignore[assignment]
             return
         if self.released:
             model.fix_bn()
@@ -162,7 +162,7 @@ class UnknownClass(Method):
     def lr_factor(self, parameter: str) -> float:
         """The body learns slower at step 0, the background's head hardly at all later."""
         if self.step == 0:
-            return BODY_LR_FACTOR if parameter.startswith("network.body.") else 1.0
+            return BACKBONE_LR_FACTOR if parameter.startswith("network.body.") else 1.0
         return BACKGROUND_LR_FACTOR if parameter.startswith("cls.0.") else 1.0
 
     def relabel(self, batch: Batch) -> None:

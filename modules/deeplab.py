@@ -165,7 +165,7 @@ class DeepLabV3(Network):
         self.body = body
         self.head = head
         self.out_channels = head.out_channels
-        self.body_channels = int(body.out_channels)
+        self.backbone_channels = int(body.out_channels)
 
     def forward(self, images: Tensor, needs: frozenset[str] = frozenset()) -> tuple[Tensor, Features]:
         """Run body and head.

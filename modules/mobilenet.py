@@ -44,7 +44,7 @@ class AtrousDepthwiseConv2d(nn.Conv2d):
         return maps.permute(0, 3, 1, 2)[:, :, :height, :width]
 
 
-class MobileNetV2Body(MobileNetV2):
+class MobileNetV2Backbone(MobileNetV2):
     """MobileNetV2 without its classifier; state dict keys are torchvision's.
 
     The last 1×1 convolution stays: the features then are activated, as SDR's terms on ``body`` expect.

@@ -22,7 +22,7 @@ class Network(nn.Module):
     """Names that ``needs`` may hold."""
     out_channels: int
     """Channels of ``pre_logits``."""
-    body_channels: int
+    backbone_channels: int
     """Channels of the intermediate ``body``."""
     body: nn.Module
     head: nn.Module

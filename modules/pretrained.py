@@ -87,7 +87,7 @@ def load_pretrained(
     else:
         assert path is not None
         state = read_state_dict(path)
-    return _load_into_body(network, state, str(path or name or hub))
+    return _load_into_backbone(network, state, str(path or name or hub))
 
 
 def load_default_pretrained(
@@ -229,7 +229,7 @@ def rename(key: str) -> str:
     return key
 
 
-def _load_into_body(network: Network, state: dict[str, Tensor], source: str) -> LoadReport:
+def _load_into_backbone(network: Network, state: dict[str, Tensor], source: str) -> LoadReport:
     wanted = network.body.state_dict()
     names = {rename(key): key for key in state}
     tensors = {ours: state[key] for ours, key in names.items()}

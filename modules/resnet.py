@@ -55,7 +55,7 @@ class ResidualBlock(Bottleneck):
         return self.relu(self.residual_sum(x))
 
 
-class ResNetBody(ResNet):
+class ResNetBackbone(ResNet):
     """ResNet without pooling and classifier; state dict keys are torchvision's.
 
     Stride 16 dilates the last stage by 2, stride 8 the last two by 2 and 4. With ``std`` and ``sync`` the

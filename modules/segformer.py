@@ -326,7 +326,7 @@ class SegFormer(Network):
         self.body.checkpointing = checkpointing
         self.head = DECODERS[decoder](config.widths)
         self.out_channels = HIDDEN_CHANNELS
-        self.body_channels = config.widths[-1]
+        self.backbone_channels = config.widths[-1]
 
     def forward(self, images: Tensor, needs: frozenset[str] = frozenset()) -> tuple[Tensor, Features]:
         """Run body and head.
