@@ -13,7 +13,7 @@ from utils.option_types import loss_weight
 
 
 class CIL(Method):
-    """Distillation on pixels without a new class, stronger where the teacher hesitates (CIL)."""
+    """Distillation on pixels without a new class, weighted by the teacher's entropy (CIL)."""
 
     needs_teacher = True
 
@@ -28,12 +28,12 @@ class CIL(Method):
             type=loss_weight,
             default=0.0,
             metavar="GS",
-            help="gradient scaling by entropy; above 0: on",
+            help="factor of the entropy in the weight; above 0: enabled",
         )
 
     @classmethod
     def from_options(cls, opts: Any) -> CIL | None:
-        """On where ``--loss_CIL`` is above 0."""
+        """Enabled if ``--loss_CIL`` is above 0."""
         return cls(opts.loss_CIL, fidelity=opts.fidelity) if opts.loss_CIL > 0 else None
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:

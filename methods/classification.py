@@ -1,4 +1,4 @@
-"""The classification loss: cross entropy and what takes its place."""
+"""The classification loss: cross entropy and its alternatives."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from utils.option_types import whole
 class Classification(Method):
     """Cross entropy, unbiased cross entropy (MiB, eq. 5), binary cross entropy or focal loss.
 
-    The loss is a map over pixels, averaged over all pixels of the batch with void counted as zero, as
-    in all four released programs.
+    Mean over all pixels of the batch; void pixels count as zero, as in all four released programs.
     """
 
     def __init__(self, kind: str = "ce", *, alpha: float = 1.0, gamma: float = 2.0) -> None:
@@ -37,7 +36,7 @@ class Classification(Method):
 
     @classmethod
     def from_options(cls, opts: Any) -> Classification:
-        """Always on; left out where another method brings the loss (``replaces_classification``)."""
+        """Always enabled, unless another method has ``replaces_classification``."""
         if opts.bce or opts.icarl:
             kind = "bce"
         elif opts.unce:
@@ -49,7 +48,7 @@ class Classification(Method):
         return cls(kind, alpha=opts.alpha, gamma=opts.focal_loss_gamma)
 
     def begin_step(self, context: Context) -> None:
-        """Choose the criterion: the unbiased form needs old classes."""
+        """Build the criterion; the unbiased one needs old classes."""
         if self.kind == "bce":
             self.criterion = BCEWithLogitsLossWithIgnoreIndex(reduction="none", ignore_index=255)
         elif self.kind == "focal":
@@ -62,7 +61,7 @@ class Classification(Method):
             self.criterion = nn.CrossEntropyLoss(ignore_index=255, reduction="none")
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Mean over all pixels of the weighted map."""
+        """Mean over all pixels of the weighted loss map."""
         loss = self.criterion(batch.outputs, batch.targets)
         if batch.pixel_weights is not None:
             loss = loss * batch.pixel_weights

@@ -52,13 +52,13 @@ class OutputDistillation(Method):
 
     @classmethod
     def from_options(cls, opts: Any) -> OutputDistillation | None:
-        """On where ``--loss_kd`` is above 0."""
+        """Enabled if ``--loss_kd`` is above 0."""
         if opts.loss_kd <= 0:
             return None
         return cls(opts.loss_kd, unbiased=opts.unkd, alpha=opts.alpha, scheduled=opts.kd_scheduling)
 
     def begin_step(self, context: Context) -> None:
-        """Scale the weight with the share of new classes where asked for."""
+        """Scale the weight by sqrt(seen classes / new classes) with ``--kd_scheduling``."""
         seen, new = context.classes_old + context.classes_new, context.classes_new
         self.factor = self.weight * (math.sqrt(seen / new) if self.scheduled else 1.0)
 
@@ -68,7 +68,7 @@ class OutputDistillation(Method):
 
 
 class EncoderDistillation(Method):
-    """Mean squared error between new and old features of the body (ILT; Michieli and Zanuttigh 2019)."""
+    """Mean squared error between backbone features of student and teacher (ILT; Michieli, Zanuttigh 2019)."""
 
     needs = frozenset({"body"})
     needs_teacher = True
@@ -94,7 +94,7 @@ class EncoderDistillation(Method):
 
     @classmethod
     def from_options(cls, opts: Any) -> EncoderDistillation | None:
-        """On where ``--loss_de`` is above 0."""
+        """Enabled if ``--loss_de`` is above 0."""
         if opts.loss_de <= 0:
             return None
         return cls(opts.loss_de, masked=opts.loss_de_maskedold, cosine=opts.loss_de_cosine)

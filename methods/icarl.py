@@ -16,8 +16,8 @@ from utils.option_types import loss_weight
 class ICaRL(Method):
     """Binary cross entropy towards the teacher's sigmoid on the old classes.
 
-    Combined with the ground truth (the default) it is a term beside the classification loss, summed
-    over the old classes; disjoint, it takes the classification loss's place.
+    By default a term beside the classification loss, summed over the old classes; with ``disjoint`` it
+    replaces the classification loss.
     """
 
     needs_teacher = True
@@ -29,25 +29,27 @@ class ICaRL(Method):
 
     @classmethod
     def add_options(cls, parser: argparse._ActionsContainer) -> None:
-        """``--icarl`` and what belongs to it."""
-        parser.add_argument("--icarl", action="store_true", help="binary cross entropy with old outputs")
+        """``--icarl``, ``--icarl_*``."""
+        parser.add_argument("--icarl", action="store_true", help="binary cross entropy with teacher outputs")
         parser.add_argument(
             "--icarl_importance",
             type=loss_weight,
             default=1.0,
             metavar="W",
-            help="weight of the combined form",
+            help="weight of the combined variant",
         )
         parser.add_argument(
-            "--icarl_disjoint", action="store_true", help="old channels learn from the old network alone"
+            "--icarl_disjoint",
+            action="store_true",
+            help="old classes learn from the teacher only",
         )
         parser.add_argument(
-            "--icarl_bkg", action="store_true", help="disjoint form: the background from the ground truth"
+            "--icarl_bkg", action="store_true", help="disjoint variant: background from the ground truth"
         )
 
     @classmethod
     def from_options(cls, opts: Any) -> ICaRL | None:
-        """On with ``--icarl``."""
+        """Enabled with ``--icarl``."""
         if not opts.icarl:
             return None
         return cls(opts.icarl_importance, disjoint=opts.icarl_disjoint, bkg=opts.icarl_bkg)

@@ -27,7 +27,7 @@ __all__ = [
 
 
 def build_network(spec: NetworkSpec) -> Network:
-    """Make a network with random weights.
+    """Build a network with random weights.
 
     Raises:
         UserError: a value that is not among the choices, or inplace-abn is needed and not installed.
@@ -49,8 +49,8 @@ def build_network(spec: NetworkSpec) -> Network:
         backbone = ResNetBackbone(spec.backbone, norms, spec.output_stride, released=spec.released_resnet)
     if spec.checkpointing and norms.fused:
         raise UserError(
-            f"--grad_checkpointing does not go with --norm_act {spec.norm_act}, whose layers overwrite what "
-            "they would compute from: drop it, or take --norm_act abn"
+            f"--grad_checkpointing cannot be used with --norm_act {spec.norm_act}, whose layers overwrite "
+            "their inputs: drop it, or use --norm_act abn"
         )
     backbone.checkpointing = spec.checkpointing
     sizes = (backbone.out_channels, norms, spec.output_stride)

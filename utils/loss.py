@@ -14,21 +14,21 @@ Contents, by method:
     SSUL                ``sigmoid_pseudo_labels``
     SATS                ``AttentionTransferLoss``
 
-The module needs nothing but torch and ``loss_kernels``: it knows no files, processes or options, and may be
-copied into another code base. Where a line asks ``loss_kernels.gain``, a faster form of the formula below it
-runs on the CPU; without these lines the file stands alone.
+The module imports only torch and ``loss_kernels``, so it can be copied into another code base. Where
+``loss_kernels.gain`` is true (on the CPU), a faster implementation of the formula below it runs; without
+these lines, ``loss_kernels`` is not needed.
 
 Conventions
     * Tensors are batch first: logits and feature maps B×C×H×W, targets and labels B×H×W (integers).
-    * ``255`` is void. A pixel of void takes no part and has no gradient, unless a docstring says otherwise.
-    * Labels may be larger than the feature maps: they are brought to the maps' size by the nearest rule of
-      ``F.interpolate(mode="nearest")``.
+    * ``255`` is void. A void pixel is ignored and has no gradient, unless a docstring says otherwise.
+    * Labels may be larger than the feature maps: they are downsampled as ``F.interpolate(mode="nearest")``
+      does.
     * ``reduction`` is ``"mean"``, ``"sum"`` or ``"none"``. A mean over an empty set is 0, with zero gradient.
     * Entropies and log-probabilities are in nats, unless a docstring says otherwise.
-    * Everything is computed in float32, also under autocast. Nothing reads a value back to the host.
-    * ``fidelity="paper"`` computes the published formula, ``fidelity="released"`` what the code released with
-      the paper computes where that differs; each docstring names the differences.
-    * An unknown choice raises ValueError, with the choices.
+    * All computation is in float32, also under autocast, and without device-to-host synchronisation.
+    * ``fidelity="paper"`` computes the published formula, ``fidelity="released"`` what the released code
+      computes where that differs; each docstring names the differences.
+    * An unknown choice raises ValueError and lists the choices.
 """
 
 from __future__ import annotations
@@ -95,25 +95,24 @@ def _reduce(loss: Tensor, reduction: str, count: Tensor | None = None) -> Tensor
 
 
 def _without_autocast(tensor: Tensor) -> torch.autocast:
-    """Context in which matrix products keep float32: autocast would lower them."""
+    """Context that keeps matrix products in float32, which autocast would lower."""
     return torch.autocast(device_type=tensor.device.type, enabled=False)
 
 
 def downsample_labels(labels: Tensor, size: Sequence[int], mode: str = "nearest") -> Tensor:
-    """Bring labels to the size of a feature map by picking the nearest pixel.
+    """Downsample labels to the size of a feature map by nearest-neighbour interpolation.
 
     Args:
         labels: B×H×W, any integer type.
         size: (h, w).
-        mode: ``"nearest"`` (the rule of the released SDR code) or ``"nearest-exact"`` (Pillow's rule, that of
-            the released SATS code).
+        mode: ``"nearest"`` (as SDR's released code) or ``"nearest-exact"`` (Pillow's, as SATS's code).
 
     Returns:
         B×h×w int64.
     """
     height, width = labels.shape[-2:]
     if (height, width) != (size[0], size[1]):
-        # Interpolating the indices applies torch's own rule to h + w numbers instead of B·H·W.
+        # Interpolates h + w indices with torch's own rounding instead of B·H·W labels.
         rows = torch.arange(height, dtype=torch.float64, device=labels.device).view(1, 1, -1, 1)
         columns = torch.arange(width, dtype=torch.float64, device=labels.device).view(1, 1, 1, -1)
         rows = F.interpolate(rows, size=(size[0], 1), mode=mode).long().view(-1, 1)
@@ -129,7 +128,7 @@ def _one_hot(labels: Tensor, num_classes: int) -> Tensor:
 
 
 def _at_labels(values: Tensor, labels: Tensor) -> Tensor:
-    """Look up ``values`` (C) at labels of any shape; labels outside 0..C-1 read 0."""
+    """``values`` (C) indexed by labels of any shape; 0 for labels outside 0..C-1."""
     padded = torch.cat([values, values.new_zeros(1)])
     inside = (labels >= 0) & (labels < values.shape[0])
     return padded[torch.where(inside, labels, values.shape[0])]
@@ -138,7 +137,7 @@ def _at_labels(values: Tensor, labels: Tensor) -> Tensor:
 def _class_sums(features: Tensor, one_hot: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Sum of the feature vectors of each class: features B×D×N, one-hot B×C×N → C×D.
 
-    ``dtype``: what images are added up in; the features' own if None.
+    ``dtype``: type of the sum over images; default: that of the features.
     """
     with _without_autocast(features):
         return torch.bmm(one_hot, features.transpose(1, 2)).sum(0, dtype=dtype)
@@ -150,7 +149,7 @@ def _class_sums(features: Tensor, one_hot: Tensor, dtype: torch.dtype | None = N
 
 
 def _one_hot_targets(inputs: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """One-hot targets like ``inputs`` (zeros where void) and the B×H×W mask of what is not void."""
+    """One-hot targets shaped like ``inputs`` (zeros where void) and the B×H×W mask of non-void pixels."""
     valid = targets != ignore_index
     index = torch.where(valid, targets, 0).long()[:, None]
     one_hot = torch.zeros_like(inputs).scatter_(1, index, valid[:, None].to(inputs.dtype))
@@ -158,12 +157,12 @@ def _one_hot_targets(inputs: Tensor, targets: Tensor, ignore_index: int) -> tupl
 
 
 class BCEWithLogitsLossWithIgnoreIndex(nn.Module):
-    """Binary cross-entropy of every class against the one-hot target (MiB's code).
+    """Binary cross-entropy against the one-hot target, summed over classes (MiB's code).
 
     −Σ_c [y_c·log σ(x_c) + (1 − y_c)·log(1 − σ(x_c))] at each pixel.
 
     Args:
-        reduction: ``"mean"`` is over the pixels that are not void.
+        reduction: ``"mean"`` is over the non-void pixels.
         ignore_index: void.
     """
 
@@ -183,7 +182,7 @@ class BCEWithLogitsLossWithIgnoreIndex(nn.Module):
 class FocalLoss(nn.Module):
     """Focal loss (arXiv 1708.02002): −α·(1 − p)^γ·log p with p = softmax(x)_y.
 
-    ``"mean"`` is over all pixels, void counted as zero.
+    ``"mean"`` is over all pixels; void pixels count as zero.
     """
 
     def __init__(
@@ -198,7 +197,7 @@ class FocalLoss(nn.Module):
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """inputs B×C×H×W logits, targets B×H×W → scalar, or B×H×W with ``reduction="none"``."""
         ce = F.cross_entropy(inputs.float(), targets.long(), reduction="none", ignore_index=self.ignore_index)
-        # expm1 keeps the digits of 1 − p for a sure and right prediction.
+        # expm1 keeps 1 − p precise where p is close to 1.
         loss = self.alpha * (-torch.expm1(-ce)) ** self.gamma * ce
         return _reduce(loss, self.reduction)
 
@@ -211,12 +210,12 @@ class FocalLoss(nn.Module):
 class IcarlLoss(nn.Module):
     """Binary cross-entropy in which the old channels' targets are the teacher's sigmoids (iCaRL 1611.07725).
 
-    A void pixel is distilled too, and its new channels are drawn to zero, as in the released code.
+    Void pixels are distilled too, with target 0 for the new channels, as in the released code.
 
     Args:
         reduction: ``"mean"`` is over all pixels.
         ignore_index: void.
-        bkg: keep the ground truth for the background channel.
+        bkg: use the ground truth for the background channel.
     """
 
     def __init__(self, reduction: str = "mean", ignore_index: int = VOID, bkg: bool = False) -> None:
@@ -244,7 +243,7 @@ def _distillation(student: Tensor, teacher: Tensor, alpha: float, unbiased: bool
     """Map of −Σ_{c<C_old} softmax(α·teacher)_c · log q_c / C_old: B×C×H×W, B×C_old×H×W → B×H×W.
 
     q is the student's softmax over the old classes; ``unbiased``: over all classes, with the new classes'
-    share added to the background's.
+    probability added to the background's.
     """
     if loss_kernels.gain(student):
         return loss_kernels.distillation(student, teacher, alpha, unbiased)
@@ -259,13 +258,13 @@ def _distillation(student: Tensor, teacher: Tensor, alpha: float, unbiased: bool
 
 
 class KnowledgeDistillationLoss(nn.Module):
-    """Distillation of the teacher's output (LwF, arXiv 1606.09282, in the form of MiB's code).
+    """Distillation of the teacher's output (LwF, arXiv 1606.09282, as implemented in MiB's code).
 
     −(1/C_old)·Σ_{c<C_old} softmax(αt)_c · log softmax(x_{<C_old})_c at each pixel.
 
     Args:
-        reduction: ``"mean"`` is over all pixels, masked ones counted as zero.
-        alpha: hardness of the teacher's softmax.
+        reduction: ``"mean"`` is over all pixels; masked pixels count as zero.
+        alpha: inverse temperature of the teacher's softmax.
     """
 
     unbiased = False
@@ -296,8 +295,8 @@ class DistillationEncoderLoss(nn.Module):
     (1/D)·Σ_d (f_d − f_old,d)² at each position.
 
     Args:
-        mask: only positions whose label is an old class or background.
-        loss_de_cosine: 1 − cosine over channels instead of the squared error.
+        mask: use only positions whose label is an old class or background.
+        loss_de_cosine: 1 − cosine similarity over channels instead of the squared error.
     """
 
     def __init__(self, mask: bool = False, loss_de_cosine: bool = False) -> None:
@@ -306,10 +305,10 @@ class DistillationEncoderLoss(nn.Module):
         self.loss_de_cosine = loss_de_cosine
 
     def forward(self, features: Tensor, features_old: Tensor, labels: Tensor, classes_old: int) -> Tensor:
-        """features, features_old B×D×h×w, labels B×H×W → scalar, the mean over (chosen) positions."""
+        """features, features_old B×D×h×w, labels B×H×W → scalar, the mean over the (masked) positions."""
         features, features_old = features.float(), features_old.detach().float()
         if self.loss_de_cosine:
-            # A clone, because the teacher may run under inference mode, and autograd saves this operand.
+            # Cloned: autograd saves this operand and refuses tensors of a teacher in inference mode.
             loss = 1.0 - F.cosine_similarity(features, features_old.clone(), dim=1)
         else:
             loss = (features - features_old).square().mean(dim=1)
@@ -327,15 +326,14 @@ class DistillationEncoderLoss(nn.Module):
 class CILDistillationLoss(nn.Module):
     """Distillation weighted by the teacher's entropy (CIL, arXiv 2005.06050).
 
-    −w·Σ_c p_c·log q_c with w = 1 + gs·entropy₂(p), summed over the pixels that are not labelled with a new
-    class and divided by their number; times temp². Void pixels are not labelled: they are distilled. p is the
-    teacher's softmax over the old classes, q the student's over all.
+    −temp²·w·Σ_c p_c·log q_c with w = 1 + gs·entropy₂(p), averaged over the pixels without a new class's label
+    (void pixels included). p is the teacher's softmax over the old classes, q the student's over all classes.
 
     ``fidelity="released"``: the loss in SDR's code: no logarithm, no minus, the teacher's logits padded with
-    zeros for the new classes, old-labelled pixels left out, no temperature inside the softmax.
+    zeros for the new classes, pixels labelled with an old class excluded, no temperature in the softmax.
 
     Args:
-        gs: strength of the entropy weight.
+        gs: factor of the entropy.
         temp: temperature of both softmaxes.
     """
 
@@ -380,7 +378,7 @@ def _unbiased_cross_entropy(logits: Tensor, targets: Tensor, old_cl: int, ignore
     is_new = (targets >= old_cl) & (targets != ignore_index)
     at_target = logits.gather(1, torch.where(is_new, targets, 0)[:, None])[:, 0]
     as_new = torch.logaddexp(log_old, log_new) - at_target
-    as_old = F.softplus(log_new - log_old)  # keeps its digits where P(old) is close to 1
+    as_old = F.softplus(log_new - log_old)  # precise where P(old) is close to 1
     return torch.where(is_new, as_new, as_old).masked_fill(targets == ignore_index, 0.0)
 
 
@@ -391,14 +389,14 @@ class UnbiasedCrossEntropy(nn.Module):
 
     Args:
         old_cl: number of old classes, background included; targets below it become background.
-        reduction: ``"mean"`` is over the pixels that are not void.
+        reduction: ``"mean"`` is over the non-void pixels.
         ignore_index: void.
     """
 
     def __init__(self, old_cl: int, reduction: str = "mean", ignore_index: int = VOID) -> None:
         super().__init__()
         if old_cl < 1:
-            raise ValueError(f"old_cl={old_cl}: there is at least the background")
+            raise ValueError(f"old_cl={old_cl}: must be at least 1 (the background)")
         self.old_cl = old_cl
         self.reduction = _check_choice("reduction", reduction, ("mean", "sum", "none"))
         self.ignore_index = ignore_index
@@ -411,13 +409,10 @@ class UnbiasedCrossEntropy(nn.Module):
 
 
 class UnbiasedKnowledgeDistillationLoss(KnowledgeDistillationLoss):
-    """The teacher's background against background + new classes (MiB, arXiv 2002.00718).
+    """Distillation in which the student's background includes the new classes (MiB, arXiv 2002.00718).
 
-    −(1/C_old)·Σ_{c<C_old} softmax(αt)_c · log q_c with q = softmax(x), but q_0 = softmax(x)_0 + Σ_{c≥C_old}
-    softmax(x)_c.
-
-    The student's softmax is over all classes; the sum over old classes is divided by their number. Arguments
-    as for :class:`KnowledgeDistillationLoss`, to which it is equal where there is no new class.
+    −(1/C_old)·Σ_{c<C_old} softmax(αt)_c · log q_c with q = softmax(x) over all classes, but
+    q_0 = softmax(x)_0 + Σ_{c≥C_old} softmax(x)_c. Arguments as for :class:`KnowledgeDistillationLoss`.
     """
 
     unbiased = True
@@ -429,15 +424,15 @@ class UnbiasedKnowledgeDistillationLoss(KnowledgeDistillationLoss):
 
 
 class _MixedClassFeatures:
-    """How SDR's released code reads "the features of a class" from a batch, without its loop over classes.
+    """ "The features of a class" as SDR's released code reads them, without its loop over classes.
 
-    The code selects the values of class c from B×D×h×w by a mask, which lists them by image, then channel,
-    then position, and views that list as D×n (n: positions of the class). For B = 1 this is the class's
-    features; for B > 1 images and channels mix. Value number s of the list lands in row ``s // n`` and column
-    ``s % n``. Viewed as n×D, as in the matching loss, it lands in column ``s % D``.
+    The code selects the values of class c from B×D×h×w with a mask, which lists them by image, channel and
+    position, and views that list as D×n (n: positions of the class). For B = 1 this is correct; for B > 1 it
+    mixes images and channels. Value number s of the list is at row ``s // n`` and column ``s % n``; viewed as
+    n×D, as in the matching loss, at column ``s % D``.
 
     Attributes:
-        classes: B×1×N, the class of a position, C for void.
+        classes: B×1×N, class of each position, C for void.
         number: B×D×N, s.
         count: B×1×N, n (1 for void).
     """
@@ -468,7 +463,7 @@ class _MixedClassFeatures:
         return self.classes * self.depth + self.number % self.depth
 
     def columns(self) -> Tensor:
-        """B×D×N number of the column of the D×n view, counted over all classes; below B·N + 1."""
+        """B×D×N column of the D×n view, numbered through all classes; below B·N + 1."""
         first = (self.totals.cumsum(0) - self.totals)[self.classes]
         return self._inside(first + self.number % self.count)
 
@@ -482,24 +477,26 @@ class _MixedClassFeatures:
         return table.view(-1, self.depth)[: self.num_classes]
 
     def look_up(self, table: Tensor, index: Tensor) -> Tensor:
-        """Read a C×D table at ``index`` → B×D×N, 0 where void."""
+        """Values of a C×D table at ``index`` → B×D×N, 0 where void."""
         return F.pad(table, (0, 0, 0, 1)).flatten()[index]
 
 
-def _drop_first_present(present: Tensor) -> Tensor:
-    """Take away the lowest class of a C-long presence mask, as the released code does for "no background"."""
-    return present & (present.cumsum(0) > 1)
+def _without_background(present: Tensor, fidelity: str) -> Tensor:
+    """Mask (C) of the classes present, without class 0; the released code drops the lowest class present."""
+    if fidelity == "released":
+        return present & (present.cumsum(0) > 1)
+    return present & (torch.arange(present.shape[0], device=present.device) != 0)
 
 
 class Prototypes(nn.Module):
-    """Running mean of every feature vector seen of each class (SDR).
+    """Running mean of the feature vectors of each class (SDR).
 
-    ``fidelity="released"``: with more than one image the class's features are read through a mis-shaped view,
-    and skipping the background drops the lowest class present, whichever it is.
+    ``fidelity="released"``: with more than one image the class's features are read through a mis-shaped view
+    (``_MixedClassFeatures``), and ``skip_background`` drops the lowest class present.
 
     Attributes:
         prototypes: C×D float32, zeros for a class not yet seen.
-        count_features: C int64, feature vectors seen.
+        count_features: C int64, number of feature vectors averaged.
     """
 
     prototypes: Tensor
@@ -519,12 +516,12 @@ class Prototypes(nn.Module):
         skip_background: bool = False,
         reduce: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """Take in a batch.
+        """Update the means with a batch.
 
         Args:
             features: B×D×h×w.
-            labels: B×H×W, network class indices; void and indices beyond the table are left out.
-            skip_background: leave class 0 out (overlapped protocol; disjoint after the first step).
+            labels: B×H×W, network class indices; void and indices from C on are ignored.
+            skip_background: ignore class 0 (overlapped protocol; disjoint after the first step).
             reduce: sums a tensor over processes (C×(D+1): class sums and counts) and returns it.
         """
         num_classes, depth = self.prototypes.shape
@@ -535,11 +532,11 @@ class Prototypes(nn.Module):
             mixed = _MixedClassFeatures(classes, one_hot, depth)
             sums = mixed.sums(flat, mixed.rows())
         else:
-            # Images in float64: the mean is the same, however they are divided among processes.
+            # Summed over images in float64: the mean does not depend on the number of processes.
             sums = _class_sums(flat, one_hot, torch.float64)
         counts = one_hot.sum(dim=(0, 2)).to(sums.dtype)
         if skip_background:
-            kept = self._without_background(counts > 0)
+            kept = _without_background(counts > 0, self.fidelity)
             sums, counts = sums * kept[:, None], counts * kept
         if reduce is not None:
             both = reduce(torch.cat([sums, counts[:, None]], dim=1))
@@ -549,13 +546,8 @@ class Prototypes(nn.Module):
         self.prototypes += step
         self.count_features.copy_(total)
 
-    def _without_background(self, present: Tensor) -> Tensor:
-        if self.fidelity == "released":
-            return _drop_first_present(present)
-        return present & (torch.arange(present.shape[0], device=present.device) != 0)
-
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Load the tables of as many classes or fewer: the classes beyond them start unseen.
+        """Load a state of as many classes or fewer; further classes start at zero.
 
         Raises:
             ValueError: the state has more classes or another feature dimension.
@@ -591,18 +583,18 @@ class FeaturesClusteringSeparationLoss(nn.Module):
 
     ``fidelity="released"``: with more than one image the class's features are read through a mis-shaped view;
     the attraction's running sum is divided by the number of classes inside the loop over them, so class i of
-    K (from 0) weighs K^-(K-i); prototypes are L2-normalised over classes instead of channels; ``lfc_nobgr``
-    drops the lowest class present, background or not.
+    K (from 0) has weight K^-(K-i); prototypes are L2-normalised over classes instead of channels;
+    ``lfc_nobgr`` drops the lowest class present.
 
     Args:
         lfc_L2normalized: L2-normalise features and prototypes.
-        lfc_nobgr: leave the background out.
+        lfc_nobgr: ignore the background.
         lfc_orth_sep: repulsion by orthogonality: mean product of class means and other classes' prototypes.
         lfc_orth_maxonly: its maximum (at least 0) instead of the mean.
         lfc_sep_clust: weight of the repulsion, applied by the caller; here 0 only gives a repulsion of 0.
-        lfc_sep_clust_ison_proto: distances from class means to the prototypes of the classes present, each
-            class's own included.
-        orth_sep: another name of ``lfc_orth_sep``, that of the released constructor.
+        lfc_sep_clust_ison_proto: distances from class means to the prototypes of the classes present,
+            including the class itself.
+        orth_sep: ``lfc_orth_sep`` under its name in the released constructor.
     """
 
     def __init__(
@@ -631,7 +623,9 @@ class FeaturesClusteringSeparationLoss(nn.Module):
         classes = downsample_labels(labels, features.shape[-2:]).flatten(1)
         one_hot = _one_hot(classes, prototypes.shape[0])
         counts = one_hot.sum(dim=(0, 2))
-        present = self._present(counts > 0)
+        present = counts > 0
+        if self.no_background:
+            present = _without_background(present, self.fidelity)
         weight = self._class_weights(present) / (counts.clamp(min=1) * prototypes.shape[1])
         if self.fidelity == "released":
             mixed = _MixedClassFeatures(classes, one_hot, flat.shape[1])
@@ -650,27 +644,20 @@ class FeaturesClusteringSeparationLoss(nn.Module):
             return attraction, attraction.new_zeros(())
         return attraction, self._repulsion(sums / counts.clamp(min=1)[:, None], prototypes, present)
 
-    def _present(self, present: Tensor) -> Tensor:
-        if not self.no_background:
-            return present
-        if self.fidelity == "released":
-            return _drop_first_present(present)
-        return present & (torch.arange(present.shape[0], device=present.device) != 0)
-
     def _class_weights(self, present: Tensor) -> Tensor:
         """Weight of each class's MSE: 1/K for each of the K classes present, 0 for the others."""
         number = present.sum().clamp(min=1).float()
         if self.fidelity == "paper":
             return present / number
-        still_to_come = present.sum() - present.cumsum(0)
-        return present * number ** -(still_to_come + 1.0)
+        remaining = present.sum() - present.cumsum(0)
+        return present * number ** -(remaining + 1.0)
 
     @staticmethod
     def _normalize_mixed(flat: Tensor, mixed: _MixedClassFeatures) -> Tensor:
         columns = mixed.columns()
         squares = flat.new_zeros(flat.shape[0] * flat.shape[2] + 1)
         squares = squares.index_add(0, columns.flatten(), (flat.square() * mixed.inside).flatten())
-        # The clamp inside the root keeps the gradient of an all-zero column finite (F.normalize: 1e-12).
+        # Clamped before the square root: finite gradient for an all-zero column (F.normalize: 1e-12).
         return flat / squares.clamp(min=1e-24).sqrt()[columns]
 
     def _repulsion(self, means: Tensor, prototypes: Tensor, present: Tensor) -> Tensor:
@@ -681,7 +668,7 @@ class FeaturesClusteringSeparationLoss(nn.Module):
             distance = torch.cdist(
                 means[None], others[None], compute_mode="donot_use_mm_for_euclid_dist"
             ).squeeze(0)
-        # Equal means are left out, which leaves out each mean's pair with itself.
+        # Excludes pairs of equal means, which include each mean with itself.
         pairs = present[:, None] & present[None, :] & (distance > 0)
         inverse = torch.where(pairs, 1.0 / torch.where(pairs, distance, 1.0), 0.0)
         return _reduce(inverse, "mean", pairs.sum())
@@ -698,12 +685,12 @@ class FeaturesClusteringSeparationLoss(nn.Module):
 
 
 class DistillationEncoderPrototypesLoss(nn.Module):
-    """Prototype matching: current features of an old class against its prototype (SDR).
+    """Prototype matching: distance of an old class's features from its prototype (SDR).
 
-    The classes are those of the pseudo-labels: where the label is background, the teacher's argmax; without a
-    teacher (sequential protocol) the labels of the old classes themselves. Background is left out.
+    The classes are pseudo-labels: the teacher's argmax where the label is background; without a teacher
+    (sequential protocol) the labels of the old classes. Background is ignored.
 
-    ``fidelity="released"``: the class's features are read through a view of the wrong shape, also for B = 1.
+    ``fidelity="released"``: the class's features are read through a mis-shaped view, also for B = 1.
 
     Args:
         sumafter: MSE between the class's mean feature and its prototype, averaged over classes. Otherwise the
@@ -749,11 +736,11 @@ class DistillationEncoderPrototypesLoss(nn.Module):
     def _pseudo_labels(
         labels: Tensor, outputs_old: Tensor | None, classes_old: int, size: Sequence[int]
     ) -> Tensor:
-        """B×h×w old classes from 1 on; void elsewhere."""
+        """B×h×w: old classes without the background, void elsewhere."""
         small = downsample_labels(labels, size)
         if outputs_old is None:
             return torch.where((small > 0) & (small < classes_old), small, VOID)
-        # Picking pixels first and taking the argmax of those alone is the same, at a fraction of the cost.
+        # Argmax of the sampled pixels only: equal to sampling the argmax, and cheaper.
         height, width = outputs_old.shape[-2:]
         pixels = torch.arange(height * width, device=labels.device).view(1, height, width)
         picked = outputs_old.detach().flatten(2)[:, :, downsample_labels(pixels, size).flatten()]
@@ -761,6 +748,7 @@ class DistillationEncoderPrototypesLoss(nn.Module):
         return torch.where((small == 0) & (guess > 0), guess, VOID)
 
 
+NORMALIZATIONS = ("L1", "L2", "max_foreachfeature", "max_maskedforclass", "max_overall", "softmax")
 _SHRINK: dict[str, Callable[[Tensor], Tensor]] = {
     "squared": torch.square,
     "power3": lambda values: values**3,
@@ -769,7 +757,7 @@ _SHRINK: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _by_group_maximum(features: Tensor, groups: Tensor, number: int, eps: float) -> Tensor:
-    """Features B×D×h×w over the maximum of their position's group; groups B×h×w in 0..number-1."""
+    """Features B×D×h×w divided by the maximum of their position's group; groups B×h×w in 0..number-1."""
     table = features.new_full((number,), -math.inf)
     highest = table.scatter_reduce(0, groups.flatten(), features.amax(dim=1).flatten(), "amax")
     return features / (highest[groups] + eps)[:, None]
@@ -778,9 +766,9 @@ def _by_group_maximum(features: Tensor, groups: Tensor, number: int, eps: float)
 def _max_ratio(
     features: Tensor, groups: Tensor, number: int, shrinking: str, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Σ_d shrink(g_d) / (Σ_d g_d + ε) with g = f / (maximum of the position's group + ε): B×h×w.
+    """Σ_d shrink(g_d) / (Σ_d g_d + ε) with g = f / (maximum of the position's group + ε), and Σ_d g_d.
 
-    Beside it Σ_d g_d, without a gradient. Arguments as in ``_by_group_maximum``.
+    Two maps B×h×w, the second without gradient. Arguments as in ``_by_group_maximum``.
     """
     if loss_kernels.gain(features):
         return loss_kernels.max_ratio(features, groups, number, shrinking, eps)
@@ -793,28 +781,20 @@ class FeaturesSparsificationLoss(nn.Module):
     """Sparsity of the features over channels (SDR): mean of Σ_d shrink(f_d) / Σ_d f_d.
 
     Args:
-        lfs_normalization: ``L1``, ``L2``, ``softmax`` over channels; ``max_foreachfeature`` by the position's
-            maximum, ``max_maskedforclass`` by the maximum inside the position's class, ``max_overall`` by the
-            batch's maximum.
+        lfs_normalization: ``L1``, ``L2``, ``softmax`` over channels; ``max_foreachfeature``: divide by the
+            position's maximum, ``max_maskedforclass``: by the maximum over the position's class,
+            ``max_overall``: by the batch's maximum.
         lfs_shrinkingfn: ``squared``, ``power3`` or ``exponential``.
         lfs_loss_fn_touse: ``ratio`` as above; ``lasso``: half the sum of |f| over the batch, before the
-            normalisation; ``entropy``: Σ_d −f·log f, for L1 and softmax; ``max_minus_ratio``: 0, the
-            published code names it and leaves it empty.
+            normalisation; ``entropy``: Σ_d −f·log f, for L1 and softmax; ``max_minus_ratio``: 0, as the
+            released code names it without computing anything.
         reduction: ``"mean"`` or ``"sum"`` over positions.
-        fidelity: ``"released"``: under ``max_maskedforclass`` a batch of background alone has no loss.
+        fidelity: ``"released"``: under ``max_maskedforclass`` a batch of background only has loss 0.
 
-    The labels only say which positions share a maximum. Void positions share one too and count in the mean,
-    in both forms.
+    The labels only group positions by class for ``max_maskedforclass``. Void is a group of its own and counts
+    in the mean.
     """
 
-    _NORMALIZATIONS = (
-        "L1",
-        "L2",
-        "max_foreachfeature",
-        "max_maskedforclass",
-        "max_overall",
-        "softmax",
-    )
     _EPS = 1e-15
 
     def __init__(
@@ -826,10 +806,8 @@ class FeaturesSparsificationLoss(nn.Module):
         fidelity: str = "paper",
     ) -> None:
         super().__init__()
-        self.normalization = _check_choice("lfs_normalization", lfs_normalization, self._NORMALIZATIONS)
-        self.shrinking = _check_choice(
-            "lfs_shrinkingfn", lfs_shrinkingfn, ("squared", "power3", "exponential")
-        )
+        self.normalization = _check_choice("lfs_normalization", lfs_normalization, NORMALIZATIONS)
+        self.shrinking = _check_choice("lfs_shrinkingfn", lfs_shrinkingfn, tuple(_SHRINK))
         self.function = _check_choice(
             "lfs_loss_fn_touse", lfs_loss_fn_touse, ("ratio", "max_minus_ratio", "lasso", "entropy")
         )
@@ -854,13 +832,13 @@ class FeaturesSparsificationLoss(nn.Module):
                 loss = features.abs().sum() / 2
             else:
                 loss = -(normalized * torch.log(normalized + 1e-10)).sum(dim=1)
-        some = summed.sum() > 0
+        nonzero = summed.sum() > 0
         if self.fidelity == "released" and self.normalization == "max_maskedforclass":
-            some = some & (classes != 0).any()
-        return _reduce(torch.where(some, loss, 0.0), self.reduction)
+            nonzero = nonzero & (classes != 0).any()
+        return _reduce(torch.where(nonzero, loss, 0.0), self.reduction)
 
     def _groups(self, classes: Tensor) -> tuple[Tensor, int]:
-        """The positions (B×h×w) that share a maximum carry one number; and how many numbers there are."""
+        """Group index of each position (B×h×w), and the number of groups; a group shares one maximum."""
         if self.normalization == "max_foreachfeature":
             return torch.arange(classes.numel(), device=classes.device).view_as(classes), classes.numel()
         if self.normalization == "max_overall":
@@ -880,15 +858,15 @@ class FeaturesSparsificationLoss(nn.Module):
 class SNNL(nn.Module):
     """Soft nearest neighbour loss over the positions of a batch (arXiv 1902.01889).
 
-    −mean_i log( Σ_{j≠i, y_j=y_i} exp(−|x_i−x_j|²/T) / Σ_{j≠i} exp(−|x_i−x_j|²/T) ). Positions without
-    another one of their class, and void, are left out. Pairs are made in chunks and made again in the
-    backward pass, so memory grows with the number of positions, not with its square.
+    −mean_i log( Σ_{j≠i, y_j=y_i} exp(−|x_i−x_j|²/T) / Σ_{j≠i} exp(−|x_i−x_j|²/T) ). Void positions, and those
+    without another of their class, are ignored. Pairs are computed in chunks and recomputed in the backward
+    pass, so memory is linear in the number of positions.
 
-    ``fidelity="released"``: SDR's code views B×D×h×w as (B·h·w)×D without moving axes.
+    ``fidelity="released"``: SDR's code views B×D×h×w as (B·h·w)×D without permuting axes.
 
     Args:
         temperature: T.
-        chunk: positions paired with all others at a time.
+        chunk: number of positions i per chunk.
     """
 
     def __init__(self, temperature: float = 1.0, chunk: int = 512, fidelity: str = "paper") -> None:
@@ -905,7 +883,7 @@ class SNNL(nn.Module):
             vectors = features.reshape(-1, features.shape[1])
         else:
             vectors = features.permute(0, 2, 3, 1).flatten(0, 2)
-        # Distances do not change when all vectors move together; short vectors lose fewer digits in them.
+        # Centred: distances stay the same, and |x|² − 2xy + |y|² loses less precision for short vectors.
         vectors = vectors - vectors.detach().mean(dim=0)
         total, number = vectors.sum() * 0.0, vectors.new_zeros(())
         for start in range(0, vectors.shape[0], self.chunk):
@@ -925,7 +903,7 @@ class SNNL(nn.Module):
         others = (mine != index) & (classes != VOID)
         same = others & (classes[start : start + self.chunk, None] == classes)
         usable = same.any(dim=1)
-        # Rows without a partner read plain zeros: −inf − −inf would poison the gradient.
+        # Rows without a pair are not masked: −inf − −inf would make the gradient NaN.
         scores = -distance / self.temperature
         log_all = scores.masked_fill(~others & usable[:, None], -math.inf).logsumexp(dim=1)
         log_same = scores.masked_fill(~same & usable[:, None], -math.inf).logsumexp(dim=1)
@@ -951,22 +929,21 @@ _POD_SWITCH_AFTER = _POD_SWITCH | {"extra_channels", "spp_scales", "use_pod_sche
 class LocalPODLoss(nn.Module):
     """Distance between pooled feature maps of teacher and student (PLOP).
 
-    Every map is preprocessed (squared), averaged over rows and columns of the cells of an s×s grid for each
-    scale s, and compared by the L2 norm over all these numbers of an image; mean over the batch, times a
-    factor, times sqrt(classes now / new classes), mean over maps. In the last pair the student may have more
-    channels: the new classes' are added to the background's, or cut off. Cells are squares of side
-    width // s, as in the published code: what lies to the right of the grid or below it takes no part, and
-    maps wider than high have lower cells that are cut off at the edge.
+    Each map is preprocessed (squared) and averaged over the rows and the columns of the cells of an s×s grid,
+    for each scale s. Loss: L2 norm of the difference over all these values of an image, mean over the batch,
+    times a factor, times sqrt(classes now / new classes), mean over maps. If the last map of the student has
+    more channels, the new classes' are added to the background's, or cut off. Cells are squares of side
+    width // s, as in the released code: pixels right of the grid or below it are ignored, and in maps wider
+    than high the lower cells are cut off at the edge.
 
     Args:
         pod_factor: factor of every map.
         pod_options: PLOP's ``--pod_options``: ``{"switch": {"before": {...}, "after": {...},
             "normalize_per_scale": False | True | "spm"}, "difference_function": "frobenius" | "l1",
-            "difference_function_all": ...}``. ``before`` changes the options of all maps but the last (and of
-            the last where ``after`` says nothing), ``after`` those of the last: ``type``, ``factor``,
-            ``norm``, ``prepro``, and in ``after`` also ``extra_channels`` (``sum`` or ``trim``),
-            ``spp_scales``, ``use_pod_schedule``. ``difference_function`` is the last map's, ``..._all`` that
-            of the others.
+            "difference_function_all": ...}``. ``before`` sets options of all maps (of the last unless
+            ``after`` does), ``after`` those of the last: ``type``, ``factor``, ``norm``, ``prepro``, and in
+            ``after`` also ``extra_channels`` (``sum`` or ``trim``), ``spp_scales``, ``use_pod_schedule``.
+            ``difference_function`` is for the last map, ``..._all`` for the others.
         spp_scales: grid sizes.
         use_pod_schedule: multiply by sqrt(classes now / new classes).
         pod: ``local``; ``spatial``: sums over whole rows and columns; ``global``: sums over rows and columns
@@ -974,11 +951,11 @@ class LocalPODLoss(nn.Module):
         pod_prepro: ``pow`` (square), ``abs``, ``relu`` or ``none``.
         pod_apply: ``all`` maps; ``backbone``: the first ``backbone_maps``; ``deeplab``: the rest. (The
             released code accepts the option and uses all maps.)
-        backbone_maps: how many of the maps are the backbone's.
+        backbone_maps: number of maps that come from the backbone.
 
     Raises:
-        ValueError: an unknown choice, or in ``pod_options`` an unknown key, a factor that is no number or
-            scales that are not positive whole numbers.
+        ValueError: an unknown choice; in ``pod_options`` an unknown key, a factor that is not a number or
+            scales that are not positive integers.
     """
 
     def __init__(
@@ -1014,7 +991,7 @@ class LocalPODLoss(nn.Module):
         if unknown:
             raise ValueError(f"pod_options has unknown keys: {', '.join(sorted(unknown))}")
         self.others = {**common, **before, "difference": difference}
-        # What "before" sets stays set for the last map, but for the normalisation: so in the released loop.
+        # As in the released loop, "before" also applies to the last map, except for the normalisation.
         self.last = {**common, **before, "norm": False, **after, "difference": last_difference}
         for choice in (self.others, self.last):
             _check_choice("pod", choice["type"], _POD_TYPES)
@@ -1022,13 +999,13 @@ class LocalPODLoss(nn.Module):
             _check_choice("extra_channels", choice["extra_channels"], ("sum", "trim"))
             _check_choice("difference_function", choice["difference"], ("frobenius", "l1"))
             if not isinstance(choice["factor"], (int, float)):
-                raise ValueError(f"factor {choice['factor']!r} is no number")
+                raise ValueError(f"factor {choice['factor']!r} is not a number")
             if not _are_grids(choice["spp_scales"]):
-                raise ValueError(f"spp_scales {choice['spp_scales']!r} is no list of positive whole numbers")
+                raise ValueError(f"spp_scales {choice['spp_scales']!r} is not a list of positive integers")
 
     @property
     def finest_grid(self) -> int:
-        """Cells per side of the finest grid of local pooling; 1 without it."""
+        """Cells per side of the finest grid of local pooling; 1 without local pooling."""
         local = (choice["spp_scales"] for choice in (self.others, self.last) if choice["type"] == "local")
         return max((max(scales) for scales in local), default=1)
 
@@ -1040,7 +1017,7 @@ class LocalPODLoss(nn.Module):
         nb_new_classes: int,
         index_new_class: int,
     ) -> Tensor:
-        """Compare lists of B×D_i×h_i×w_i maps; index_new_class: first new class's channel → scalar."""
+        """Lists of B×D_i×h_i×w_i maps; index_new_class: channel of the first new class → scalar."""
         if len(features_old) != len(features) or not features:
             raise ValueError(f"{len(features_old)} maps of the teacher, {len(features)} of the student")
         schedule = math.sqrt(nb_current_classes / nb_new_classes)
@@ -1079,10 +1056,9 @@ def _fold_new_channels(logits: Tensor, first_new: int, how: str) -> Tensor:
 
 
 def _pod_distance(old: Tensor, new: Tensor, options: dict[str, Any]) -> Tensor:
-    """Distance of two B×D×h×w maps under the options of a POD term: B.
+    """‖pooled(prepro(new)) − pooled(prepro(old))‖ over all pooled values of an image: B×D×h×w twice → B.
 
-    ‖pooled(prepro(new)) − pooled(prepro(old))‖ over all pooled numbers of an image; ``norm``: each side first
-    divided by its own L2 norm.
+    ``norm``: each side is first divided by its own L2 norm.
     """
     prepro, order = _POD_PREPROS[options["prepro"]], 2 if options["difference"] == "frobenius" else 1
     if options["norm"]:
@@ -1093,7 +1069,7 @@ def _pod_distance(old: Tensor, new: Tensor, options: dict[str, Any]) -> Tensor:
         return torch.linalg.vector_norm(pooled_new - pooled_old, ord=order, dim=1)
 
     def per_channel(old: Tensor, new: Tensor) -> Tensor:
-        # Pooling is linear, so the difference is pooled, once.
+        # Pooling is linear: pool the difference once.
         parts = _pool(prepro(new) - prepro(old), options)
         norms = [torch.linalg.vector_norm(part, ord=order, dim=(2, 3)) for part in parts]
         return torch.linalg.vector_norm(torch.stack(norms), ord=order, dim=0)
@@ -1109,7 +1085,7 @@ def _pod_distance(old: Tensor, new: Tensor, options: dict[str, Any]) -> Tensor:
 
 
 def _pool(maps: Tensor, options: dict[str, Any]) -> list[Tensor]:
-    """Pooled numbers of B×D×h×w maps, a list of B×D×·×· parts."""
+    """Pooled values of B×D×h×w maps, a list of B×D×·×· parts."""
     if options["type"] == "spatial":
         return [maps.sum(dim=3, keepdim=True), maps.sum(dim=2, keepdim=True)]
     if options["type"] == "global":
@@ -1121,9 +1097,9 @@ def _pool(maps: Tensor, options: dict[str, Any]) -> list[Tensor]:
 def _cell_means(maps: Tensor, scale: int) -> tuple[Tensor, Tensor]:
     """Means over the rows and over the columns of each cell of an s×s grid on B×D×h×w maps.
 
-    The published code sizes square cells by the width and leaves out what lies beyond the grid. On maps wider
-    than high the lower cells are cut off at the edge, and those that begin below it hold nothing (there their
-    means over no row are NaN).
+    The released code derives the side of the square cells from the width and ignores pixels beyond the grid.
+    In maps wider than high, lower cells are cut off at the edge, and cells that begin below it are left out
+    (means over no row, which are NaN in the released code).
     """
     side = maps.shape[-1] // scale
     if side == 0:
@@ -1133,7 +1109,7 @@ def _cell_means(maps: Tensor, scale: int) -> tuple[Tensor, Tensor]:
 
 
 def _local_levels(options: dict[str, Any]) -> list[tuple[int, float]]:
-    """(scale, what its numbers are divided by) of every grid of local POD."""
+    """(scale, divisor of its values) of every grid of local POD."""
     scales, per_scale = options["spp_scales"], options["normalize_per_scale"]
     if per_scale == "spm":
         return [(scale, 2.0 ** (len(scales) - max(level, 1))) for level, scale in enumerate(scales)]
@@ -1143,8 +1119,8 @@ def _local_levels(options: dict[str, Any]) -> list[tuple[int, float]]:
 def entropy(probabilities: Tensor, fidelity: str = "paper") -> Tensor:
     """Entropy per pixel: B×C×H×W probabilities → B×H×W.
 
-    ``"paper"``: Shannon entropy divided by log C, so 0 is sure and 1 is uniform. ``"released"``: the mean
-    over classes instead of the sum, which makes it C times smaller.
+    ``"paper"``: Shannon entropy divided by log C, from 0 (certain) to 1 (uniform). ``"released"``: the mean
+    over classes instead of the sum, which is C times smaller.
     """
     _check_choice("fidelity", fidelity, FIDELITIES)
     probabilities = probabilities.float()
@@ -1156,7 +1132,7 @@ def entropy(probabilities: Tensor, fidelity: str = "paper") -> Tensor:
     return total / math.log(classes) if classes > 1 else total
 
 
-def _guess(outputs_old: Tensor, certainty: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+def _predict(outputs_old: Tensor, certainty: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """The teacher's classes and ``certainty(probabilities)``: B×C×H×W logits → two B×H×W maps."""
     logits = outputs_old.float()
     return logits.argmax(dim=1), certainty(F.softmax(logits, dim=1))
@@ -1167,7 +1143,7 @@ def _highest(probabilities: Tensor) -> Tensor:
 
 
 def _scaled_entropy(nb_current_classes: int, fidelity: str) -> Callable[[Tensor], Tensor]:
-    """The entropy that is binned and compared; the released code divides by log C a second time."""
+    """Entropy function of the histogram and the labels; the released code divides by log C once more."""
     divisor = math.log(nb_current_classes) if fidelity == "released" else 1.0
     return lambda probabilities: entropy(probabilities, fidelity) / divisor
 
@@ -1182,15 +1158,15 @@ def pseudo_label_histogram(
     mode: str = "entropy",
     fidelity: str = "paper",
 ) -> Tensor:
-    """Histogram of the teacher's (un)certainty on one batch's background pixels, per predicted class.
+    """Histogram per predicted class of the teacher's entropy or probability on background pixels.
 
-    Sum it over the batches (and processes) of a step, then call :func:`class_median_thresholds`.
+    Sum it over the batches and processes of a step, then call :func:`class_median_thresholds`.
 
     Args:
         outputs_old: B×C_old×H×W logits of the teacher.
-        labels: B×H×W; pixels of label 0 are counted.
-        nb_current_classes: classes after this step.
-        nb_bins: bins over [0, 1]; PLOP takes 100 for the entropy and 20 for the probability.
+        labels: B×H×W; pixels with label 0 are counted.
+        nb_current_classes: number of classes after this step.
+        nb_bins: bins over [0, 1]; PLOP uses 100 for the entropy and 20 for the probability.
         mode: ``"entropy"``, or ``"probability"``: the largest probability.
         fidelity: which :func:`entropy`; the released one is divided by log(nb_current_classes) again.
 
@@ -1199,7 +1175,7 @@ def pseudo_label_histogram(
     """
     _check_choice("mode", mode, ("entropy", "probability"))
     measure = _scaled_entropy(nb_current_classes, fidelity) if mode == "entropy" else _highest
-    predicted, values = _guess(outputs_old, measure)
+    predicted, values = _predict(outputs_old, measure)
     bins = (values * nb_bins).long().clamp(max=nb_bins - 1)
     histogram = bins.new_zeros(nb_current_classes * nb_bins)
     histogram.index_add_(0, (predicted * nb_bins + bins).flatten(), (labels == 0).long().flatten())
@@ -1219,13 +1195,13 @@ def class_median_thresholds(
 
     Entropy: max(median, threshold). Probability: min(median, threshold). A class without pixels has median 0.
 
-    ``fidelity="released"``: PLOP's code adds the bin's index instead of its count to the running sum, and
-    reads the bins through a truncated product; the median can be infinite. SATS's code then replaces it by
-    0.005, which ``infinite_threshold`` does.
+    ``fidelity="released"``: PLOP's code adds the bin's index instead of its count to the cumulative sum, and
+    computes bin numbers by a truncated product; the median can be infinite. SATS's code replaces it by 0.005.
 
     Args:
         histogram: C×bins counts, see :func:`pseudo_label_histogram`.
         threshold: ``--threshold`` (plus step × ``--step_threshold``).
+        infinite_threshold: replaces an infinite median.
 
     Returns:
         C float32.
@@ -1250,7 +1226,7 @@ def class_median_thresholds(
 
 
 def _released_median(histogram: Tensor) -> Tensor:
-    """PLOP's released median: C×bins → C. Written as the loop's closed form."""
+    """PLOP's released median in closed form instead of its loop: C×bins → C."""
     bins = histogram.shape[1]
     borders = [lower / bins for lower in range(bins)]
     steps = torch.tensor([border * bins for border in borders], dtype=torch.float64)
@@ -1277,22 +1253,22 @@ def entropy_pseudo_labels(
     min_factor: float = 0.0,
     fidelity: str = "paper",
 ) -> tuple[Tensor, Tensor]:
-    """Label old and background pixels by the teacher where it is sure enough, else void.
+    """Replace old and background labels by the teacher's argmax where its entropy is low enough, else void.
 
     Args:
         outputs_old: B×C_old×H×W logits of the teacher.
         labels: B×H×W.
-        thresholds: nb_current_classes, the largest entropy accepted per class.
-        nb_current_classes: classes after this step.
+        thresholds: nb_current_classes; entropies below it are accepted, per class.
+        nb_current_classes: number of classes after this step.
         classes_old: labels below it are old or background; default C_old.
         min_factor: smallest adaptive factor (``--classif_adaptive_min_factor``).
         fidelity: which :func:`entropy`; the released one is divided by log(nb_current_classes) again.
 
     Returns:
-        The new labels (B×H×W int64) and the adaptive factor (B): the share of old and background pixels that
-        were accepted, 1 for an image that has none.
+        The new labels (B×H×W int64) and the adaptive factor (B): the fraction of old and background pixels
+        that were accepted, 1 for an image without any.
     """
-    predicted, uncertainty = _guess(outputs_old, _scaled_entropy(nb_current_classes, fidelity))
+    predicted, uncertainty = _predict(outputs_old, _scaled_entropy(nb_current_classes, fidelity))
     sure = uncertainty < thresholds[predicted]
     candidates = labels < (outputs_old.shape[1] if classes_old is None else classes_old)
     result = torch.where(candidates, torch.where(sure, predicted, VOID), labels.long())
@@ -1310,7 +1286,7 @@ def probability_pseudo_labels(
     *,
     classes_old: int | None = None,
 ) -> Tensor:
-    """Label old and background pixels by the teacher's argmax, void where its probability is too low.
+    """Replace old and background labels by the teacher's argmax, void where its probability is too low.
 
     ``--pseudo naive``: threshold 0. ``--pseudo threshold_0.8``: a number. ``--pseudo median``: the tensor of
     :func:`class_median_thresholds` with ``mode="probability"``.
@@ -1324,7 +1300,7 @@ def probability_pseudo_labels(
     Returns:
         B×H×W int64.
     """
-    predicted, highest = _guess(outputs_old, _highest)
+    predicted, highest = _predict(outputs_old, _highest)
     limit = threshold[predicted] if isinstance(threshold, Tensor) else threshold
     candidates = labels < (outputs_old.shape[1] if classes_old is None else classes_old)
     return torch.where(candidates, torch.where(highest < limit, VOID, predicted), labels.long())
@@ -1339,7 +1315,7 @@ def confidence_pseudo_labels(
     Returns:
         Labels (B×H×W int64) and weights of the classification loss (B×H×W float32, 1 on new pixels).
     """
-    predicted, highest = _guess(outputs_old, _highest)
+    predicted, highest = _predict(outputs_old, _highest)
     candidates = labels < (outputs_old.shape[1] if classes_old is None else classes_old)
     return torch.where(candidates, predicted, labels.long()), torch.where(candidates, highest, 1.0)
 
@@ -1355,14 +1331,14 @@ def sigmoid_pseudo_labels(
 ) -> Tensor:
     """SSUL's pseudo-labels: the teacher's class where its sigmoid is high enough.
 
-    Only pixels labelled background or unknown change, and only into a class that is neither.
+    Only labels background and unknown are replaced, and only by a class that is neither.
 
     Args:
         outputs_old: B×C_old×H×W logits of the teacher.
         labels: B×H×W.
         threshold: smallest sigmoid accepted.
-        reserved: how many of the first indices are not classes: 1 (background), or 2 (background, unknown).
-        end: the index after the last class, where an "unknown" channel follows; None: there is none.
+        reserved: number of first indices that are not classes: 1 (background) or 2 (background, unknown).
+        end: index after the last class, if an "unknown" channel follows; None: all channels are classes.
 
     Returns:
         B×H×W int64.
@@ -1378,27 +1354,26 @@ def sigmoid_pseudo_labels(
 # ----------------------------------------------------------------------------------------------------------
 
 
-_DISTILL_OBJECTS = ("sats-selfattn", "sats-selfattn-GP", "sats-selfattn-NP", "sats-feature-CNN")
+DISTILL_OBJECTS = ("sats-selfattn", "sats-selfattn-GP", "sats-selfattn-NP", "sats-feature-CNN")
 
 
 class AttentionTransferLoss(nn.Module):
     """Distance between student's and teacher's attention, averaged over class regions (SATS).
 
-    For each stage the attention rows of the query positions of each class (not background, not void) in each
-    image are averaged; the L2 distance between student and teacher is averaged over heads, the classes of the
-    image, the batch and the stages. An image without a class counts as zero.
+    For each stage, image and class (not background, not void), the attention rows of the class's query
+    positions are averaged; the L2 distance between student and teacher is averaged over heads, the classes of
+    the image, the batch and the stages. An image without a class counts as zero.
 
-    ``distill_object``: ``sats-selfattn`` as above; ``sats-selfattn-GP``: one region, all positions;
-    ``sats-selfattn-NP``: each position by itself, no labels; ``sats-feature-CNN``: class means of feature
-    maps instead of attention.
-
-    ``fidelity="released"``: B×heads×L×S is reshaped to B×√L×√L×heads×S without moving axes, which mixes heads
-    and positions where there is more than one head; the stages' sum is divided by 4 whatever their number.
+    ``fidelity="released"``: B×heads×L×S is reshaped to B×√L×√L×heads×S without permuting axes, which mixes
+    heads and positions if there is more than one head; the sum over stages is divided by 4 whatever their
+    number.
 
     Args:
-        distill_object: see above.
+        distill_object: ``sats-selfattn`` as above; ``sats-selfattn-GP``: one region, all positions;
+            ``sats-selfattn-NP``: each position separately, no labels; ``sats-feature-CNN``: class means of
+            feature maps instead of attention.
         fidelity: see above.
-        num_classes: labels lie below it, void aside; where it is known, a GPU has less to multiply.
+        num_classes: upper bound of the labels except void; if given, a GPU computes fewer regions.
     """
 
     def __init__(
@@ -1408,7 +1383,7 @@ class AttentionTransferLoss(nn.Module):
         num_classes: int | None = None,
     ) -> None:
         super().__init__()
-        self.distill_object = _check_choice("distill_object", distill_object, _DISTILL_OBJECTS)
+        self.distill_object = _check_choice("distill_object", distill_object, DISTILL_OBJECTS)
         self.fidelity = _check_choice("fidelity", fidelity, FIDELITIES)
         self.num_classes = num_classes
 
@@ -1443,23 +1418,23 @@ class AttentionTransferLoss(nn.Module):
         positions = region.sum(dim=2)
         weight = region / positions.clamp(min=1)[:, :, None]
         with _without_autocast(new):
-            # The mean is linear: the difference is averaged, once. B×heads×K×S
+            # The mean is linear: average the difference once. B×heads×K×S
             means = torch.matmul(weight[:, None], new.float() - old.float())
         distance = torch.linalg.vector_norm(means, dim=-1).mean(dim=1)
         present = positions > 0
         return _reduce((distance * present).sum(dim=1) / present.sum(dim=1).clamp(min=1), "mean")
 
     def _class_regions(self, classes: Tensor) -> Tensor:
-        """B×L labels → B×K×L float32, one region for each class that may be present."""
+        """B×L labels → B×K×L float32 masks, one for each class that may be present."""
         if self.num_classes is None and classes.device.type == "cpu":
-            ids = classes.unique()  # costs no synchronisation here, and keeps K small
+            ids = classes.unique()  # no device synchronisation here; keeps K small
             ids = torch.where((ids == 0) | (ids == VOID), -1, ids)
             return (classes[:, None] == ids[:, None]).float() * (ids >= 0)[:, None]
         return _one_hot(classes, self.num_classes or VOID)[:, 1:]
 
 
 def _query_grid(length: int, label_size: Sequence[int]) -> tuple[int, int]:
-    """Height and width of the grid of ``length`` query positions, from the proportions of the labels."""
+    """Height and width of the grid of ``length`` query positions, with the aspect ratio of the labels."""
     height = round(math.sqrt(length * label_size[0] / label_size[1]))
     if height < 1 or length % height:
         raise ValueError(f"{length} query positions do not fit labels of {label_size[0]}×{label_size[1]}")

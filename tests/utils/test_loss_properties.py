@@ -14,7 +14,7 @@ from utils import loss as L
 from utils import loss_kernels
 
 OLD, CLASSES, DEPTH, SIDE = 3, 5, 6, 4
-OBJECTS = ("sats-selfattn", "sats-selfattn-GP", "sats-selfattn-NP", "sats-feature-CNN")
+
 seeds = st.integers(0, 2**32 - 1)
 batches = st.integers(1, 4)
 
@@ -110,12 +110,13 @@ MEANS = {
         ),
         "features",
     ),
-    **{f"sparsity {n}": (sparsity(n), "features") for n in L.FeaturesSparsificationLoss._NORMALIZATIONS},
+    **{f"sparsity {n}": (sparsity(n), "features") for n in L.NORMALIZATIONS},
     "sparsity entropy": (sparsity("softmax", "entropy"), "features"),
     "pod": (lambda p: L.LocalPODLoss()([p.features_old], [p.features], 5, 2, OLD), "features"),
     "pod logits": (lambda p: L.LocalPODLoss()([p.teacher], [p.logits], 5, 2, OLD), "logits"),
     **{
-        name: (attention(name), "features" if name.endswith("CNN") else "attention") for name in OBJECTS
+        name: (attention(name), "features" if name.endswith("CNN") else "attention")
+        for name in L.DISTILL_OBJECTS
     },
 }  # fmt: skip
 SUMS = {
