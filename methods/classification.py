@@ -50,13 +50,11 @@ class Classification(Method):
     def begin_step(self, context: Context) -> None:
         """Build the criterion; the unbiased one needs old classes."""
         if self.kind == "bce":
-            self.criterion = BCEWithLogitsLossWithIgnoreIndex(reduction="none", ignore_index=255)
+            self.criterion = BCEWithLogitsLossWithIgnoreIndex(reduction="none")
         elif self.kind == "focal":
-            self.criterion = FocalLoss(alpha=self.alpha, gamma=self.gamma, reduction="none", ignore_index=255)
+            self.criterion = FocalLoss(alpha=self.alpha, gamma=self.gamma, reduction="none")
         elif self.kind == "unce" and context.classes_old > 0:
-            self.criterion = UnbiasedCrossEntropy(
-                old_cl=context.classes_old, reduction="none", ignore_index=255
-            )
+            self.criterion = UnbiasedCrossEntropy(old_cl=context.classes_old, reduction="none")
         else:
             self.criterion = nn.CrossEntropyLoss(ignore_index=255, reduction="none")
 

@@ -512,7 +512,7 @@ def get_regularizer(
 
 
 class Regularization(Method):
-    """Importance of every weight, and a penalty on moving the important ones (EWC, PI, RW)."""
+    """Importance of every weight, and a penalty on changes of important weights (EWC, PI, RW)."""
 
     def __init__(self, options: RegularizerOptions, importance: float) -> None:
         self.options = options
@@ -553,7 +553,7 @@ class Regularization(Method):
 
     @classmethod
     def from_options(cls, opts: Any) -> Regularization | None:
-        """On with ``--regularizer``."""
+        """Enabled with ``--regularizer``."""
         return None if opts.regularizer is None else cls(opts, opts.reg_importance)
 
     def begin_step(self, context: Context) -> None:

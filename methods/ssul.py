@@ -92,7 +92,7 @@ class UnknownClass(Method):
         self.threshold = threshold
         self.released = fidelity == "released"
         self.extras = frozenset({"saliency", "exemplar"} if self.released else {"saliency"})
-        self.criterion = BCEWithLogitsLossWithIgnoreIndex(reduction="mean", ignore_index=255)
+        self.criterion = BCEWithLogitsLossWithIgnoreIndex()
         self.step = 0
 
     @classmethod

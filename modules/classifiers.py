@@ -150,7 +150,7 @@ def classifier_kind(name: str) -> type[Classifier]:
     """
     if name not in _KINDS:
         raise UserError(
-            f"--classifier {name}: unknown, choose one of {', '.join(_KINDS)}; others need --method_file"
+            f"--classifier {name}: unknown, choose one of {', '.join(_KINDS)}; others come with --method_file"
         )
     return _KINDS[name]
 

@@ -97,7 +97,7 @@ class ResNetBackbone(ResNet):
                 norm.momentum = RELEASED_MOMENTUM  # type: ignore[assignment]
 
     def forward(self, images: Tensor, keep_stages: bool = False) -> tuple[Tensor, list[Tensor]]:
-        """Features of the last stage, and if asked for those of all four before their last activation.
+        """Features of the last stage, and optionally of all four stages before their last activation.
 
         Args:
             images: B×3×H×W.

@@ -367,15 +367,15 @@ class CILDistillationLoss(nn.Module):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def _unbiased_cross_entropy(logits: Tensor, targets: Tensor, old_cl: int, ignore_index: int) -> Tensor:
+def _unbiased_cross_entropy(logits: Tensor, targets: Tensor, classes_old: int, ignore_index: int) -> Tensor:
     """Map of −log P(y): B×C×H×W, B×H×W → B×H×W, 0 where void.
 
-    P(y) = softmax_y for a new class, Σ_{c<old_cl} softmax_c for an old one.
+    P(y) = softmax_y for a new class, Σ_{c<classes_old} softmax_c for an old one.
     """
     if loss_kernels.gain(logits):
-        return loss_kernels.unbiased_cross_entropy(logits, targets, old_cl, ignore_index)
-    log_old, log_new = logits[:, :old_cl].logsumexp(dim=1), logits[:, old_cl:].logsumexp(dim=1)
-    is_new = (targets >= old_cl) & (targets != ignore_index)
+        return loss_kernels.unbiased_cross_entropy(logits, targets, classes_old, ignore_index)
+    log_old, log_new = logits[:, :classes_old].logsumexp(dim=1), logits[:, classes_old:].logsumexp(dim=1)
+    is_new = (targets >= classes_old) & (targets != ignore_index)
     at_target = logits.gather(1, torch.where(is_new, targets, 0)[:, None])[:, 0]
     as_new = torch.logaddexp(log_old, log_new) - at_target
     as_old = F.softplus(log_new - log_old)  # precise where P(old) is close to 1
@@ -424,7 +424,7 @@ class UnbiasedKnowledgeDistillationLoss(KnowledgeDistillationLoss):
 
 
 class _MixedClassFeatures:
-    """ "The features of a class" as SDR's released code reads them, without its loop over classes.
+    """Class features as SDR's released code reads them, without its loop over classes.
 
     The code selects the values of class c from B×D×h×w with a mask, which lists them by image, channel and
     position, and views that list as D×n (n: positions of the class). For B = 1 this is correct; for B > 1 it

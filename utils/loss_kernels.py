@@ -68,9 +68,9 @@ def _without_autocast() -> torch.autocast:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def unbiased_cross_entropy(inputs: Tensor, targets: Tensor, old_cl: int, ignore_index: int) -> Tensor:
+def unbiased_cross_entropy(inputs: Tensor, targets: Tensor, classes_old: int, ignore_index: int) -> Tensor:
     """B×C×H×W float32, B×H×W int64 → B×H×W."""
-    loss: Tensor = _UnbiasedCrossEntropy.apply(inputs, targets, old_cl, ignore_index)
+    loss: Tensor = _UnbiasedCrossEntropy.apply(inputs, targets, classes_old, ignore_index)
     return loss
 
 
@@ -78,7 +78,7 @@ class _UnbiasedCrossEntropy(torch.autograd.Function):
     """Map of the unbiased cross-entropy, block by block; the backward pass recomputes the softmax."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, targets: Tensor, old_cl: int, ignore_index: int) -> Tensor:
+    def forward(ctx: Any, inputs: Tensor, targets: Tensor, classes_old: int, ignore_index: int) -> Tensor:
         logits, labels = inputs.flatten(2), targets.flatten(1)
         batch, channels, pixels = logits.shape
         loss = logits.new_empty(batch, pixels)
@@ -87,24 +87,24 @@ class _UnbiasedCrossEntropy(torch.autograd.Function):
         for block in _blocks(batch, channels, pixels):
             images, columns = block
             x, y = logits[images, :, columns], labels[block]
-            lse_old[block] = torch.logsumexp(x[:, :old_cl], dim=1)
-            if old_cl < channels:
-                lse_new[block] = torch.logsumexp(x[:, old_cl:], dim=1)
-            is_new = (y >= old_cl) & (y != ignore_index)
+            lse_old[block] = torch.logsumexp(x[:, :classes_old], dim=1)
+            if classes_old < channels:
+                lse_new[block] = torch.logsumexp(x[:, classes_old:], dim=1)
+            is_new = (y >= classes_old) & (y != ignore_index)
             picked = x.gather(1, torch.where(is_new, y, 0)[:, None])[:, 0]
             # −log P(old) = softplus(lse_new − lse_old) is precise where P(old) is close to 1.
             as_old = F.softplus(lse_new[block] - lse_old[block])
             as_new = torch.logaddexp(lse_old[block], lse_new[block]) - picked
             loss[block] = torch.where(is_new, as_new, as_old).masked_fill_(y == ignore_index, 0.0)
         ctx.save_for_backward(inputs, targets, lse_old, lse_new)
-        ctx.old_cl, ctx.ignore_index = old_cl, ignore_index
+        ctx.classes_old, ctx.ignore_index = classes_old, ignore_index
         return loss.view(targets.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         inputs, targets, lse_old, lse_new = ctx.saved_tensors
-        old_cl = ctx.old_cl
+        classes_old = ctx.classes_old
         grad_inputs = torch.empty_like(inputs)
         logits, labels, grads = inputs.flatten(2), targets.flatten(1), grad_inputs.flatten(2)
         grad_loss = grad_loss.flatten(1)
@@ -113,13 +113,13 @@ class _UnbiasedCrossEntropy(torch.autograd.Function):
             images, columns = block
             x, y, out = logits[images, :, columns], labels[block], grads[images, :, columns]
             g = grad_loss[block].masked_fill(y == ctx.ignore_index, 0.0)
-            is_new = (y >= old_cl) & (y != ctx.ignore_index)
+            is_new = (y >= classes_old) & (y != ctx.ignore_index)
             log_total = torch.logaddexp(lse_old[block], lse_new[block])
             # Where the target is old: softmax − softmax within the old classes = −(the latter)·P(new).
             base = torch.where(is_new, log_total, lse_old[block])[:, None]
             scale = torch.where(is_new, g, -g * torch.sigmoid(lse_new[block] - lse_old[block]))[:, None]
-            out[:, :old_cl] = torch.sub(x[:, :old_cl], base).exp_().mul_(scale)
-            out[:, old_cl:] = torch.sub(x[:, old_cl:], log_total[:, None]).exp_().mul_(g[:, None])
+            out[:, :classes_old] = torch.sub(x[:, :classes_old], base).exp_().mul_(scale)
+            out[:, classes_old:] = torch.sub(x[:, classes_old:], log_total[:, None]).exp_().mul_(g[:, None])
             out.scatter_add_(1, torch.where(is_new, y, 0)[:, None], torch.where(is_new, -g, 0.0)[:, None])
         return grad_inputs, None, None, None
 

@@ -1,4 +1,4 @@
-"""EWC, PI and RW in blocks: gradient and value of the penalty, and estimates, whatever lies how in memory."""
+"""EWC, PI and RW in blocks: gradient and value of the penalty, and estimates, for all memory layouts."""
 
 from __future__ import annotations
 

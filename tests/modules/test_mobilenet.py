@@ -19,7 +19,7 @@ def trained_like(net):
 @pytest.mark.parametrize("output_stride", [16, 8])
 @pytest.mark.parametrize("size", [(65, 97), (64, 96)])
 def test_undilated_network_at_more_places(output_stride, size):
-    """At every (32 / stride)-th place the dilated body has torchvision's features of stride 32."""
+    """At every (32 / stride)-th position the dilated backbone has torchvision's features of stride 32."""
     torch.manual_seed(0)
     theirs = trained_like(torchvision.models.mobilenet_v2())
     body = MobileNetV2Backbone(NormAct("std"), output_stride).eval()

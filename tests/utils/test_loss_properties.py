@@ -228,7 +228,7 @@ def test_unbiased_is_plain_where_there_is_nothing_to_unbias(seed, batch):
         F.cross_entropy(p.logits, p.labels, ignore_index=255),
     )
     no_new = L.UnbiasedCrossEntropy(old_cl=CLASSES)
-    assert no_new(p.logits, p.labels).abs() < 1e-5  # everything is background: nothing to tell apart
+    assert no_new(p.logits, p.labels).abs() < 1e-5  # only background: nothing to classify
     student = p.logits[:, :OLD]
     close(
         L.UnbiasedKnowledgeDistillationLoss()(student, p.teacher),
