@@ -7,7 +7,6 @@ than its own.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tasks import Task
+from utils.option_roles import OptionGroup
 
 
 def identity(tensor: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ class Method:
         return self.needs_teacher or bool(self.teacher_needs)
 
     @classmethod
-    def add_options(cls, parser: argparse._ActionsContainer) -> None:
+    def add_options(cls, group: OptionGroup) -> None:
         """Add the method's options to its group of the command line."""
 
     @classmethod

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 from torch import Tensor
 
 from methods.base import Batch, Method
 from utils.loss import CILDistillationLoss
+from utils.option_roles import OptionGroup
 from utils.option_types import loss_weight
 
 
@@ -21,12 +21,12 @@ class CIL(Method):
         self.criterion = CILDistillationLoss(gs=gs, temp=1, fidelity=fidelity)
 
     @classmethod
-    def add_options(cls, parser: argparse._ActionsContainer) -> None:
+    def add_options(cls, group: OptionGroup) -> None:
         """``--loss_CIL``."""
-        parser.add_argument(
+        group.value(
             "--loss_CIL",
-            type=loss_weight,
-            default=0.0,
+            loss_weight,
+            0.0,
             metavar="GS",
             help="factor of the entropy in the weight; above 0: enabled",
         )

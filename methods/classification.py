@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 from torch import Tensor, nn
 
 from methods.base import Batch, Context, Method
 from utils.loss import BCEWithLogitsLossWithIgnoreIndex, FocalLoss, UnbiasedCrossEntropy
+from utils.option_roles import OptionGroup
 from utils.option_types import whole
 
 
@@ -25,14 +25,12 @@ class Classification(Method):
         self.criterion: nn.Module = nn.CrossEntropyLoss(ignore_index=255, reduction="none")
 
     @classmethod
-    def add_options(cls, parser: argparse._ActionsContainer) -> None:
+    def add_options(cls, group: OptionGroup) -> None:
         """``--bce``, ``--unce``, ``--focal_loss``."""
-        parser.add_argument("--bce", action="store_true", help="binary cross entropy over classes")
-        parser.add_argument("--unce", action="store_true", help="unbiased cross entropy (MiB)")
-        parser.add_argument("--focal_loss", action="store_true", help="focal loss")
-        parser.add_argument(
-            "--focal_loss_gamma", type=whole(0, 100), default=2, help="exponent of the focal loss"
-        )
+        group.flag("--bce", help="binary cross entropy over classes")
+        group.flag("--unce", help="unbiased cross entropy (MiB)")
+        group.flag("--focal_loss", help="focal loss")
+        group.value("--focal_loss_gamma", whole(0, 100), 2, help="exponent of the focal loss")
 
     @classmethod
     def from_options(cls, opts: Any) -> Classification:

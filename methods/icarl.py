@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch.nn import functional as F
 
 from methods.base import Batch, Method
 from utils.loss import IcarlLoss
+from utils.option_roles import OptionGroup
 from utils.option_types import loss_weight
 
 
@@ -28,24 +28,14 @@ class ICaRL(Method):
         self.disjoint = IcarlLoss(reduction="mean", bkg=bkg) if disjoint else None
 
     @classmethod
-    def add_options(cls, parser: argparse._ActionsContainer) -> None:
+    def add_options(cls, group: OptionGroup) -> None:
         """``--icarl``, ``--icarl_*``."""
-        parser.add_argument("--icarl", action="store_true", help="binary cross entropy with teacher outputs")
-        parser.add_argument(
-            "--icarl_importance",
-            type=loss_weight,
-            default=1.0,
-            metavar="W",
-            help="weight of the combined variant",
+        group.flag("--icarl", help="binary cross entropy with teacher outputs")
+        group.value(
+            "--icarl_importance", loss_weight, 1.0, metavar="W", help="weight of the combined variant"
         )
-        parser.add_argument(
-            "--icarl_disjoint",
-            action="store_true",
-            help="old classes learn from the teacher only",
-        )
-        parser.add_argument(
-            "--icarl_bkg", action="store_true", help="disjoint variant: background from the ground truth"
-        )
+        group.flag("--icarl_disjoint", help="old classes learn from the teacher only")
+        group.flag("--icarl_bkg", help="disjoint variant: background from the ground truth")
 
     @classmethod
     def from_options(cls, opts: Any) -> ICaRL | None:

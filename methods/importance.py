@@ -19,7 +19,6 @@ names are those of the bare module, without ``module.``.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 
 from methods.base import Context, Method
 from utils.errors import UserError
+from utils.option_roles import OptionGroup
 from utils.option_types import loss_weight, positive_int, share
 
 _EPS = 1e-8
@@ -522,28 +522,16 @@ class Regularization(Method):
         self._backward_done = False
 
     @classmethod
-    def add_options(cls, parser: argparse._ActionsContainer) -> None:
+    def add_options(cls, group: OptionGroup) -> None:
         """``--regularizer``, ``--reg_*``."""
-        parser.add_argument(
-            "--regularizer", choices=("ewc", "rw", "pi"), default=None, help="how importance is estimated"
+        group.choice("--regularizer", ("ewc", "rw", "pi"), None, help="how importance is estimated")
+        group.value("--reg_importance", loss_weight, 1.0, metavar="W", help="weight of the penalty")
+        group.value(
+            "--reg_alpha", share, 0.9, help="weight of the newest gradient in the running Fisher estimate"
         )
-        parser.add_argument(
-            "--reg_importance", type=loss_weight, default=1.0, metavar="W", help="weight of the penalty"
-        )
-        parser.add_argument(
-            "--reg_alpha",
-            type=share,
-            default=0.9,
-            help="weight of the newest gradient in the running Fisher estimate",
-        )
-        parser.add_argument(
-            "--reg_no_normalize", action="store_true", help="do not scale the importances to [0, 1]"
-        )
-        parser.add_argument(
-            "--reg_iterations",
-            type=positive_int,
-            default=10,
-            help="RW: optimiser steps between two path-integral updates",
+        group.flag("--reg_no_normalize", help="do not scale the importances to [0, 1]")
+        group.value(
+            "--reg_iterations", positive_int, 10, help="RW: optimiser steps between two path-integral updates"
         )
 
     @property

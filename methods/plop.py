@@ -13,6 +13,7 @@ from methods.base import Batch, Method
 from methods.presets import FAMILY_PLOP
 from utils.errors import UserError
 from utils.loss import LocalPODLoss
+from utils.option_roles import OptionGroup
 from utils.option_types import loss_weight, positive_int
 
 SEGFORMER_STRIDE = 32
@@ -51,47 +52,23 @@ class PooledOutputDistillation(Method):
         self.needs = frozenset({"attentions"} | ({"logits_small"} if last == "small" else set()))
 
     @classmethod
-    def add_options(cls, parser: argparse._ActionsContainer) -> None:
+    def add_options(cls, group: OptionGroup) -> None:
         """``--pod``, ``--pod_*``, ``--spp_scales``."""
-        parser.add_argument(
-            "--pod",
-            choices=("spatial", "local", "global"),
-            default=None,
-            help="pooling of the maps (PLOP: local)",
-        )
-        parser.add_argument("--pod_factor", type=loss_weight, default=5.0, metavar="W", help="weight")
-        parser.add_argument(
+        group.choice("--pod", ("spatial", "local", "global"), None, help="pooling of the maps (PLOP: local)")
+        group.value("--pod_factor", loss_weight, 5.0, metavar="W", help="weight")
+        group.value(
             "--pod_options",
-            type=_json_object,
-            default=None,
+            _json_object,
+            None,
             metavar="JSON",
             help='options of single maps, e.g. {"switch": {"after": {"factor": 0.0005}}}',
         )
-        parser.add_argument(
-            "--pod_prepro",
-            choices=("pow", "abs", "relu", "none"),
-            default="pow",
-            help="preprocessing of the maps",
-        )
-        parser.add_argument(
-            "--no_pod_schedule",
-            action="store_true",
-            help="do not multiply the weight by sqrt(seen classes / new classes)",
-        )
-        parser.add_argument(
-            "--pod_apply", choices=("all", "backbone", "deeplab"), default="all", help="maps to compare"
-        )
-        parser.add_argument("--pod_logits", action="store_true", help="compare the small logits too")
-        parser.add_argument(
-            "--pod_large_logits", action="store_true", help="compare the logits of full size too"
-        )
-        parser.add_argument(
-            "--spp_scales",
-            type=positive_int,
-            nargs="+",
-            default=[1, 2, 4],
-            help="grid sizes of local POD",
-        )
+        group.choice("--pod_prepro", ("pow", "abs", "relu", "none"), "pow", help="preprocessing of the maps")
+        group.flag("--no_pod_schedule", help="do not multiply the weight by sqrt(seen classes / new classes)")
+        group.choice("--pod_apply", ("all", "backbone", "deeplab"), "all", help="maps to compare")
+        group.flag("--pod_logits", help="compare the small logits too")
+        group.flag("--pod_large_logits", help="compare the logits of full size too")
+        group.value("--spp_scales", positive_int, [1, 2, 4], nargs="+", help="grid sizes of local POD")
 
     @classmethod
     def from_options(cls, opts: Any) -> PooledOutputDistillation | None:

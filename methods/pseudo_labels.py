@@ -17,6 +17,7 @@ from utils.loss import (
     probability_pseudo_labels,
     pseudo_label_histogram,
 )
+from utils.option_roles import OptionGroup
 from utils.option_types import Number, share, whole
 
 ENTROPY_BINS = 100
@@ -58,49 +59,36 @@ class PseudoLabels(Method):
         self.infinite: float | None = opts.pseudo_infinite
 
     @classmethod
-    def add_options(cls, parser: argparse._ActionsContainer) -> None:
+    def add_options(cls, group: OptionGroup) -> None:
         """``--pseudo``, ``--pseudo_*``, ``--threshold``, ``--step_threshold``, ``--classif_*``."""
-        parser.add_argument(
-            "--pseudo",
-            type=_kind,
-            default=None,
-            help="entropy (PLOP, SATS), median, naive, confidence, or threshold_P",
+        group.value(
+            "--pseudo", _kind, None, help="entropy (PLOP, SATS), median, naive, confidence, or threshold_P"
         )
-        parser.add_argument(
+        group.value(
             "--threshold",
-            type=share,
-            default=0.9,
+            share,
+            0.9,
             help="entropy: minimum of the median; median: its maximum; SSUL: minimum of the sigmoid",
         )
-        parser.add_argument(
-            "--step_threshold",
-            type=Number(float, -1, 1),
-            default=None,
-            help="added to the threshold at every step",
+        group.value(
+            "--step_threshold", Number(float, -1, 1), None, help="added to the threshold at every step"
         )
-        parser.add_argument(
-            "--pseudo_nb_bins",
-            type=whole(1, 10_000),
-            default=None,
-            help="number of bins of the histogram for the median",
+        group.value(
+            "--pseudo_nb_bins", whole(1, 10_000), None, help="number of bins of the histogram for the median"
         )
-        parser.add_argument(
+        group.flag(
             "--classif_adaptive_factor",
-            action="store_true",
             help="scale each image's classification loss by the fraction of accepted pixels",
         )
-        parser.add_argument(
-            "--classif_adaptive_min_factor", type=share, default=0.0, help="minimum of that factor"
-        )
-        parser.add_argument(
+        group.value("--classif_adaptive_min_factor", share, 0.0, help="minimum of that factor")
+        group.flag(
             "--pseudo_unweighted",
-            action="store_true",
             help="do not scale the loss by the factor or the confidence (SATS's released code)",
         )
-        parser.add_argument(
+        group.value(
             "--pseudo_infinite",
-            type=Number(float, 0, 1e9),
-            default=None,
+            Number(float, 0, 1e9),
+            None,
             metavar="T",
             help="threshold of a class whose median is infinite (SATS's released code: 0.005)",
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch import Tensor
 from methods.base import Batch, Context, Method
 from methods.presets import FAMILY_PLOP
 from utils.loss import DISTILL_OBJECTS, AttentionTransferLoss
+from utils.option_roles import OptionGroup
 from utils.option_types import loss_weight
 
 INFINITE_THRESHOLD = 0.005  # replaces an infinite median of PLOP's in the released code
@@ -30,18 +30,16 @@ class AttentionTransfer(Method):
         self.fidelity = fidelity
 
     @classmethod
-    def add_options(cls, parser: argparse._ActionsContainer) -> None:
+    def add_options(cls, group: OptionGroup) -> None:
         """``--distill_object``, ``--distill_weight_args``."""
-        parser.add_argument(
+        group.choice(
             "--distill_object",
-            choices=DISTILL_OBJECTS,
-            default=None,
+            DISTILL_OBJECTS,
+            None,
             help="what is distilled: attention of class regions (sats-selfattn), its mean over all "
             "positions (-GP), every position (-NP), or class means of the stages' feature maps",
         )
-        parser.add_argument(
-            "--distill_weight_args", type=loss_weight, default=10.0, metavar="W", help="weight"
-        )
+        group.value("--distill_weight_args", loss_weight, 10.0, metavar="W", help="weight")
 
     @classmethod
     def from_options(cls, opts: Any) -> AttentionTransfer | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from utils.loss import (
     FeaturesSparsificationLoss,
     Prototypes,
 )
+from utils.option_roles import OptionGroup
 from utils.option_types import loss_weight
 
 
@@ -49,7 +49,7 @@ class PrototypeLearning(Method):
         self.state: dict[str, Any] | None = None
 
     @classmethod
-    def add_options(cls, parser: argparse._ActionsContainer) -> None:
+    def add_options(cls, group: OptionGroup) -> None:
         """``--loss_de_prototypes``, ``--loss_fc``, ``--lfc_*``."""
         weights = {
             "--loss_de_prototypes": "weight of prototype matching",
@@ -57,7 +57,7 @@ class PrototypeLearning(Method):
             "--lfc_sep_clust": "weight of the repulsion of classes",
         }
         for name, text in weights.items():
-            parser.add_argument(name, type=loss_weight, default=0.0, metavar="W", help=text)
+            group.value(name, loss_weight, 0.0, metavar="W", help=text)
         flags = {
             "--loss_de_prototypes_sumafter": "matching: mean over classes",
             "--lfc_L2normalized": "normalise features and prototypes",
@@ -67,7 +67,7 @@ class PrototypeLearning(Method):
             "--lfc_sep_clust_ison_proto": "repulsion from prototypes instead of class means",
         }
         for flag, text in flags.items():
-            parser.add_argument(flag, action="store_true", help=text)
+            group.flag(flag, help=text)
 
     @classmethod
     def from_options(cls, opts: Any) -> PrototypeLearning | None:
@@ -172,31 +172,27 @@ class FeatureSparsity(Method):
         self.criterion = criterion
 
     @classmethod
-    def add_options(cls, parser: argparse._ActionsContainer) -> None:
+    def add_options(cls, group: OptionGroup) -> None:
         """``--loss_featspars``, ``--lfs_*``."""
-        parser.add_argument(
-            "--loss_featspars",
-            type=loss_weight,
-            default=0.0,
-            metavar="W",
-            help="weight of the sparsity of features",
+        group.value(
+            "--loss_featspars", loss_weight, 0.0, metavar="W", help="weight of the sparsity of features"
         )
-        parser.add_argument(
+        group.choice(
             "--lfs_normalization",
-            default="max_foreachfeature",
-            choices=NORMALIZATIONS,
+            NORMALIZATIONS,
+            "max_foreachfeature",
             help="sparsity: normalisation of the features",
         )
-        parser.add_argument(
+        group.choice(
             "--lfs_shrinkingfn",
-            default="squared",
-            choices=("squared", "power3", "exponential"),
+            ("squared", "power3", "exponential"),
+            "squared",
             help="sparsity: function summed in the numerator",
         )
-        parser.add_argument(
+        group.choice(
             "--lfs_loss_fn_touse",
-            default="ratio",
-            choices=("ratio", "max_minus_ratio", "lasso", "entropy"),
+            ("ratio", "max_minus_ratio", "lasso", "entropy"),
+            "ratio",
             help="sparsity: measure; max_minus_ratio is 0, as released",
         )
 
@@ -229,11 +225,9 @@ class SoftNearestNeighbours(Method):
         self.criterion = SNNL(fidelity=fidelity)
 
     @classmethod
-    def add_options(cls, parser: argparse._ActionsContainer) -> None:
+    def add_options(cls, group: OptionGroup) -> None:
         """``--loss_SNNL``."""
-        parser.add_argument(
-            "--loss_SNNL", type=loss_weight, default=0.0, metavar="W", help="weight of the loss"
-        )
+        group.value("--loss_SNNL", loss_weight, 0.0, metavar="W", help="weight of the loss")
 
     @classmethod
     def from_options(cls, opts: Any) -> SoftNearestNeighbours | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -15,6 +14,7 @@ from modules.classifiers import Classifier, add_classifier
 from modules.norm import norm_layers
 from segmentation_module import IncrementalSegmentationModule, freeze
 from utils.loss import VOID, BCEWithLogitsLossWithIgnoreIndex, sigmoid_pseudo_labels
+from utils.option_roles import OptionGroup
 
 BACKBONE_LR_FACTOR = 0.1  # step 0: 1e-3 for the backbone, 1e-2 for the heads
 BACKGROUND_LR_FACTOR = 1e-4  # later steps, of the background's head
@@ -96,14 +96,9 @@ class UnknownClass(Method):
         self.step = 0
 
     @classmethod
-    def add_options(cls, parser: argparse._ActionsContainer) -> None:
+    def add_options(cls, group: OptionGroup) -> None:
         """``--unknown``."""
-        parser.add_argument(
-            "--unknown",
-            action="store_true",
-            role="network",
-            help="unknown class, a head per step, frozen network (SSUL)",
-        )
+        group.flag("--unknown", role="network", help="unknown class, a head per step, frozen network (SSUL)")
 
     @classmethod
     def from_options(cls, opts: Any) -> UnknownClass | None:
