@@ -1,4 +1,4 @@
-"""The network that grows: a body and a head, and one classifier per step over the head's channels."""
+"""The incremental network: a backbone and a head, and one classifier per step over the head's channels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def freeze(module: M) -> M:
-    """Stop a module from learning: no gradients, and its norm layers stay in evaluation mode."""
+    """Freeze a module: no gradients, and it stays in evaluation mode (norm layers, dropout)."""
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     module.frozen = True  # type: ignore[assignment]  # read by IncrementalSegmentationModule.train
@@ -28,12 +28,13 @@ class IncrementalSegmentationModule(nn.Module):
     """A segmentation network with one classifier per step.
 
     Args:
-        network: body and head; returns (pre_logits B×256×h×w, intermediates).
-        classes: number of classes of each step up to the present one; the first counts the background.
-        later: number of classes of each step to come.
+        network: backbone and head; returns (pre_logits B×256×h×w, intermediates).
+        classes: number of classes of each step up to this one; the first includes the background.
+        later: number of classes of each later step.
         classifier: its kind (``--classifier``).
 
-    ``intermediates`` names what ``forward`` hands out beside the logits; nothing else is computed.
+    Attributes:
+        intermediates: names of what ``forward`` returns beside the logits; nothing else is computed.
     """
 
     def __init__(
@@ -62,8 +63,8 @@ class IncrementalSegmentationModule(nn.Module):
             images: B×3×H×W, float.
 
         Returns:
-            Logits B×C×H×W, float32 or the autocast type (C may be more than the classes, with some kinds of
-            classifiers), and the intermediates asked for by ``self.intermediates``.
+            Logits B×C×H×W, float32 or the autocast type (with some kinds of classifiers C is larger than the
+            number of classes), and the intermediates named in ``self.intermediates``.
         """
         inner = self.intermediates - {"logits_small"}
         pre_logits, features = self.network(images, inner)
@@ -74,11 +75,11 @@ class IncrementalSegmentationModule(nn.Module):
         return logits, features
 
     def scores(self, logits: Tensor) -> Tensor:
-        """Scores B×C×H×W whose arg-max is the prediction, by the classifier's rule of decision."""
+        """Scores B×C×H×W whose argmax is the prediction, by the classifier's decision rule."""
         return self.cls.scores(logits)
 
     def is_older_classifier(self, weight: str) -> bool:
-        """Whether a weight, by its name in this module, belongs to a classifier of an earlier step."""
+        """Whether a weight, named as in this module, belongs to the classifier of an earlier step."""
         part = self.cls.part_of(weight.removeprefix("cls.")) if weight.startswith("cls.") else None
         return part is not None and part < self.cls.newest
 
@@ -86,8 +87,8 @@ class IncrementalSegmentationModule(nn.Module):
         """Freeze every norm layer.
 
         Args:
-            statistics: freeze the running statistics too and normalise by them. Without, the affine
-                parameters alone stay: the released ``train()`` puts the layers back into training.
+            statistics: freeze the running statistics too and normalise by them; else only the affine
+                parameters: the released ``train()`` puts the layers back into training mode.
         """
         for layer in norm_layers(self):
             if statistics:
@@ -96,7 +97,7 @@ class IncrementalSegmentationModule(nn.Module):
                 layer.requires_grad_(False)
 
     def train(self, mode: bool = True) -> IncrementalSegmentationModule:
-        """Training mode for all but what ``freeze`` has frozen."""
+        """Training mode, except for modules frozen by ``freeze``."""
         super().train(mode)
         for module in self.modules():
             if mode and getattr(module, "frozen", False):
@@ -105,25 +106,25 @@ class IncrementalSegmentationModule(nn.Module):
         return self
 
     def load_previous(self, state: Mapping[str, Tensor]) -> None:
-        """Take over the weights of the previous step's network; only the newest classifier may be new.
+        """Load the weights of the previous step's network; only the newest classifier may be missing.
 
         Raises:
-            UserError: the state belongs to a network of another form.
+            UserError: the state belongs to a network of another architecture.
         """
         load_state(self, state, may_miss=f"cls.{self.cls.newest}.")
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor], *, may_miss: str | None = None) -> None:
-    """Load weights strictly, except for keys that begin with ``may_miss``.
+    """Load weights strictly, except for missing keys that begin with ``may_miss``.
 
     Raises:
-        UserError: a key is missing, left over, or of another shape.
+        UserError: a key is missing, unknown, or of another shape.
     """
     own = module.state_dict()
     missing = [k for k in own if k not in state and not (may_miss and k.startswith(may_miss))]
-    left_over = [k for k in state if k not in own]
+    unknown = [k for k in state if k not in own]
     shapes = [k for k in state if k in own and state[k].shape != own[k].shape]
-    for what, keys in (("lacks", missing), ("has unknown", left_over), ("has another shape for", shapes)):
+    for what, keys in (("lacks", missing), ("has unknown", unknown), ("has another shape for", shapes)):
         if keys:
             raise UserError(
                 f"the checkpoint {what} {len(keys)} weights ({keys[0]}, ...): it belongs to another network; "
@@ -139,12 +140,12 @@ def make_model(
     """The network of a step, with random weights.
 
     Args:
-        spec: its form.
-        classes: number of classes of each step up to the present one.
-        later: number of classes of each step to come.
+        spec: its architecture.
+        classes: number of classes of each step up to this one.
+        later: number of classes of each later step.
 
     Raises:
-        UserError: a value of the form is not among the choices.
+        UserError: a value of ``spec`` is not among the choices.
     """
     model = IncrementalSegmentationModule(build_network(spec), classes, later, classifier=spec.classifier)
     model.cls.initialise(spec.head)

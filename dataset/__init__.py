@@ -12,7 +12,7 @@ from dataset.shapes import open_shapes
 from dataset.voc import VOC_CLASSES, open_voc
 from utils.errors import UserError
 
-# VOC's layout has list files; in the other one, the files of two folders are paired by their names.
+# VOC's layout has list files; in the other layout, files of two folders are paired by name.
 _LISTED = {"voc": open_voc, "shapes": open_shapes}
 _PAIRED = {"ade": open_ade, "folder": open_folder}
 
@@ -20,20 +20,20 @@ _PAIRED = {"ade": open_ade, "folder": open_folder}
 def open_dataset(
     name: str, data_root: str | Path, split: str, *, unpaired: bool = False
 ) -> SegmentationDataset:
-    """Open one split of a data set on disk; pictures are read later.
+    """Open one split of a data set on disk, without reading images.
 
     Args:
         name: ``voc``, ``ade``, ``folder`` or ``shapes``.
         data_root: folder of ``--data_root``.
         split: ``train`` or ``val``.
-        unpaired: also list a picture without mask or a mask without picture (``--check_data`` names them).
+        unpaired: include images without mask and masks without image (reported by ``--check_data``).
 
     Raises:
-        UserError: the folder is missing or holds something else; says what was looked for and how to get it.
-        DataError: a list file or ``classes.txt`` is faulty, or pictures and masks do not pair up.
+        UserError: the data are not in the folder; names the expected files and their source.
+        DataError: a list file or ``classes.txt`` is invalid, or an image has no mask or a mask no image.
     """
     if split not in ("train", "val"):
-        raise ValueError(f"split is train or val, not {split!r}")
+        raise ValueError(f"split must be train or val, not {split!r}")
     known = _LISTED.keys() | _PAIRED.keys()
     if name not in known:
         raise UserError(f"--dataset {name}: unknown, choose from {', '.join(sorted(known))}")
@@ -49,7 +49,7 @@ def class_names(name: str, data_root: str | Path) -> tuple[str, ...]:
     """Name of each dataset class id, without opening the data set.
 
     Raises:
-        UserError: own data whose ``classes.txt`` is missing or faulty.
+        UserError: ``classes.txt`` of a user's data is missing or invalid.
     """
     root = Path(data_root)
     if name == "folder":
@@ -59,7 +59,7 @@ def class_names(name: str, data_root: str | Path) -> tuple[str, ...]:
 
 def _remedy(name: str, root: Path) -> str:
     return {
-        "voc": "fetch the data with data/download_voc.sh",
-        "ade": "fetch the data with data/download_ade.sh",
-        "shapes": f"make the data with `python data/make_shapes.py --out {root}`",
+        "voc": "download the data with data/download_voc.sh",
+        "ade": "download the data with data/download_ade.sh",
+        "shapes": f"generate the data with `python data/make_shapes.py --out {root}`",
     }.get(name, "docs/own_data.md shows the layout")

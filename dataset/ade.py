@@ -16,12 +16,12 @@ _SPLITS = {"train": "training", "val": "validation"}
 def open_ade(data_root: Path, split: str, *, unpaired: bool = False) -> SegmentationDataset:
     """ADE20K in ``<data_root>/ADEChallengeData2016`` or ``<data_root>``, files sorted by name.
 
-    Id 0 is "other": the background in training, ignored at evaluation.
+    Id 0 is "other": background in training, ignored in evaluation.
     ``unpaired`` as in :func:`dataset.open_dataset`.
 
     Raises:
-        UserError: neither folder holds the data.
-        DataError: a picture has no mask or a mask no picture.
+        UserError: the data are in neither folder.
+        DataError: an image has no mask or a mask no image.
     """
     for root in (data_root / _FOLDER, data_root):
         folders = root / "images" / _SPLITS[split], root / "annotations" / _SPLITS[split]
@@ -30,12 +30,12 @@ def open_ade(data_root: Path, split: str, *, unpaired: bool = False) -> Segmenta
             return SegmentationDataset("ade", split, root, images, masks, _class_names(root), frozenset({0}))
     raise UserError(
         f"no ADE20K data: looked for images/{_SPLITS[split]}/ and annotations/{_SPLITS[split]}/ in "
-        f"{data_root / _FOLDER} or {data_root}; fetch it with data/download_ade.sh or mend --data_root"
+        f"{data_root / _FOLDER} or {data_root}; download it with data/download_ade.sh or correct --data_root"
     )
 
 
 def ade_class_names(data_root: Path) -> tuple[str, ...]:
-    """Names of ids 0..150, of the release below ``data_root`` or, without one, built in."""
+    """Names of ids 0..150, from the release below ``data_root`` or built in."""
     root = data_root / _FOLDER
     return _class_names(root if root.is_dir() else data_root)
 

@@ -1,4 +1,4 @@
-"""``--check_data``: is the data set whole, and are the image lists of a task the published ones?"""
+"""``--check_data``: checks the files of a data set and compares a task's image lists with the published."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 from dataset import open_dataset
 from dataset.base import SegmentationDataset
-from dataset.decoding import StoredPicture, load_picture, read_mask
+from dataset.decoding import StoredImage, load_image, read_mask
 from dataset.image_labels import map_in_threads
 from dataset.protocols import (
     Protocol,
@@ -32,26 +32,26 @@ from utils.labels import VOID
 
 PUBLISHED_SIZE = {"voc": 10582, "ade": 20210}  # training images
 
-_NAMED = 3  # files that a line about a fault names
+_NAMED = 3  # number of files named per kind of fault
 _QUARTER_TURNS = (5, 6, 7, 8)  # camera orientations
-_MUCH_VOID = 0.95  # share of the pixels
-# What Pillow raises for a damaged file.
+_MUCH_VOID = 0.95  # fraction of the pixels
+# Pillow's errors for a damaged file.
 _DAMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 @dataclass
 class SplitReport:
-    """What is in one split.
+    """Results of the check of one split.
 
     Attributes:
         images: image files that exist.
         masks: mask files that exist.
         faults: kind of fault -> ``file (detail)`` in list order.
-        image_labels: class ids of every mask, without background and void; empty for a faulty mask.
-        pixels: how many pixels of the sound masks have each value; int64, shape (256,).
-        as_stored: images with a camera orientation (EXIF) that are read as they are stored.
-        turned: images with one that are turned, as only that makes them fit their masks.
-        wide: images of more than 8 bits.
+        image_labels: class ids of every mask, without background and void; empty for an invalid mask.
+        pixels: number of pixels per value in the valid masks; int64, shape (256,).
+        as_stored: images with a camera orientation (EXIF) that is not applied.
+        turned: images with one that is applied, because only then they have the size of their masks.
+        wide: images with more than 8 bits per channel.
     """
 
     images: int = 0
@@ -64,22 +64,22 @@ class SplitReport:
     wide: int = 0
 
     def fault_lines(self) -> Iterator[str]:
-        """One line per kind of fault, with the first few files."""
+        """One line per kind of fault, with its first files."""
         for kind, files in self.faults.items():
             more = ", ..." if len(files) > _NAMED else ""
             yield f"fault: {len(files)} {kind}: {', '.join(files[:_NAMED])}{more}"
 
     @property
     def shows_nothing(self) -> bool:
-        """Whether there are sound masks, but no class in any."""
+        """Whether there are valid masks, but none contains a class."""
         return bool(self.pixels.any()) and not any(self.image_labels)
 
     def notes(self) -> Iterator[str]:
-        """What is no fault, but good to know: how images are read, and what share of the pixels counts."""
+        """Notes and warnings: how images are read, and the fractions of class, background and void pixels."""
         if turning := self.as_stored + self.turned:
             yield (
                 f"note: {turning} images have a camera orientation (EXIF): {self.as_stored} are read as "
-                f"stored, {self.turned} turned, as only that fits their masks; --predict reads all as stored"
+                f"stored, {self.turned} turned to fit their masks; --predict reads all as stored"
             )
         if self.wide:
             yield f"note: {self.wide} images have more than 8 bits per channel: the highest 8 are read"
@@ -91,8 +91,8 @@ class SplitReport:
         yield "pixels: {} show a class, {} are background, {} void".format(*shares)
         if void > _MUCH_VOID * total:
             yield (
-                f"warning: nearly all pixels are void ({VOID}), from which nothing is learnt; are the masks "
-                "whole, and is 255 no class of theirs?"
+                f"warning: nearly all pixels are void ({VOID}) and ignored; are the masks complete, and "
+                "is 255 not one of their classes?"
             )
 
 
@@ -100,10 +100,10 @@ def check_data(opts: Any) -> int:
     """Check both splits of ``opts.dataset`` and the lists of ``opts.task_``; print a report.
 
     Returns:
-        0: nothing is wrong; 2: a file is missing or faulty, or a list differs that should be published.
+        0: no faults; 2: a file is missing or invalid, or a list differs from the published one.
 
     Raises:
-        UserError: neither split can be opened, or a list of ``--splits_dir`` is faulty.
+        UserError: neither split can be opened, or a list of ``--splits_dir`` is invalid.
     """
     reports: dict[str, SplitReport] = {}
     unopened: list[UserError] = []
@@ -129,24 +129,24 @@ def check_data(opts: Any) -> int:
     for line in faults:
         print(line)
     print_class_table(class_names, reports)
-    sound = not faults and not any(report.faults for report in reports.values())
+    valid = not faults and not any(report.faults for report in reports.values())
     if "train" in reports:
-        sound &= check_task(
+        valid &= check_task(
             opts.task_,
             opts.protocol,
             reports["train"].image_labels,
             splits_dir=opts.splits_dir,
             class_names=class_names,
         )
-    print("the data is in order" if sound else "the data is not in order; see the lines with 'fault'")
-    return 0 if sound else 2
+    print("the data is in order" if valid else "the data is not in order; see the lines with 'fault'")
+    return 0 if valid else 2
 
 
 def _nothing_shown(report: SplitReport, num_classes: int) -> str:
     values = ", ".join(str(value) for value in np.flatnonzero(report.pixels))
     return (
-        f"fault: there is nothing to learn or to measure: the masks hold {values} only, and 0 is background, "
-        f"{VOID} void; give every class its id, 1 to {num_classes - 1}"
+        f"fault: no mask contains a class: the masks have values {values} only, and 0 is background, {VOID} "
+        f"void; give every class its id, 1 to {num_classes - 1}"
     )
 
 
@@ -177,12 +177,12 @@ def check_split(dataset: SegmentationDataset, *, progress: bool = True) -> Split
 
 @dataclass
 class Pair:
-    """What is there, how it is read, and what is wrong: (kind of fault, file with detail)."""
+    """Result of the check of an image and its mask; faults: (kind, file with detail)."""
 
     image_exists: bool
     mask_exists: bool
     classes: frozenset[int] = frozenset()
-    pixels: npt.NDArray[np.int64] | None = None  # of each value of a sound mask
+    pixels: npt.NDArray[np.int64] | None = None  # per value, of a valid mask
     has_orientation: bool = False
     turned: bool = False
     wide: bool = False
@@ -190,7 +190,7 @@ class Pair:
 
 
 def check_pair(image: Path, mask: Path, num_classes: int) -> Pair:
-    """Decode one image and its mask; faulty exactly where training would stop at the pair."""
+    """Decode an image and its mask; reports exactly the faults at which training would stop."""
     pair = Pair(image.is_file(), mask.is_file())
     stored = _check_image(image, pair) if pair.image_exists else None
     mask_size = _check_mask(mask, pair, num_classes) if pair.mask_exists else None
@@ -201,7 +201,7 @@ def check_pair(image: Path, mask: Path, num_classes: int) -> Pair:
     if stored is None:
         return pair
     pair.wide, pair.has_orientation = stored.bits > 8, stored.orientation != 1
-    if mask_size is not None and mask_size != (size := stored.picture.size):
+    if mask_size is not None and mask_size != (size := stored.image.size):
         pair.turned = stored.orientation in _QUARTER_TURNS and mask_size == size[::-1]
         if not pair.turned:
             detail = f"{image} ({size[0]}×{size[1]}, its mask {mask_size[0]}×{mask_size[1]})"
@@ -209,12 +209,12 @@ def check_pair(image: Path, mask: Path, num_classes: int) -> Pair:
     return pair
 
 
-def _check_image(path: Path, pair: Pair) -> StoredPicture | None:
+def _check_image(path: Path, pair: Pair) -> StoredImage | None:
     try:
         data = path.read_bytes()
         with Image.open(io.BytesIO(data)) as image:
-            image.verify()  # a PNG's checksums; other formats show their damage in load()
-        return load_picture(path, data)
+            image.verify()  # checksums of PNG; damage of other formats is found by load()
+        return load_image(path, data)
     except DataError as error:
         pair.faults.append(("images without a defined black and white", _named(path, error)))
     except _DAMAGE as error:
@@ -223,7 +223,7 @@ def _check_image(path: Path, pair: Pair) -> StoredPicture | None:
 
 
 def _check_mask(path: Path, pair: Pair, num_classes: int) -> tuple[int, int] | None:
-    """(width, height)."""
+    """Size of the mask (width, height), or None."""
     try:
         with Image.open(path) as mask:
             mask.verify()
@@ -261,7 +261,7 @@ def _reason(path: Path, error: BaseException) -> str:
 
 
 def print_class_table(class_names: tuple[str, ...], reports: dict[str, SplitReport]) -> None:
-    """Number of images that show each class, one column per split."""
+    """Print the number of images with each class, one column per split."""
     print(f"{'id':>4} {'class':<24}" + "".join(f"{split:>8}" for split in reports))
     for c, name in enumerate(class_names):
         if c != 0:
@@ -277,14 +277,14 @@ def check_task(
     splits_dir: Path | None = None,
     class_names: tuple[str, ...] = (),
 ) -> bool:
-    """Print the images of every step, whether the list is the published one, and which classes it lacks.
+    """Print the number of images per step, the comparison with the published list, and missing classes.
 
     Returns:
-        False where a step has no image, or where the training set has the published size but a list differs.
+        False if a step has no image, or if the training set has the published size but a list differs.
     """
     print(f"task {task.name}, {protocol}:")
     size = PUBLISHED_SIZE.get(task.dataset, len(image_labels))
-    sound, differs = True, False
+    valid, differs = True, False
     for step in range(task.num_steps):
         if splits_dir is None:
             indices = task_indices(task.dataset, task, step, protocol, image_labels)
@@ -293,7 +293,7 @@ def check_task(
         published = published_list(task, step, protocol)
         if not indices:
             reason = why_empty(task, step, protocol, image_labels, class_names)
-            sound, verdict = False, f"fault: the step has nothing to train on: {reason}"
+            valid, verdict = False, f"fault: the step has no training image: {reason}"
         elif published is None:
             verdict = "no published list is known"
         elif (len(indices), list_digest(indices)) == published:
@@ -311,4 +311,4 @@ def check_task(
     if differs:
         print("warning: results on other lists cannot be compared with published ones", end="")
         print(f" (training set: {len(image_labels)} images, published: {size})")
-    return sound
+    return valid

@@ -1,12 +1,11 @@
-"""Reading pictures and label masks into uint8 tensors.
+"""Reading images and label masks into uint8 tensors.
 
-Torchvision's decoder reads JPEG; Pillow reads the rest: torchvision's PNG decoder ends the process (a
-segmentation fault) on some damaged files. Each file is decoded as its author meant it or refused by name with
-a :class:`~utils.errors.DataError`.
+Torchvision decodes JPEG, Pillow all other formats: torchvision's PNG decoder crashes (segmentation fault) on
+some damaged files. A file that cannot be decoded reliably raises a :class:`~utils.errors.DataError`.
 
-Pixels of more than 8 bits: of 12 and 16 bits the highest 8 count, so that the largest number is white, as PNG
-defines it. What has no defined white is refused rather than read as black or white: floating-point and 32-bit
-pixels, and 16-bit ones that stay below 4096, which look like 12 bits stored in 16.
+Of 12 and 16 bits per channel the highest 8 are used, so that the largest value is white, as defined for PNG.
+Pixels without a defined white raise an error: floating-point and 32-bit pixels, and 16-bit images without a
+value above 4095, which are probably 12 bits stored in 16.
 """
 
 from __future__ import annotations
@@ -25,18 +24,18 @@ from torchvision.transforms.v2 import functional as F
 
 from utils.errors import DataError
 
-# What Pillow raises for a file that it cannot read (SyntaxError: a broken PNG chunk).
+# Pillow's errors for unreadable files (SyntaxError: damaged PNG chunk).
 _PIL_ERRORS = (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError)
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _JPEG_SIGNATURE = b"\xff\xd8\xff"
-# Modes of Pillow that `convert("RGB")` scales rightly.
+# Modes that Pillow's `convert("RGB")` scales correctly.
 _MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 _12_BITS = 4095
 _ORIENTATION = 0x0112  # tag of EXIF and TIFF
 _BITS_PER_SAMPLE = 0x0102  # tag of TIFF
 _Turn = PILImage.Transpose
-# Orientation -> how the stored picture becomes upright.
+# Orientation -> transposition that makes the stored image upright.
 _UPRIGHT = {
     **{2: _Turn.FLIP_LEFT_RIGHT, 3: _Turn.ROTATE_180, 4: _Turn.FLIP_TOP_BOTTOM, 5: _Turn.TRANSPOSE},
     **{6: _Turn.ROTATE_270, 7: _Turn.TRANSVERSE, 8: _Turn.ROTATE_90},
@@ -47,17 +46,17 @@ _PNG_GREY, _PNG_PALETTE = 0, 3
 
 
 def read_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
-    """Read a picture as uint8 RGB, 3×H×W. Greyscale and CMYK files are converted.
+    """Read an image as uint8 RGB, 3×H×W. Greyscale and CMYK files are converted.
 
     Args:
         path: any format of torchvision or Pillow.
-        size: (height, width) of the picture's mask. The camera's orientation (EXIF) is applied only where
-            that makes the picture fit its mask. VOC's and ADE20K's masks were drawn on the stored pixels, so
-            what fits as it is stored stays as it is. Without ``size`` the orientation is never applied.
+        size: (height, width) of the image's mask. The camera's orientation (EXIF) is applied only if the
+            image has this size just with it: VOC's and ADE20K's masks were drawn on the stored pixels.
+            Without ``size`` the orientation is not applied.
 
     Raises:
-        DataError: the file is missing, broken, truncated, of another size than its mask, or its pixels have
-            no defined white.
+        DataError: the file is missing, damaged, of another size than its mask, or its pixels have no defined
+            white.
     """
     data = _read_bytes(path, "image")
     image = _decode_rgb(path, data, upright=False)
@@ -74,32 +73,32 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
 
 
 def read_mask(path: Path) -> Tensor:
-    """Read a PNG label mask as uint8 class indices, 1×H×W: palette indices or grey levels, never colours.
+    """Read a PNG label mask as uint8 class indices, 1×H×W, from palette indices or grey levels.
 
     Raises:
-        DataError: the file is missing, broken or no PNG, has several channels, or an index above 255.
+        DataError: the file is missing, damaged or not a PNG, has several channels, or an index above 255.
     """
     data = _read_bytes(path, "mask")
     if len(data) < 29 or not data.startswith(PNG_SIGNATURE):
-        raise DataError(f"{path}: the mask is no PNG file; save it as PNG with one class index per pixel")
+        raise DataError(f"{path}: the mask is not a PNG file; save it as PNG with one class index per pixel")
     depth, colour_type = data[24], data[25]
     if colour_type not in (_PNG_GREY, _PNG_PALETTE):
         raise DataError(
-            f"{path}: the mask holds colours, not class indices; save it as a palette or greyscale PNG"
+            f"{path}: the mask contains colours, not class indices; save it as a palette or greyscale PNG"
         )
     try:
         _check_png(data)
-        with PILImage.open(io.BytesIO(data)) as picture:
-            indices = np.array(picture)
+        with PILImage.open(io.BytesIO(data)) as image:
+            indices = np.array(image)
     except _PIL_ERRORS as error:
         raise _broken(path, "mask", error) from error
     if indices.max(initial=0) > 255:
         raise DataError(
-            f"{path}: class index {indices.max()} found; masks hold 0 to 254, and 255 for void: mend it"
+            f"{path}: class index {indices.max()} found; masks contain 0 to 254, and 255 for void: correct it"
         )
     indices = indices.astype(np.uint8)
     if colour_type == _PNG_GREY and depth in (2, 4):
-        indices //= 255 // (2**depth - 1)  # Pillow spreads these grey levels over 0..255
+        indices //= 255 // (2**depth - 1)  # Pillow scales these grey levels to 0..255
     return torch.from_numpy(indices)[None]
 
 
@@ -116,100 +115,100 @@ def _read_bytes(path: Path, kind: str) -> bytearray:
 
 def _decode_rgb(path: Path, data: bytearray, *, upright: bool) -> Tensor:
     if data.startswith(_JPEG_SIGNATURE):
-        with contextlib.suppress(RuntimeError):  # what it cannot read (CMYK of some kinds), Pillow may
+        with contextlib.suppress(RuntimeError):  # e.g. some kinds of CMYK, which Pillow may read
             encoded = torch.frombuffer(data, dtype=torch.uint8)
             return decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=upright)
     try:
         if data.startswith(PNG_SIGNATURE):
             _check_png(data)
-        stored = load_picture(path, data)
+        stored = load_image(path, data)
     except _PIL_ERRORS as error:
         raise _broken(path, "image", error) from error
     turn = _UPRIGHT.get(stored.orientation) if upright else None
-    return F.pil_to_tensor(stored.picture if turn is None else stored.picture.transpose(turn))
+    return F.pil_to_tensor(stored.image if turn is None else stored.image.transpose(turn))
 
 
 @dataclass(frozen=True)
-class StoredPicture:
-    """A picture as it is stored, before the camera's orientation is applied.
+class StoredImage:
+    """An image as stored, without the camera's orientation applied.
 
     Attributes:
-        picture: 8-bit RGB.
+        image: 8-bit RGB.
         orientation: of the camera (EXIF), 1 to 8; 1 is upright.
-        bits: of a pixel's channel in the file.
+        bits: per channel in the file.
     """
 
-    picture: PILImage.Image
+    image: PILImage.Image
     orientation: int
     bits: int
 
 
-def load_picture(path: Path, data: bytes | bytearray) -> StoredPicture:
-    """Decode a picture by Pillow, from the bytes of its file.
+def load_image(path: Path, data: bytes | bytearray) -> StoredImage:
+    """Decode an image by Pillow from the bytes of its file.
 
     Raises:
         DataError: its pixels have no defined white.
         OSError, ValueError, SyntaxError, Image.DecompressionBombError: the file is damaged.
     """
-    with PILImage.open(io.BytesIO(data)) as picture:
-        orientation, bits = _orientation(picture), _bits(picture, data)
-        picture.load()
-        # Pillow has turned a TIFF by now, and no other format.
-        back = _BACK.get(orientation) if picture.format == "TIFF" else None
-        rgb = _rgb(path, picture, bits)
-    return StoredPicture(rgb if back is None else rgb.transpose(back), orientation, bits)
+    with PILImage.open(io.BytesIO(data)) as image:
+        orientation, bits = _orientation(image), _bits(image, data)
+        image.load()
+        # load() has applied the orientation of a TIFF, and of no other format.
+        back = _BACK.get(orientation) if image.format == "TIFF" else None
+        rgb = _rgb(path, image, bits)
+    return StoredImage(rgb if back is None else rgb.transpose(back), orientation, bits)
 
 
-def _orientation(picture: PILImage.Image) -> int:
-    value = picture.getexif().get(_ORIENTATION)
+def _orientation(image: PILImage.Image) -> int:
+    value = image.getexif().get(_ORIENTATION)
     return value if value in _UPRIGHT else 1
 
 
-def _bits(picture: PILImage.Image, data: bytes | bytearray) -> int:
-    if picture.format == "PNG":
+def _bits(image: PILImage.Image, data: bytes | bytearray) -> int:
+    if image.format == "PNG":
         return data[24]
-    if picture.format == "TIFF":
-        return int(max(picture.tag_v2.get(_BITS_PER_SAMPLE, (1,))))  # type: ignore[attr-defined]
-    return 16 if picture.mode.startswith("I;16") else 8
+    if image.format == "TIFF":
+        return int(max(image.tag_v2.get(_BITS_PER_SAMPLE, (1,))))  # type: ignore[attr-defined]
+    return 16 if image.mode.startswith("I;16") else 8
 
 
-def _rgb(path: Path, picture: PILImage.Image, bits: int) -> PILImage.Image:
-    """Any picture of Pillow as 8-bit RGB; see the module's description for more bits."""
-    mode = picture.mode
-    if mode.startswith("I;16") or (mode == "I" and picture.format == "PNG"):  # I: Pillow before 11
-        values = np.asarray(picture)
+def _rgb(path: Path, image: PILImage.Image, bits: int) -> PILImage.Image:
+    """A Pillow image as 8-bit RGB; for more bits see the module's docstring."""
+    mode = image.mode
+    if mode.startswith("I;16") or (mode == "I" and image.format == "PNG"):  # I: Pillow before 11
+        values = np.asarray(image)
         is_dark = bits == 16 and values.max(initial=0) <= _12_BITS
-        # Pillow's own conversion would clip at 255.
+        # Pillow's conversion would clip at 255.
         rgb = PILImage.fromarray((values >> (bits - 8)).astype(np.uint8)).convert("RGB")
     elif mode in _MODES:
-        rgb = picture.convert("RGB")
+        rgb = image.convert("RGB")
         is_dark = bits == 16 and np.asarray(rgb).max(initial=0) <= _12_BITS >> 8  # high bytes
     else:
         kind = {"F": "floating-point", "I": "32-bit or signed whole"}.get(mode, mode)
         raise DataError(
             f"{path}: the image's pixels are {kind} numbers, for which no black and white is defined; save "
-            "it as 8-bit PNG or JPEG, scaled as it is meant"
+            "it as 8-bit PNG or JPEG with the right scale"
         )
     if is_dark:
         raise DataError(
             f"{path}: the image has 16 bits per channel but no value above {_12_BITS} of 65535, and would "
-            "be read as black (12 bits stored in 16?); save it as 8-bit PNG or JPEG, scaled as it is meant"
+            "be read as black (12 bits stored in 16?); save it as 8-bit PNG or JPEG with the right scale"
         )
     return rgb
 
 
 def _check_png(data: bytearray) -> None:
-    """Raise what Pillow raises for a PNG that is cut, or has a chunk with a wrong CRC.
+    """Raise Pillow's error for a PNG that is truncated or has a chunk with a wrong CRC.
 
-    Decoding does not check the CRC of the pixels, and gives wrong ones for some damaged files.
+    Decoding does not check the CRC of the pixels.
     """
-    with PILImage.open(io.BytesIO(data)) as picture:
-        picture.verify()
+    with PILImage.open(io.BytesIO(data)) as image:
+        image.verify()
 
 
 def _broken(path: Path, kind: str, reason: object) -> DataError:
     if isinstance(reason, PILImage.UnidentifiedImageError):
-        reason = "unknown format"  # Pillow's words name an object in memory
+        reason = "unknown format"  # Pillow's message names an object in memory
     words = " ".join(str(reason).split())[:120]
     return DataError(
         f"{path}: the {kind} cannot be read, it is truncated or corrupt; replace the file ({words})"

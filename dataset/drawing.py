@@ -1,4 +1,4 @@
-"""The things of the generated data: 20 classes with their own form, colour and texture, over clutter."""
+"""Generated images: objects of 20 classes, each with its form, colour and texture, over clutter."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Form = Callable[[Array, Array], NDArray[np.bool_]]
 Texture = Callable[[Array, Array], NDArray[Any]]
 Colour = tuple[int, int, int]
 
-_OVERSAMPLING = 2  # pictures are drawn at twice their size and averaged
-_RADIUS = (0.19, 0.31)  # of a thing, as a part of the picture's side
+_OVERSAMPLING = 2  # images are drawn at twice their size and averaged
+_RADIUS = (0.19, 0.31)  # of an object, as a fraction of the image's side
 
 
 def draw_sample(size: int, seed: tuple[int, int, int]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """One picture (size×size×3, RGB) and its mask (size×size, ids 0..20, 255 at borders).
+    """An image (size×size×3, RGB) and its mask (size×size, ids 0..20, 255 at borders), uint8.
 
-    The last number of the seed is the picture's; consecutive pictures go round the classes.
+    The last number of the seed is the image's; consecutive images cycle through the classes.
     """
     rng = np.random.default_rng(seed)
     side = size * _OVERSAMPLING
@@ -42,7 +42,7 @@ def draw_sample(size: int, seed: tuple[int, int, int]) -> tuple[NDArray[np.uint8
 
 
 def _choose_classes(rng: np.random.Generator, number: int) -> list[int]:
-    """1 to 4 distinct classes; the first goes round, so that every class is met equally often."""
+    """1 to 4 distinct classes; the first cycles, so that all classes are equally frequent."""
     first = number % len(_THINGS) + 1
     others = [c for c in range(1, len(_THINGS) + 1) if c != first]
     classes = [first, *rng.choice(others, size=rng.integers(0, 4), replace=False).tolist()]
@@ -52,7 +52,7 @@ def _choose_classes(rng: np.random.Generator, number: int) -> list[int]:
 def _free_place(
     rng: np.random.Generator, centres: list[NDArray[np.float64]], side: int
 ) -> NDArray[np.float64]:
-    """Of twelve random places the one that is farthest from the things already there."""
+    """The one of twelve random positions that is farthest from the objects already drawn."""
     places = rng.uniform(0.18, 0.82, (12, 2)) * side
     if not centres:
         return places[0]
@@ -61,7 +61,7 @@ def _free_place(
 
 
 def _borders(mask: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Pixels with a neighbour of another label, as VOC's outlines."""
+    """Pixels with a neighbour of another label, as in VOC's masks."""
     border = np.zeros(mask.shape, bool)
     across, down = mask[:, 1:] != mask[:, :-1], mask[1:] != mask[:-1]
     border[:, 1:] |= across
@@ -72,7 +72,7 @@ def _borders(mask: NDArray[np.uint8]) -> NDArray[np.bool_]:
 
 
 def _draw_clutter(rng: np.random.Generator, side: int) -> Array:
-    """Dull colours that fade into each other, with dull patches and strokes: no class's colour."""
+    """Background: a gradient of dull colours with dull patches and strokes, in no class's colour."""
     dull = rng.uniform(70, 200, (4, 1)) + rng.uniform(-22, 22, (4, 3))
     coarse = rng.uniform(-14, 14, (7, 7, 1)) + np.zeros((7, 7, 3))
     coarse += np.linspace(0, 1, 7)[:, None, None] * (dull[1] - dull[0]) + dull[0]
@@ -101,7 +101,7 @@ def _draw_thing(
     radius: float,
     rng: np.random.Generator,
 ) -> None:
-    """Paint one thing, turned, stretched, tinted and lit at random, into canvas and ids, with its shadow."""
+    """Draw an object with random rotation, stretch, tint, light and a shadow into canvas and ids."""
     side, form = len(ids), _FORMS[thing.form]
     reach = int(radius * 1.3) + 2
     (x0, y0), (x1, y1) = (centre.astype(int) - reach).clip(0), (centre.astype(int) + reach).clip(max=side)
@@ -111,15 +111,15 @@ def _draw_thing(
     u = ((x * np.cos(angle) + y * np.sin(angle)) * stretch).astype(np.float32)
     v = ((y * np.cos(angle) - x * np.sin(angle)) / stretch).astype(np.float32)
 
-    picture = canvas[y0:y1, x0:x1]
-    picture[form(u - 0.1, v - 0.12)] *= 0.72  # shadow
+    patch = canvas[y0:y1, x0:x1]
+    patch[form(u - 0.1, v - 0.12)] *= 0.72  # shadow
     inside = form(u, v)
     tint, brightness = rng.normal(0, 9, 3), rng.uniform(0.85, 1.12)
     mix = _TEXTURES[thing.texture](u, v).astype(np.float32)[..., None]
     colour = (1 - mix) * np.array(thing.colour) + mix * np.array(thing.accent)
     light = brightness * (1.02 - 0.16 * (u + v) / 2)
     light *= np.where(form(u * 1.1, v * 1.1), 1, 0.72)  # a darker rim
-    picture[inside] = ((colour + tint) * light[..., None])[inside]
+    patch[inside] = ((colour + tint) * light[..., None])[inside]
     ids[y0:y1, x0:x1][inside] = class_id
 
 
@@ -183,7 +183,7 @@ _FORMS: dict[str, Form] = {
     ),
 }
 
-# Textures: 0 is the thing's colour, 1 its accent.
+# Textures: 0 is the class's colour, 1 its accent.
 _TEXTURES: dict[str, Texture] = {
     "plain": lambda u, v: np.clip(0.5 * v, 0, 1),
     "band": lambda u, v: abs(v + 0.15 * u) < 0.2,

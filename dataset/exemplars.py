@@ -1,7 +1,7 @@
-"""The exemplar memory: a few class-balanced images of earlier steps (``--memory``; SSUL-M, arXiv 2106.11562).
+"""Exemplar memory: a few class-balanced images of earlier steps (``--memory``; SSUL-M, arXiv 2106.11562).
 
-At step s the memory is chosen from the memory of step s−1 and the training images of step s−1, so no image
-comes back that a learner without access to earlier data could not have kept.
+The memory of step s is chosen from the memory and the training images of step s−1, as it would be without
+access to earlier data.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from utils.labels import VOID
 
 @dataclass(frozen=True)
 class Exemplar:
-    """An image of the training set and the step that stored it: its labels are the classes seen then."""
+    """A training image and the step that stored it; its labels are the classes seen up to that step."""
 
     index: int
     step: int
@@ -40,17 +40,17 @@ def select_exemplars(
     *,
     in_turn: bool = False,
 ) -> list[Exemplar]:
-    """At most ``memory`` images for use at a step; the same for the same arguments.
+    """Choose at most ``memory`` images for a step, deterministically.
 
     Args:
-        image_labels: class ids of every training image (background and void do not count).
+        image_labels: class ids of every training image (background and void are ignored).
         task: class order.
-        step: the step that trains with the memory; 0 has none.
+        step: the step that trains on the exemplars; none at step 0.
         memory: number of images.
         seed: seed of the run.
         candidates: training images of the steps 0, 1, ..., at least up to ``step - 1``.
-        in_turn: the classes take a random image of theirs in turn, whatever else it shows (SSUL-M's released
-            code); else the class that has fewest is next.
+        in_turn: choose a random image of each class in turn (SSUL-M's released code); else an image of the
+            class with the fewest exemplars.
 
     Raises:
         UserError: unknown step, or a negative ``memory``.
@@ -60,7 +60,7 @@ def select_exemplars(
         raise UserError(f"--memory {memory}: give the number of images to keep, or 0 for none")
     kept: dict[int, int] = {}
     for current in range(1, step + 1):
-        # An image that the previous step trained on again is known with that step's classes.
+        # An exemplar that the previous step trained on has that step's labels.
         pool = kept | dict.fromkeys(candidates[current - 1], current - 1)
         known = {i: _known(image_labels[i], task, stored) for i, stored in pool.items()}
         pick = _pick_in_turn if in_turn else _pick_balanced
@@ -72,7 +72,7 @@ def select_exemplars(
 def class_counts(
     exemplars: Sequence[Exemplar], image_labels: Sequence[Collection[int]], task: Task
 ) -> dict[int, int]:
-    """Number of exemplars that show each old class (dataset class id -> images), for the log."""
+    """Number of exemplars with each old class (dataset class id -> images), for the log."""
     last = max((exemplar.step for exemplar in exemplars), default=-1)
     counts = {c: 0 for classes in task.steps[: last + 1] for c in classes if c != 0}
     for exemplar in exemplars:
@@ -86,10 +86,10 @@ def _known(ids: Collection[int], task: Task, step: int) -> set[int]:
 
 
 def _pick_balanced(known: Mapping[int, set[int]], memory: int, rng: np.random.RandomState) -> list[int]:
-    """Images one by one, each for the class that has fewest so far.
+    """Choose images one by one for the class with the fewest so far.
 
-    Of the images of that class, the one whose other classes have fewest: otherwise classes that stand beside
-    many others (person) would fill the memory. Equal classes and equal images in random order.
+    Of that class's images, the one whose other classes have the fewest: otherwise classes that often occur
+    beside others (person) would fill the memory. Ties are broken at random.
     """
     images = sorted(i for i, classes in known.items() if classes)
     shuffled = [images[place] for place in rng.permutation(len(images))]
@@ -111,7 +111,7 @@ def _pick_balanced(known: Mapping[int, set[int]], memory: int, rng: np.random.Ra
 
 
 def _pick_in_turn(known: Mapping[int, set[int]], memory: int, rng: np.random.RandomState) -> list[int]:
-    """Images one by one, each at random for the next class of a random order, round and round."""
+    """Choose a random image for each class in turn, in a random order of classes."""
     left = [images for images in rng.permutation(sorted(known)).tolist() if known[images]]
     classes = rng.permutation(sorted(set().union(*known.values()))).tolist()
     chosen: list[int] = []
@@ -134,7 +134,7 @@ def exemplar_origin(
     *,
     in_turn: bool = False,
 ) -> dict[str, Any]:
-    """What a list was computed from, as plain values: equal origins mean equal lists."""
+    """The inputs of ``select_exemplars`` as plain values: equal origins mean equal lists."""
     return {
         "dataset": task.dataset,
         "task": task.name,
@@ -149,7 +149,7 @@ def exemplar_origin(
 
 
 def save_exemplars(path: Path, exemplars: Sequence[Exemplar], origin: Mapping[str, Any]) -> None:
-    """Write a list as JSON, with what it was computed from; all of the file or nothing."""
+    """Write a list and its origin as JSON, atomically."""
     pairs = [[exemplar.index, exemplar.step] for exemplar in exemplars]
     atomic_write_text(path, json.dumps({"origin": dict(origin), "exemplars": pairs}, indent=1))
 
@@ -158,7 +158,7 @@ def load_exemplars(path: Path, origin: Mapping[str, Any]) -> list[Exemplar]:
     """Read a list of :func:`save_exemplars`.
 
     Raises:
-        UserError: the file is missing, damaged, or was computed from something else than ``origin``.
+        UserError: the file is missing, damaged, or of another origin.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

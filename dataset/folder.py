@@ -10,18 +10,18 @@ from utils.files import read_text
 
 
 def open_folder(data_root: Path, split: str, *, unpaired: bool = False) -> SegmentationDataset:
-    """Own data below ``data_root``: pictures and PNG masks of the same name, sorted by name.
+    """A user's data below ``data_root``: images and PNG masks of the same name, sorted by name.
 
     Line i of ``classes.txt`` (from 0) names class id i; the first line is the background.
     ``unpaired`` as in :func:`dataset.open_dataset`.
 
     Raises:
         UserError: a folder or ``classes.txt`` is missing.
-        DataError: a picture has no mask or a mask no picture, or ``classes.txt`` is faulty.
+        DataError: an image has no mask or a mask no image, or ``classes.txt`` is invalid.
     """
     if not (data_root / "images").is_dir():
         raise UserError(
-            "no own data: looked for images/{train,val}, masks/{train,val} and classes.txt in "
+            "no data: looked for images/{train,val}, masks/{train,val} and classes.txt in "
             f"{data_root}; docs/own_data.md shows the layout"
         )
     folders = data_root / "images" / split, data_root / "masks" / split
@@ -36,8 +36,7 @@ def read_class_names(path: Path) -> tuple[str, ...]:
 
     Raises:
         UserError: the file is missing.
-        DataError: no UTF-8 text, fewer than 2 or more than 255 names, an empty line between names, or a name
-            twice.
+        DataError: not UTF-8, fewer than 2 or more than 255 names, an empty line, or a name twice.
     """
     if not path.is_file():
         raise UserError(

@@ -1,7 +1,6 @@
-"""Image-level labels: which classes the mask of each image shows.
+"""Image-level labels: the classes in the mask of each image.
 
-The masks are read once; a file keeps what they show (the cache). Every task, step and protocol is then a set
-operation over it (``dataset.protocols``).
+They are read from the masks once and cached in a file; ``dataset.protocols`` selects images by them.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ logger = logging.getLogger(__name__)
 BoolArray = npt.NDArray[np.bool_]
 Result = TypeVar("Result")
 
-# What numpy raises for a damaged file: it parses the header as Python's words and believes the size there.
+# numpy's errors for a damaged file, whose header it parses as Python tokens and whose size it allocates.
 DAMAGED_ARRAY = (
     *(OSError, ValueError, KeyError, EOFError, MemoryError),
     *(SyntaxError, tokenize.TokenError),
@@ -41,9 +40,9 @@ _CACHE_VERSION = "presence-1"
 
 
 def mask_values(path: Path) -> BoolArray:
-    """Which of the values 0..255 occur in a mask; bool, shape (256,). Raises DataError like ``read_mask``."""
+    """Which values 0..255 occur in a mask; bool, shape (256,). Raises DataError like ``read_mask``."""
     flat, seen = read_mask(path).numpy().reshape(-1), np.zeros(256, dtype=bool)
-    # Only the ends of runs are looked up; a mask has few of them.
+    # Only the ends of runs of equal values, of which a mask has few.
     seen[flat[np.flatnonzero(flat[1:] != flat[:-1])]] = True
     seen[flat[-1:]] = True
     return seen
@@ -60,8 +59,8 @@ def scan_image_labels(
 
     Args:
         mask_paths: PNG masks with one class id per pixel.
-        cache_dir: where the labels are kept between runs (``None``: nowhere). The masks are read again when
-            the list, or a mask's size or modification time changes.
+        cache_dir: folder of the cache (``None``: no cache). The masks are read again if the list, or a mask's
+            size or modification time changes.
         num_classes: number of classes with background; a larger id in a mask is an error.
         progress: show a progress bar while masks are read.
 
@@ -89,9 +88,9 @@ def label_matrix(image_labels: Sequence[Collection[int]]) -> BoolArray:
 def map_in_threads(
     function: Callable[..., Result], *inputs: Sequence[Any], desc: str, unit: str, progress: bool
 ) -> list[Result]:
-    """A function of one element of each input, for all of them in order, on every core at hand.
+    """``list(map(function, *inputs))`` in threads on all available cores, with a progress bar.
 
-    For decoding, which does not hold the interpreter's lock. An error or an interrupt ends it at once.
+    For decoding, which releases the GIL. An error or an interrupt cancels the rest.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     pool = ThreadPoolExecutor(cores)
@@ -116,12 +115,12 @@ def _check_known(paths: Sequence[Path], values: BoolArray, num_classes: int) -> 
         others = f" (and {bad.size - 1} more masks)" if bad.size > 1 else ""
         raise DataError(
             f"mask {paths[first]}{others}: unknown class id(s) {ids}; "
-            f"expected 0 to {num_classes - 1}, or {VOID} for void; mend the mask"
+            f"expected 0 to {num_classes - 1}, or {VOID} for void; correct the mask"
         )
 
 
 def _cached(paths: Sequence[Path], cache_dir: Path, progress: bool) -> BoolArray:
-    """As ``_read_masks``, from the cache where it holds them."""
+    """As ``_read_masks``, from the cache if it is valid."""
     name, key = _cache_key(paths)
     path = cache_dir / f"presence-{name}.npz"
     if (stored := _load_cache(path, key, len(paths))) is not None:
@@ -132,10 +131,10 @@ def _cached(paths: Sequence[Path], cache_dir: Path, progress: bool) -> BoolArray
             stack.enter_context(queue_lock(path.with_suffix(".lock")))
         except OSError as error:
             logger.warning(
-                "image-level labels are not kept: %s cannot be written (%s)", cache_dir, error.strerror
+                "image-level labels are not cached: %s cannot be written (%s)", cache_dir, error.strerror
             )
             return _read_masks(paths, progress)
-        stored = _load_cache(path, key, len(paths))  # another process may have made it while this one waited
+        stored = _load_cache(path, key, len(paths))  # another process may have written it meanwhile
         if stored is not None:
             return stored
         values = _read_masks(paths, progress)
@@ -143,7 +142,7 @@ def _cached(paths: Sequence[Path], cache_dir: Path, progress: bool) -> BoolArray
             with atomic_write(path) as file:
                 np.savez(file, key=np.array(key), index=np.packbits(values, axis=1))
         except UserError as error:
-            logger.warning("image-level labels are not kept: %s", error)
+            logger.warning("image-level labels are not cached: %s", error)
         return values
 
 
@@ -157,14 +156,14 @@ def _cache_key(paths: Sequence[Path]) -> tuple[str, str]:
             raise DataError(
                 f"mask {path}: cannot be read ({error.strerror}); check its permissions"
             ) from error
-        name = os.fsencode(path.absolute())  # the working folder's name may be no UTF-8 text
+        name = os.fsencode(path.absolute())  # the working directory's name may not be UTF-8
         names.update(name + b"\n")
         state.update(name + f"\n{stat.st_size} {stat.st_mtime_ns}\n".encode())
     return names.hexdigest()[:16], state.hexdigest()
 
 
 def _load_cache(path: Path, key: str, num_images: int) -> BoolArray | None:
-    """The stored values, or None where there is none, it is out of date or the file is damaged."""
+    """The cached values; None if there are none, they are out of date or the file is damaged."""
     if not path.exists():
         return None
     try:

@@ -1,4 +1,4 @@
-"""The pictures of one step, with labels as that step's training or evaluation sees them."""
+"""The images of one step, with that step's labels for training or evaluation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Sample = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Entry:
-    """One sample of a step: a picture of the data set, and which look-up table its labels go through."""
+    """One sample of a step: an image of the data set, and the look-up table of its labels."""
 
     index: int
     lookup: int = 0
@@ -36,7 +36,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class SampleKey:
-    """What a sampler yields: the place of an entry in ``entries``, the epoch, and the place in that epoch."""
+    """What a sampler yields: the index of an entry, the epoch, and the position in that epoch."""
 
     index: int
     epoch: int = 0
@@ -45,7 +45,7 @@ class SampleKey:
 
 @dataclass(frozen=True)
 class Substitute:
-    """A sample in the place of one that cannot be read (``--skip_corrupt``), and what is wrong with that."""
+    """A replacement of an unreadable sample (``--skip_corrupt``), and the reasons."""
 
     sample: Sample
     reasons: tuple[str, ...]
@@ -59,17 +59,17 @@ def train_lookup(
     protocol: str = "disjoint",
     void_label: str = "ignore",
 ) -> Tensor:
-    """Table from mask value to training target, uint8[256] (as MiB and PLOP).
+    """Table from mask value to training target, uint8[256] (as in MiB and PLOP).
 
-    New classes get their network index, void ``255`` or ``0``, everything else ``0`` (background). An
-    exemplar stored at step s goes through ``train_lookup(task, s, data_masking="current+old")``.
+    New classes get their network index, void 255 or 0, everything else 0 (background). The table of an
+    exemplar stored at step s is ``train_lookup(task, s, data_masking="current+old")``.
 
     Args:
         task: class order.
         step: the step that trains.
-        data_masking: ``current``: new classes are visible. ``current+old``, ``all``: old ones too. ``new``:
-            new ones, and all else is void (PLOP's option).
-        protocol: ``sequential`` keeps old labels visible whatever ``data_masking`` says.
+        data_masking: ``current``: new classes are labelled. ``current+old``, ``all``: old classes too.
+            ``new``: new classes, and everything else is void (PLOP's option).
+        protocol: ``sequential`` labels old classes with any ``data_masking``.
         void_label: ``ignore`` (255) or ``background`` (0).
     """
     if protocol == "sequential" or data_masking in ("current+old", "all"):
@@ -87,8 +87,8 @@ def eval_lookup(
 ) -> Tensor:
     """Table from mask value to evaluation target after a step, uint8[256].
 
-    Seen classes get their network index; classes not yet seen are ``ignore`` (255; MiB, SDR) or
-    ``background`` (0; PLOP, SATS); void and ``ignore_ids`` (ADE20K's "other") are 255.
+    Seen classes get their network index; unseen classes are ``ignore`` (255; MiB, SDR) or ``background`` (0;
+    PLOP, SATS); void and ``ignore_ids`` (ADE20K's "other") are 255.
     """
     table = _table(task, task.seen_classes(step), _label(unseen_label), void=VOID)
     table[list(ignore_ids)] = VOID
@@ -109,7 +109,7 @@ def _table(task: Task, visible: Iterable[int], hidden: int, *, void: int) -> Ten
 
 
 def _file_state(path: Path) -> str:
-    """Changes with a file's content; a file that cannot be read is told when a sample needs it."""
+    """Name, size and modification time; an unreadable file is reported when a sample needs it."""
     try:
         stat = path.stat()
     except OSError:
@@ -120,21 +120,21 @@ def _file_state(path: Path) -> str:
 class IncrementalDataset(Dataset[Sample]):
     """Samples ``(image uint8 3×H×W, target uint8 H×W)`` of one step; targets are network indices and 255.
 
-    The random draws of a sample depend on the seed and its :class:`SampleKey` alone: not on the number of
-    workers or processes, nor on where a run was resumed.
+    The random augmentation of a sample depends only on the seed and its :class:`SampleKey`, not on the number
+    of workers or processes or on resuming.
 
     Args:
-        dataset: pictures and masks on disk.
-        entries: the samples; ``entries[key.index].index`` is the picture's place in ``dataset``.
-        lookups: uint8[256] tables that entries refer to (exemplars have their own).
+        dataset: images and masks on disk.
+        entries: the samples; ``entries[key.index].index`` is the image's index in ``dataset``.
+        lookups: uint8[256] tables to which entries refer.
         transform: crop of image and mask.
         seed: seed of the run.
-        saliency: one map per picture of ``dataset`` (PNG, above 0 where something stands out); samples then
-            end with ``{"saliency": bool H×W}``, cropped as the image is.
-        tell_exemplars: samples end with ``{"exemplar": bool}`` (beside the saliency), true of entries whose
+        saliency: one map per image of ``dataset`` (PNG, above 0 where salient); samples then end with
+            ``{"saliency": bool H×W}``, cropped like the image.
+        flag_exemplars: samples end with ``{"exemplar": bool}`` (beside the saliency), true for entries whose
             table is not the first.
-        skip_corrupt: so many unreadable samples in a row are passed over for the next one that can be read.
-        void_instead: pass over them for a black picture labelled void, which no evaluation counts.
+        skip_corrupt: number of consecutive unreadable samples that are replaced by the next readable one.
+        void_instead: replace them by a black image labelled void, which evaluation ignores.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class IncrementalDataset(Dataset[Sample]):
         seed: int = 0,
         saliency: Sequence[Path] | None = None,
         *,
-        tell_exemplars: bool = False,
+        flag_exemplars: bool = False,
         skip_corrupt: int = 0,
         void_instead: bool = False,
     ) -> None:
@@ -155,7 +155,7 @@ class IncrementalDataset(Dataset[Sample]):
         self.transform = transform
         self.seed = seed
         self.saliency = saliency
-        self.tell_exemplars = tell_exemplars
+        self.flag_exemplars = flag_exemplars
         self.skip_corrupt = skip_corrupt
         self.void_instead = void_instead
         self._tables = [lookup.numpy() for lookup in lookups]
@@ -164,10 +164,7 @@ class IncrementalDataset(Dataset[Sample]):
         return len(self.entries)
 
     def digest(self) -> str:
-        """sha256 of all that decides the samples: files by name, size and time, label tables, crop, seed.
-
-        Equal digests mean equal samples for equal keys.
-        """
+        """sha256 of what determines the samples: names, sizes, times of files, label tables, crop, seed."""
         transform = self.transform
         kind = getattr(transform, "__qualname__", type(transform).__qualname__)
         plain = (kind, vars(transform), self.seed, self.skip_corrupt, self.void_instead)
@@ -182,11 +179,11 @@ class IncrementalDataset(Dataset[Sample]):
         return digest.hexdigest()
 
     def __getitem__(self, key: SampleKey | int) -> Sample | Substitute:  # type: ignore[override]
-        """One sample, or a substitute if that cannot be read; a bare number means epoch 0.
+        """One sample, or a substitute if it cannot be read; a plain integer means epoch 0.
 
         Raises:
             DataError: a file cannot be read or has an unknown class id. A worker process returns the error
-                instead, as torch would bury its line in a traceback; ``dataset.loaders.Loader`` raises it.
+                instead, without torch's traceback; ``dataset.loaders.Loader`` raises it.
         """
         if not isinstance(key, SampleKey):
             key = SampleKey(int(key))
@@ -200,7 +197,7 @@ class IncrementalDataset(Dataset[Sample]):
     def _readable(self, key: SampleKey) -> Sample | Substitute:
         reasons: list[str] = []
         for offset in range(self.skip_corrupt + 1):
-            # Which entry stands in depends on the entries alone: a resumed run finds the same one.
+            # The substitute depends on the entries only: it is the same in a resumed run.
             tried = SampleKey((key.index + offset) % len(self.entries), key.epoch, key.position)
             try:
                 sample = self._sample(tried)
@@ -216,7 +213,7 @@ class IncrementalDataset(Dataset[Sample]):
                     return Substitute(self._void_sample(), tuple(reasons))
             else:
                 return Substitute(sample, tuple(reasons)) if reasons else sample
-        raise AssertionError("the last try returns or raises")
+        raise AssertionError("the last attempt returns or raises")
 
     def _void_sample(self) -> Sample:
         mask = torch.full((1, 64, 64), VOID, dtype=torch.uint8)
@@ -226,19 +223,19 @@ class IncrementalDataset(Dataset[Sample]):
     def _sample(self, key: SampleKey) -> Sample:
         entry = self.entries[key.index]
         image, mask = self.dataset.read(entry.index)
-        # numpy's take needs no int64 indices, torch's would convert every pixel first.
+        # numpy's take, because torch's needs int64 indices.
         target = torch.from_numpy(self._tables[entry.lookup].take(mask.numpy()))
         if self.saliency is not None:
-            # As a second channel the map goes through the same crop as the mask.
+            # As a second channel it is cropped like the mask.
             target = torch.cat([target, self._saliency(entry.index, target.shape[-2:])])
         with torch.random.fork_rng(devices=[]):
-            # Only the CPU's generator: torch.manual_seed would also restart the GPU's, and with it dropout.
+            # Only the CPU's generator: torch.manual_seed would also seed the GPU's, which dropout uses.
             torch.default_generator.manual_seed(self._seed_of(key))
             image, target = self.transform(image.as_subclass(Tensor), target)
         extras: dict[str, Tensor] = {}
         if self.saliency is not None:
             extras["saliency"] = target[1] > 0
-        if self.tell_exemplars:
+        if self.flag_exemplars:
             extras["exemplar"] = torch.tensor(entry.lookup > 0)
         pair = image.contiguous(), target[0].contiguous()
         return (*pair, extras) if extras else pair
@@ -249,10 +246,10 @@ class IncrementalDataset(Dataset[Sample]):
         salient = read_mask(path)
         if salient.shape[-2:] != size:
             raise DataError(
-                f"{path}: is {tuple(salient.shape[-2:])} pixels, its mask {tuple(size)}; get the right map"
+                f"{path}: has size {tuple(salient.shape[-2:])}, its mask {tuple(size)}; replace the map"
             )
         return salient
 
     def _seed_of(self, key: SampleKey) -> int:
         state = np.random.SeedSequence((self.seed, key.epoch, key.position)).generate_state(1, np.uint64)
-        return int(state[0]) >> 1  # 63 bits: torch's seeds are signed
+        return int(state[0]) >> 1  # 63 bits, as torch's seeds are signed

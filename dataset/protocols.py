@@ -1,10 +1,10 @@
-"""Which images a step trains on: the protocols over the image-level labels of a data set.
+"""Training images of a step by protocol, from the image-level labels of a data set.
 
-- ``overlapped``: images that have a new class (MiB, arXiv 2002.00718).
-- ``disjoint`` and ``sequential``: of these, images without a class that is not yet seen.
-- ``partitioned``: every image belongs to one step. This is the rule behind ADE20K's published disjoint lists.
+- ``overlapped``: images with a new class (MiB, arXiv 2002.00718).
+- ``disjoint`` and ``sequential``: of these, images without a later class.
+- ``partitioned``: every image belongs to one step (ADE20K's published disjoint lists).
 
-``task_indices`` picks the rule that the published lists of a data set follow.
+``task_indices`` applies the rule of the published lists of a data set.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _MERGED = {"100-50": "100-10", "100-50b": "100-10b"}
 def step_indices(
     image_labels: Sequence[Collection[int]], steps: Sequence[Sequence[int]], step: int, protocol: Protocol
 ) -> list[int]:
-    """Indices, ascending, of the images that a step trains on.
+    """Ascending indices of the training images of a step.
 
     Args:
-        image_labels: class ids of every image (background and void may be among them; they do not count).
+        image_labels: class ids of every image (background and void are ignored).
         steps: dataset class ids of every step.
         step: index into ``steps``.
-        protocol: see the module's description.
+        protocol: see the module's docstring.
 
     Raises:
         UserError: unknown step or protocol.
@@ -62,10 +62,10 @@ def step_indices(
 def task_indices(
     dataset: str, task: str | Task, step: int, protocol: Protocol, image_labels: Sequence[Collection[int]]
 ) -> list[int]:
-    """Indices, ascending, of the published list of a task's step.
+    """Ascending indices of the published list of a task's step.
 
     ADE20K's disjoint (and sequential) lists are ``partitioned``; those of ``100-50`` and ``100-50b`` are the
-    lists of ``100-10`` and ``100-10b`` with steps 1..5 merged. Everywhere else the protocol says it all.
+    lists of ``100-10`` and ``100-10b`` with steps 1..5 merged. All others follow ``step_indices``.
 
     Raises:
         UserError: unknown task, step or protocol.
@@ -83,7 +83,7 @@ def task_indices(
 
 
 def _finer_steps(task: Task) -> Steps | None:
-    """Steps of the task whose lists, merged, are this ADE20K task's; by the classes, whatever its name."""
+    """Steps of the task whose merged lists are those of this ADE20K task, found by its classes; or None."""
     for name, finer in _MERGED.items():
         if task.steps == get_task("ade", name).steps:
             return get_task("ade", finer).steps
@@ -97,10 +97,10 @@ def why_empty(
     image_labels: Sequence[Collection[int]],
     class_names: Sequence[str] = (),
 ) -> str:
-    """Why a step's rule chooses no image, and what to change; for a message."""
+    """Why a step has no image, and the remedy; for a message."""
     new = [c for c in task.new_classes(step) if c != 0]
     if not any(c in ids for ids in image_labels for c in new):
-        return f"no training mask shows {named_classes(new, class_names)}; mend the masks or change the task"
+        return f"no training mask shows {named_classes(new, class_names)}; correct the masks or the task"
     if task.dataset == "ade" and protocol != "overlapped":
         return "every image with its classes belongs to another step; --overlap gives an image to several"
     return (
@@ -110,7 +110,7 @@ def why_empty(
 
 
 def named_classes(ids: Sequence[int], class_names: Sequence[str] = ()) -> str:
-    """Class ids with their names, the first few of them, for a message."""
+    """The first class ids with their names, for a message."""
     shown = [f"{c} {class_names[c]}" if c < len(class_names) else f"class {c}" for c in ids[:5]]
     more = f" and {len(ids) - 5} more classes" if len(ids) > 5 else ""
     return ", ".join(shown) + more
@@ -123,9 +123,9 @@ def _indices(chosen: BoolArray) -> list[int]:
 def _partition(matrix: BoolArray, steps: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
     """The step of every image, -1 for an image without a class; int64, shape (images,).
 
-    The greedy rule, which was recovered from the published ADE20K lists: a rare class, or one that
-    has got few of its images so far, takes the image to its step. The order of visits and that of the
-    floating-point operations decides ties, so both are kept as they are.
+    Greedy rule, reconstructed from the published ADE20K lists: an image goes to the step of its class with
+    the highest score, which grows with rarity and with the fraction of the class's images not yet assigned.
+    The order of images and of floating-point operations decides ties, so neither may be changed.
     """
     owner = {c: s for s, classes in enumerate(steps) for c in classes if c not in (0, VOID)}
     known = np.zeros(256, dtype=bool)
@@ -149,7 +149,7 @@ def _partition(matrix: BoolArray, steps: Sequence[Sequence[int]]) -> npt.NDArray
     return result
 
 
-# --- lists on disk ------------------------------------------------------------------------------------------
+# --- Lists on disk ------------------------------------------------------------------------------------------
 
 
 def load_step_list(splits_dir: Path, step: int, num_images: int) -> list[int]:
@@ -169,21 +169,20 @@ def load_step_list(splits_dir: Path, step: int, num_images: int) -> list[int]:
         reason = " ".join(str(error).split())
         raise UserError(f"--splits_dir: {path} is not a readable .npy array ({reason})") from error
     if not isinstance(indices, np.ndarray) or indices.ndim != 1 or indices.dtype.kind not in "iu":
-        raise UserError(f"--splits_dir: {path} must hold a one-dimensional array of integers")
+        raise UserError(f"--splits_dir: {path} must be a one-dimensional array of integers")
     if indices.size == 0:
         raise UserError(f"--splits_dir: {path} is empty; step {step} would have no image")
     outside = indices[(indices < 0) | (indices >= num_images)]
     if outside.size:
         raise UserError(
             f"--splits_dir: {path} has index {outside[0]}; "
-            f"the training set has {num_images} images (0 to {num_images - 1}); mend the list"
+            f"the training set has {num_images} images (0 to {num_images - 1}); correct the list"
         )
     places: dict[int, int] = {}
     for place, index in enumerate(indices.tolist()):
         if (first := places.setdefault(index, place)) != place:
             raise UserError(
-                f"--splits_dir: {path} lists image {index} at the places {first} and {place}, and an image "
-                "counts once; take one of the two out"
+                f"--splits_dir: {path} lists image {index} at positions {first} and {place}; remove one"
             )
     return indices.tolist()
 
@@ -194,10 +193,10 @@ def list_digest(indices: Collection[int]) -> str:
 
 
 def published_list(task: Task, step: int, protocol: Protocol) -> tuple[int, str] | None:
-    """(number of images, digest) of the published list; None where none is known.
+    """(number of images, digest) of the published list; None if unknown.
 
-    ``sequential`` trains on the images of ``disjoint``. A task counts as published by its classes, so a task
-    file with other classes under a published name is not compared.
+    ``sequential`` has the images of ``disjoint``. Tasks are recognised by their classes, so a task file with
+    other classes under a published name has no published list.
     """
     if task.dataset not in ("voc", "ade") or task.name not in task_names(task.dataset):
         return None

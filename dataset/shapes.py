@@ -1,7 +1,6 @@
-"""Generated data on disk, in VOC's layout: what :mod:`dataset.drawing` draws.
+"""Generated data on disk, in VOC's layout, drawn by :mod:`dataset.drawing`.
 
-Made for demonstrations and tests: a small network learns it from scratch on two cores within minutes, so that
-forgetting and remembering show.
+For demonstrations and tests: a small network learns it from scratch on two cores within minutes.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _LISTS = {"train": "train_aug", "val": "val"}  # split → name of its list file
 
 @dataclass(frozen=True)
 class ShapesConfig:
-    """What a generated data set is made from."""
+    """Parameters of a generated data set: numbers of images, side in pixels, seed."""
 
     train: int = 600
     val: int = 150
@@ -40,21 +39,21 @@ class ShapesConfig:
 
 def open_shapes(data_root: Path, split: str) -> SegmentationDataset:
     """Generated shapes in ``<data_root>/shapes`` or ``<data_root>``. Raises UserError if there are none."""
-    remedy = f"make it with `python data/make_shapes.py --out {data_root / 'shapes'}`"
+    remedy = f"generate it with `python data/make_shapes.py --out {data_root / 'shapes'}`"
     root = find_root(data_root, ("shapes", "."), "shapes", remedy)
     return open_voc_layout("shapes", root, split, SHAPE_CLASSES)
 
 
 def make_shapes(out: Path, config: ShapesConfig, num_workers: int = 2) -> None:
-    """Draw a data set. The folder ``out`` appears complete or not at all; an equal one is kept.
+    """Generate a data set. The folder ``out`` is created atomically; an equal one is kept.
 
     Raises:
-        UserError: ``out`` exists and holds something else, or the numbers leave nothing to draw.
+        UserError: ``out`` exists with other content, or a number is too small.
     """
     if config.train < 1 or config.val < 1 or config.size < 16 or config.seed < 0:
         raise UserError("--train and --val must be at least 1, --size at least 16, --seed at least 0")
-    record = json.dumps({"generator": 1, **asdict(config)})
-    if (out / "shapes.json").is_file() and (out / "shapes.json").read_text() == record:
+    manifest = json.dumps({"generator": 1, **asdict(config)})
+    if (out / "shapes.json").is_file() and (out / "shapes.json").read_text() == manifest:
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: exists and is not this data set; remove it or choose another folder")
@@ -63,7 +62,7 @@ def make_shapes(out: Path, config: ShapesConfig, num_workers: int = 2) -> None:
         for name in (IMAGES, MASKS, "splits"):
             (folder / name).mkdir()
         jobs = [(split, number) for split in _LISTS for number in range(getattr(config, split))]
-        # Ctrl-C goes to the whole process group; this process answers it for all.
+        # Ctrl-C reaches the whole process group; only this process handles it.
         ignore = (signal.SIGINT, signal.SIG_IGN)
         pool = ProcessPoolExecutor(max(1, num_workers), initializer=signal.signal, initargs=ignore)
         try:
@@ -74,7 +73,7 @@ def make_shapes(out: Path, config: ShapesConfig, num_workers: int = 2) -> None:
             stems = (_stem(split, number) for number in range(getattr(config, split)))
             lines = (f"/{IMAGES}/{stem}.jpg /{MASKS}/{stem}.png\n" for stem in stems)
             (folder / "splits" / f"{name}.txt").write_text("".join(lines))
-        (folder / "shapes.json").write_text(record)
+        (folder / "shapes.json").write_text(manifest)
 
 
 @contextmanager
@@ -84,7 +83,7 @@ def _complete_or_absent(out: Path) -> Iterator[Path]:
         yield folder
         folder.chmod(0o755)
         if out.is_dir():
-            out.rmdir()  # empty, and Windows does not rename onto a folder
+            out.rmdir()  # empty; Windows does not rename onto a folder
         folder.replace(out)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)

@@ -173,7 +173,7 @@ def step_data(
         train_transform(spec.crop_size, spec.augmentation, released=spec.fidelity == "released"),
         spec.random_seed,
         saliency=_saliency_maps(dataset) if "saliency" in extras else None,
-        tell_exemplars="exemplar" in extras and bool(exemplars),
+        flag_exemplars="exemplar" in extras and bool(exemplars),
         skip_corrupt=spec.skip_corrupt,
     )
     return StepData(**vars(final), train=train, num_memory=len(exemplars), val=val)

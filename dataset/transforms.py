@@ -1,8 +1,8 @@
-"""Random and fixed crops of a picture with its mask, on uint8 tensors.
+"""Random and fixed crops of an image with its mask, on uint8 tensors.
 
-Pictures stay uint8 up to the device, a quarter of the bytes to keep and to copy; :func:`normalize` makes
-floats. Pictures are resized bilinearly with antialiasing. Masks take the value at the centre of each output
-pixel (``nearest-exact``, which is Pillow's nearest; ``nearest`` would shift the mask by up to half a pixel).
+Images are copied to the device as uint8, a quarter of the bytes of float32, and converted by
+:func:`normalize`. Images are resized bilinearly with antialiasing, masks by ``nearest-exact`` (Pillow's
+nearest; ``nearest`` would shift the mask by up to half a pixel).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from utils.labels import VOID
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-_LONGEST = 16  # times its width that a picture is resized whole
+_LONGEST = 16  # largest aspect ratio at which the whole image is resized
 _EXACT = InterpolationMode.NEAREST_EXACT
 
 PairTransform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -29,9 +29,9 @@ PairTransform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 class RandomCropFlip:
     """Training: random resized crop, then a horizontal flip of every second sample.
 
-    The crop has ``scale`` of the picture's area and an aspect ratio of 3/4 to 4/3. A crop larger than the
-    picture is drawn again, ten times at most; then the whole picture is taken (v2.RandomResizedCrop).
-    All draws come from torch's global generator.
+    The crop has ``scale`` of the image's area and an aspect ratio of 3/4 to 4/3. A crop larger than the image
+    is drawn again, at most ten times; then the whole image is used (v2.RandomResizedCrop). All random numbers
+    come from torch's global generator.
     """
 
     def __init__(self, crop: int, scale: tuple[float, float] = (0.5, 2.0), flip: float = 0.5) -> None:
@@ -50,18 +50,18 @@ class RandomCropFlip:
 
 
 class ScaleCropFlip:
-    """Training as SSUL does it: random size, random crop at that size, then a flip of every second sample.
+    """Training as in SSUL: random scale, random crop, then a horizontal flip of every second sample.
 
-    Height and width are multiplied by one factor, uniform in ``scale``; where a side is shorter than the crop
-    then, black and void are put at both its ends. The crop's place is uniform. All draws come from torch's
-    global generator.
+    Height and width are multiplied by one factor, uniform in ``scale``. If a side is shorter than the crop,
+    it is padded at both ends with black and void. The crop's position is uniform. All random numbers come
+    from torch's global generator.
 
     Args:
         crop: side of the crop in pixels.
         scale: smallest and largest factor.
-        flip: share of flipped samples.
-        released: as SSUL's program does it: a short side lengthens all four sides, and what was put there is
-            background instead of void.
+        flip: fraction of flipped samples.
+        released: as in SSUL's program: a short side pads all four sides, and padding is background instead of
+            void.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class ScaleCropFlip:
         self.released = released
 
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """(3×H×W, C×H×W) → (3×crop×crop, C×crop×crop), uint8; of the mask, channel 0 has the labels."""
+        """(3×H×W, C×H×W) → (3×crop×crop, C×crop×crop), uint8; channel 0 of the mask has the labels."""
         factor = float(torch.empty(()).uniform_(*self.scale))
         size = [max(int(side * factor), 1) for side in image.shape[-2:]]
         image = F.resize_image(image, size, antialias=True)
@@ -89,19 +89,19 @@ class ScaleCropFlip:
         return image, mask
 
     def _padding(self, height: int, width: int) -> tuple[int, int]:
-        """Rows above and below, columns to the left and right."""
-        columns = self._half_of_what_lacks(width)
+        """Rows of padding above and below, columns left and right."""
+        columns = self._half_missing(width)
         if not self.released:
-            return self._half_of_what_lacks(height), columns
-        around = columns + self._half_of_what_lacks(height + 2 * columns)
+            return self._half_missing(height), columns
+        around = columns + self._half_missing(height + 2 * columns)
         return around, around
 
-    def _half_of_what_lacks(self, side: int) -> int:
+    def _half_missing(self, side: int) -> int:
         return max(self.crop - side + 1, 0) // 2
 
 
 def _padded(pixels: Tensor, rows: int, columns: int, first: int = 0) -> Tensor:
-    """C×H×W with rows and columns of zeros at all ends, in channel 0 of ``first``."""
+    """C×H×W padded by rows and columns of zeros, in channel 0 of ``first``."""
     if rows == columns == 0:
         return pixels
     channels, height, width = pixels.shape
@@ -112,9 +112,9 @@ def _padded(pixels: Tensor, rows: int, columns: int, first: int = 0) -> Tensor:
 
 
 class ResizeCenterCrop:
-    """Validation: short side to ``crop``, then the square in the middle.
+    """Validation: resize the short side to ``crop``, then a centre crop.
 
-    Of a picture more than 16 times as long as wide only the middle is resized: a row of 1×5000 pixels would
+    Of an image more than 16 times as long as wide only the centre is resized: a row of 1×5000 pixels would
     need gigabytes.
     """
 
@@ -134,19 +134,19 @@ class ResizeCenterCrop:
 
 
 def whole_image(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Validation with ``--whole_val``: the picture as it is (batch size 1)."""
+    """Validation with ``--whole_val``: the unchanged image (batch size 1)."""
     return image, mask
 
 
 def train_transform(
     crop: int, augmentation: str = "resized_crop", *, released: bool = False
 ) -> PairTransform:
-    """A published training augmentation at one crop size in pixels.
+    """A published training augmentation.
 
     Args:
-        crop: side of the crops.
+        crop: side of the crops in pixels.
         augmentation: ``resized_crop`` (:class:`RandomCropFlip`) or ``scale_crop`` (:class:`ScaleCropFlip`).
-        released: of ``scale_crop``: pad as the released program does.
+        released: pad as the released program (``scale_crop`` only).
     """
     if augmentation == "scale_crop":
         return ScaleCropFlip(crop, released=released)
@@ -154,14 +154,14 @@ def train_transform(
 
 
 def eval_transform(crop: int | None) -> PairTransform:
-    """The published validation crop, or the whole picture where ``crop`` is None."""
+    """The published validation crop, or the whole image if ``crop`` is None."""
     return whole_image if crop is None else ResizeCenterCrop(crop)
 
 
 def normalize(images: Tensor) -> Tensor:
-    """uint8 RGB ...×3×H×W → float32 with ImageNet's mean and deviation, on the tensor's own device.
+    """uint8 RGB ...×3×H×W → float32, normalised by ImageNet's mean and standard deviation.
 
-    Float input comes back as it is: it has been normalised already.
+    Float input is returned unchanged, as already normalised.
     """
     if images.is_floating_point():
         return images
@@ -171,6 +171,6 @@ def normalize(images: Tensor) -> Tensor:
 
 @cache
 def _imagenet_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and deviation in 0..255, 3×1×1. Kept per device: made anew, they would be copied each time."""
+    """Mean and standard deviation in 0..255, 3×1×1; cached per device."""
     mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=device)[..., None, None] * 255
     return mean, std

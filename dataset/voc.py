@@ -1,4 +1,4 @@
-"""Pascal VOC 2012 with the augmented training masks, and the layout on disk that generated shapes share."""
+"""Pascal VOC 2012 with the augmented training masks, and its layout on disk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VOC_CLASSES = (
 )  # fmt: skip
 
 IMAGES, MASKS = "JPEGImages", "SegmentationClassAug"
-# A file of `image mask` lines below the root; ImageSets hold bare names. The first that exists counts.
+# List files below the root: `image mask` lines, in ImageSets names only. The first existing file is read.
 _LISTS = {
     "train": (
         "splits/train_aug.txt",
@@ -31,16 +31,16 @@ def open_voc(data_root: Path, split: str) -> SegmentationDataset:
     """VOC in ``<data_root>/PascalVOC12``, ``<data_root>`` or ``<data_root>/VOCdevkit/VOC2012``.
 
     Raises:
-        UserError: none of the three holds the data.
-        DataError: a list file is broken or names an image twice.
+        UserError: the data are in none of the three.
+        DataError: a list file is invalid or names an image twice.
     """
-    remedy = "fetch it with data/download_voc.sh or mend --data_root"
+    remedy = "download it with data/download_voc.sh or correct --data_root"
     root = find_root(data_root, ("PascalVOC12", ".", "VOCdevkit/VOC2012"), "VOC", remedy)
     return open_voc_layout("voc", root, split, VOC_CLASSES)
 
 
 def find_root(data_root: Path, places: tuple[str, ...], what: str, remedy: str) -> Path:
-    """The first of the places below ``data_root`` that has VOC's two folders. UserError if none has."""
+    """The first of the places below ``data_root`` with VOC's two folders; raises UserError if none."""
     for place in places:
         root = data_root / place
         if (root / IMAGES).is_dir() and (root / MASKS).is_dir():
@@ -50,16 +50,16 @@ def find_root(data_root: Path, places: tuple[str, ...], what: str, remedy: str) 
 
 
 def open_voc_layout(name: str, root: Path, split: str, class_names: tuple[str, ...]) -> SegmentationDataset:
-    """A data set in VOC's layout: lists from the files, or derived where the files are missing.
+    """A data set in VOC's layout, with lists from files or, if missing, derived from the masks.
 
-    A missing training list is every mask that is not in the validation list, sorted by name (for VOC that is
-    the published list exactly); a missing validation list is every mask that is not in the training list.
+    A missing training list is all masks that are not in the validation list, sorted by name (for VOC exactly
+    the published list); a missing validation list is all masks that are not in the training list.
     """
     pairs = _read_list(root, split)
     if pairs is None:
         pairs = _derive_list(root, split)
     if not pairs:
-        raise UserError(f"{root}: the {split} list is empty; remove the list file to have it derived")
+        raise UserError(f"{root}: the {split} list is empty; remove the list file to derive it")
     images, masks = zip(*pairs, strict=True)
     return SegmentationDataset(name, split, root, list(images), list(masks), class_names)
 
@@ -74,15 +74,14 @@ def _read_list(root: Path, split: str) -> list[tuple[Path, Path]] | None:
         fields = line.split()
         if not fields:
             continue
-        if len(fields) == 1:  # a bare name, as in ImageSets
+        if len(fields) == 1:  # a name, as in ImageSets
             fields = [f"{IMAGES}/{fields[0]}.jpg", f"{MASKS}/{fields[0]}.png"]
         elif len(fields) > 2:
             raise DataError(f"{path}:{number}: expected `/{IMAGES}/x.jpg /{MASKS}/x.png`, found {line!r}")
         image, mask = (root / field.lstrip("/") for field in fields)
         if (first := lines.setdefault(os.path.normpath(image), number)) != number:
             raise DataError(
-                f"{path}:{number}: {fields[0]} is listed in line {first} already, and an image counts once; "
-                "take one of the two lines out"
+                f"{path}:{number}: {fields[0]} is already listed in line {first}; remove one of the two lines"
             )
         pairs.append((image, mask))
     return pairs
@@ -92,7 +91,7 @@ def _derive_list(root: Path, split: str) -> list[tuple[Path, Path]]:
     other = _read_list(root, "val" if split == "train" else "train")
     if other is None:
         raise UserError(
-            f"{root}: cannot tell training from validation images, there is neither {_LISTS['train'][0]} nor "
+            f"{root}: no lists of training and validation images, there is neither {_LISTS['train'][0]} nor "
             f"{_LISTS['val'][0]} nor ImageSets/Segmentation/val.txt; run data/download_voc.sh"
         )
     taken = {mask.stem for _, mask in other}

@@ -21,8 +21,7 @@ from methods.sdr import FeatureSparsity, PrototypeLearning, SoftNearestNeighbour
 from methods.ssul import UnknownClass
 from utils.errors import UserError
 
-# A method of the package is one file and one line here, and a preset if it has a name of its own. A method of
-# one's own is one file anywhere: --method_file adds it to the list.
+# In calling order. --method_file adds the methods of a user's file.
 REGISTRY: list[type[Method]] = [
     Classification,
     OutputDistillation,
@@ -55,10 +54,10 @@ _LOADED: set[Path] = set()
 
 
 def build_methods(opts: Any, step: int) -> dict[str, Method]:
-    """The methods that the options ask for at a step, by class name, in calling order.
+    """The methods that the options enable at a step, by class name, in calling order.
 
     Raises:
-        UserError: a class of a file of one's own returned something else, or two methods bring the
+        UserError: ``from_options`` of a user's class returned something else, or two methods replace the
             classification loss.
     """
     methods: dict[str, Method] = {}
@@ -70,8 +69,8 @@ def build_methods(opts: Any, step: int) -> dict[str, Method]:
     replacing = [name for name, method in methods.items() if method.replaces_classification]
     if len(replacing) > 1:
         raise UserError(
-            f"{' and '.join(replacing)} each bring the classification loss (replaces_classification); "
-            "leave one of them off"
+            f"{' and '.join(replacing)} each replace the classification loss (replaces_classification); "
+            "disable one of them"
         )
     if replacing:
         methods.pop(Classification.__name__, None)
@@ -79,7 +78,7 @@ def build_methods(opts: Any, step: int) -> dict[str, Method]:
 
 
 def classifier_of(opts: Any) -> str | None:
-    """Kind of classifier that the methods need which the options ask for; None: they take any.
+    """Kind of classifier that the enabled methods need; None: any.
 
     Raises:
         UserError: two of them need different ones.
@@ -87,18 +86,18 @@ def classifier_of(opts: Any) -> str | None:
     needed = {kind: kind.classifier for kind in REGISTRY if kind.classifier and kind.from_options(opts)}
     if len(set(needed.values())) > 1:
         listed = ", ".join(f"{kind.__name__} needs --classifier {name}" for kind, name in needed.items())
-        raise UserError(f"{listed}; leave one of them off")
+        raise UserError(f"{listed}; disable one of them")
     return next(iter(needed.values()), None)
 
 
 def load_method_file(path: Path) -> tuple[list[type[Method]], dict[str, dict[str, Any]]]:
-    """Add the methods and presets of a Python file of one's own (``--method_file``); twice is once.
+    """Register the methods and presets of a user's Python file (``--method_file``), unless already loaded.
 
     Returns:
-        What was added: methods, and presets by name.
+        The added methods, and presets by name.
 
     Raises:
-        UserError: the file cannot be run or its methods do not fit beside the others.
+        UserError: the file cannot be run, or its methods or presets are invalid.
     """
     resolved = path.resolve()
     if resolved in _LOADED:

@@ -1,13 +1,12 @@
-"""The hooks through which a method against forgetting takes part in training.
+"""The hooks of a method against forgetting, called by the training loop.
 
-For every batch ``train.py`` calls ``observe``, ``relabel`` and ``losses``, for every optimiser step then
-``after_backward`` and ``penalty``. It knows no method by name, and a method knows nothing of files, processes
-or the command line beyond its own options.
+``train.py`` calls ``observe``, ``relabel`` and ``losses`` for every batch, ``after_backward`` and ``penalty``
+for every optimiser step. It contains no method's name; a method handles no files, processes or options other
+than its own.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -17,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from tasks import Task
+from utils.option_roles import OptionGroup
 
 
 def identity(tensor: Tensor) -> Tensor:
-    """Sum over one process: the tensor itself."""
+    """The tensor itself: the sum over one process."""
     return tensor
 
 
@@ -39,9 +39,9 @@ class Batch:
         features: the student's intermediates by name.
         outputs_old: the teacher's logits, B×C_old×H×W; None at step 0.
         features_old: the teacher's intermediates by name.
-        image_weights: B; factor on each image's classification loss (PLOP's adaptive factor), or None.
-        pixel_weights: B×H×W; factor on each pixel's classification loss (pseudo-label confidence), or None.
-        extras: further tensors of the samples, by name (``Method.extras``).
+        image_weights: B; factor on each image's classification loss (PLOP's adaptive factor); optional.
+        pixel_weights: B×H×W; factor on each pixel's classification loss (pseudo-label confidence); optional.
+        extras: additional tensors of the samples, by name (``Method.extras``).
         epoch: number of the epoch, from 0.
     """
 
@@ -63,26 +63,26 @@ class Batch:
 
 @dataclass
 class Context:
-    """The step that a method takes part in.
+    """The step that is trained.
 
     Attributes:
-        task: class order; ``task.new_classes(step)`` and so on.
+        task: class order, with ``task.new_classes(step)`` etc.
         step: number of the step, from 0.
         protocol: "sequential", "disjoint" or "overlapped".
-        model: the student, before it is wrapped for several processes.
+        model: the student, not wrapped by DistributedDataParallel.
         model_old: the teacher in evaluation mode, None at step 0.
         device: of the networks and batches of this process.
         fidelity: "paper" or "released" (docs/fidelity.md).
         batches: iterates once over this step's training images, as (images, targets) of a ``Batch``.
         reduce: sums a tensor over all processes, in place.
         cached: ``cached(name, inputs, compute)`` returns the dict of tensors that ``compute`` returned in an
-            earlier start of this step, from a file, if its inputs were the same; else it computes and stores
-            it. The networks, the training images in their order and all options always count as inputs;
-            ``inputs`` is a JSON-like dict of further ones.
-        autocast: makes the context in which the loop runs the networks (``Precision.network``).
-        epochs: epochs of the step.
-        updates: optimiser steps of the step.
-        lr: learning rate that the step begins with, before any factor or warm-up.
+            earlier start of this step, from a file, if its inputs were equal; else it computes and stores it.
+            The networks, the ordered training images and all options always count as inputs; ``inputs`` is a
+            JSON-like dict of additional ones.
+        autocast: returns the context in which the loop runs the networks (``Precision.network``).
+        epochs: number of epochs of the step.
+        updates: number of optimiser steps of the step.
+        lr: initial learning rate of the step, before any factor or warm-up.
     """
 
     task: Task
@@ -109,7 +109,7 @@ class Context:
 
     @property
     def classes_new(self) -> int:
-        """Number of classes that this step adds (at step 0: all, background included)."""
+        """Number of classes that this step adds (at step 0 with the background)."""
         return self.classes_per_step[-1]
 
     @property
@@ -130,15 +130,15 @@ class Method:
 
     Attributes:
         needs: names of the student's intermediates that it reads; others are not computed.
-        needs_teacher: it needs the network of the previous step, so it is left out at step 0.
-        teacher_needs: names of the teacher's intermediates that it reads; with at least one, the teacher's
-            forward pass is run where there is a teacher. None: ``needs`` if ``needs_teacher``, else none.
-        replaces_classification: it computes the classification loss itself; ``Classification`` is left out at
-            every step at which this method takes part.
-        extras: further tensors of the samples that it reads as ``batch.extras``: "saliency" (B×H×W bool; none
-            where the data set has no maps), "exemplar" (B bool; none in batches of a step without exemplars).
+        needs_teacher: it needs the network of the previous step, so it is disabled at step 0.
+        teacher_needs: names of the teacher's intermediates that it reads; if not empty, the teacher's forward
+            pass is run from step 1 on. None: ``needs`` if ``needs_teacher``, else none.
+        replaces_classification: it computes the classification loss; ``Classification`` is disabled at every
+            step at which this method is enabled.
+        extras: additional tensors of the samples that it reads from ``batch.extras``: "saliency" (B×H×W bool;
+            absent if the data set has no maps), "exemplar" (B bool; absent at a step without exemplars).
         classifier: kind of classifier that it needs, for ``--classifier``; None: any.
-        differs_between_processes: its state differs between processes, so each process's is saved.
+        differs_between_processes: its state differs between processes, so that of each process is saved.
     """
 
     needs: frozenset[str] = frozenset()
@@ -155,27 +155,27 @@ class Method:
         return self.needs_teacher or bool(self.teacher_needs)
 
     @classmethod
-    def add_options(cls, parser: argparse._ActionsContainer) -> None:
-        """Add the method's own options to a titled group of the command line."""
+    def add_options(cls, group: OptionGroup) -> None:
+        """Add the method's options to its group of the command line."""
 
     @classmethod
     def from_options(cls, opts: Any) -> Method | None:
-        """The method with its options' values, None where they switch it off."""
+        """The method with the values of its options; None if they disable it."""
         raise NotImplementedError
 
     @classmethod
     def implied_options(cls, opts: Any) -> dict[str, Any]:
-        """What other options become where ``opts`` turn the method on, unless typed or set by the preset.
+        """Values of other options that enabling the method implies, unless typed or set by the preset.
 
-        Called once the preset is applied; ``opts.typed`` has the names of the options that were typed.
+        Called after the preset was applied; ``opts.typed`` has the names of the typed options.
         """
         return {}
 
     def from_previous_step(self, state: dict[str, Any]) -> None:
-        """Take over the previous step's ``state_dict()``, before ``begin_step``."""
+        """Receive the previous step's ``state_dict()``, before ``begin_step``."""
 
     def begin_step(self, context: Context) -> None:
-        """Prepare for a step: called once, after the network was grown, before the optimiser is made."""
+        """Prepare a step: called once, after the new classes were added, before the optimiser is built."""
 
     def modules(self) -> dict[str, nn.Module]:
         """Modules that the method trains beside the student (a projection head), by name.
@@ -184,9 +184,9 @@ class Method:
         precision of the student, trained by the same optimiser with gradients averaged over all processes,
         and saved in the checkpoint. Their weights are named ``<Class>.<name>.<weight>``.
 
-        A module that the previous step had under the same name, with weights of the same names and shapes,
-        starts from those; another one starts as it was built. Modules are in training mode, in ``end_step``
-        in evaluation mode. A weight without gradient has gradient 0: momentum and weight decay go on.
+        A module starts from the weights that the previous step had under its name, if their names and shapes
+        are equal, else as built. Modules are in training mode, in ``end_step`` in evaluation mode. A weight
+        without gradient has gradient 0, with momentum and weight decay.
         """
         return {}
 
@@ -212,9 +212,9 @@ class Method:
         """Read the gradients of the summed losses, averaged over all processes (importance estimates)."""
 
     def penalty(self) -> dict[str, Tensor]:
-        """Loss terms whose backward pass comes after ``after_backward``, by name: penalties on weights.
+        """Loss terms that are differentiated after ``after_backward``, by name: penalties on weights.
 
-        A method that adds the gradient to the weights' itself returns the term detached.
+        A method that adds the term's gradient to the weights' itself returns the term detached.
         """
         return {}
 
@@ -222,17 +222,17 @@ class Method:
         """Finish a step: called once, after the last batch, before the last checkpoint and the evaluation.
 
         It may change the weights of ``context.model``, which is in evaluation mode, and iterate over
-        ``context.batches()``. Every process calls it; then the first one's weights go to the others. A run
-        that was killed before the last checkpoint was written calls it again when it is resumed, on the same
-        weights as the first time. With ``--keep best`` the weights are those of the best epoch.
+        ``context.batches()``. Every process calls it; then the weights of process 0 are broadcast. A run that
+        was killed before the last checkpoint was written calls it again when resumed, on the same weights.
+        With ``--keep best`` the weights are those of the best epoch.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """State that a resumed run or the next step needs: tensors, numbers, strings, lists and dicts.
+        """State for resuming and for the next step: tensors, numbers, strings, lists and dicts.
 
-        The weights of ``modules()`` are saved without it.
+        The weights of ``modules()`` are saved separately.
         """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of an interrupted run of this step, after ``begin_step``."""
+        """Restore the state of an interrupted run of this step, after ``begin_step``."""

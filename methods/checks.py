@@ -1,4 +1,4 @@
-"""Misuse of the hooks, reported in one line that names file, class and hook."""
+"""Checks of a method's hooks; errors are one line with file, class and hook."""
 
 from __future__ import annotations
 
@@ -21,33 +21,28 @@ from utils.option_roles import OptionParser
 
 _PUBLIC = {name for name in (*vars(Method), *Method.__annotations__) if not name.startswith("_")}
 _HOOKS = {name for name in _PUBLIC if callable(getattr(Method, name, None))}
-_NEAR = 0.75  # similarity from which a name is taken for a misspelt hook: "loss" and "penalties" are
+_NEAR = 0.75  # difflib ratio from which a name counts as a misspelt hook: "loss" and "penalties" do
 _NAME_SETS = ("needs", "teacher_needs", "extras")
 _RENAMED = {"resume": "load_state_dict, and what load_state_dict did is now from_previous_step"}
-_MISSING = object()  # default of an option that was given none
+_MISSING = object()  # default of an option declared without one
 
 
 def fault(owner: Method | type[Method], hook: str, what: str) -> UserError:
-    """The error that says what is wrong with a method's hook.
-
-    Args:
-        owner: the method or its class.
-        hook: name of the hook or attribute.
-        what: what is wrong and the remedy.
-    """
+    """The error for a method's hook or attribute ``hook``; ``what``: what is wrong, and the remedy."""
     kind = owner if isinstance(owner, type) else type(owner)
     file = getattr(sys.modules.get(kind.__module__), "__file__", None) or kind.__module__
     return UserError(f"{file}: {kind.__name__}.{hook}: {what}")
 
 
-# ── when a file is loaded ────────────────────────────────────────────────────────────────────────────
+# ── When a method file is loaded ─────────────────────────────────────────────────────────────────────
 
 
 def check_class(kind: type[Method]) -> None:
-    """Refuse a class whose hooks could not be called, or would silently never be.
+    """Check the hooks and options of a class.
 
     Raises:
-        UserError: no ``from_options``, a hook with other arguments, a name near a hook's, or a wrong option.
+        UserError: no ``from_options``, a hook with other arguments, a name similar to a hook's, or an invalid
+            option.
     """
     written = {
         name
@@ -59,26 +54,17 @@ def check_class(kind: type[Method]) -> None:
     for name in sorted(written - _PUBLIC):
         if name in _RENAMED:
             raise fault(kind, name, f"is now called {_RENAMED[name]}")
-        # A value is near an attribute's name, a function near a hook's: "factor" may hold a number.
-        alike = _HOOKS if callable(getattr(kind, name)) else _PUBLIC - _HOOKS
-        if near := difflib.get_close_matches(name, alike, n=1, cutoff=_NEAR):
+        # Functions are compared with hooks, values with attributes: "factor" may hold a number.
+        candidates = _HOOKS if callable(getattr(kind, name)) else _PUBLIC - _HOOKS
+        if near := difflib.get_close_matches(name, candidates, n=1, cutoff=_NEAR):
             raise fault(kind, name, f"is no hook; did you mean {near[0]}? If not, rename it, e.g. to _{name}")
     if issubclass(kind, nn.Module):
-        raise fault(
-            kind,
-            "modules",
-            "is a hook, but the class is an nn.Module, which has that name too; derive from Method only, and "
-            "return modules from this hook",
-        )
+        what = "is a hook, but the class is an nn.Module, which has that name too; derive from Method only"
+        raise fault(kind, "modules", what)
     if "from_options" not in written:
-        raise fault(
-            kind, "from_options", "is missing; return the method, or None where the options leave it off"
-        )
+        raise fault(kind, "from_options", "is missing; return the method, or None if the options disable it")
     for name in sorted(written & _HOOKS):
         _check_signature(kind, name)
-    for name in _NAME_SETS:
-        if isinstance(value := getattr(kind, name), str):
-            check_names(kind, name, value)
     if kind.classifier is not None and kind.classifier not in classifier_names():
         known = ", ".join(classifier_names())
         raise fault(kind, "classifier", f"{shown(kind.classifier)} is no kind of classifier; known: {known}")
@@ -102,7 +88,7 @@ def _check_signature(kind: type[Method], hook: str) -> None:
 
 
 def options_of(kind: type[Method]) -> list[argparse.Action]:
-    """The options that a class adds; the default of one that was given none is replaced by a mark.
+    """The options that a class adds; those declared without default have a placeholder as default.
 
     Raises:
         UserError: ``add_options`` fails.
@@ -112,39 +98,38 @@ def options_of(kind: type[Method]) -> list[argparse.Action]:
         kind.add_options(parser.group("options", role="learning"))
     except UserError as error:
         raise fault(kind, "add_options", str(error)) from error
-    except Exception as error:  # code of the user's own
+    except Exception as error:  # in the user's code
         reason = " ".join(str(error).split())
         raise fault(kind, "add_options", f"{type(error).__name__}: {reason}") from error
     return parser._actions
 
 
 def check_options(kind: type[Method]) -> None:
-    """Refuse options without which no other command line would be read, or that are None by oversight.
+    """Check that every option of a class may be omitted.
 
     Raises:
-        UserError: an option is required, has no name with dashes, or no default.
+        UserError: an option is positional, required, or has no default.
     """
     for action in options_of(kind):
-        name = action.option_strings[0] if action.option_strings else action.dest
+        # Flags have a default of their own, which the parser's placeholder hides.
+        no_default = action.default is _MISSING and not isinstance(action, argparse._StoreConstAction)
         if not action.option_strings:
-            raise fault(kind, "add_options", f"{name} needs dashes (--{name}): every option may be left out")
-        if action.required:
-            raise fault(
-                kind, "add_options", f"{name} is required; give it a default that leaves the method off"
-            )
-        # Flags have one of themselves, which this parser's own default hides.
-        if action.default is _MISSING and not isinstance(action, argparse._StoreConstAction):
-            raise fault(
-                kind, "add_options", f"{name} has no default; give one (default=None where that means off)"
-            )
+            what = f"needs dashes (--{action.dest}): every option may be omitted"
+        elif action.required:
+            what = "is required; give it a default that disables the method"
+        elif no_default:
+            what = "has no default; give one (default=None if that disables the method)"
+        else:
+            continue
+        raise fault(kind, "add_options", f"{next(iter(action.option_strings), action.dest)} {what}")
 
 
 def preset_fault(action: argparse.Action | None, value: Any) -> str | None:
-    """What is wrong with a preset's value for an option, e.g. ``must be True or False``; None: it fits.
+    """What is wrong with a preset's value for an option, e.g. ``must be True or False``; None: it is valid.
 
     Args:
-        action: the option; None where there is none of that name.
-        value: as the preset has it.
+        action: the option; None if there is none of that name.
+        value: the value in the preset.
     """
     if action is None:
         return "is no option"
@@ -169,9 +154,10 @@ def _value_fault(action: argparse.Action, value: Any) -> str | None:
     if isinstance(value, (dict, bool)) and convert in (str, int, float):
         return f"must be a {convert.__name__}"
     try:
-        read = convert(value if isinstance(value, str) else _word(value))
+        word = json.dumps(value) if isinstance(value, (dict, list)) else str(value)  # as typed
+        read = convert(word)
     except (argparse.ArgumentTypeError, TypeError, ValueError) as error:
-        return str(error) or "does not fit"
+        return str(error) or "is invalid"
     if read != value or isinstance(value, bool) != isinstance(read, bool):
         return f"must be a {type(read).__name__}"
     if action.choices is not None and value not in action.choices:
@@ -179,50 +165,36 @@ def _value_fault(action: argparse.Action, value: Any) -> str | None:
     return None
 
 
-def _word(value: Any) -> str:
-    """A value as the command line would have it."""
-    return json.dumps(value) if isinstance(value, (dict, list)) else str(value)
-
-
-# ── when a step begins, and at the first batch ───────────────────────────────────────────────────────
+# ── When a step starts, and at the first batch ───────────────────────────────────────────────────────
 
 
 def check_built(kind: type[Method], method: object) -> None:
-    """Refuse what ``from_options`` returned unless it is a method, or None.
+    """Check what ``from_options`` returned.
 
     Raises:
-        UserError: it is something else, or names what it needs in a wrong way.
+        UserError: it is neither a method nor None, or ``needs``, ``teacher_needs`` or ``extras`` is not a set
+            of names (a string would be a set of letters).
     """
     if method is None:
         return
     if not isinstance(method, Method):
-        raise fault(
-            kind, "from_options", f"returned {shown(method)}; return a {kind.__name__}, or None for off"
-        )
+        what = f"returned {shown(method)}; return a {kind.__name__}, or None for off"
+        raise fault(kind, "from_options", what)
     for name in _NAME_SETS:
-        if (value := getattr(method, name)) is not None:
-            check_names(method, name, value)
-
-
-def check_names(owner: Method | type[Method], attribute: str, value: object) -> None:
-    """Refuse a set of names that is none, such as a string, which is a set of letters.
-
-    Raises:
-        UserError: it is none.
-    """
-    plain = isinstance(value, Iterable) and not isinstance(value, (str, bytes, dict))
-    if not plain or not all(isinstance(name, str) for name in value):  # type: ignore[attr-defined]
-        example = value if isinstance(value, str) else "body"
-        raise fault(
-            owner, attribute, f'must be a set of names, e.g. frozenset({{"{example}"}}), not {shown(value)}'
-        )
+        if (value := getattr(method, name)) is None:
+            continue
+        is_text = isinstance(value, (str, bytes, dict)) or not isinstance(value, Iterable)
+        if is_text or not all(isinstance(item, str) for item in value):
+            example = value if isinstance(value, str) else "body"
+            what = f'must be a set of names, e.g. frozenset({{"{example}"}}), not {shown(value)}'
+            raise fault(method, name, what)
 
 
 def call_hook(method: Method, hook: str, *arguments: Any) -> None:
-    """Call a hook that acts and returns nothing.
+    """Call a hook that returns nothing.
 
     Raises:
-        UserError: it returned something, which is not used.
+        UserError: it returned something, which would be ignored.
     """
     returned = getattr(method, hook)(*arguments)
     if returned is not None:
@@ -234,33 +206,29 @@ def checked_factor(method: Method, hook: str, parameter: str, factor: object) ->
     """A factor on a weight's learning rate or weight decay.
 
     Raises:
-        UserError: it is no number, negative or not finite.
+        UserError: it is not a number, negative or not finite.
     """
     number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
     if not number or not 0 <= factor < math.inf:  # type: ignore[operator]
-        raise fault(
-            method,
-            hook,
-            f"returned {shown(factor)} for {parameter}; return a number of at least 0, 1.0 for no change",
-        )
+        what = f"returned {shown(factor)} for {parameter}; return a number of at least 0, 1.0 for no change"
+        raise fault(method, hook, what)
     return float(factor)  # type: ignore[arg-type]
 
 
 def check_modules(method: Method, networks: Iterable[nn.Module]) -> dict[str, nn.Module]:
-    """What ``Method.modules`` returns.
+    """The result of ``Method.modules``, checked.
 
     Args:
         method: after ``begin_step``.
         networks: student and teacher.
 
     Raises:
-        UserError: it is no dict of modules by name, or they cannot be trained beside the network.
+        UserError: it is not a dict of modules by name, or they cannot be trained beside the network.
     """
     parts = method.modules()
     if not isinstance(parts, dict):
-        raise fault(
-            method, "modules", f"returned {shown(parts)}; return a dict of nn.Modules by name, {{}} for none"
-        )
+        what = f"returned {shown(parts)}; return a dict of nn.Modules by name, {{}} for none"
+        raise fault(method, "modules", what)
     of_networks = {id(weight) for network in networks for weight in network.parameters()}
     for name, module in parts.items():
         if not isinstance(name, str) or not name or "." in name:
@@ -270,7 +238,7 @@ def check_modules(method: Method, networks: Iterable[nn.Module]) -> dict[str, nn
         elif any(is_lazy(weight) for weight in module.parameters()):
             what = f"'{name}' has lazy weights; give their sizes in begin_step"
         elif any(id(weight) in of_networks for weight in module.parameters()):
-            what = f"'{name}' has weights of the network, which trains them; leave it out"
+            what = f"'{name}' has weights of the network, which trains them; remove it"
         else:
             continue
         raise fault(method, "modules", what)
@@ -278,23 +246,20 @@ def check_modules(method: Method, networks: Iterable[nn.Module]) -> dict[str, nn
 
 
 class LossTerms:
-    """The terms of all methods under one name each. A name is checked when it first comes."""
+    """Collects the loss terms of all methods by unique names. A name is checked at its first use."""
 
     def __init__(self) -> None:
         self._owners: dict[str, tuple[Method, str]] = {}
 
     def add(self, terms: dict[str, Tensor], method: Method, hook: str, returned: dict[str, Tensor]) -> None:
-        """Take what a method's hook returned into ``terms``.
+        """Add what a method's hook returned to ``terms``.
 
         Raises:
-            UserError: it is no dict of scalar tensors, or another method has one of the names.
+            UserError: it is not a dict of scalar tensors, or another hook has one of the names.
         """
         if not isinstance(returned, dict):
-            raise fault(
-                method,
-                hook,
-                f"returned {shown(returned)}; return a dict of scalar tensors by name, {{}} for none",
-            )
+            what = f"returned {shown(returned)}; return a dict of scalar tensors by name, {{}} for none"
+            raise fault(method, hook, what)
         for name, term in returned.items():
             owner = self._owners.get(name)
             if owner is None:
@@ -309,15 +274,12 @@ class LossTerms:
         if not isinstance(name, str) or name == "total":
             raise fault(method, hook, f"a loss cannot be named {name!r}; choose another name (text)")
         if not isinstance(term, Tensor) or term.dim() > 0:
-            raise fault(
-                method,
-                hook,
-                f"the loss '{name}' is {shown(term)}, not a scalar tensor; return e.g. its mean()",
-            )
+            what = f"the loss '{name}' is {shown(term)}, not a scalar tensor; return e.g. its mean()"
+            raise fault(method, hook, what)
 
 
 def shown(value: object) -> str:
-    """A value in few words, for a message."""
+    """Short description of a value, for a message."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     if value is None or isinstance(value, (str, bool, int, float)):

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 from torch import Tensor
 
 from methods.base import Batch, Method
 from utils.loss import CILDistillationLoss
+from utils.option_roles import OptionGroup
 from utils.option_types import loss_weight
 
 
 class CIL(Method):
-    """Distillation on pixels without a new class, stronger where the teacher hesitates (CIL)."""
+    """Distillation on pixels without a new class, weighted by the teacher's entropy (CIL)."""
 
     needs_teacher = True
 
@@ -21,19 +21,19 @@ class CIL(Method):
         self.criterion = CILDistillationLoss(gs=gs, temp=1, fidelity=fidelity)
 
     @classmethod
-    def add_options(cls, parser: argparse._ActionsContainer) -> None:
+    def add_options(cls, group: OptionGroup) -> None:
         """``--loss_CIL``."""
-        parser.add_argument(
+        group.value(
             "--loss_CIL",
-            type=loss_weight,
-            default=0.0,
+            loss_weight,
+            0.0,
             metavar="GS",
-            help="gradient scaling by entropy; above 0: on",
+            help="factor of the entropy in the weight; above 0: enabled",
         )
 
     @classmethod
     def from_options(cls, opts: Any) -> CIL | None:
-        """On where ``--loss_CIL`` is above 0."""
+        """Enabled if ``--loss_CIL`` is above 0."""
         return cls(opts.loss_CIL, fidelity=opts.fidelity) if opts.loss_CIL > 0 else None
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:

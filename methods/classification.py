@@ -1,22 +1,21 @@
-"""The classification loss: cross entropy and what takes its place."""
+"""The classification loss: cross entropy and its alternatives."""
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 from torch import Tensor, nn
 
 from methods.base import Batch, Context, Method
 from utils.loss import BCEWithLogitsLossWithIgnoreIndex, FocalLoss, UnbiasedCrossEntropy
+from utils.option_roles import OptionGroup
 from utils.option_types import whole
 
 
 class Classification(Method):
     """Cross entropy, unbiased cross entropy (MiB, eq. 5), binary cross entropy or focal loss.
 
-    The loss is a map over pixels, averaged over all pixels of the batch with void counted as zero, as
-    in all four released programs.
+    Mean over all pixels of the batch; void pixels count as zero, as in all four released programs.
     """
 
     def __init__(self, kind: str = "ce", *, alpha: float = 1.0, gamma: float = 2.0) -> None:
@@ -26,18 +25,16 @@ class Classification(Method):
         self.criterion: nn.Module = nn.CrossEntropyLoss(ignore_index=255, reduction="none")
 
     @classmethod
-    def add_options(cls, parser: argparse._ActionsContainer) -> None:
+    def add_options(cls, group: OptionGroup) -> None:
         """``--bce``, ``--unce``, ``--focal_loss``."""
-        parser.add_argument("--bce", action="store_true", help="binary cross entropy over classes")
-        parser.add_argument("--unce", action="store_true", help="unbiased cross entropy (MiB)")
-        parser.add_argument("--focal_loss", action="store_true", help="focal loss")
-        parser.add_argument(
-            "--focal_loss_gamma", type=whole(0, 100), default=2, help="exponent of the focal loss"
-        )
+        group.flag("--bce", help="binary cross entropy over classes")
+        group.flag("--unce", help="unbiased cross entropy (MiB)")
+        group.flag("--focal_loss", help="focal loss")
+        group.value("--focal_loss_gamma", whole(0, 100), 2, help="exponent of the focal loss")
 
     @classmethod
     def from_options(cls, opts: Any) -> Classification:
-        """Always on; left out where another method brings the loss (``replaces_classification``)."""
+        """Always enabled, unless another method has ``replaces_classification``."""
         if opts.bce or opts.icarl:
             kind = "bce"
         elif opts.unce:
@@ -49,20 +46,18 @@ class Classification(Method):
         return cls(kind, alpha=opts.alpha, gamma=opts.focal_loss_gamma)
 
     def begin_step(self, context: Context) -> None:
-        """Choose the criterion: the unbiased form needs old classes."""
+        """Build the criterion; the unbiased one needs old classes."""
         if self.kind == "bce":
-            self.criterion = BCEWithLogitsLossWithIgnoreIndex(reduction="none", ignore_index=255)
+            self.criterion = BCEWithLogitsLossWithIgnoreIndex(reduction="none")
         elif self.kind == "focal":
-            self.criterion = FocalLoss(alpha=self.alpha, gamma=self.gamma, reduction="none", ignore_index=255)
+            self.criterion = FocalLoss(alpha=self.alpha, gamma=self.gamma, reduction="none")
         elif self.kind == "unce" and context.classes_old > 0:
-            self.criterion = UnbiasedCrossEntropy(
-                old_cl=context.classes_old, reduction="none", ignore_index=255
-            )
+            self.criterion = UnbiasedCrossEntropy(old_cl=context.classes_old, reduction="none")
         else:
             self.criterion = nn.CrossEntropyLoss(ignore_index=255, reduction="none")
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Mean over all pixels of the weighted map."""
+        """Mean over all pixels of the weighted loss map."""
         loss = self.criterion(batch.outputs, batch.targets)
         if batch.pixel_weights is not None:
             loss = loss * batch.pixel_weights

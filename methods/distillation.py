@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from typing import Any
 
@@ -14,6 +13,7 @@ from utils.loss import (
     KnowledgeDistillationLoss,
     UnbiasedKnowledgeDistillationLoss,
 )
+from utils.option_roles import OptionGroup
 from utils.option_types import loss_weight
 
 
@@ -32,33 +32,22 @@ class OutputDistillation(Method):
         self.name = "unkd" if unbiased else "kd"
 
     @classmethod
-    def add_options(cls, parser: argparse._ActionsContainer) -> None:
+    def add_options(cls, group: OptionGroup) -> None:
         """``--loss_kd``, ``--unkd``, ``--alpha``, ``--kd_scheduling``."""
-        parser.add_argument(
-            "--loss_kd", type=loss_weight, default=0.0, metavar="W", help="weight of distillation"
-        )
-        parser.add_argument("--unkd", action="store_true", help="unbiased distillation (MiB)")
-        parser.add_argument(
-            "--alpha",
-            type=loss_weight,
-            default=1.0,
-            help="factor on the teacher's logits; focal loss: weight",
-        )
-        parser.add_argument(
-            "--kd_scheduling",
-            action="store_true",
-            help="multiply the distillation by sqrt(seen classes / new classes)",
-        )
+        group.value("--loss_kd", loss_weight, 0.0, metavar="W", help="weight of distillation")
+        group.flag("--unkd", help="unbiased distillation (MiB)")
+        group.value("--alpha", loss_weight, 1.0, help="factor on the teacher's logits; focal loss: weight")
+        group.flag("--kd_scheduling", help="multiply the distillation by sqrt(seen classes / new classes)")
 
     @classmethod
     def from_options(cls, opts: Any) -> OutputDistillation | None:
-        """On where ``--loss_kd`` is above 0."""
+        """Enabled if ``--loss_kd`` is above 0."""
         if opts.loss_kd <= 0:
             return None
         return cls(opts.loss_kd, unbiased=opts.unkd, alpha=opts.alpha, scheduled=opts.kd_scheduling)
 
     def begin_step(self, context: Context) -> None:
-        """Scale the weight with the share of new classes where asked for."""
+        """Scale the weight by sqrt(seen classes / new classes) with ``--kd_scheduling``."""
         seen, new = context.classes_old + context.classes_new, context.classes_new
         self.factor = self.weight * (math.sqrt(seen / new) if self.scheduled else 1.0)
 
@@ -68,7 +57,7 @@ class OutputDistillation(Method):
 
 
 class EncoderDistillation(Method):
-    """Mean squared error between new and old features of the body (ILT; Michieli and Zanuttigh 2019)."""
+    """Mean squared error between backbone features of student and teacher (ILT; Michieli, Zanuttigh 2019)."""
 
     needs = frozenset({"body"})
     needs_teacher = True
@@ -78,23 +67,15 @@ class EncoderDistillation(Method):
         self.criterion = DistillationEncoderLoss(mask=masked, loss_de_cosine=cosine)
 
     @classmethod
-    def add_options(cls, parser: argparse._ActionsContainer) -> None:
+    def add_options(cls, group: OptionGroup) -> None:
         """``--loss_de``, ``--loss_de_maskedold``, ``--loss_de_cosine``."""
-        parser.add_argument(
-            "--loss_de",
-            type=loss_weight,
-            default=0.0,
-            metavar="W",
-            help="weight of feature distillation (ILT)",
-        )
-        parser.add_argument(
-            "--loss_de_maskedold", action="store_true", help="distil only where the label is an old class"
-        )
-        parser.add_argument("--loss_de_cosine", action="store_true", help="cosine distance instead of MSE")
+        group.value("--loss_de", loss_weight, 0.0, metavar="W", help="weight of feature distillation (ILT)")
+        group.flag("--loss_de_maskedold", help="distil only where the label is an old class")
+        group.flag("--loss_de_cosine", help="cosine distance instead of MSE")
 
     @classmethod
     def from_options(cls, opts: Any) -> EncoderDistillation | None:
-        """On where ``--loss_de`` is above 0."""
+        """Enabled if ``--loss_de`` is above 0."""
         if opts.loss_de <= 0:
             return None
         return cls(opts.loss_de, masked=opts.loss_de_maskedold, cosine=opts.loss_de_cosine)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 from torch import Tensor
@@ -10,14 +9,15 @@ from torch.nn import functional as F
 
 from methods.base import Batch, Method
 from utils.loss import IcarlLoss
+from utils.option_roles import OptionGroup
 from utils.option_types import loss_weight
 
 
 class ICaRL(Method):
     """Binary cross entropy towards the teacher's sigmoid on the old classes.
 
-    Combined with the ground truth (the default) it is a term beside the classification loss, summed
-    over the old classes; disjoint, it takes the classification loss's place.
+    By default a term beside the classification loss, summed over the old classes; with ``disjoint`` it
+    replaces the classification loss.
     """
 
     needs_teacher = True
@@ -28,26 +28,18 @@ class ICaRL(Method):
         self.disjoint = IcarlLoss(reduction="mean", bkg=bkg) if disjoint else None
 
     @classmethod
-    def add_options(cls, parser: argparse._ActionsContainer) -> None:
-        """``--icarl`` and what belongs to it."""
-        parser.add_argument("--icarl", action="store_true", help="binary cross entropy with old outputs")
-        parser.add_argument(
-            "--icarl_importance",
-            type=loss_weight,
-            default=1.0,
-            metavar="W",
-            help="weight of the combined form",
+    def add_options(cls, group: OptionGroup) -> None:
+        """``--icarl``, ``--icarl_*``."""
+        group.flag("--icarl", help="binary cross entropy with teacher outputs")
+        group.value(
+            "--icarl_importance", loss_weight, 1.0, metavar="W", help="weight of the combined variant"
         )
-        parser.add_argument(
-            "--icarl_disjoint", action="store_true", help="old channels learn from the old network alone"
-        )
-        parser.add_argument(
-            "--icarl_bkg", action="store_true", help="disjoint form: the background from the ground truth"
-        )
+        group.flag("--icarl_disjoint", help="old classes learn from the teacher only")
+        group.flag("--icarl_bkg", help="disjoint variant: background from the ground truth")
 
     @classmethod
     def from_options(cls, opts: Any) -> ICaRL | None:
-        """On with ``--icarl``."""
+        """Enabled with ``--icarl``."""
         if not opts.icarl:
             return None
         return cls(opts.icarl_importance, disjoint=opts.icarl_disjoint, bkg=opts.icarl_bkg)

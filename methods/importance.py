@@ -1,29 +1,27 @@
 """Importance-weighted penalties on parameters: EWC, PI and RW, as in MiB's released code.
 
-Each estimates, while a task is learnt, how much every parameter matters, and in the next task adds
-Σ importance·(θ − θ_old)² to the loss. In a training step::
+Each estimates the importance of every parameter during a step, and in the next step adds
+Σ importance·(θ − θ_old)² to the loss. In a training iteration::
 
     loss.backward()
     term = regularizer.add_penalty(weight, update=True)
     optimizer.step()
 
-``update=True`` first takes in the gradients, which are still those of the loss alone; then the penalty's
-gradient 2·weight·importance·(θ − θ_old) is added to them. Memory, not arithmetic, limits both. On the CPU
-they are therefore done block by block, each small enough for the cache of a core, so that every tensor goes
-through memory once; elsewhere in few kernels over all parameters. Nothing is read from the device.
+``update=True`` first updates the estimates with the gradients, which are still those of the loss alone; then
+the penalty's gradient 2·weight·importance·(θ − θ_old) is added to them. Both are limited by memory bandwidth:
+on the CPU they run block by block within the cache of a core, so that every tensor is read once; elsewhere in
+few kernels over all parameters. There is no device-to-host synchronisation.
 
 Under DistributedDataParallel the gradients are averaged when ``backward`` returns, so every process computes
-the same importance from them and nothing needs to be sent. Under a gradient scaler, unscale them first. The
-parameters' names are those of the bare module, without ``module.``.
+the same importance without communication. Under a gradient scaler, unscale the gradients first. Parameter
+names are those of the bare module, without ``module.``.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from types import SimpleNamespace
 from typing import Any, Protocol, cast
 
 import torch
@@ -31,13 +29,16 @@ from torch import Tensor, nn
 
 from methods.base import Context, Method
 from utils.errors import UserError
+from utils.option_roles import OptionGroup
 from utils.option_types import loss_weight, positive_int, share
 
 _EPS = 1e-8
 _WRAPPERS = ("module.", "_orig_mod.")
-# Numbers of each quantity that a thread works on at a time on the CPU: 256 KB in float32. Those that it needs
-# again at once stay in a second-level cache, and the calls cost little beside the arithmetic.
+# Values per tensor, block and thread on the CPU: 256 KB in float32. A block stays in the second-level cache,
+# and the overhead of the calls is small.
 _BLOCK = 1 << 16
+
+Block = list[Tensor]  # for ``torch._foreach_*``
 
 
 class RegularizerOptions(Protocol):
@@ -50,7 +51,7 @@ class RegularizerOptions(Protocol):
 
 
 def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by the names they have in the bare module."""
+    """Parameters by their names in the bare module."""
     parameters = {}
     for name, parameter in model.named_parameters():
         while name.startswith(_WRAPPERS):
@@ -60,14 +61,14 @@ def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _min_max(tensor: Tensor) -> Tensor:
-    """Scale a tensor to 0..1 by its own smallest and largest entry."""
+    """Scale a tensor to 0..1 by its smallest and largest entry."""
     low = tensor.min()
     return (tensor - low) / (tensor.max() - low + _EPS)
 
 
 @cache
 def _memory_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Strides of the axes longer than 1; None where the tensor does not fill its memory without gaps."""
+    """Strides of the axes longer than 1; None if the tensor has gaps in memory."""
     axes = [(stride, size) for size, stride in zip(shape, strides, strict=True) if size > 1]
     expected = 1
     for stride, size in sorted(axes):
@@ -78,9 +79,9 @@ def _memory_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int
 
 
 def _pieces(row: Sequence[Tensor], size: int) -> Iterable[Sequence[Tensor]]:
-    """Tensors of one shape, cut alike into views of at most ``size`` numbers, in the order of memory.
+    """Tensors of one shape, each split into views of at most ``size`` values in memory order.
 
-    Tensors that do not lie in memory alike stay whole.
+    Tensors whose memory layouts differ are not split.
     """
     count = row[0].numel()
     if count <= size:
@@ -91,11 +92,11 @@ def _pieces(row: Sequence[Tensor], size: int) -> Iterable[Sequence[Tensor]]:
     return zip(*(tensor.as_strided((count,), (1,)).split(size) for tensor in row), strict=True)
 
 
-def _blocks(rows: Iterable[Sequence[Tensor]], size: int) -> Iterator[list[list[Tensor]]]:
+def _blocks(rows: Iterable[Sequence[Tensor]], size: int) -> Iterator[list[Block]]:
     """Rows of tensors of one shape as lists for ``torch._foreach_*``, one list per column.
 
-    Large tensors are cut and small ones come together: a block has at most ``size`` numbers of each column
-    (more where a row cannot be cut). Nothing but shapes and strides decides on the blocks.
+    Large tensors are split and small ones grouped: a block has at most ``size`` values per column (more if a
+    row cannot be split). The blocks depend on shapes and strides only.
     """
     block: list[Sequence[Tensor]] = []
     filled = 0
@@ -111,8 +112,8 @@ def _blocks(rows: Iterable[Sequence[Tensor]], size: int) -> Iterator[list[list[T
         yield [list(column) for column in zip(*block, strict=True)]
 
 
-def _pull(
-    factor: float, parameters: list[Tensor], gradients: list[Tensor], old: list[Tensor], roots: list[Tensor]
+def _penalize(
+    factor: float, parameters: Block, gradients: Block, old: Block, roots: Block
 ) -> tuple[Tensor, ...]:
     """Add factor·root²·(θ − θ_old) to the gradients; returns the norms of root·(θ − θ_old)."""
     moved = torch._foreach_sub(parameters, old)
@@ -122,19 +123,12 @@ def _pull(
 
 
 class Regularizer:
-    """Common part: the model's parameters, the old ones, and the penalty.
-
-    Args:
-        model: the network of this step, possibly wrapped.
-        model_old: that of the last step, None at the first.
-        device: where the importance lives.
-        opts: see :func:`get_regularizer`.
-        state: the last step's ``state_dict()``; empty: no penalty.
+    """Base class: parameters, old parameters and penalty. Arguments as in :func:`get_regularizer`.
 
     Attributes:
-        name: what ``--regularizer`` calls it.
-        block: numbers of each quantity that are worked on at a time. It changes no bit of gradients and
-            estimates, only the order in which the penalty's value is summed.
+        name: value of ``--regularizer``.
+        block: number of values per tensor in a block. It does not change gradients and estimates, only the
+            order in which the penalty's value is summed.
     """
 
     name = ""
@@ -153,22 +147,22 @@ class Regularizer:
         self.old_parameters: dict[str, Tensor] = {}
         if model_old is not None:
             self.old_parameters = {n: p.detach().to(device) for n, p in _named_parameters(model_old).items()}
-        # Roots of the importance: the penalty is the squared norm of root·(θ − θ_old).
+        # Square roots of the importance: the penalty is the squared norm of root·(θ − θ_old).
         self._roots: dict[str, Tensor] = {}
         self._normalize = not opts.reg_no_normalize
         self._prepare(opts, state)
 
     @property
     def penalize(self) -> bool:
-        """Whether there is a penalty: there is an old model and its importance is known."""
+        """Whether there is a penalty: an old model with known importance."""
         return bool(self._roots)
 
     def _prepare(self, opts: RegularizerOptions, state: Mapping[str, Any]) -> None:
-        """Read the options and the last step's importance."""
+        """Set up the estimates from the options and the previous step's state."""
         raise NotImplementedError
 
     def _set_importance(self, importance: Mapping[str, Tensor]) -> None:
-        """Penalise the trainable parameters that the old model has, with this importance."""
+        """Set the importance of the trainable parameters that the old model has."""
         self._roots = {
             name: importance[name].sqrt()
             for name, parameter in self.parameters.items()
@@ -176,15 +170,15 @@ class Regularizer:
         }
 
     def _scaled(self, tensor: Tensor) -> Tensor:
-        """Importance as it enters the penalty: on 0..1 unless ``reg_no_normalize`` is on."""
+        """Importance as used in the penalty: scaled to 0..1 unless ``reg_no_normalize`` is set."""
         return _min_max(tensor) if self._normalize else tensor
 
     def _on_device(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Own copies of the tensors on the device, with their memory format."""
+        """Copies of the tensors on the device, in the same memory format."""
         return {name: tensor.detach().to(self.device, copy=True) for name, tensor in tensors.items()}
 
     def _filled(self, value: float, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Own copies of the known tensors, and one full of ``value`` for every other trainable parameter."""
+        """Copies of the known tensors, and a tensor of ``value`` for every other trainable parameter."""
         new = {
             name: torch.full_like(parameter, value, device=self.device, requires_grad=False)
             for name, parameter in self.parameters.items()
@@ -193,86 +187,84 @@ class Regularizer:
         return {**self._on_device(known), **new}
 
     def update(self) -> None:
-        """Take in the gradients of one backward pass."""
+        """Update the estimates with the gradients of one backward pass."""
         self._sweep(True, {})
 
     def add_penalty(self, weight: float = 1.0, *, update: bool = False) -> Tensor:
         """Add the gradient of weight·Σ importance·(θ − θ_old)² to the parameters' ``.grad``.
 
-        A penalised parameter without a gradient gets one. What was frozen meanwhile stays out.
+        A penalised parameter without gradient gets one; a frozen parameter is skipped.
 
         Args:
             weight: factor on the penalty.
-            update: before, take in the gradients as they are: ``update()`` in the same pass through memory.
+            update: call ``update()`` first, in the same pass through memory.
 
         Returns:
-            The weighted penalty, a scalar on the device, without gradient; 0 where there is no penalty.
+            The weighted penalty, a scalar on the device, without gradient; 0 if there is no penalty.
         """
-        pulled = {name: root for name, root in self._roots.items() if self.parameters[name].requires_grad}
-        norms = self._sweep(update, pulled, 2 * weight)
+        roots = {name: root for name, root in self._roots.items() if self.parameters[name].requires_grad}
+        norms = self._sweep(update, roots, 2 * weight)
         if not norms:
             return torch.zeros((), device=self.device)
         return weight * torch.stack(norms).square().sum()
 
     @torch.no_grad()
-    def _sweep(self, update: bool, pulled: Mapping[str, Tensor], factor: float = 0.0) -> list[Tensor]:
-        """Take in the gradients if asked to, then add the penalty's.
+    def _sweep(self, update: bool, roots: Mapping[str, Tensor], factor: float = 0.0) -> list[Tensor]:
+        """Update the estimates if ``update``, then add the gradient of the penalty.
 
         Args:
-            update: whether to take in the gradients.
-            pulled: roots of the importance of the parameters that are penalised, by name.
+            update: whether to update the estimates.
+            roots: square roots of the importance of the penalised parameters, by name.
             factor: of root²·(θ − θ_old) in the gradient.
 
         Returns:
-            Norms of root·(θ − θ_old), one for each part of the tensors.
+            Norms of root·(θ − θ_old), one per block.
         """
-        learnt = {name: None for name, p in self.parameters.items() if update and p.grad is not None}
-        for name in pulled:
+        updated = {name: None for name, p in self.parameters.items() if update and p.grad is not None}
+        for name in roots:
             parameter = self.parameters[name]
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         estimates = self._estimates() if update else []
         norms: list[Tensor] = []
-        for names, learns, pulls in (
-            ([name for name in learnt if name in pulled], True, True),
-            ([name for name in learnt if name not in pulled], True, False),
-            ([name for name in pulled if name not in learnt], False, True),
+        for names, updates, penalizes in (
+            ([name for name in updated if name in roots], True, True),
+            ([name for name in updated if name not in roots], True, False),
+            ([name for name in roots if name not in updated], False, True),
         ):
-            columns = [*(estimates if learns else []), *([self.old_parameters, pulled] if pulls else [])]
+            columns = [*(estimates if updates else []), *([self.old_parameters, roots] if penalizes else [])]
             for parameters, gradients, *others in _blocks(self._rows(names, columns), self.block):
-                if learns:
-                    self._learn(parameters, gradients, others[: len(estimates)])
-                if pulls:
-                    norms += _pull(factor, parameters, gradients, *others[-2:])
+                if updates:
+                    self._update_block(parameters, gradients, others[: len(estimates)])
+                if penalizes:
+                    norms += _penalize(factor, parameters, gradients, *others[-2:])
         if update:
-            self._end_update([name for name in self.parameters if name not in learnt])
+            self._end_update([name for name in self.parameters if name not in updated])
         return norms
 
     def _rows(self, names: Iterable[str], columns: Sequence[Mapping[str, Tensor]]) -> Iterator[list[Tensor]]:
-        """Parameter, gradient and what belongs to it in each column, for every name."""
+        """Parameter, gradient and its tensor of each column, for every name."""
         for name in names:
             parameter = self.parameters[name]
             yield [parameter, cast(Tensor, parameter.grad), *(column[name] for column in columns)]
 
     def _estimates(self) -> list[Mapping[str, Tensor]]:
-        """What this update reads or changes, by parameter name, as ``_learn`` takes it."""
+        """Tensors that this update reads or changes, by parameter name, in the order of ``_update_block``."""
         raise NotImplementedError
 
-    def _learn(
-        self, parameters: list[Tensor], gradients: list[Tensor], estimates: list[list[Tensor]]
-    ) -> None:
-        """Take in a block of gradients, in place."""
+    def _update_block(self, parameters: Block, gradients: Block, estimates: list[Block]) -> None:
+        """Update a block of estimates in place."""
         raise NotImplementedError
 
     def _end_update(self, without_gradient: list[str]) -> None:
-        """Called once all blocks of an update are done."""
+        """Called after all blocks of an update."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next task, and a run that resumes this one, need: tensors, numbers and dicts of them."""
+        """State for the next step and for resuming: tensors, numbers and dicts of them."""
         raise NotImplementedError
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken. The old task's importance stays as constructed.
+        """Restore the estimates of an interrupted run. The importance in the penalty stays as constructed.
 
         Raises:
             UserError: the state is of another regulariser.
@@ -301,7 +293,7 @@ def _update_fisher(fisher: list[Tensor], gradients: list[Tensor], alpha: float) 
 class EWC(Regularizer):
     """Elastic weight consolidation (arXiv 1612.00796) with the online Fisher information of RW.
 
-    F ← α·g² + (1 − α)·F at every step, from ones or the old task's F. Importance: the old task's F.
+    F ← α·g² + (1 − α)·F per optimiser step, from ones or the previous step's F. Importance: the previous F.
     """
 
     name = "ewc"
@@ -315,9 +307,7 @@ class EWC(Regularizer):
     def _estimates(self) -> list[Mapping[str, Tensor]]:
         return [self.fisher]
 
-    def _learn(
-        self, parameters: list[Tensor], gradients: list[Tensor], estimates: list[list[Tensor]]
-    ) -> None:
+    def _update_block(self, parameters: Block, gradients: Block, estimates: list[Block]) -> None:
         _update_fisher(estimates[0], gradients, self.alpha)
 
     def state_dict(self) -> dict[str, Any]:
@@ -329,23 +319,23 @@ class EWC(Regularizer):
         self.alpha = state["alpha"]
 
 
-class _OfPath(Regularizer):
-    """What PI and RW share: an old score, and where the parameters were when the path was last looked at."""
+class _PathRegularizer(Regularizer):
+    """Base of PI and RW: the previous step's score, and the parameters at the last update of the path."""
 
     def _prepare(self, opts: RegularizerOptions, state: Mapping[str, Any]) -> None:
         self.score_old = self._on_device(state.get("score", {}))
         self.previous: dict[str, Tensor] = {}
 
-    def _looks_at_path(self) -> bool:
-        """Whether this update does."""
+    def _updates_path(self) -> bool:
+        """Whether this update extends the path."""
         return True
 
     def _end_update(self, without_gradient: list[str]) -> None:
-        if not self._looks_at_path():
+        if not self._updates_path():
             return
         if not self.previous:
             self.previous = self._on_device(self.parameters)
-        elif without_gradient:  # ``_learn`` moved the others on
+        elif without_gradient:  # the others were copied by ``_update_block``
             torch._foreach_copy_(
                 [self.previous[name] for name in without_gradient],
                 [self.parameters[name] for name in without_gradient],
@@ -355,11 +345,11 @@ class _OfPath(Regularizer):
         self.previous = self._on_device(state["previous"])
 
 
-class PI(_OfPath):
+class PI(_PathRegularizer):
     """Path integral, or synaptic intelligence (arXiv 1703.04200).
 
-    Accumulates gradient × step along the way; at the end the score is that sum over the squared way, where
-    positive, plus the old score. Importance: the old score. Parameters new in this step have none.
+    Sums gradient × update over the path. Score: that sum over the squared total change, at least 0, plus the
+    previous score. Importance: the previous score; new parameters have none.
     """
 
     name = "pi"
@@ -374,28 +364,26 @@ class PI(_OfPath):
     def _estimates(self) -> list[Mapping[str, Tensor]]:
         return [self.delta, self.previous] if self.previous else []
 
-    def _learn(
-        self, parameters: list[Tensor], gradients: list[Tensor], estimates: list[list[Tensor]]
-    ) -> None:
+    def _update_block(self, parameters: Block, gradients: Block, estimates: list[Block]) -> None:
         if estimates:
             delta, previous = estimates
-            torch._foreach_sub_(previous, parameters)  # now the step since then, θ_previous − θ
+            torch._foreach_sub_(previous, parameters)  # θ_previous − θ
             torch._foreach_addcmul_(delta, gradients, previous)
             torch._foreach_copy_(previous, parameters)
 
     @torch.no_grad()
     def score(self) -> dict[str, Tensor]:
-        """Importance of the parameters after this task."""
+        """Importance of the parameters after this step."""
         scores = {}
         for name, parameter in self.parameters.items():
-            way = (parameter - self.start[name]).square()
-            scores[name] = (self.delta[name] / (way + 1e-20)).clamp(min=0.0)
+            squared_change = (parameter - self.start[name]).square()
+            scores[name] = (self.delta[name] / (squared_change + 1e-20)).clamp(min=0.0)
             if name in self.score_old:
                 scores[name] += self.score_old[name]
         return scores
 
     def state_dict(self) -> dict[str, Any]:
-        """``score`` for the next task; ``delta``, ``start`` and ``previous`` to resume."""
+        """``score`` for the next step; ``delta``, ``start`` and ``previous`` for resuming."""
         return {
             "name": self.name,
             "score": self.score(),
@@ -410,12 +398,12 @@ class PI(_OfPath):
         self.start = self._on_device(state["start"])
 
 
-class RW(_OfPath):
+class RW(_PathRegularizer):
     """Riemannian walk (arXiv 1801.10112): EWC's online Fisher information plus a path score.
 
-    Every ``reg_iterations`` steps the score gains gradient × step over the step's length in the metric of the
-    Fisher information. At the end: where positive, averaged with the old score. Importance: the old Fisher
-    information plus the old score, each scaled to 0..1.
+    Every ``reg_iterations`` optimiser steps, gradient × change over the length of the change in the Fisher
+    metric is added to the score. At the end it is clamped to at least 0 and averaged with the previous score.
+    Importance: the previous Fisher information plus the previous score, each scaled to 0..1.
     """
 
     name = "rw"
@@ -432,21 +420,19 @@ class RW(_OfPath):
         self.running = self._filled(0.0, {})
         self.count = 0
 
-    def _looks_at_path(self) -> bool:
+    def _updates_path(self) -> bool:
         return self.count % self.iterations == 0
 
     def _estimates(self) -> list[Mapping[str, Tensor]]:
-        if self.previous and self._looks_at_path():
+        if self.previous and self._updates_path():
             return [self.fisher, self.running, self.previous]
         return [self.fisher]
 
-    def _learn(
-        self, parameters: list[Tensor], gradients: list[Tensor], estimates: list[list[Tensor]]
-    ) -> None:
+    def _update_block(self, parameters: Block, gradients: Block, estimates: list[Block]) -> None:
         fisher, *path = estimates
         if path:
             running, previous = path
-            torch._foreach_sub_(previous, parameters)  # now the step since then, θ_previous − θ
+            torch._foreach_sub_(previous, parameters)  # θ_previous − θ
             length = torch._foreach_mul(previous, previous)
             torch._foreach_mul_(length, fisher)
             torch._foreach_mul_(length, 0.5)
@@ -463,7 +449,7 @@ class RW(_OfPath):
 
     @torch.no_grad()
     def score(self) -> dict[str, Tensor]:
-        """Path score of the parameters after this task."""
+        """Path score of the parameters after this step."""
         scores = {}
         for name, running in self.running.items():
             scores[name] = running.clamp(min=0.0)
@@ -472,7 +458,7 @@ class RW(_OfPath):
         return scores
 
     def state_dict(self) -> dict[str, Any]:
-        """``score`` and ``fisher`` for the next task; ``running``, ``previous``, ``count`` to resume."""
+        """``score`` and ``fisher`` for the next step; ``running``, ``previous``, ``count`` for resuming."""
         return {
             "name": self.name,
             "score": self.score(),
@@ -501,16 +487,16 @@ def get_regularizer(
     opts: RegularizerOptions,
     state: Mapping[str, Any] | None = None,
 ) -> Regularizer | None:
-    """The regulariser that the options name, or None.
+    """The regulariser of ``opts.regularizer``, or None.
 
     Args:
         model: the network of this step, possibly wrapped.
-        model_old: that of the last step, None at the first.
-        device: where the importance lives.
+        model_old: the network of the previous step, None at step 0.
+        device: of the importance.
         opts: ``regularizer`` (``ewc``, ``pi``, ``rw`` or None); ``reg_alpha``, the weight of the newest
-            gradient in the Fisher information (EWC, RW); ``reg_iterations``, the steps between two looks at
-            the path (RW); ``reg_no_normalize``: do not scale each parameter's importance to 0..1.
-        state: the last step's ``state_dict()``; None: importance is estimated, but nothing penalised yet.
+            gradient in the Fisher information (EWC, RW); ``reg_iterations``, the optimiser steps between two
+            updates of the path (RW); ``reg_no_normalize``: do not scale each parameter's importance to 0..1.
+        state: the previous step's ``state_dict()``; None: importance is estimated without a penalty.
 
     Raises:
         UserError: an unknown name, or a state of another regulariser.
@@ -526,9 +512,9 @@ def get_regularizer(
 
 
 class Regularization(Method):
-    """Importance of every weight, and a penalty on moving the important ones (EWC, PI, RW)."""
+    """Importance of every weight, and a penalty on changes of important weights (EWC, PI, RW)."""
 
-    def __init__(self, options: dict[str, Any], importance: float) -> None:
+    def __init__(self, options: RegularizerOptions, importance: float) -> None:
         self.options = options
         self.importance = importance
         self.state: dict[str, Any] | None = None
@@ -536,75 +522,52 @@ class Regularization(Method):
         self._backward_done = False
 
     @classmethod
-    def add_options(cls, parser: argparse._ActionsContainer) -> None:
-        """``--regularizer`` and what belongs to it."""
-        parser.add_argument(
-            "--regularizer", choices=("ewc", "rw", "pi"), default=None, help="how importance is estimated"
+    def add_options(cls, group: OptionGroup) -> None:
+        """``--regularizer``, ``--reg_*``."""
+        group.choice("--regularizer", ("ewc", "rw", "pi"), None, help="how importance is estimated")
+        group.value("--reg_importance", loss_weight, 1.0, metavar="W", help="weight of the penalty")
+        group.value(
+            "--reg_alpha", share, 0.9, help="weight of the newest gradient in the running Fisher estimate"
         )
-        parser.add_argument(
-            "--reg_importance", type=loss_weight, default=1.0, metavar="W", help="weight of the penalty"
-        )
-        parser.add_argument(
-            "--reg_alpha",
-            type=share,
-            default=0.9,
-            help="weight of the newest gradient in the running Fisher estimate",
-        )
-        parser.add_argument(
-            "--reg_no_normalize", action="store_true", help="do not scale the importances to [0, 1]"
-        )
-        parser.add_argument(
-            "--reg_iterations",
-            type=positive_int,
-            default=10,
-            help="RW: optimiser steps between two path-integral updates",
+        group.flag("--reg_no_normalize", help="do not scale the importances to [0, 1]")
+        group.value(
+            "--reg_iterations", positive_int, 10, help="RW: optimiser steps between two path-integral updates"
         )
 
     @property
     def uses_teacher(self) -> bool:
-        """The old weights are read once, by ``begin_step``; no forward pass of the old network is needed."""
+        """Only until ``begin_step``, which reads the teacher's weights: no forward pass is needed."""
         return self.regularizer is None
 
     @classmethod
     def from_options(cls, opts: Any) -> Regularization | None:
-        """On with ``--regularizer``."""
-        if opts.regularizer is None:
-            return None
-        own = {
-            "regularizer": opts.regularizer,
-            "reg_alpha": opts.reg_alpha,
-            "reg_no_normalize": opts.reg_no_normalize,
-            "reg_iterations": opts.reg_iterations,
-        }
-        return cls(own, opts.reg_importance)
+        """Enabled with ``--regularizer``."""
+        return None if opts.regularizer is None else cls(opts, opts.reg_importance)
 
     def begin_step(self, context: Context) -> None:
-        """Take over the importances of the steps before."""
+        """Build the regulariser with the importance from the previous step."""
         self.regularizer = get_regularizer(
-            context.model, context.model_old, context.device, SimpleNamespace(**self.options), self.state
+            context.model, context.model_old, context.device, self.options, self.state
         )
 
     def after_backward(self) -> None:
-        """The gradients count; ``penalty``, which reads them anyway, takes them into the importances."""
+        """Let ``penalty`` update the estimates, as it reads the gradients anyway."""
         self._backward_done = True
 
     def penalty(self) -> dict[str, Tensor]:
-        """Update the importances, then add the gradient of Σ importance·(θ − θ_old)², weighted.
-
-        Every process sees the averaged gradients, so the importances stay equal.
-        """
+        """Update the importance, then add the gradient of the weighted Σ importance·(θ − θ_old)²."""
         update, self._backward_done = self._backward_done, False
         term = self.regularizer.add_penalty(self.importance, update=update)
         return {"reg": term} if self.regularizer.penalize else {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The regularizer's own state."""
+        """State of the regulariser."""
         return self.regularizer.state_dict()
 
     def from_previous_step(self, state: dict[str, Any]) -> None:
-        """Kept until ``begin_step`` knows the network."""
+        """Kept for ``begin_step``."""
         self.state = state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The regularizer's running values; what it penalises stays that of the step before."""
+        """Running estimates; the importance in the penalty stays that of the previous step."""
         self.regularizer.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""The modules that methods train beside the network (``Method.modules``): collect, check and load them."""
+"""Collecting, checking and loading the modules of methods (``Method.modules``)."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ log = logging.getLogger(__name__)
 
 
 def collect_modules(methods: Mapping[str, Method], context: Context) -> nn.Module:
-    """All methods' modules as children of one, in which a weight is named ``<Class>.<part>.<weight>``.
+    """All methods' modules in one, in which a weight is named ``<Class>.<part>.<weight>``.
 
     Args:
         methods: by class name, after ``begin_step``.
         context: of the step.
 
     Raises:
-        UserError: a method returned something else, or modules that cannot be trained.
+        UserError: a method returned an invalid value, or modules that cannot be trained.
     """
     collected = nn.Module()
     networks = [network for network in (context.model, context.model_old) if network is not None]
     for name, method in methods.items():
         parts = check_modules(method, networks)
         if parts:
-            # Not by add_module, which refuses the names of nn.Module's own attributes, such as "type".
+            # Not add_module, which refuses names of nn.Module's attributes, such as "type".
             collected._modules[name] = owner = nn.Module()
             owner._modules.update(parts)
     check_unchanged(collected, methods)
@@ -37,10 +37,10 @@ def collect_modules(methods: Mapping[str, Method], context: Context) -> nn.Modul
 
 
 def check_unchanged(collected: nn.Module, methods: Mapping[str, Method]) -> None:
-    """Refuse modules that are no longer those that the optimiser trains.
+    """Check that the methods still return the modules that the optimiser trains.
 
     Raises:
-        UserError: naming the method.
+        UserError: a method does not.
     """
     for name, method in methods.items():
         owner = collected._modules.get(name)
@@ -50,26 +50,26 @@ def check_unchanged(collected: nn.Module, methods: Mapping[str, Method]) -> None
             raise fault(
                 method,
                 "modules",
-                "returned other modules when it was called again, which are not trained; build them in "
-                "begin_step and return the same ones every time",
+                "returned other modules at a later call, which are not trained; build them in begin_step and "
+                "return the same ones every time",
             )
 
 
 def take_over(collected: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Start every part from the weights that the previous step left under the same name.
+    """Load into every module the previous step's weights of the same name.
 
-    A part that the previous step did not have, or whose weights have other names or shapes now, keeps the
-    weights that ``begin_step`` gave it.
+    A module that the previous step did not have, or whose weights have other names or shapes, keeps its
+    initial weights.
 
     Args:
-        collected: of ``collect_modules``.
+        collected: result of ``collect_modules``.
         state: "modules" of the previous step's checkpoint.
     """
     for name, owner in collected.named_children():
         for part, module in owner.named_children():
             saved = _below(f"{name}.{part}.", state)
             if saved and (differing := _differing(module, saved)):
-                log.info("%s.%s: not as in the previous step (%s), starts anew", name, part, differing[0])
+                log.info("%s.%s: starts from scratch, differs in %s", name, part, differing[0])
             elif saved:
                 module.load_state_dict(saved)
 
@@ -80,16 +80,16 @@ def load_modules(
     state: Mapping[str, Tensor],
     trained: AbstractSet[str],
 ) -> None:
-    """Give the modules the weights of an interrupted run of this step.
+    """Load the weights of an interrupted run of this step.
 
     Args:
-        collected: of ``collect_modules``.
+        collected: result of ``collect_modules``.
         methods: by class name.
         state: "modules" of its checkpoint.
-        trained: the methods that took part in it; the modules of others start anew, as do their states.
+        trained: names of its methods; modules of others keep their initial weights.
 
     Raises:
-        UserError: a method has other modules than it had there.
+        UserError: a method has other modules than in the checkpoint.
     """
     for name in trained & methods.keys():
         owner, saved = collected._modules.get(name) or nn.Module(), _below(f"{name}.", state)
@@ -97,7 +97,7 @@ def load_modules(
             raise fault(
                 methods[name],
                 "modules",
-                f"the step was begun with other modules ({differing[0]}); --fresh starts it over",
+                f"the step was started with other modules ({differing[0]}); --fresh starts it over",
             )
         owner.load_state_dict(saved)
 
@@ -107,7 +107,7 @@ def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _differing(module: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
-    """Names of the weights that only one of the two has, or that have another shape."""
+    """Names of weights that only one of the two has, or whose shapes differ."""
     own = module.state_dict()
     names = sorted(own.keys() | state.keys())
     return [n for n in names if n not in own or n not in state or own[n].shape != state[n].shape]

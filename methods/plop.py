@@ -13,7 +13,10 @@ from methods.base import Batch, Method
 from methods.presets import FAMILY_PLOP
 from utils.errors import UserError
 from utils.loss import LocalPODLoss
+from utils.option_roles import OptionGroup
 from utils.option_types import loss_weight, positive_int
+
+SEGFORMER_STRIDE = 32
 
 
 def _json_object(word: str) -> dict[str, Any]:
@@ -30,7 +33,7 @@ def _json_object(word: str) -> dict[str, Any]:
 
 
 def _numbers(value: Any) -> Iterator[float]:
-    """All numbers in a JSON value, which may hold NaN and Infinity."""
+    """All numbers in a JSON value, NaN and Infinity included."""
     if isinstance(value, (dict, list)):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _numbers(item)
@@ -38,11 +41,8 @@ def _numbers(value: Any) -> Iterator[float]:
         yield value
 
 
-SEGFORMER_STRIDE = 32
-
-
 class PooledOutputDistillation(Method):
-    """Row and column means of the maps of all stages, at several scales, as the teacher has them (PLOP)."""
+    """Distance of the row and column means of all stages' maps, at several scales, from the teacher's."""
 
     needs_teacher = True
 
@@ -52,51 +52,27 @@ class PooledOutputDistillation(Method):
         self.needs = frozenset({"attentions"} | ({"logits_small"} if last == "small" else set()))
 
     @classmethod
-    def add_options(cls, parser: argparse._ActionsContainer) -> None:
-        """``--pod`` and what belongs to it."""
-        parser.add_argument(
-            "--pod",
-            choices=("spatial", "local", "global"),
-            default=None,
-            help="how maps are pooled (PLOP: local)",
-        )
-        parser.add_argument("--pod_factor", type=loss_weight, default=5.0, metavar="W", help="weight")
-        parser.add_argument(
+    def add_options(cls, group: OptionGroup) -> None:
+        """``--pod``, ``--pod_*``, ``--spp_scales``."""
+        group.choice("--pod", ("spatial", "local", "global"), None, help="pooling of the maps (PLOP: local)")
+        group.value("--pod_factor", loss_weight, 5.0, metavar="W", help="weight")
+        group.value(
             "--pod_options",
-            type=_json_object,
-            default=None,
+            _json_object,
+            None,
             metavar="JSON",
             help='options of single maps, e.g. {"switch": {"after": {"factor": 0.0005}}}',
         )
-        parser.add_argument(
-            "--pod_prepro",
-            choices=("pow", "abs", "relu", "none"),
-            default="pow",
-            help="what is done to the maps first",
-        )
-        parser.add_argument(
-            "--no_pod_schedule",
-            action="store_true",
-            help="do not multiply the weight by sqrt(seen classes / new classes)",
-        )
-        parser.add_argument(
-            "--pod_apply", choices=("all", "backbone", "deeplab"), default="all", help="maps to take"
-        )
-        parser.add_argument("--pod_logits", action="store_true", help="the small logits as one more map")
-        parser.add_argument(
-            "--pod_large_logits", action="store_true", help="the logits of full size as one more map"
-        )
-        parser.add_argument(
-            "--spp_scales",
-            type=positive_int,
-            nargs="+",
-            default=[1, 2, 4],
-            help="grids of local POD",
-        )
+        group.choice("--pod_prepro", ("pow", "abs", "relu", "none"), "pow", help="preprocessing of the maps")
+        group.flag("--no_pod_schedule", help="do not multiply the weight by sqrt(seen classes / new classes)")
+        group.choice("--pod_apply", ("all", "backbone", "deeplab"), "all", help="maps to compare")
+        group.flag("--pod_logits", help="compare the small logits too")
+        group.flag("--pod_large_logits", help="compare the logits of full size too")
+        group.value("--spp_scales", positive_int, [1, 2, 4], nargs="+", help="grid sizes of local POD")
 
     @classmethod
     def from_options(cls, opts: Any) -> PooledOutputDistillation | None:
-        """On with ``--pod``."""
+        """Enabled with ``--pod``."""
         if opts.pod is None:
             return None
         try:
@@ -122,7 +98,7 @@ class PooledOutputDistillation(Method):
 
     @classmethod
     def implied_options(cls, opts: Any) -> dict[str, Any]:
-        """Typed rather than by a preset, it brings the void and unseen labels of PLOP's program."""
+        """Void and unseen labels of PLOP's program, if typed rather than set by a preset."""
         return FAMILY_PLOP if "pod" in opts.typed else {}
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Methods in a Python file of one's own: ``--method_file FILE.py`` (docs/methods.md has an example)."""
+"""Methods in a user's Python file: ``--method_file FILE.py`` (docs/methods.md has an example)."""
 
 from __future__ import annotations
 
@@ -19,52 +19,49 @@ from utils.errors import UserError
 def read_method_file(
     path: Path, taken: AbstractSet[str]
 ) -> tuple[list[type[Method]], dict[str, dict[str, Any]]]:
-    """Run a Python file, make its kinds of classifiers known and return the methods that it defines.
+    """Run a user's Python file, register its classifiers and return its methods and presets.
 
-    Only a file that the user names on the command line may be given: whatever stands in it is run.
+    The file is executed: pass only a path that the user gave on the command line.
 
     Args:
         path: the file.
-        taken: names of methods that cannot be used again.
+        taken: names of existing methods.
 
     Returns:
-        Its subclasses of ``Method`` in the order of the file, and its ``PRESETS``: options by the name for
-        ``--method``.
+        Its subclasses of ``Method`` in file order, and its ``PRESETS``: options by ``--method`` name.
 
     Raises:
-        UserError: the file is missing or fails, defines no method, or a method or presets that do not fit.
+        UserError: the file is missing or fails, defines no method, or has an invalid method or preset.
     """
     module = _run(path)
-    own = [
+    classes = [
         value
         for value in vars(module).values()
         if isinstance(value, type) and value.__module__ == module.__name__
     ]
-    for classifier in own:
+    for classifier in classes:
         if issubclass(classifier, Classifier) and "name" in vars(classifier):
             try:
                 add_classifier(classifier)
             except UserError as error:
                 raise UserError(f"--method_file {path}: {error}") from error
-    kinds = [value for value in own if issubclass(value, Method)]
-    # What others of the file extend and what cannot be built by itself is a base class.
+    methods = [value for value in classes if issubclass(value, Method)]
+    # A class without from_options that another one of the file extends is a base class.
     kinds = [
         kind
-        for kind in kinds
-        if "from_options" in vars(kind) or not any(k is not kind and issubclass(k, kind) for k in kinds)
+        for kind in methods
+        if "from_options" in vars(kind) or not any(k is not kind and issubclass(k, kind) for k in methods)
     ]
     if not kinds:
         raise UserError(f"--method_file {path}: defines no subclass of methods.Method")
     for kind in kinds:
         if kind.__name__ in taken:
-            raise UserError(
-                f"--method_file {path}: there is a method {kind.__name__} already; rename the class"
-            )
+            raise UserError(f"--method_file {path}: method {kind.__name__} already exists; rename the class")
         check_class(kind)
     presets = getattr(module, "PRESETS", {})
     if not isinstance(presets, dict) or not all(isinstance(options, dict) for options in presets.values()):
         raise UserError(
-            f"--method_file {path}: PRESETS must be options by name, e.g. {{'MINE': {{'unce': True}}}}"
+            f"--method_file {path}: PRESETS must map names to options, e.g. {{'MINE': {{'unce': True}}}}"
         )
     return kinds, presets
 
@@ -72,9 +69,9 @@ def read_method_file(
 def _run(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"own_method_{path.stem}", path)
     if not path.is_file() or spec is None or spec.loader is None:
-        raise UserError(f"--method_file {path}: is no Python file (.py)")
+        raise UserError(f"--method_file {path}: is not a Python file (.py)")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses and pickled objects of the file look for it
+    sys.modules[spec.name] = module  # for the file's dataclasses and pickled objects
     try:
         spec.loader.exec_module(module)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""``--method`` names as small sets of options (docs/methods.md). What the user typed wins over them."""
+"""``--method`` names as sets of options (docs/methods.md); typed options override them."""
 
 from __future__ import annotations
 
@@ -63,18 +63,16 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 METHODS = list(_PRESETS)
 
-# What a release does beside its preset, and the papers do not name.
+# Options that the released programs set and the papers do not mention.
 _WHEN_RELEASED: dict[str, dict[str, Any]] = {
     "SATS": {"keep": "best"},
     "SSUL": {"keep": "best", "unseen_label": "ignore"},
 }
-
-
 _NO_EFFECT_WHEN_RELEASED = {"CIL": "loss_CIL is compared with 1 instead of being set to it"}
 
 
 def preset_note(method: str, fidelity: str) -> str | None:
-    """What the log should say about a preset that the released code never applies (docs/fidelity.md)."""
+    """Message for the log about a preset that the released code does not apply (docs/fidelity.md)."""
     if fidelity != "released" or method not in _NO_EFFECT_WHEN_RELEASED:
         return None
     return (
@@ -84,16 +82,16 @@ def preset_note(method: str, fidelity: str) -> str | None:
 
 
 def add_preset(name: str, options: Mapping[str, Any], *, source: Path) -> None:
-    """Make a name known to ``--method``.
+    """Register a name for ``--method``.
 
     Args:
         name: the name, in any case.
-        options: what it stands for, by the options' names without dashes; ``extends`` names a preset that it
-            starts from, with what that one sets for the data set, the task and the fidelity.
-        source: file that it comes from, for the message.
+        options: values by the options' names without dashes; ``extends`` names a preset whose options are
+            the defaults, those for the data set, the task and the fidelity included.
+        source: its file, for the message.
 
     Raises:
-        UserError: there is such a name already, or no preset that it extends.
+        UserError: the name exists, or there is no preset that it extends.
     """
     base = options.get("extends")
     by_lower = {known.lower(): known for known in METHODS}
@@ -109,15 +107,15 @@ def add_preset(name: str, options: Mapping[str, Any], *, source: Path) -> None:
 
 
 def preset(method: str, *, dataset: str, task: str, fidelity: str = "paper") -> dict[str, Any]:
-    """Options that ``--method`` stands for.
+    """Options that ``--method`` sets.
 
     Args:
         method: one of ``METHODS``.
-        dataset: "ade" has weights and an exemplar memory of its own.
-        task: canonical task name; MiB distils ten times stronger when classes come one by one on VOC
-            (15-1; docs/fidelity.md).
-        fidelity: "paper" or "released"; see ``preset_note``. Released adds what the programs of SATS and
-            SSUL do by themselves.
+        dataset: "ade" has its own weights and exemplar memory.
+        task: canonical task name; MiB's distillation weight is ten times larger on VOC 15-1
+            (docs/fidelity.md).
+        fidelity: "paper" or "released"; see ``preset_note``. "released" adds options that the programs of
+            SATS and SSUL set.
     """
     if preset_note(method, fidelity) is not None:
         return {}

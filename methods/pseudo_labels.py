@@ -1,4 +1,4 @@
-"""Pseudo-labels: the old network labels what this step's masks call background (PLOP, SATS)."""
+"""Pseudo-labels: the teacher labels the background pixels of this step's masks (PLOP, SATS)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from utils.loss import (
     probability_pseudo_labels,
     pseudo_label_histogram,
 )
+from utils.option_roles import OptionGroup
 from utils.option_types import Number, share, whole
 
 ENTROPY_BINS = 100
@@ -40,14 +41,14 @@ def _kind(word: str) -> str:
 
 
 class PseudoLabels(Method):
-    """Old and background pixels get the teacher's label where it is sure, else void (PLOP, section 3.3)."""
+    """Old and background pixels get the teacher's label if it is certain, else void (PLOP, section 3.3)."""
 
     needs_teacher = True
 
     def __init__(self, opts: Any) -> None:
         self.kind: str = opts.pseudo
         self.threshold: float = opts.threshold
-        # PLOP's and SATS's released trainers add the step's share after the threshold was used: no effect.
+        # PLOP's and SATS's released trainers add it after the threshold was used: no effect.
         self.step_threshold: float = (opts.fidelity == "paper" and opts.step_threshold) or 0.0
         self.bins: int | None = opts.pseudo_nb_bins
         self.adaptive: bool = opts.classif_adaptive_factor
@@ -58,65 +59,52 @@ class PseudoLabels(Method):
         self.infinite: float | None = opts.pseudo_infinite
 
     @classmethod
-    def add_options(cls, parser: argparse._ActionsContainer) -> None:
-        """``--pseudo`` and what belongs to it."""
-        parser.add_argument(
-            "--pseudo",
-            type=_kind,
-            default=None,
-            help="entropy (PLOP, SATS), median, naive, confidence, or threshold_P",
+    def add_options(cls, group: OptionGroup) -> None:
+        """``--pseudo``, ``--pseudo_*``, ``--threshold``, ``--step_threshold``, ``--classif_*``."""
+        group.value(
+            "--pseudo", _kind, None, help="entropy (PLOP, SATS), median, naive, confidence, or threshold_P"
         )
-        parser.add_argument(
+        group.value(
             "--threshold",
-            type=share,
-            default=0.9,
-            help="entropy: floor of the median; median: its ceiling; SSUL: sigmoid to reach",
+            share,
+            0.9,
+            help="entropy: minimum of the median; median: its maximum; SSUL: minimum of the sigmoid",
         )
-        parser.add_argument(
-            "--step_threshold",
-            type=Number(float, -1, 1),
-            default=None,
-            help="added to the threshold, once per step",
+        group.value(
+            "--step_threshold", Number(float, -1, 1), None, help="added to the threshold at every step"
         )
-        parser.add_argument(
-            "--pseudo_nb_bins",
-            type=whole(1, 10_000),
-            default=None,
-            help="bins of the histogram behind the median",
+        group.value(
+            "--pseudo_nb_bins", whole(1, 10_000), None, help="number of bins of the histogram for the median"
         )
-        parser.add_argument(
+        group.flag(
             "--classif_adaptive_factor",
-            action="store_true",
-            help="scale each image's classification loss by the share of accepted pixels",
+            help="scale each image's classification loss by the fraction of accepted pixels",
         )
-        parser.add_argument(
-            "--classif_adaptive_min_factor", type=share, default=0.0, help="smallest such factor"
-        )
-        parser.add_argument(
+        group.value("--classif_adaptive_min_factor", share, 0.0, help="minimum of that factor")
+        group.flag(
             "--pseudo_unweighted",
-            action="store_true",
-            help="pseudo-labels alone: no factor or confidence scales the loss (SATS's released code)",
+            help="do not scale the loss by the factor or the confidence (SATS's released code)",
         )
-        parser.add_argument(
+        group.value(
             "--pseudo_infinite",
-            type=Number(float, 0, 1e9),
-            default=None,
+            Number(float, 0, 1e9),
+            None,
             metavar="T",
-            help="threshold where a class's median is infinite (SATS's released code: 0.005)",
+            help="threshold of a class whose median is infinite (SATS's released code: 0.005)",
         )
 
     @classmethod
     def from_options(cls, opts: Any) -> PseudoLabels | None:
-        """On with ``--pseudo``."""
+        """Enabled with ``--pseudo``."""
         return cls(opts) if opts.pseudo is not None else None
 
     @classmethod
     def implied_options(cls, opts: Any) -> dict[str, Any]:
-        """Typed rather than by a preset, they bring the void and unseen labels of PLOP's program."""
+        """Void and unseen labels of PLOP's program, if typed rather than set by a preset."""
         return FAMILY_PLOP if "pseudo" in opts.typed else {}
 
     def begin_step(self, context: Context) -> None:
-        """Find each class's median certainty over the step's images, with the teacher."""
+        """Compute each class's median entropy or probability of the teacher over the step's images."""
         self.classes = context.classes_old + context.classes_new
         if self.kind not in ("entropy", "median"):
             return
@@ -157,7 +145,7 @@ class PseudoLabels(Method):
         return {"thresholds": thresholds, "histogram": histogram}
 
     def relabel(self, batch: Batch) -> None:
-        """Replace the targets; the adaptive factor and the confidence weigh the classification loss."""
+        """Replace the targets; set the weights of the classification loss."""
         assert batch.outputs_old is not None
         outputs, labels, old = batch.outputs_old, batch.targets, batch.classes_old
         if self.kind == "entropy":

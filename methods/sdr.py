@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import torch
@@ -11,17 +10,19 @@ from torch import Tensor
 from methods.base import Batch, Context, Method
 from utils.errors import UserError
 from utils.loss import (
+    NORMALIZATIONS,
     SNNL,
     DistillationEncoderPrototypesLoss,
     FeaturesClusteringSeparationLoss,
     FeaturesSparsificationLoss,
     Prototypes,
 )
+from utils.option_roles import OptionGroup
 from utils.option_types import loss_weight
 
 
 class PrototypeLearning(Method):
-    """Class prototypes over all batches; features are drawn to them and apart (SDR)."""
+    """Class prototypes over all batches; attraction, repulsion and matching of features (SDR)."""
 
     needs = frozenset({"body"})
 
@@ -30,7 +31,7 @@ class PrototypeLearning(Method):
         self.repulsion = opts.lfc_sep_clust
         self.matching = opts.loss_de_prototypes
         self.released = opts.fidelity == "released"
-        # The released code does not add up over processes.
+        # The released code does not reduce over processes.
         self.differs_between_processes = self.released
         self.contrast_loss = FeaturesClusteringSeparationLoss(
             lfc_L2normalized=opts.lfc_L2normalized,
@@ -48,7 +49,7 @@ class PrototypeLearning(Method):
         self.state: dict[str, Any] | None = None
 
     @classmethod
-    def add_options(cls, parser: argparse._ActionsContainer) -> None:
+    def add_options(cls, group: OptionGroup) -> None:
         """``--loss_de_prototypes``, ``--loss_fc``, ``--lfc_*``."""
         weights = {
             "--loss_de_prototypes": "weight of prototype matching",
@@ -56,37 +57,37 @@ class PrototypeLearning(Method):
             "--lfc_sep_clust": "weight of the repulsion of classes",
         }
         for name, text in weights.items():
-            parser.add_argument(name, type=loss_weight, default=0.0, metavar="W", help=text)
+            group.value(name, loss_weight, 0.0, metavar="W", help=text)
         flags = {
             "--loss_de_prototypes_sumafter": "matching: mean over classes",
             "--lfc_L2normalized": "normalise features and prototypes",
-            "--lfc_nobgr": "leave the background out of attraction and repulsion",
+            "--lfc_nobgr": "no background in attraction and repulsion",
             "--lfc_orth_sep": "repulsion by orthogonality",
             "--lfc_orth_maxonly": "with --lfc_orth_sep: only the closest pair",
             "--lfc_sep_clust_ison_proto": "repulsion from prototypes instead of class means",
         }
         for flag, text in flags.items():
-            parser.add_argument(flag, action="store_true", help=text)
+            group.flag(flag, help=text)
 
     @classmethod
     def from_options(cls, opts: Any) -> PrototypeLearning | None:
-        """On where one of its three weights is above 0.
+        """Enabled if one of its three weights is above 0.
 
         Raises:
-            UserError: ``--lfc_orth_maxonly`` without the repulsion that it narrows.
+            UserError: ``--lfc_orth_maxonly`` without ``--lfc_orth_sep``.
         """
         if opts.lfc_orth_maxonly and not opts.lfc_orth_sep:
-            raise UserError("--lfc_orth_maxonly narrows --lfc_orth_sep; give both, or drop it")
+            raise UserError("--lfc_orth_maxonly needs --lfc_orth_sep; give both, or drop it")
         on = opts.loss_de_prototypes > 0 or opts.loss_fc > 0 or opts.lfc_sep_clust > 0
         return cls(opts) if on else None
 
     @property
     def uses_teacher(self) -> bool:
-        """Matching reads the teacher's arg-max."""
+        """Matching uses the teacher's argmax."""
         return self.matching > 0
 
     def begin_step(self, context: Context) -> None:
-        """Grow the prototypes; what the background is depends on the protocol."""
+        """Load the previous prototypes; whether the background has one depends on the protocol."""
         self.classes = context.classes_old + context.classes_new
         self.device = context.device
         self.prototypes = None
@@ -94,7 +95,7 @@ class PrototypeLearning(Method):
         self.sequential = context.protocol == "sequential"
         # The released loss returns nothing at step 0.
         self.contrast = context.step > 0 or not self.released
-        # Without old labels the background holds classes of other steps: its mean would mean nothing.
+        # Without old labels the background contains classes of other steps.
         self.skip_background = context.protocol == "overlapped" or (
             context.protocol == "disjoint" and context.step > 0
         )
@@ -109,10 +110,10 @@ class PrototypeLearning(Method):
         return table.to(device)
 
     def observe(self, batch: Batch) -> None:
-        """Running mean over every feature vector seen so far."""
+        """Update the running means of the features."""
         features = batch.features["body"].detach()
         if self.prototypes is None:
-            # Made at the first batch: it tells how many channels the body has, whatever the network.
+            # Built at the first batch, which has the number of channels.
             self.prototypes = self._table(features.shape[1], features.device)
         self.prototypes.update(
             features,
@@ -122,7 +123,7 @@ class PrototypeLearning(Method):
         )
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Attraction, repulsion and, from step 1 on, matching."""
+        """Weighted attraction, repulsion and, from step 1 on, matching."""
         assert self.prototypes is not None
         features, labels = batch.features["body"], batch.targets
         prototypes = self.prototypes.prototypes
@@ -139,7 +140,7 @@ class PrototypeLearning(Method):
             terms["matching"] = self.matching * self.matching_loss(
                 features=features,
                 labels=labels,
-                # Sequential labels name the old classes themselves.
+                # Sequential labels contain the old classes.
                 outputs_old=None if self.sequential else batch.outputs_old,
                 prototypes=prototypes,
                 classes_old=batch.classes_old,
@@ -151,11 +152,11 @@ class PrototypeLearning(Method):
         return {} if self.prototypes is None else self.prototypes.state_dict()
 
     def from_previous_step(self, state: dict[str, Any]) -> None:
-        """Kept until ``begin_step`` knows the number of classes."""
+        """Kept for ``begin_step``."""
         self.state = state or None
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The tables of an interrupted run, or of the step before with fewer classes."""
+        """Prototypes of an interrupted run, or of the previous step with fewer classes."""
         if state:
             self.prototypes = self._table(state["prototypes"].shape[1], self.device)
             self.prototypes.load_state_dict(state)
@@ -171,37 +172,33 @@ class FeatureSparsity(Method):
         self.criterion = criterion
 
     @classmethod
-    def add_options(cls, parser: argparse._ActionsContainer) -> None:
+    def add_options(cls, group: OptionGroup) -> None:
         """``--loss_featspars``, ``--lfs_*``."""
-        parser.add_argument(
-            "--loss_featspars",
-            type=loss_weight,
-            default=0.0,
-            metavar="W",
-            help="weight of the sparsity of features",
+        group.value(
+            "--loss_featspars", loss_weight, 0.0, metavar="W", help="weight of the sparsity of features"
         )
-        parser.add_argument(
+        group.choice(
             "--lfs_normalization",
-            default="max_foreachfeature",
-            choices=("L1", "L2", "max_foreachfeature", "max_maskedforclass", "max_overall", "softmax"),
-            help="sparsity: what features are divided by first",
+            NORMALIZATIONS,
+            "max_foreachfeature",
+            help="sparsity: normalisation of the features",
         )
-        parser.add_argument(
+        group.choice(
             "--lfs_shrinkingfn",
-            default="squared",
-            choices=("squared", "power3", "exponential"),
-            help="sparsity: what is summed above the fraction bar",
+            ("squared", "power3", "exponential"),
+            "squared",
+            help="sparsity: function summed in the numerator",
         )
-        parser.add_argument(
+        group.choice(
             "--lfs_loss_fn_touse",
-            default="ratio",
-            choices=("ratio", "max_minus_ratio", "lasso", "entropy"),
-            help="sparsity: the measure; max_minus_ratio is 0, as released",
+            ("ratio", "max_minus_ratio", "lasso", "entropy"),
+            "ratio",
+            help="sparsity: measure; max_minus_ratio is 0, as released",
         )
 
     @classmethod
     def from_options(cls, opts: Any) -> FeatureSparsity | None:
-        """On where ``--loss_featspars`` is above 0."""
+        """Enabled if ``--loss_featspars`` is above 0."""
         if opts.loss_featspars <= 0:
             return None
         criterion = FeaturesSparsificationLoss(
@@ -213,7 +210,7 @@ class FeatureSparsity(Method):
         return cls(opts.loss_featspars, criterion)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """The weighted sparsity of the body's features."""
+        """The weighted sparsity of the backbone's features."""
         loss = self.criterion(features=batch.features["body"], labels=batch.targets)
         return {"sparsity": self.weight * loss}
 
@@ -228,15 +225,13 @@ class SoftNearestNeighbours(Method):
         self.criterion = SNNL(fidelity=fidelity)
 
     @classmethod
-    def add_options(cls, parser: argparse._ActionsContainer) -> None:
+    def add_options(cls, group: OptionGroup) -> None:
         """``--loss_SNNL``."""
-        parser.add_argument(
-            "--loss_SNNL", type=loss_weight, default=0.0, metavar="W", help="weight of the loss"
-        )
+        group.value("--loss_SNNL", loss_weight, 0.0, metavar="W", help="weight of the loss")
 
     @classmethod
     def from_options(cls, opts: Any) -> SoftNearestNeighbours | None:
-        """On where ``--loss_SNNL`` is above 0."""
+        """Enabled if ``--loss_SNNL`` is above 0."""
         return cls(opts.loss_SNNL, fidelity=opts.fidelity) if opts.loss_SNNL > 0 else None
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:

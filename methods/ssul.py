@@ -1,8 +1,7 @@
-"""SSUL: an unknown class beside the background, a frozen network that only gains heads (Cha et al. 2021)."""
+"""SSUL: an unknown class beside the background, and a frozen network with new heads (Cha et al. 2021)."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -15,10 +14,11 @@ from modules.classifiers import Classifier, add_classifier
 from modules.norm import norm_layers
 from segmentation_module import IncrementalSegmentationModule, freeze
 from utils.loss import VOID, BCEWithLogitsLossWithIgnoreIndex, sigmoid_pseudo_labels
+from utils.option_roles import OptionGroup
 
-BODY_LR_FACTOR = 0.1  # step 0: SSUL trains the body at 1e-3 and the heads at 1e-2
-BACKGROUND_LR_FACTOR = 1e-4  # later steps: the background's head hardly moves
-RELEASED_BODY_MOMENTUM = 0.01  # of the running statistics in the body's norm layers
+BACKBONE_LR_FACTOR = 0.1  # step 0: 1e-3 for the backbone, 1e-2 for the heads
+BACKGROUND_LR_FACTOR = 1e-4  # later steps, of the background's head
+RELEASED_BACKBONE_MOMENTUM = 0.01  # of the running statistics in the backbone's norm layers
 log = logging.getLogger(__name__)
 
 
@@ -36,7 +36,7 @@ class ConvolutionalPart(nn.Sequential):
 
 @add_classifier
 class UnknownClassifier(Classifier):
-    """Convolutional parts, the background in one of its own, and an "unknown" class, the last channel."""
+    """Convolutional parts, one for the background, and an "unknown" class as the last channel."""
 
     name = "unknown"
     former_names: ClassVar[Mapping[str, str]] = {"unknown.": "cls.unknown."}
@@ -55,14 +55,14 @@ class UnknownClassifier(Classifier):
         return ConvolutionalPart(channels, width)
 
     def initialise(self, head: str) -> None:
-        """He's initialisation behind the head of SSUL's program, of which the classifiers are part there."""
+        """He initialisation with the ``aspp`` head, of which the classifiers are part in SSUL's program."""
         for module in self.modules() if head == "aspp" else ():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
 
     @torch.no_grad()
     def start(self, balanced: bool) -> None:
-        """The newest part starts from the unknown class's (SSUL, section 3.2)."""
+        """Copy the unknown class's weights into the newest part (SSUL, section 3.2)."""
         new, unknown = (part.state_dict().values() for part in (self.parts[self.newest], self.unknown))
         for to, value in zip(new, unknown, strict=True):
             to.copy_(value.expand_as(to))
@@ -72,7 +72,7 @@ class UnknownClassifier(Classifier):
         return torch.cat([super().forward(features), self.unknown(features)], dim=1)
 
     def scores(self, logits: Tensor) -> Tensor:
-        """Sigmoids B×C×H×W, the unknown class's added to the background's: it counts as background."""
+        """Sigmoids B×C×H×W; the unknown class's is added to the background's."""
         scores = logits.float().sigmoid()
         scores[:, 0] += scores[:, -1]
         return scores[:, :-1]
@@ -81,9 +81,8 @@ class UnknownClassifier(Classifier):
 class UnknownClass(Method):
     """Binary cross entropy with an "unknown" class; later steps train new heads only (SSUL).
 
-    Background pixels that are salient are "unknown" (all of them where the data set has no saliency
-    maps, as SSUL does on ADE20K). Where the label is background or unknown and the teacher's sigmoid
-    reaches ``threshold`` for an old class, that class is the label.
+    Salient background pixels are "unknown" (all background pixels without saliency maps, as SSUL on ADE20K).
+    Background and unknown pixels get the teacher's old class if its sigmoid is at least ``threshold``.
     """
 
     replaces_classification = True
@@ -93,29 +92,24 @@ class UnknownClass(Method):
         self.threshold = threshold
         self.released = fidelity == "released"
         self.extras = frozenset({"saliency", "exemplar"} if self.released else {"saliency"})
-        self.criterion = BCEWithLogitsLossWithIgnoreIndex(reduction="mean", ignore_index=255)
+        self.criterion = BCEWithLogitsLossWithIgnoreIndex()
         self.step = 0
 
     @classmethod
-    def add_options(cls, parser: argparse._ActionsContainer) -> None:
+    def add_options(cls, group: OptionGroup) -> None:
         """``--unknown``."""
-        parser.add_argument(
-            "--unknown",
-            action="store_true",
-            role="network",
-            help="unknown class, heads of their own, frozen network (SSUL)",
-        )
+        group.flag("--unknown", role="network", help="unknown class, a head per step, frozen network (SSUL)")
 
     @classmethod
     def from_options(cls, opts: Any) -> UnknownClass | None:
-        """On with ``--unknown``; ``--threshold`` is the sigmoid that a pseudo-label must reach."""
+        """Enabled with ``--unknown``; ``--threshold`` is the smallest sigmoid of a pseudo-label."""
         return cls(opts.threshold, fidelity=opts.fidelity) if opts.unknown else None
 
     @classmethod
     def implied_options(cls, opts: Any) -> dict[str, Any]:
         """Released: head, augmentation, schedule, use of exemplars and evaluation of its program.
 
-        Its schedule with warm-up, the published one on ADE20K, has no smallest rate.
+        The schedule with warm-up, published for ADE20K, has no minimum learning rate.
         """
         if not opts.unknown or opts.fidelity != "released":
             return {}
@@ -132,16 +126,15 @@ class UnknownClass(Method):
 
     @property
     def uses_teacher(self) -> bool:
-        """Pseudo-labels come from the teacher, where there is one."""
+        """From step 1 on, for the pseudo-labels."""
         return True
 
     def begin_step(self, context: Context) -> None:
-        """Later steps: only the new head, unknown's and background's learn.
+        """Later steps: freeze all but the new, the unknown and the background head.
 
-        Released: norm layers of the heads that train are frozen too (the published runs' ``--bn_freeze``);
-        else frozen parts stay in training mode, so that the head's dropout goes on; at step 0 the body's
-        running statistics move by 1 %. A network of another kind has no heads to freeze: that is left to
-        who made it.
+        Released: norm layers of the trained heads are frozen too (the published runs' ``--bn_freeze``),
+        frozen parts stay in training mode, which keeps the head's dropout, and at step 0 the momentum of the
+        backbone's running statistics is 0.01. A network of another class is not changed.
         """
         self.step = context.step
         model = context.model
@@ -149,7 +142,7 @@ class UnknownClass(Method):
             return
         if context.step == 0:
             for layer in norm_layers(model.network.body) if self.released else ():
-                layer.momentum = RELEASED_BODY_MOMENTUM  # type: ignore[assignment]
+                layer.momentum = RELEASED_BACKBONE_MOMENTUM  # type: ignore[assignment]
             return
         if self.released:
             model.fix_bn()
@@ -160,17 +153,16 @@ class UnknownClass(Method):
                 freeze(part)
 
     def lr_factor(self, parameter: str) -> float:
-        """The body learns slower at step 0, the background's head hardly at all later."""
+        """Lower rates for the backbone at step 0 and for the background's head at later steps."""
         if self.step == 0:
-            return BODY_LR_FACTOR if parameter.startswith("network.body.") else 1.0
+            return BACKBONE_LR_FACTOR if parameter.startswith("network.body.") else 1.0
         return BACKGROUND_LR_FACTOR if parameter.startswith("cls.0.") else 1.0
 
     def relabel(self, batch: Batch) -> None:
-        """Confident old classes take the background's place; what is left and salient becomes unknown.
+        """Replace background by pseudo-labels; remaining salient background becomes unknown.
 
-        Released: an exemplar's labels are not shifted to make room for "unknown", which is class 0 there and
-        the background 1. So its background is unknown, its class 1 the background, any other class the one
-        before.
+        Released: "unknown" is class 0 and the background 1, but an exemplar's labels are not shifted. So its
+        background is unknown, its class 1 the background, and any other class c is class c − 1.
         """
         targets = batch.targets
         hidden = targets == 0
@@ -181,10 +173,10 @@ class UnknownClass(Method):
             hidden |= exemplar & (targets == 0)
             targets = targets - (exemplar & (targets > 0) & (targets != VOID)).long()
         if batch.outputs_old is not None:
-            # The teacher's last channel is its unknown class, which is not handed on.
+            # The teacher's last channel is its unknown class, which is no pseudo-label.
             targets = sigmoid_pseudo_labels(batch.outputs_old, targets, self.threshold, end=batch.classes_old)
         batch.targets = torch.where(hidden & (targets == 0), batch.classes_old + batch.classes_new, targets)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Binary cross entropy over classes and "unknown", void left out."""
+        """Binary cross entropy over classes and "unknown" on non-void pixels."""
         return {"bce": self.criterion(batch.outputs, batch.targets)}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from modules.deeplab import DILATIONS, HEADS, ASPPHead, DeepLabHead, DeepLabV3
-from modules.mobilenet import MobileNetV2Body
+from modules.mobilenet import MobileNetV2Backbone
 from modules.network import Network
 from modules.norm import NormAct
 from modules.pretrained import LoadReport, load_pretrained
-from modules.resnet import LAYERS, ResNetBody
+from modules.resnet import LAYERS, ResNetBackbone
 from modules.segformer import CONFIGS, SegFormer
 from modules.spec import NetworkSpec
 from utils.errors import UserError
@@ -27,7 +27,7 @@ __all__ = [
 
 
 def build_network(spec: NetworkSpec) -> Network:
-    """Make a network with random weights.
+    """Build a network with random weights.
 
     Raises:
         UserError: a value that is not among the choices, or inplace-abn is needed and not installed.
@@ -42,18 +42,18 @@ def build_network(spec: NetworkSpec) -> Network:
     if spec.pooling < 0:
         raise UserError(f"--pooling {spec.pooling}: must be a number of features, or 0 for the whole map")
     norms = NormAct(spec.norm_act)
-    body: ResNetBody | MobileNetV2Body
+    backbone: ResNetBackbone | MobileNetV2Backbone
     if spec.backbone == "mobilenet_v2":
-        body = MobileNetV2Body(norms, spec.output_stride)
+        backbone = MobileNetV2Backbone(norms, spec.output_stride)
     else:
-        body = ResNetBody(spec.backbone, norms, spec.output_stride, released=spec.released_resnet)
+        backbone = ResNetBackbone(spec.backbone, norms, spec.output_stride, released=spec.released_resnet)
     if spec.checkpointing and norms.fused:
         raise UserError(
-            f"--grad_checkpointing does not go with --norm_act {spec.norm_act}, whose layers overwrite what "
-            "they would compute from: drop it, or take --norm_act abn"
+            f"--grad_checkpointing cannot be used with --norm_act {spec.norm_act}, whose layers overwrite "
+            "their inputs: drop it, or use --norm_act abn"
         )
-    body.checkpointing = spec.checkpointing
-    sizes = (body.out_channels, norms, spec.output_stride)
+    backbone.checkpointing = spec.checkpointing
+    sizes = (backbone.out_channels, norms, spec.output_stride)
     if spec.head == "aspp":
-        return DeepLabV3(body, ASPPHead(*sizes))
-    return DeepLabV3(body, DeepLabHead(*sizes, spec.pooling, released=spec.released_resnet))
+        return DeepLabV3(backbone, ASPPHead(*sizes))
+    return DeepLabV3(backbone, DeepLabHead(*sizes, spec.pooling, released=spec.released_resnet))

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: a stage's activations are dropped and computed again in the backward pass.
+"""Gradient checkpointing: a stage's activations are recomputed in the backward pass.
 
 Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016 (arXiv 1604.06174).
 """
@@ -18,13 +18,13 @@ T = TypeVar("T")
 
 
 def run_stage(function: Callable[..., T], stage: nn.Module, *inputs: Any, recompute: bool) -> T:
-    """``function(*inputs)``, without keeping what is between its inputs and its outputs if asked.
+    """``function(*inputs)``, with gradient checkpointing if ``recompute``.
 
     Values, gradients, running statistics and random numbers are those of a plain call.
 
     Args:
-        function: runs the stage; the same call must give the same values.
-        stage: the module that holds every norm layer which ``function`` runs.
+        function: runs the stage; deterministic.
+        stage: the module with all norm layers that ``function`` runs.
         inputs: of the function; kept until the backward pass.
         recompute: whether to checkpoint.
     """
@@ -39,10 +39,10 @@ def run_stage(function: Callable[..., T], stage: nn.Module, *inputs: Any, recomp
 
 @contextmanager
 def _frozen_statistics(stage: nn.Module) -> Iterator[None]:
-    """Norm layers update copies of their running statistics, which are then thrown away.
+    """Context in which norm layers update copies of their running statistics, which are discarded.
 
-    The forward pass has taken the batch into them already; a second time would count it twice. (Layers that
-    keep none would save other tensors for the backward pass than the first time.)
+    Recomputation would count the batch twice. (Layers without running statistics would save other tensors for
+    the backward pass than in the first forward pass.)
     """
     kept = [(layer, dict(layer.named_buffers(recurse=False))) for layer in norm_layers(stage)]
     for layer, buffers in kept:

@@ -1,7 +1,7 @@
-"""Kinds of classifiers, by name: what turns the head's features into logits, and logits into a decision.
+"""Kinds of classifiers, by name: head features → logits → decision.
 
-A network has one classifier, with a part per step. ``--classifier`` names its kind, which stands in the
-checkpoints, so that evaluation, prediction and the next step rebuild it without knowing the method.
+A network has one classifier, with a part per step. Its kind (``--classifier``) is saved in the checkpoints,
+so evaluation, prediction and the next step rebuild it without the method.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from utils.errors import UserError
 class Classifier(nn.Module):
     """Base of all kinds: a part per step, named ``0``, ``1``, ... (``cls.0.weight`` in the network's state).
 
-    A kind of one's own extends it or another kind, has a ``name`` and fills in what differs.
+    A custom kind extends it or another kind, has a ``name`` and overrides what differs.
 
     Args:
-        channels: of the features that it classifies.
-        classes: number of classes of each step up to the present one; the first counts the background.
-        later: number of classes of each step to come.
+        channels: of the features.
+        classes: number of classes of each step up to this one; the first includes the background.
+        later: number of classes of each later step.
 
     Attributes:
         name: for ``--classifier``.
-        former_names: beginnings of weights' names in checkpoints of earlier versions, with today's.
-        torchvision_resnet: its program takes torchvision's ResNet, so that ``--fidelity released`` does too.
+        former_names: key prefixes in checkpoints of earlier versions → today's prefixes.
+        torchvision_resnet: its released program uses torchvision's ResNet (for ``--fidelity released``).
     """
 
     name: ClassVar[str]
@@ -58,35 +58,35 @@ class Classifier(nn.Module):
 
     @property
     def newest(self) -> int:
-        """Number of the part that the present step adds: the only one that the step before may lack."""
+        """Number of the part that this step adds."""
         return len(self.parts) - 1
 
     def part_of(self, weight: str) -> int | None:
-        """Number of the part that a weight belongs to, by its name in this module; None: to no step's."""
+        """Number of the part of a weight, named as in this module; None: of no part."""
         number = weight.split(".")[0]
         return int(number) if number.isdigit() else None
 
     def initialise(self, head: str) -> None:
-        """Draw the random weights otherwise than torch, where the kind does so behind a ``--head``."""
+        """Initialise the random weights, if not as torch does, for a ``--head``."""
 
     def start(self, balanced: bool) -> None:
-        """Start the newest part, once the older weights are those of the step before.
+        """Initialise the newest part, after the older weights were loaded from the previous step.
 
         Args:
-            balanced: from the background's (``--init_balanced``).
+            balanced: from the background's weights (``--init_balanced``).
 
         Raises:
-            UserError: this kind has no such start.
+            UserError: not supported by this kind.
         """
         if balanced:
-            raise UserError(f"--classifier {self.name} has no balanced start; drop --init_balanced")
+            raise UserError(f"--classifier {self.name} does not support --init_balanced; drop it")
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits B×C×h×w of features B×channels×h×w; at least a channel per class seen so far."""
+        """Features B×channels×h×w → logits B×C×h×w, with at least one channel per seen class."""
         return torch.cat([part(features) for part in self.parts], dim=1)
 
     def scores(self, logits: Tensor) -> Tensor:
-        """The rule of decision: scores B×classes×H×W whose arg-max is the prediction; here the logits."""
+        """Decision rule: scores B×classes×H×W whose argmax is the prediction; by default the logits."""
         return logits
 
 
@@ -96,7 +96,7 @@ class LinearClassifier(Classifier):
     name = "linear"
 
     def forward(self, features: Tensor) -> Tensor:
-        """One convolution with the joined weights: one pass for any number of steps."""
+        """One convolution with the concatenated weights."""
         parts = [cast(nn.Conv2d, part) for part in self.parts]
         weight = torch.cat([part.weight for part in parts])
         bias = torch.cat([cast(Tensor, part.bias) for part in parts])
@@ -105,8 +105,8 @@ class LinearClassifier(Classifier):
     def start(self, balanced: bool) -> None:
         """Random, or balanced (MiB, eqs. 9 and 10).
 
-        Balanced, new weights are the background's; the background's mass is shared with the new classes
-        through the biases: b_bkg − log(N_new + 1), for the new classes and for the background.
+        Balanced: new weights are the background's. Biases of background and new classes are
+        b_bkg − log(N_new + 1), which splits the background's probability among them.
         """
         if not balanced:
             return
@@ -123,16 +123,16 @@ _KINDS: dict[str, type[Classifier]] = {}
 
 
 def add_classifier(kind: type[Classifier]) -> type[Classifier]:
-    """Make a kind known to ``--classifier``; usable as a decorator.
+    """Register a kind for ``--classifier``; usable as a decorator.
 
     Raises:
-        UserError: it has no name, or another kind has it.
+        UserError: it has no name, or another kind has the same.
     """
     name = vars(kind).get("name")
     if not isinstance(name, str) or not name:
         raise UserError(f"{kind.__name__}.name: give the classifier a name (text) for --classifier")
     if _KINDS.get(name, kind) is not kind:
-        raise UserError(f"{kind.__name__}.name: there is a --classifier {name} already; choose another name")
+        raise UserError(f"{kind.__name__}.name: --classifier {name} already exists; choose another name")
     _KINDS[name] = kind
     return kind
 
@@ -143,15 +143,14 @@ def classifier_names() -> list[str]:
 
 
 def classifier_kind(name: str) -> type[Classifier]:
-    """The kind of a name.
+    """The kind with this name.
 
     Raises:
         UserError: there is none.
     """
     if name not in _KINDS:
         raise UserError(
-            f"--classifier {name}: unknown, choose one of {', '.join(_KINDS)}; a kind of your own comes "
-            "with --method_file"
+            f"--classifier {name}: unknown, choose one of {', '.join(_KINDS)}; others come with --method_file"
         )
     return _KINDS[name]
 

@@ -1,4 +1,4 @@
-"""DeepLabV3: a dilated body and the atrous pyramid head that MiB, SDR and PLOP share, or SSUL's.
+"""DeepLabV3: a dilated backbone and the ASPP head of MiB, SDR and PLOP, or of SSUL.
 
 Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation", 2017 (arXiv 1706.05587).
 """
@@ -21,10 +21,10 @@ ASPP_DROPOUT = 0.1
 
 
 class AtrousConv2d(nn.Conv2d):
-    """3×3 atrous convolution, padded by its dilation, without the taps that meet nothing but padding.
+    """3×3 atrous convolution, padded by its dilation, without taps that only see padding.
 
-    On maps no larger than the dilation (small crops) the outer taps multiply zeros alone: leaving them out
-    gives the same sums, and zero gradients for them, from as little as a ninth of the work.
+    On maps no larger than the dilation (small crops) the outer taps only multiply zeros: without them values
+    and gradients are the same, for as little as a ninth of the work.
     """
 
     def forward(self, features: Tensor) -> Tensor:
@@ -39,20 +39,20 @@ class AtrousConv2d(nn.Conv2d):
 
 
 class DeepLabHead(nn.Module):
-    """Atrous spatial pyramid pooling with one norm over all branches and an added global-pool branch.
+    """Atrous spatial pyramid pooling with one norm over all branches and an added global pooling branch.
 
     Global average pooling in training. In evaluation an average over a window of ``pooling``×``pooling``
-    features around each place (stride 1, its border repeated), so that a large picture is pooled over as
-    much as a training crop was; ``pooling`` 0 keeps the global average.
+    features around each position (stride 1, replicated border), so that large images are pooled over the
+    size of a training crop; with ``pooling`` 0 the global average.
 
     Parameters are named as in the released code of MiB and PLOP.
 
     Args:
-        in_channels: channels of the body's features.
+        in_channels: channels of the backbone's features.
         norm_act: norm layers and activations.
-        output_stride: of the body, 16 or 8; sets the dilations (6, 12, 18) or (12, 24, 32).
+        output_stride: of the backbone, 16 or 8; sets the dilations (6, 12, 18) or (12, 24, 32).
         pooling: window of the evaluation pooling, in features; 0 for all.
-        released: as in SDR's program: torch's own initialisation, and no activations behind the norms.
+        released: as in SDR's program: torch's initialisation, and no activations after the norms.
     """
 
     out_channels = HIDDEN_CHANNELS
@@ -85,21 +85,21 @@ class DeepLabHead(nn.Module):
                 nn.init.xavier_normal_(module.weight, norm_act.gain)
 
     def forward(self, features: Tensor) -> Tensor:
-        """B×D×h×w → B×256×h×w, activated (SDR's: not)."""
+        """B×D×h×w → B×256×h×w, activated (unless ``released``)."""
         maps = torch.cat([conv(features) for conv in self.map_convs], dim=1)
         maps = self.red_conv(self.activation(self.map_bn(maps)))
         pooled, padding = self._pool(features)
         pooled = self.activation(self.global_pooling_bn(self.global_pooling_conv(pooled)))
         pooled = self.pool_red_conv(pooled)
         if padding is not None:
-            # After the 1×1 layers rather than before: the same values from fewer positions.
+            # After the 1×1 layers instead of before: the same values from fewer positions.
             pooled = F.pad(pooled, padding, mode="replicate")
             if (lowered := self.pool_red_conv.weight.dtype) != torch.float32:
                 pooled = pooled.to(lowered)  # O3: autocast on the CPU pads in float32, which the norm refuses
         return self.activation(self.red_bn(maps + pooled))
 
     def _pool(self, features: Tensor) -> tuple[Tensor, list[int] | None]:
-        """Pooled features, and the padding (left, right, top, bottom) that gives them their size back."""
+        """Pooled features, and the padding (left, right, top, bottom) that restores their size."""
         if self.training or self.pooling == 0:
             return features.mean((2, 3), keepdim=True), None
         height, width = (min(self.pooling, size) for size in features.shape[2:])
@@ -110,15 +110,15 @@ class DeepLabHead(nn.Module):
 class ASPPHead(nn.Module):
     """Atrous spatial pyramid pooling as in the DeepLabV3 paper, in SSUL and in torchvision.
 
-    Five branches (1×1, three 3×3 atrous, global average pooling), each with a norm of its own, concatenated,
-    then 1×1, norm and dropout. The pooling is global in evaluation too.
+    Five branches (1×1, three 3×3 atrous, global average pooling), each with a norm, concatenated, then 1×1,
+    norm and dropout. The pooling is global in evaluation too.
 
     Parameters are named as in the released code of SSUL and in torchvision.
 
     Args:
-        in_channels: channels of the body's features.
+        in_channels: channels of the backbone's features.
         norm_act: norm layers and activations.
-        output_stride: of the body, 16 or 8; sets the dilations (6, 12, 18) or (12, 24, 36).
+        output_stride: of the backbone, 16 or 8; sets the dilations (6, 12, 18) or (12, 24, 36).
     """
 
     out_channels = HIDDEN_CHANNELS
@@ -151,10 +151,11 @@ HEADS = ("mib", "aspp")
 
 
 class DeepLabV3(Network):
-    """A dilated body and :class:`DeepLabHead` or :class:`ASPPHead`.
+    """A dilated backbone and :class:`DeepLabHead` or :class:`ASPPHead`.
 
     Args:
-        body: returns features B×D×h×w and, if asked, a list of its stages'; has ``out_channels``.
+        body: the backbone; returns features B×D×h×w and, with ``keep_stages``, a list of its stages'; has
+            ``out_channels``.
         head: B×D×h×w → B×256×h×w.
     """
 
@@ -165,24 +166,24 @@ class DeepLabV3(Network):
         self.body = body
         self.head = head
         self.out_channels = head.out_channels
-        self.body_channels = int(body.out_channels)
+        self.backbone_channels = int(body.out_channels)
 
     def forward(self, images: Tensor, needs: frozenset[str] = frozenset()) -> tuple[Tensor, Features]:
-        """Run body and head.
+        """Run backbone and head.
 
         Args:
             images: B×3×H×W, normalised.
-            needs: of ``body`` (last stage's features, activated), ``pre_logits`` and ``attentions`` (PLOP's
+            needs: from ``body`` (last stage's features, activated), ``pre_logits`` and ``attentions`` (PLOP's
                 layers: the four stages' features before their last activation, then ``pre_logits``).
 
         Returns:
             ``pre_logits`` B×256×h×w and the intermediates named in ``needs``.
 
         Raises:
-            UserError: ``needs`` names something else.
+            UserError: ``needs`` contains another name.
         """
         self.check_needs(needs)
-        body, stages = self.body(images, keep_stages="attentions" in needs)
-        pre_logits = self.head(body)
-        found: Features = {"body": body, "pre_logits": pre_logits, "attentions": [*stages, pre_logits]}
+        features, stages = self.body(images, keep_stages="attentions" in needs)
+        pre_logits = self.head(features)
+        found: Features = {"body": features, "pre_logits": pre_logits, "attentions": [*stages, pre_logits]}
         return pre_logits, {name: found[name] for name in needs}

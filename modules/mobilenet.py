@@ -1,4 +1,4 @@
-"""MobileNetV2 body: torchvision's, dilated to output stride 16 or 8.
+"""MobileNetV2 backbone: torchvision's, dilated to output stride 16 or 8.
 
 Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", CVPR 2018.
 """
@@ -25,9 +25,9 @@ STAGE_STARTS = (7, 14)
 class AtrousDepthwiseConv2d(nn.Conv2d):
     """3×3 atrous depthwise convolution, padded by its dilation d, with stride 1.
 
-    In bfloat16 on the CPU the convolution library (oneDNN, torch 2.15) has no fast backward pass for a
-    dilated one. There the d×d grids of every d-th pixel, on which the taps are neighbours, are convolved as
-    images of their own: the same products, in a quarter of the time (docs/performance.md).
+    In bfloat16 on the CPU the convolution library (oneDNN, torch 2.15) has no fast backward pass for dilated
+    convolutions. There each of the d×d grids of every d-th pixel is convolved undilated, as a separate image:
+    the same products in a quarter of the time (docs/performance.md).
     """
 
     def forward(self, features: Tensor) -> Tensor:
@@ -44,10 +44,10 @@ class AtrousDepthwiseConv2d(nn.Conv2d):
         return maps.permute(0, 3, 1, 2)[:, :, :height, :width]
 
 
-class MobileNetV2Body(MobileNetV2):
+class MobileNetV2Backbone(MobileNetV2):
     """MobileNetV2 without its classifier; state dict keys are torchvision's.
 
-    The last 1×1 convolution stays: the features then are activated, as SDR's terms on ``body`` expect.
+    Includes the last 1×1 convolution, so that the features are activated, as SDR's losses on ``body`` expect.
     ``std`` and ``sync`` keep the network's ReLU6; the leaky kinds replace it.
 
     Args:
@@ -55,7 +55,7 @@ class MobileNetV2Body(MobileNetV2):
         output_stride: 16 or 8.
 
     Attributes:
-        checkpointing: keep only what is between the stages for the backward pass, and compute the rest anew.
+        checkpointing: keep activations between stages only and recompute the others in the backward pass.
     """
 
     out_channels = 1280
@@ -72,10 +72,10 @@ class MobileNetV2Body(MobileNetV2):
         self._dilate(output_stride)
 
     def _dilate(self, output_stride: int) -> None:
-        """Replace strides beyond ``output_stride`` by dilation in the blocks that follow.
+        """Replace strides beyond ``output_stride`` by dilation of the following blocks.
 
-        A block that loses its stride keeps the dilation before it, as in torchvision's ResNet, so that the
-        features are the undilated network's, computed at more places.
+        A block whose stride is replaced has the dilation of the block before it, as in torchvision's ResNet:
+        the features are those of the undilated network at more positions.
         """
         stride, dilation = 8, 1
         for index in range(STAGE_STARTS[0], STAGE_ENDS[-1] + 1):
@@ -90,11 +90,11 @@ class MobileNetV2Body(MobileNetV2):
                 block[0] = _atrous(block[0], own)
 
     def forward(self, images: Tensor, keep_stages: bool = False) -> tuple[Tensor, list[Tensor]]:
-        """Features of the last layer, and if asked for the stages' (linear bottlenecks: never activated).
+        """Features of the last layer and optionally of the stages (linear bottlenecks, not activated).
 
         Args:
             images: B×3×H×W.
-            keep_stages: whether to hand out the stages' features (PLOP distils these).
+            keep_stages: whether to return the stages' features (for PLOP).
 
         Returns:
             B×1280×h×w, h = H / output stride, and a list of four tensors (24, 32, 96, 320 channels) or an
@@ -112,9 +112,9 @@ class MobileNetV2Body(MobileNetV2):
 
 
 def _atrous(depthwise: nn.Conv2d, dilation: int) -> AtrousDepthwiseConv2d:
-    """A depthwise convolution of stride 1, dilated; it takes over the weights."""
+    """A dilated depthwise convolution of stride 1 with the same weights."""
     channels = depthwise.in_channels
-    # Not initialised: nothing is drawn from the random generator for weights that are replaced.
+    # Not initialised, so that no random numbers are drawn for weights that are replaced.
     atrous = nn.utils.skip_init(
         AtrousDepthwiseConv2d,
         channels,

@@ -1,4 +1,4 @@
-"""What every network has in common: its sizes, and intermediates that are handed out by name."""
+"""Base class of the networks: sizes, and intermediates by name."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ Features = dict[str, Tensor | list[Tensor]]
 
 
 class Network(nn.Module):
-    """A body (backbone) and a head.
+    """A backbone (``body``) and a head.
 
-    ``forward(images, needs)`` takes B×3×H×W and returns ``pre_logits`` B×256×h×w and those intermediates
-    that ``needs`` names; others are neither computed nor kept.
+    ``forward(images, needs)``: B×3×H×W → ``pre_logits`` B×256×h×w and the intermediates named in ``needs``;
+    others are not computed.
     """
 
     intermediates: ClassVar[frozenset[str]]
-    """Names that ``needs`` may hold."""
+    """Names that ``needs`` may contain."""
     out_channels: int
     """Channels of ``pre_logits``."""
-    body_channels: int
+    backbone_channels: int
     """Channels of the intermediate ``body``."""
     body: nn.Module
     head: nn.Module
 
     def check_needs(self, needs: frozenset[str]) -> None:
-        """Raise a UserError where ``needs`` names what this network does not have."""
+        """Raise a UserError if ``needs`` contains a name that is not in ``intermediates``."""
         if unknown := needs - self.intermediates:
             raise UserError(
                 f"{type(self).__name__} has no intermediate {', '.join(sorted(unknown))} "

@@ -1,4 +1,4 @@
-"""Norm layers and the activations after them: the kinds of ``--norm_act``.
+"""Norm layers with their activations: the kinds of ``--norm_act``.
 
 | kind | norm | activation |
 |---|---|---|
@@ -9,9 +9,9 @@
 | ``iabn_sync`` | ``InPlaceABNSync`` over all processes of an NCCL group | leaky ReLU 0.01, fused |
 | ``iabn_sync_test`` | the arithmetic of ``iabn_sync`` in plain torch, not synchronised | leaky ReLU 0.01 |
 
-SyncBatchNorm and ``InPlaceABNSync`` gather statistics in CUDA kernels only: on the CPU each process keeps
-its own. ``iabn_sync_test`` reads weights of ``iabn_sync`` on a machine without inplace-abn. (The released
-PLOP code built a bare BatchNorm for it, which its residual block cannot run.)
+SyncBatchNorm and ``InPlaceABNSync`` synchronise statistics on CUDA only; on the CPU each process has its own.
+``iabn_sync_test`` runs weights of ``iabn_sync`` on a machine without inplace-abn. (The released PLOP code
+builds a plain BatchNorm for it, which its residual block cannot run.)
 
 In-place activated batch norm: Rota Bulò et al., "In-Place Activated BatchNorm for Memory-Optimized Training
 of DNNs", CVPR 2018.
@@ -38,11 +38,11 @@ LEAKY_SLOPE = 0.01
 
 
 class NormAct:
-    """Makes the norm layers and activations of one ``--norm_act`` kind.
+    """Builds the norm layers and activations of one ``--norm_act`` kind.
 
-    Call it with a channel count for a norm that an activation follows, and put :meth:`activation` behind it
-    (for the in-place kinds that is the identity: the layer has activated already). :meth:`plain` makes a norm
-    with nothing behind it, :meth:`after_sum` the activation of a residual sum.
+    Calling it with a number of channels returns a norm to be followed by :meth:`activation` (the identity for
+    the in-place kinds, whose layer includes the activation); :meth:`plain` returns a norm without activation,
+    :meth:`after_sum` the activation of a residual sum.
 
     Raises:
         UserError: unknown kind, or an in-place kind without the package inplace-abn.
@@ -58,7 +58,7 @@ class NormAct:
             _in_place_layers()
 
     def __call__(self, channels: int) -> nn.Module:
-        """Norm over ``channels`` that an activation follows."""
+        """Norm over ``channels``, to be followed by :meth:`activation`."""
         return self._layer(channels, activation="leaky_relu")
 
     def plain(self, channels: int) -> nn.Module:
@@ -66,7 +66,7 @@ class NormAct:
         return self._layer(channels, activation="identity")
 
     def activation(self) -> nn.Module:
-        """What stands behind a norm made by calling this object."""
+        """Activation after a norm that calling this object returned."""
         return nn.Identity() if self.fused else self.after_sum()
 
     def after_sum(self) -> nn.Module:
@@ -88,14 +88,14 @@ class NormAct:
         layers = _in_place_layers()
         if self.kind == "iabn":
             return layers["iabn"](channels, activation=activation, activation_param=LEAKY_SLOPE)
-        # The package reads its default group when it is imported, before any group exists, and then nothing
-        # is synchronised: name the group.
+        # The package reads its default group at import, before any group exists, and would then not
+        # synchronise: pass the group.
         group = dist.group.WORLD if _has_nccl_group() else None
         return layers["iabn_sync"](channels, activation=activation, activation_param=LEAKY_SLOPE, group=group)
 
 
 class AbsWeightBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm that scales by ``|weight| + eps``, as the in-place layers do so that they can be inverted."""
+    """BatchNorm that scales by ``|weight| + eps``, as the (invertible) in-place layers do."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise B×C×H×W with batch statistics in training, running ones in evaluation."""
@@ -113,20 +113,20 @@ class AbsWeightBatchNorm2d(nn.BatchNorm2d):
 
 
 def norm_layers(module: nn.Module) -> Iterator[nn.Module]:
-    """Every batch norm in ``module``, of whatever kind, for ``--fix_bn``."""
+    """All batch norm layers in ``module``, of any kind."""
     for layer in module.modules():
-        # inplace-abn's layers are no batch norms of torch's; only they have an activation's parameter.
+        # inplace-abn's layers are no subclasses of torch's; only they have ``activation_param``.
         if isinstance(layer, _BatchNorm) or hasattr(layer, "activation_param"):
             yield layer
 
 
 def _has_nccl_group() -> bool:
-    """Whether statistics can be gathered: the kernels need CUDA tensors and a process group."""
+    """Whether statistics can be synchronised: the kernels need CUDA tensors and an NCCL group."""
     return dist.is_available() and dist.is_initialized() and "nccl" in dist.get_backend()
 
 
 def _supported_dtype(x: Tensor) -> Tensor:
-    """``x`` in a type that inplace-abn's kernels have: no bfloat16, float16 only on CUDA."""
+    """``x`` in a type that inplace-abn's kernels support: no bfloat16, float16 only on CUDA."""
     if x.dtype in (torch.float32, torch.float64) or (x.is_cuda and x.dtype == torch.float16):
         return x
     return x.float()
@@ -134,7 +134,7 @@ def _supported_dtype(x: Tensor) -> Tensor:
 
 @cache
 def _in_place_layers() -> dict[str, Any]:
-    """The in-place layer classes, made to accept what autocast gives them."""
+    """The in-place layer classes, extended to accept autocast's types."""
     package = _import_inplace_abn()
 
     class InPlaceABN(package.InPlaceABN):  # type: ignore[name-defined]
@@ -146,7 +146,7 @@ def _in_place_layers() -> dict[str, Any]:
             return super().forward(_supported_dtype(x))
 
         def __deepcopy__(self, memo: dict[int, Any]) -> InPlaceABNSync:
-            # A process group cannot be copied: the copy shares it.
+            # The copy shares the process group, which cannot be copied.
             memo[id(self.group)] = self.group
             copied = type(self).__new__(type(self))
             memo[id(self)] = copied
@@ -162,6 +162,6 @@ def _import_inplace_abn() -> ModuleType:
     except ImportError as error:
         raise UserError(
             "--norm_act iabn and iabn_sync need the package inplace-abn: "
-            "`pip install --no-build-isolation inplace-abn`, or take --norm_act std, sync or abn"
+            "`pip install --no-build-isolation inplace-abn`, or use --norm_act std, sync or abn"
         ) from error
     return inplace_abn

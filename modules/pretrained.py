@@ -1,9 +1,8 @@
-"""Pretrained weights of a body: from a file, from torchvision or from the Hugging Face hub.
+"""Pretrained backbone weights: from a file, from torchvision or from the Hugging Face hub.
 
-Understood are state dicts of torchvision, the ``<backbone>_<norm>.pth.tar`` files of inplace-abn that MiB and
-PLOP start from, NVlabs' ``mit_b*.pth`` and the ``nvidia/mit-b*`` checkpoints of the hub, bare or under
-``state_dict``, with or without ``module.`` before the names. Files are read as tensors only: nothing that a
-file says is run.
+Supported: state dicts of torchvision, the ``<backbone>_<norm>.pth.tar`` files of inplace-abn that MiB and
+PLOP use, NVlabs' ``mit_b*.pth`` and the ``nvidia/mit-b*`` checkpoints of the hub, plain or under
+``state_dict``, with or without the prefix ``module.``. Only tensors are read; no code in a file is executed.
 """
 
 from __future__ import annotations
@@ -33,16 +32,16 @@ TORCHVISION_WEIGHTS = {
     "resnet101": "ResNet101_Weights.IMAGENET1K_V1",
     "mobilenet_v2": "MobileNet_V2_Weights.IMAGENET1K_V1",
 }
-"""The weights that the papers' code took, by backbone."""
+"""The weights that the papers' code uses, by backbone."""
 REMEDY = "give a file with --pretrained_path, or start from random weights with --no_pretrained"
 
 
 @dataclass
 class LoadReport:
-    """What became of the tensors of a pretrained file.
+    """Which tensors of a pretrained file were loaded.
 
-    ``loaded`` and ``missing`` are names in the network's body, ``left_over`` names in the file (the
-    classifier, as a rule).
+    ``loaded`` and ``missing`` are names in the backbone, ``left_over`` names in the file (usually of the
+    classifier).
     """
 
     source: str
@@ -69,14 +68,14 @@ def load_pretrained(
     """Load weights into ``network.body`` from exactly one source.
 
     Args:
-        network: what :func:`modules.build_network` made.
+        network: result of :func:`modules.build_network`.
         path: a file.
-        name: torchvision weights, such as ``ResNet101_Weights.IMAGENET1K_V1``; downloaded once, with
+        name: torchvision weights, e.g. ``ResNet101_Weights.IMAGENET1K_V1``; downloaded once, with
             torchvision's checksum.
-        hub: a repository of the Hugging Face hub, such as ``nvidia/mit-b2``; downloaded once.
+        hub: a repository of the Hugging Face hub, e.g. ``nvidia/mit-b2``; downloaded once.
 
     Raises:
-        UserError: the source cannot be reached or read, is for another network, or fits nothing.
+        UserError: the source cannot be downloaded or read, or belongs to another network.
     """
     if sum(source is not None for source in (path, name, hub)) != 1:
         raise TypeError("load_pretrained needs exactly one of path, name and hub")
@@ -87,20 +86,20 @@ def load_pretrained(
     else:
         assert path is not None
         state = read_state_dict(path)
-    return _load_into_body(network, state, str(path or name or hub))
+    return _load_into_backbone(network, state, str(path or name or hub))
 
 
 def load_default_pretrained(
     network: Network, *, model: str | None, backbone: str, norm_act: str, folder: Path = Path("pretrained")
 ) -> LoadReport:
-    """Load the weights that the published code starts from.
+    """Load the weights that the published code uses.
 
-    SegFormer: ``mit_b*.pth`` in ``folder`` where it is there, else the hub's. DeepLab with ``std`` or
-    ``sync``, or with MobileNetV2: torchvision's. ResNet with a leaky kind of norm: inplace-abn's
+    SegFormer: ``mit_b*.pth`` in ``folder`` if it exists, else the hub's. DeepLab with ``std`` or ``sync``, or
+    with MobileNetV2: torchvision's. ResNet with a leaky kind of norm: inplace-abn's
     ``<backbone>_<norm>.pth.tar`` in ``folder``.
 
     Raises:
-        UserError: the file is not there, or as :func:`load_pretrained`.
+        UserError: the file is missing, or as :func:`load_pretrained`.
     """
     if model is not None and model.startswith("segformer_"):
         size = model.removeprefix("segformer_")
@@ -113,7 +112,7 @@ def load_default_pretrained(
     file = folder / f"{backbone}_{norm_act.removesuffix('_test')}.pth.tar"
     if not file.is_file():
         raise UserError(
-            f"{file}: not found; download it from the links in github.com/mapillary/inplace_abn, take "
+            f"{file}: not found; download it from the links in github.com/mapillary/inplace_abn, use "
             f"torchvision's weights with --norm_act std, {REMEDY}"
         )
     return load_pretrained(network, path=file)
@@ -123,7 +122,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """The tensors of a ``.pth``, ``.pth.tar``, ``.bin`` or ``.safetensors`` file, by name, on the CPU.
 
     Raises:
-        UserError: no such file, no such format, or the file holds more than tensors and plain values.
+        UserError: the file is missing, of another format, or contains more than tensors and plain values.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; {REMEDY}")
@@ -134,8 +133,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path}: refused, it is no file of torch.save or holds Python objects, which could run code; "
-            "save its state dict alone"
+            f"{path}: refused, it is not a file of torch.save or contains Python objects, which could run "
+            "code; save its state dict only"
         ) from error
     except (OSError, RuntimeError, ValueError, LookupError, EOFError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read as weights (broken or cut short?); {REMEDY}") from error
@@ -145,7 +144,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     tensors = content if isinstance(content, dict) else {}
     tensors = {key: value for key, value in tensors.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise UserError(f"{path}: holds no named tensors; {REMEDY}")
+        raise UserError(f"{path}: contains no named tensors; {REMEDY}")
     return tensors
 
 
@@ -176,19 +175,19 @@ def _download_hub(repository: str) -> Path:
 
 
 def _check_digest(path: Path) -> None:
-    """Compare a file of the hub's cache with its checksum: the cache names large files by their SHA-256."""
+    """Check the SHA-256 of a file in the hub's cache, which names large files by it."""
     expected = path.resolve().name
     if not re.fullmatch(r"[0-9a-f]{64}", expected):
         return
     if hashlib.sha256(path.read_bytes()).hexdigest() != expected:
-        raise UserError(f"{path}: wrong checksum, the download is broken; delete the file and start again")
+        raise UserError(f"{path}: wrong checksum, the download is damaged; delete the file and restart")
 
 
 Rename = tuple[str, "str | Callable[[re.Match[str]], str]"]
 
 
 def _stage(pattern: str, ours: str) -> Rename:
-    """A rename that counts stages (and blocks) from 1 where the file counts from 0 (blocks stay)."""
+    """A rename with the stage number plus 1; further groups (block numbers) are not changed."""
     return pattern, lambda found: ours.format(int(found[1]) + 1, *found.groups()[1:])
 
 
@@ -223,26 +222,26 @@ RENAMES: list[Rename] = [
 
 
 def rename(key: str) -> str:
-    """Our body's name for a tensor that a pretrained file calls ``key``."""
+    """Name in the backbone of the tensor ``key`` of a pretrained file."""
     for pattern, replacement in RENAMES:
         key = re.sub(pattern, replacement, key)
     return key
 
 
-def _load_into_body(network: Network, state: dict[str, Tensor], source: str) -> LoadReport:
+def _load_into_backbone(network: Network, state: dict[str, Tensor], source: str) -> LoadReport:
     wanted = network.body.state_dict()
     names = {rename(key): key for key in state}
     tensors = {ours: state[key] for ours, key in names.items()}
     for key in [ours for ours in tensors if ".attn.k." in ours]:
         value = key.replace(".attn.k.", ".attn.v.")
-        if value in tensors:  # NVlabs' layer makes keys and values at once
+        if value in tensors:  # keys and values are one layer in NVlabs' code
             joined = key.replace(".attn.k.", ".attn.kv.")
             tensors[joined] = torch.cat([tensors.pop(key), tensors.pop(value)])
             names[joined] = names[key]
     fitting = {key: tensor for key, tensor in tensors.items() if key in wanted}
     if not fitting:
         raise UserError(
-            f"{source}: fits nothing in this network (it has {next(iter(state))}, ..., "
+            f"{source}: has no weights of this network (it has {next(iter(state))}, ..., "
             f"the network {next(iter(wanted))}, ...); check --model and --backbone, or {REMEDY}"
         )
     for key, tensor in fitting.items():
@@ -252,7 +251,7 @@ def _load_into_body(network: Network, state: dict[str, Tensor], source: str) -> 
                 f"{_shape(wanted[key])}; check --model and --backbone, or {REMEDY}"
             )
     network.body.load_state_dict(fitting, strict=False)
-    # Files of old torch releases do not count batches, and nothing depends on the count.
+    # Files of old torch releases lack num_batches_tracked, which is not used.
     missing = [key for key in wanted if key not in fitting and not key.endswith("num_batches_tracked")]
     left_over = [names[key] for key in tensors if key not in wanted]
     return LoadReport(source, loaded=list(fitting), missing=missing, left_over=left_over)

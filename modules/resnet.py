@@ -1,4 +1,4 @@
-"""ResNet bodies: torchvision's ResNet-50 and ResNet-101, dilated to output stride 16 or 8.
+"""ResNet backbones: torchvision's ResNet-50 and ResNet-101, dilated to output stride 16 or 8.
 
 He et al., "Deep Residual Learning for Image Recognition", CVPR 2016.
 """
@@ -19,10 +19,7 @@ LAYERS = {"resnet50": [3, 4, 6, 3], "resnet101": [3, 4, 23, 3]}
 
 
 class ResidualBlock(Bottleneck):
-    """torchvision's bottleneck with the activation of ``norm_layer`` and a sum that can be taken out.
-
-    The last norm and the shortcut's have no activation; the sum has.
-    """
+    """torchvision's bottleneck with the activation of ``norm_layer``, and access to the residual sum."""
 
     def __init__(
         self,
@@ -43,11 +40,11 @@ class ResidualBlock(Bottleneck):
         self.relu = norm_layer.after_sum()
 
     def residual_sum(self, x: Tensor) -> Tensor:
-        """B×C×H×W → B×4P×H'×W', the block without its last activation."""
+        """B×C×H×W → B×4P×H'×W', without the last activation."""
         shortcut = x if self.downsample is None else self.downsample(x)
         x = self.activation(self.bn1(self.conv1(x)))
         x = self.activation(self.bn2(self.conv2(x)))
-        # Not in place: the in-place norms need their output as it is.
+        # Not in place: the in-place norms need their output in the backward pass.
         return self.bn3(self.conv3(x)) + shortcut
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,23 +52,23 @@ class ResidualBlock(Bottleneck):
         return self.relu(self.residual_sum(x))
 
 
-class ResNetBody(ResNet):
+class ResNetBackbone(ResNet):
     """ResNet without pooling and classifier; state dict keys are torchvision's.
 
     Stride 16 dilates the last stage by 2, stride 8 the last two by 2 and 4. With ``std`` and ``sync`` the
-    first block of a dilated stage keeps the dilation before it (torchvision's
-    ``replace_stride_with_dilation``: the values are those of the undilated network, computed at more
-    places); with the leaky kinds it has the stage's own, as the networks of MiB, PLOP and SDR.
+    first block of a dilated stage has the previous stage's dilation (torchvision's
+    ``replace_stride_with_dilation``: the values of the undilated network at more positions); with the leaky
+    kinds it has its stage's, as in MiB, PLOP and SDR.
 
     Args:
         backbone: ``resnet50`` or ``resnet101``.
         norm_act: norm layers and activations.
         output_stride: 16 or 8.
-        released: as in SDR's program: the stage's own dilation from its first block on, in ResNet-50's last
-            stage 1, 2, 1 times 16 over the stride, and slow running statistics.
+        released: as in SDR's program: the stage's dilation from its first block on, in ResNet-50's last
+            stage 1, 2, 1 times 16 / stride, and a momentum of 3e-4 of the running statistics.
 
     Attributes:
-        checkpointing: keep only what is between the stages for the backward pass, and compute the rest anew.
+        checkpointing: keep activations between stages only and recompute the others in the backward pass.
     """
 
     out_channels = 2048
@@ -100,11 +97,11 @@ class ResNetBody(ResNet):
                 norm.momentum = RELEASED_MOMENTUM  # type: ignore[assignment]
 
     def forward(self, images: Tensor, keep_stages: bool = False) -> tuple[Tensor, list[Tensor]]:
-        """Features of the last stage, and if asked for those of all four before their last activation.
+        """Features of the last stage, and optionally of all four stages before their last activation.
 
         Args:
             images: B×3×H×W.
-            keep_stages: whether to hand out the stages' features (PLOP distils these).
+            keep_stages: whether to return the stages' features (for PLOP).
 
         Returns:
             B×2048×h×w, h = H / output stride, and a list of four tensors (256, 512, 1024, 2048 channels) or

@@ -20,7 +20,7 @@ from utils.errors import UserError
 
 HIDDEN_CHANNELS = 256
 MIN_SIZE = 32
-"""Below this many pixels the last stage has no features left."""
+"""Pixels per side below which the last stage has no features."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def _to_tokens(features: Tensor) -> Tensor:
 
 
 class PatchEmbedding(nn.Module):
-    """Overlapping patches: a strided convolution and a norm."""
+    """Overlapping patch embedding: a strided convolution and a norm."""
 
     def __init__(self, in_channels: int, width: int, kernel: int, stride: int) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class PatchEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over spatially reduced keys and values (the paper's eq. 2)."""
+    """Multi-head self-attention with spatially reduced keys and values (SegFormer, eq. 2)."""
 
     def __init__(self, width: int, heads: int, reduction: int) -> None:
         super().__init__()
@@ -83,12 +83,12 @@ class Attention(nn.Module):
             self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, size: tuple[int, int], keep_map: bool) -> tuple[Tensor, Tensor | None]:
-        """Attend.
+        """Attention over tokens.
 
         Args:
             x: tokens B×L×C of a grid ``size``.
             size: (h, w), h·w = L.
-            keep_map: compute and hand out the attention map (slower and larger than the fused kernel).
+            keep_map: return the attention map (slower and larger than the fused kernel).
 
         Returns:
             Tokens B×L×C, and the map B×heads×L×S after the softmax or None.
@@ -111,7 +111,7 @@ class Attention(nn.Module):
 
 
 class DepthwiseConv(nn.Module):
-    """3×3 depth-wise convolution over tokens; its zero padding tells the network where it is."""
+    """3×3 depth-wise convolution over tokens; its zero padding provides positional information."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class DepthwiseConv(nn.Module):
 
 
 class MixMLP(nn.Module):
-    """Mix-FFN (the paper's eq. 3): linear, depth-wise convolution, GELU, linear."""
+    """Mix-FFN (SegFormer, eq. 3): linear, depth-wise convolution, GELU, linear."""
 
     def __init__(self, width: int, ratio: int) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class Block(nn.Module):
         self.drop_path = StochasticDepth(drop_path, mode="row")
 
     def forward(self, x: Tensor, size: tuple[int, int], keep_map: bool) -> tuple[Tensor, Tensor | None]:
-        """Tokens B×L×C of a grid ``size`` → B×L×C, and the attention map B×heads×L×S if asked for."""
+        """Tokens B×L×C of a grid ``size`` → B×L×C, and the attention map B×heads×L×S or None."""
         attended, attention = self.attn(self.norm1(x), size, keep_map)
         x = x + self.drop_path(attended)
         return x + self.drop_path(self.mlp(self.norm2(x), size)), attention
@@ -157,15 +157,15 @@ class Block(nn.Module):
 class MixTransformer(nn.Module):
     """Hierarchical transformer encoder with features at strides 4, 8, 16 and 32.
 
-    Parameters are named as in NVlabs' ``mit_b*.pth``. All layer norms have torch's eps 1e-5, as in
-    ``transformers``; NVlabs' code has 1e-6 in some, which the weights do not notice.
+    Parameters are named as in NVlabs' ``mit_b*.pth``. All layer norms have eps 1e-5, as in ``transformers``
+    (in NVlabs' code some have 1e-6).
 
     Args:
         config: sizes.
-        drop_path: probability of dropping the last block's branches; earlier blocks linearly less.
+        drop_path: drop probability of the last block's branches; decreases linearly to the first block.
 
     Attributes:
-        checkpointing: keep only what is between the stages for the backward pass, and compute the rest anew.
+        checkpointing: keep activations between stages only and recompute the others in the backward pass.
     """
 
     checkpointing = False
@@ -190,11 +190,11 @@ class MixTransformer(nn.Module):
         self.apply(_init_weights)
 
     def forward(self, images: Tensor, keep_maps: bool = False) -> tuple[list[Tensor], list[Tensor]]:
-        """Encode.
+        """Compute the features of all stages.
 
         Args:
             images: B×3×H×W, at least 32×32.
-            keep_maps: whether to hand out the attention maps of each stage's last block (SATS).
+            keep_maps: whether to return the attention maps of each stage's last block (SATS).
 
         Returns:
             Four feature maps B×C_i×h_i×w_i, and four maps B×heads×L×S after the softmax or none.
@@ -211,7 +211,7 @@ class MixTransformer(nn.Module):
         return features, maps
 
     def _stage(self, i: int, x: Tensor, keep_map: bool) -> tuple[Tensor, Tensor | None]:
-        """Features B×C×h×w of stage ``i`` (from 1) from those before, and its last attention map if asked."""
+        """Features B×C×h×w of stage ``i`` (from 1), and the attention map of its last block or None."""
         tokens, size = self.get_submodule(f"patch_embed{i}")(x)
         *blocks, last = self.get_submodule(f"block{i}").children()
         for block in blocks:
@@ -232,11 +232,11 @@ def _init_weights(module: nn.Module) -> None:
 
 
 class Decoder(nn.Module):
-    """Per stage a 1×1 projection to 256 channels, upsampled to stride 4, joined, and a 1×1 fusion.
+    """Per stage a 1×1 projection to 256 channels and upsampling to stride 4; concatenation; 1×1 fusion.
 
     Args:
         widths: channels of the stages.
-        mode: how to upsample, ``nearest`` or ``bilinear``.
+        mode: of the upsampling, ``nearest`` or ``bilinear``.
         fuse_bias: whether the fusion has a bias.
     """
 
@@ -251,8 +251,8 @@ class Decoder(nn.Module):
     def forward(self, features: list[Tensor]) -> Tensor:
         """Four maps B×C_i×h_i×w_i → B×256×h_1×w_1.
 
-        The fusion is linear per position, so each stage passes its share of the weights before it is
-        upsampled: the same sum, without 1024 channels at stride 4.
+        The fusion is linear per position, so each stage's part of it runs before the upsampling: the same sum
+        without 1024 channels at stride 4.
         """
         size = features[0].shape[2:]
         shares = self.fuse.weight.chunk(len(self.project), dim=1)
@@ -278,7 +278,7 @@ class LinearDecoder(Decoder):
 class AllMLPHead(Decoder):
     """Decoder of the SegFormer paper: bilinear upsampling; norm, ReLU and dropout 0.1 after the fusion.
 
-    The norm is a batch norm, synchronised where that is possible, whatever ``--norm_act`` says.
+    The norm is batch norm, synchronised if possible, independent of ``--norm_act``.
     """
 
     def __init__(self, widths: tuple[int, ...]) -> None:
@@ -326,14 +326,14 @@ class SegFormer(Network):
         self.body.checkpointing = checkpointing
         self.head = DECODERS[decoder](config.widths)
         self.out_channels = HIDDEN_CHANNELS
-        self.body_channels = config.widths[-1]
+        self.backbone_channels = config.widths[-1]
 
     def forward(self, images: Tensor, needs: frozenset[str] = frozenset()) -> tuple[Tensor, Features]:
-        """Run body and head.
+        """Run backbone and head.
 
         Args:
             images: B×3×H×W, normalised, at least 32×32.
-            needs: of ``body`` (the last stage's feature map), ``pre_logits``, ``attentions`` (the four
+            needs: from ``body`` (the last stage's feature map), ``pre_logits``, ``attentions`` (the four
                 stages' feature maps, then ``pre_logits``) and ``self_attention`` (of each stage's last
                 block, after the softmax, B×heads×L×S).
 
@@ -341,7 +341,7 @@ class SegFormer(Network):
             ``pre_logits`` B×256×H/4×W/4 and the intermediates named in ``needs``.
 
         Raises:
-            UserError: ``needs`` names something else, or the images are too small.
+            UserError: ``needs`` contains another name, or the images are too small.
         """
         self.check_needs(needs)
         if min(images.shape[2:]) < MIN_SIZE:

@@ -1,4 +1,4 @@
-"""What a network is built from: the options that shape it."""
+"""The architecture of a network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from modules.classifiers import classifier_kind
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """The choices that shape a network.
+    """Architecture of a network.
 
     Attributes:
         model: ``deeplab``, ``segformer_b0`` ... ``segformer_b5``.
@@ -22,10 +22,10 @@ class NetworkSpec:
         pooling: of DeepLab's ``mib`` head: window of the evaluation pooling in features, 0 for the whole map.
         head: of DeepLab: ``mib`` (MiB, PLOP, SDR) or ``aspp`` (SSUL, torchvision).
         decoder: of SegFormer: ``sats`` or ``segformer``.
-        checkpointing: compute the activations inside the backbone's stages anew in the backward pass.
+        checkpointing: recompute the activations inside the backbone's stages in the backward pass.
         classifier: kind of classifier, see :mod:`modules.classifiers`.
-        released_resnet: the ResNet's dilations, running statistics and activations are those of SDR's
-            program; the weights have the same names and shapes.
+        released_resnet: dilations, running statistics and activations of the ResNet as in SDR's program,
+            with the same names and shapes of weights.
     """
 
     model: str = "deeplab"
@@ -41,7 +41,7 @@ class NetworkSpec:
 
     @property
     def shaping(self) -> dict[str, str]:
-        """The options that decide the names and shapes of the weights, with their values."""
+        """Options that determine names and shapes of the weights, with their values."""
         if self.model == "deeplab":
             own = {"backbone": self.backbone, "norm_act": self.norm_act, "head": self.head}
         else:
@@ -50,13 +50,13 @@ class NetworkSpec:
 
     @classmethod
     def of(cls, options: Mapping[str, Any] | Namespace) -> NetworkSpec:
-        """The network that a run's options ask for; an option that is missing has the default here.
+        """Architecture from a run's options; missing options have the defaults of this class.
 
-        ``--fidelity released`` means SDR's ResNet where that has BatchNorm and ReLU, but for a kind of
-        classifier whose program has torchvision's (docs/fidelity.md).
+        ``--fidelity released`` selects SDR's ResNet with ``std`` and ``sync``, unless the classifier's
+        released program uses torchvision's (docs/fidelity.md).
 
         Raises:
-            UserError: there is no such kind of classifier.
+            UserError: unknown kind of classifier.
         """
         given = options if isinstance(options, Mapping) else vars(options)
         names = {field.name for field in fields(cls)} - {"released_resnet"}

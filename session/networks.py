@@ -83,7 +83,7 @@ class StepNetworks:
         if opts.freeze:
             for parameter in model.network.body.parameters():
                 parameter.requires_grad_(False)
-        channels = int(model.network.body_channels)
+        channels = int(model.network.backbone_channels)
         if "feat_dim" in opts.typed and channels != opts.feat_dim:
             raise UserError(
                 f"--feat_dim {opts.feat_dim:g}: this network's features have {channels} channels; drop it"

@@ -589,7 +589,7 @@ def test_plop_in_sats_trainer_is_plop_with_a_factor_of_1() -> None:
 def test_fix_bn_freezes_affine_weights_alone_when_released() -> None:
     """The trainers' ``train()`` puts the norm layers back into training: their statistics move."""
     torch.manual_seed(0)
-    student = settle(IncrementalSegmentationModule(ToyBody(), CLASSES[:1]), 1)
+    student = settle(IncrementalSegmentationModule(ToyNetwork(), CLASSES[:1]), 1)
     start = Start(0, student, None, draw_batches(0, 3))
     theirs = copy.deepcopy(start)
     for module in theirs.student.modules():
@@ -614,11 +614,11 @@ def test_fix_bn_freezes_affine_weights_alone_when_released() -> None:
 SSUL_SHARP = 1.0
 
 
-class ToyBody(Network):
+class ToyNetwork(Network):
     """The toy's body and head, for a network with SSUL's classifiers."""
 
     intermediates = frozenset()
-    out_channels, body_channels = 10, 6
+    out_channels, backbone_channels = 10, 6
 
     def __init__(self) -> None:
         super().__init__()
@@ -634,7 +634,7 @@ class ToyBody(Network):
 def ssul_start(step: int, saliency: bool) -> Start:
     torch.manual_seed(0)
     network = [
-        IncrementalSegmentationModule(ToyBody(), CLASSES[: s + 1], classifier="unknown") for s in (0, step)
+        IncrementalSegmentationModule(ToyNetwork(), CLASSES[: s + 1], classifier="unknown") for s in (0, step)
     ]
     teacher, student = (settle(net, seed, sharpness=SSUL_SHARP) for seed, net in enumerate(network))
     batches = draw_batches(step, 5, saliency=saliency)

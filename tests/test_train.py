@@ -164,7 +164,7 @@ def test_student_trains_its_norm_layers_and_the_teacher_does_not() -> None:
             ["--method", "PLOP", "--pod_options", '{"switch": {"after": {"spp_scales": [99]}}}'],
             "99: the small",
         ),
-        (["--method", "SDR", "--lfc_orth_maxonly"], "narrows --lfc_orth_sep"),
+        (["--method", "SDR", "--lfc_orth_maxonly"], "needs --lfc_orth_sep"),
     ],
 )
 def test_wrong_options_of_methods_are_named(words: list[str], message: str) -> None:

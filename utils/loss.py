@@ -14,20 +14,21 @@ By method:
     SSUL                ``sigmoid_pseudo_labels``
     SATS                ``AttentionTransferLoss``
 
-The module imports torch and ``loss_kernels`` only and may be copied into another code base. On the CPU, lines
-with ``loss_kernels.gain`` run a faster form of the formula below them; without these lines the file needs
-torch alone.
+The module imports only torch and ``loss_kernels``, so it can be copied into another code base. Where
+``loss_kernels.gain`` is true (on the CPU), a faster implementation of the formula below it runs; without
+these lines, ``loss_kernels`` is not needed.
 
 Conventions
     * Tensors are batch first: logits and feature maps B×C×H×W, targets and labels B×H×W (integers).
-    * ``255`` is void. Void pixels are ignored and have no gradient, unless a docstring says otherwise.
-    * Labels may be larger than the feature maps; they are resized as by ``F.interpolate(mode="nearest")``.
+    * ``255`` is void. A void pixel is ignored and has no gradient, unless a docstring says otherwise.
+    * Labels may be larger than the feature maps: they are downsampled as ``F.interpolate(mode="nearest")``
+      does.
     * ``reduction`` is ``"mean"``, ``"sum"`` or ``"none"``. A mean over an empty set is 0, with zero gradient.
     * Entropies and log-probabilities are in nats, unless a docstring says otherwise.
-    * Everything is computed in float32, also under autocast, without synchronising with the GPU.
-    * ``fidelity="paper"`` computes the published formula, ``fidelity="released"`` what the code released with
-      the paper computes if that differs; each docstring lists the differences.
-    * An unknown choice raises ValueError, which lists the choices.
+    * All computation is in float32, also under autocast, and without device-to-host synchronisation.
+    * ``fidelity="paper"`` computes the published formula, ``fidelity="released"`` what the released code
+      computes where that differs; each docstring names the differences.
+    * An unknown choice raises ValueError and lists the choices.
 """
 
 from __future__ import annotations
@@ -94,25 +95,24 @@ def _reduce(loss: Tensor, reduction: str, count: Tensor | None = None) -> Tensor
 
 
 def _without_autocast(tensor: Tensor) -> torch.autocast:
-    """Context in which matrix products stay in float32, also under autocast."""
+    """Context that keeps matrix products in float32, which autocast would lower."""
     return torch.autocast(device_type=tensor.device.type, enabled=False)
 
 
 def downsample_labels(labels: Tensor, size: Sequence[int], mode: str = "nearest") -> Tensor:
-    """Resize labels to the size of a feature map by nearest-neighbour interpolation.
+    """Downsample labels to the size of a feature map by nearest-neighbour interpolation.
 
     Args:
         labels: B×H×W, any integer type.
         size: (h, w).
-        mode: ``"nearest"`` (as in the released SDR code) or ``"nearest-exact"`` (Pillow's rule, as in the
-            released SATS code).
+        mode: ``"nearest"`` (as SDR's released code) or ``"nearest-exact"`` (Pillow's, as SATS's code).
 
     Returns:
         B×h×w int64.
     """
     height, width = labels.shape[-2:]
     if (height, width) != (size[0], size[1]):
-        # Interpolate the h + w indices instead of B·H·W labels: the same result.
+        # Interpolates h + w indices with torch's own rounding instead of B·H·W labels.
         rows = torch.arange(height, dtype=torch.float64, device=labels.device).view(1, 1, -1, 1)
         columns = torch.arange(width, dtype=torch.float64, device=labels.device).view(1, 1, 1, -1)
         rows = F.interpolate(rows, size=(size[0], 1), mode=mode).long().view(-1, 1)
@@ -128,7 +128,7 @@ def _one_hot(labels: Tensor, num_classes: int) -> Tensor:
 
 
 def _at_labels(values: Tensor, labels: Tensor) -> Tensor:
-    """Index ``values`` (C) by labels of any shape; labels outside 0..C-1 give 0."""
+    """``values`` (C) indexed by labels of any shape; 0 for labels outside 0..C-1."""
     padded = torch.cat([values, values.new_zeros(1)])
     inside = (labels >= 0) & (labels < values.shape[0])
     return padded[torch.where(inside, labels, values.shape[0])]
@@ -137,7 +137,7 @@ def _at_labels(values: Tensor, labels: Tensor) -> Tensor:
 def _class_sums(features: Tensor, one_hot: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Sum of the feature vectors of each class: features B×D×N, one-hot B×C×N → C×D.
 
-    ``dtype``: of the sum over images; the features' dtype if None.
+    ``dtype``: type of the sum over images; default: that of the features.
     """
     with _without_autocast(features):
         return torch.bmm(one_hot, features.transpose(1, 2)).sum(0, dtype=dtype)
@@ -149,7 +149,7 @@ def _class_sums(features: Tensor, one_hot: Tensor, dtype: torch.dtype | None = N
 
 
 def _one_hot_targets(inputs: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """One-hot targets of the shape of ``inputs`` (zeros at void) and the B×H×W mask of non-void pixels."""
+    """One-hot targets shaped like ``inputs`` (zeros where void) and the B×H×W mask of non-void pixels."""
     valid = targets != ignore_index
     index = torch.where(valid, targets, 0).long()[:, None]
     one_hot = torch.zeros_like(inputs).scatter_(1, index, valid[:, None].to(inputs.dtype))
@@ -157,7 +157,7 @@ def _one_hot_targets(inputs: Tensor, targets: Tensor, ignore_index: int) -> tupl
 
 
 class BCEWithLogitsLossWithIgnoreIndex(nn.Module):
-    """Binary cross-entropy of every class against the one-hot target (released MiB code).
+    """Binary cross-entropy against the one-hot target, summed over classes (MiB's code).
 
     −Σ_c [y_c·log σ(x_c) + (1 − y_c)·log(1 − σ(x_c))] at each pixel.
 
@@ -182,7 +182,7 @@ class BCEWithLogitsLossWithIgnoreIndex(nn.Module):
 class FocalLoss(nn.Module):
     """Focal loss (arXiv 1708.02002): −α·(1 − p)^γ·log p with p = softmax(x)_y.
 
-    ``"mean"`` is over all pixels, with void as zero.
+    ``"mean"`` is over all pixels; void pixels count as zero.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class FocalLoss(nn.Module):
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """inputs B×C×H×W logits, targets B×H×W → scalar, or B×H×W with ``reduction="none"``."""
         ce = F.cross_entropy(inputs.float(), targets.long(), reduction="none", ignore_index=self.ignore_index)
-        # expm1 keeps the precision of 1 − p for p close to 1.
+        # expm1 keeps 1 − p precise where p is close to 1.
         loss = self.alpha * (-torch.expm1(-ce)) ** self.gamma * ce
         return _reduce(loss, self.reduction)
 
@@ -210,12 +210,12 @@ class FocalLoss(nn.Module):
 class IcarlLoss(nn.Module):
     """Binary cross-entropy with the teacher's sigmoids as targets of the old channels (iCaRL 1611.07725).
 
-    Void pixels are distilled too, and their target is 0 in the new channels, as in the released code.
+    Void pixels are distilled too, with target 0 for the new channels, as in the released code.
 
     Args:
         reduction: ``"mean"`` is over all pixels.
         ignore_index: void.
-        bkg: use the ground truth as target of the background channel.
+        bkg: use the ground truth for the background channel.
     """
 
     def __init__(self, reduction: str = "mean", ignore_index: int = VOID, bkg: bool = False) -> None:
@@ -258,12 +258,12 @@ def _distillation(student: Tensor, teacher: Tensor, alpha: float, unbiased: bool
 
 
 class KnowledgeDistillationLoss(nn.Module):
-    """Distillation of the teacher's output (LwF, arXiv 1606.09282, as in the released MiB code).
+    """Distillation of the teacher's output (LwF, arXiv 1606.09282, as implemented in MiB's code).
 
     −(1/C_old)·Σ_{c<C_old} softmax(αt)_c · log softmax(x_{<C_old})_c at each pixel.
 
     Args:
-        reduction: ``"mean"`` is over all pixels, with masked pixels as zero.
+        reduction: ``"mean"`` is over all pixels; masked pixels count as zero.
         alpha: inverse temperature of the teacher's softmax.
     """
 
@@ -305,10 +305,10 @@ class DistillationEncoderLoss(nn.Module):
         self.loss_de_cosine = loss_de_cosine
 
     def forward(self, features: Tensor, features_old: Tensor, labels: Tensor, classes_old: int) -> Tensor:
-        """features, features_old B×D×h×w, labels B×H×W → scalar, the mean over (chosen) positions."""
+        """features, features_old B×D×h×w, labels B×H×W → scalar, the mean over the (masked) positions."""
         features, features_old = features.float(), features_old.detach().float()
         if self.loss_de_cosine:
-            # Cloned: autograd saves this operand and cannot save a tensor of inference mode.
+            # Cloned: autograd saves this operand and refuses tensors of a teacher in inference mode.
             loss = 1.0 - F.cosine_similarity(features, features_old.clone(), dim=1)
         else:
             loss = (features - features_old).square().mean(dim=1)
@@ -326,15 +326,14 @@ class DistillationEncoderLoss(nn.Module):
 class CILDistillationLoss(nn.Module):
     """Distillation weighted by the teacher's entropy (CIL, arXiv 2005.06050).
 
-    −w·Σ_c p_c·log q_c with w = 1 + gs·entropy₂(p) (in bits), averaged over the pixels not labelled with a new
-    class, void included; times temp². p is the teacher's softmax over the old classes, q the student's over
-    all classes.
+    −temp²·w·Σ_c p_c·log q_c with w = 1 + gs·entropy₂(p), averaged over the pixels without a new class's label
+    (void pixels included). p is the teacher's softmax over the old classes, q the student's over all classes.
 
-    ``fidelity="released"``: as in the released SDR code: no logarithm, no minus, the teacher's logits padded
-    with zeros for the new classes, pixels with old labels ignored, no temperature inside the softmax.
+    ``fidelity="released"``: the loss in SDR's code: no logarithm, no minus, the teacher's logits padded with
+    zeros for the new classes, pixels labelled with an old class excluded, no temperature in the softmax.
 
     Args:
-        gs: factor of the entropy in the weight.
+        gs: factor of the entropy.
         temp: temperature of both softmaxes.
     """
 
@@ -369,7 +368,7 @@ class CILDistillationLoss(nn.Module):
 
 
 def _unbiased_cross_entropy(logits: Tensor, targets: Tensor, classes_old: int, ignore_index: int) -> Tensor:
-    """−log P(y) at each pixel: B×C×H×W, B×H×W → B×H×W, 0 at void.
+    """Map of −log P(y): B×C×H×W, B×H×W → B×H×W, 0 where void.
 
     P(y) = softmax_y for a new class, Σ_{c<classes_old} softmax_c for an old one.
     """
@@ -379,7 +378,7 @@ def _unbiased_cross_entropy(logits: Tensor, targets: Tensor, classes_old: int, i
     is_new = (targets >= classes_old) & (targets != ignore_index)
     at_target = logits.gather(1, torch.where(is_new, targets, 0)[:, None])[:, 0]
     as_new = torch.logaddexp(log_old, log_new) - at_target
-    as_old = F.softplus(log_new - log_old)  # precise also for P(old) close to 1
+    as_old = F.softplus(log_new - log_old)  # precise where P(old) is close to 1
     return torch.where(is_new, as_new, as_old).masked_fill(targets == ignore_index, 0.0)
 
 
@@ -389,8 +388,7 @@ class UnbiasedCrossEntropy(nn.Module):
     −log softmax(x)_y for a new class y, −log Σ_{c<old_cl} softmax(x)_c for any other target.
 
     Args:
-        old_cl: ``classes_old`` (as in the released code): number of old classes, background included;
-            targets below it count as background.
+        old_cl: number of old classes, background included; targets below it become background.
         reduction: ``"mean"`` is over the non-void pixels.
         ignore_index: void.
     """
@@ -411,12 +409,10 @@ class UnbiasedCrossEntropy(nn.Module):
 
 
 class UnbiasedKnowledgeDistillationLoss(KnowledgeDistillationLoss):
-    """Distillation of the teacher's background into background + new classes (MiB, arXiv 2002.00718).
+    """Distillation in which the student's background includes the new classes (MiB, arXiv 2002.00718).
 
-    −(1/C_old)·Σ_{c<C_old} softmax(αt)_c · log q_c with q = softmax(x) over all classes, except q_0 =
-    softmax(x)_0 + Σ_{c≥C_old} softmax(x)_c.
-
-    Arguments as for :class:`KnowledgeDistillationLoss`; without new classes both are equal.
+    −(1/C_old)·Σ_{c<C_old} softmax(αt)_c · log q_c with q = softmax(x) over all classes, but
+    q_0 = softmax(x)_0 + Σ_{c≥C_old} softmax(x)_c. Arguments as for :class:`KnowledgeDistillationLoss`.
     """
 
     unbiased = True
@@ -428,12 +424,12 @@ class UnbiasedKnowledgeDistillationLoss(KnowledgeDistillationLoss):
 
 
 class _MixedClassFeatures:
-    """The features of a class as the released SDR code reads them, vectorised over classes.
+    """Class features as SDR's released code reads them, without its loop over classes.
 
-    That code selects the values of class c from B×D×h×w by a mask, in order of image, channel and position,
-    and views this list as D×n (n: positions of the class). For B = 1 these are the features of the class; for
-    B > 1 images and channels mix. Value number s of the list is in row ``s // n`` and column ``s % n``. In
-    the view n×D, of the matching loss, it is in column ``s % D``.
+    The code selects the values of class c from B×D×h×w with a mask, which lists them by image, channel and
+    position, and views that list as D×n (n: positions of the class). For B = 1 this is correct; for B > 1 it
+    mixes images and channels. Value number s of the list is at row ``s // n`` and column ``s % n``; viewed as
+    n×D, as in the matching loss, at column ``s % D``.
 
     Attributes:
         classes: B×1×N, class of each position, C for void.
@@ -467,7 +463,7 @@ class _MixedClassFeatures:
         return self.classes * self.depth + self.number % self.depth
 
     def columns(self) -> Tensor:
-        """B×D×N column index of the D×n views, numbered over all classes; below B·N + 1."""
+        """B×D×N column of the D×n view, numbered through all classes; below B·N + 1."""
         first = (self.totals.cumsum(0) - self.totals)[self.classes]
         return self._inside(first + self.number % self.count)
 
@@ -481,24 +477,26 @@ class _MixedClassFeatures:
         return table.view(-1, self.depth)[: self.num_classes]
 
     def look_up(self, table: Tensor, index: Tensor) -> Tensor:
-        """Read a C×D table at ``index`` → B×D×N, 0 at void."""
+        """Values of a C×D table at ``index`` → B×D×N, 0 where void."""
         return F.pad(table, (0, 0, 0, 1)).flatten()[index]
 
 
-def _drop_first_present(present: Tensor) -> Tensor:
-    """Clear the lowest set class of a C-long mask, as the released code does for "no background"."""
-    return present & (present.cumsum(0) > 1)
+def _without_background(present: Tensor, fidelity: str) -> Tensor:
+    """Mask (C) of the classes present, without class 0; the released code drops the lowest class present."""
+    if fidelity == "released":
+        return present & (present.cumsum(0) > 1)
+    return present & (torch.arange(present.shape[0], device=present.device) != 0)
 
 
 class Prototypes(nn.Module):
     """Running mean of the feature vectors of each class (SDR).
 
-    ``fidelity="released"``: with more than one image the features of a class are read through a view of the
-    wrong shape, and skipping the background drops the lowest class in the batch, background or not.
+    ``fidelity="released"``: with more than one image the class's features are read through a mis-shaped view
+    (``_MixedClassFeatures``), and ``skip_background`` drops the lowest class present.
 
     Attributes:
-        prototypes: C×D float32, zeros for a class without features so far.
-        count_features: C int64, number of feature vectors in each mean.
+        prototypes: C×D float32, zeros for a class not yet seen.
+        count_features: C int64, number of feature vectors averaged.
     """
 
     prototypes: Tensor
@@ -518,11 +516,11 @@ class Prototypes(nn.Module):
         skip_background: bool = False,
         reduce: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """Add a batch to the means.
+        """Update the means with a batch.
 
         Args:
             features: B×D×h×w.
-            labels: B×H×W, network class indices; void and indices of C or more are ignored.
+            labels: B×H×W, network class indices; void and indices from C on are ignored.
             skip_background: ignore class 0 (overlapped protocol; disjoint after the first step).
             reduce: sums a tensor over processes (C×(D+1): class sums and counts) and returns it.
         """
@@ -534,11 +532,11 @@ class Prototypes(nn.Module):
             mixed = _MixedClassFeatures(classes, one_hot, depth)
             sums = mixed.sums(flat, mixed.rows())
         else:
-            # In float64, so that the mean does not depend on how images are divided among processes.
+            # Summed over images in float64: the mean does not depend on the number of processes.
             sums = _class_sums(flat, one_hot, torch.float64)
         counts = one_hot.sum(dim=(0, 2)).to(sums.dtype)
         if skip_background:
-            kept = self._without_background(counts > 0)
+            kept = _without_background(counts > 0, self.fidelity)
             sums, counts = sums * kept[:, None], counts * kept
         if reduce is not None:
             both = reduce(torch.cat([sums, counts[:, None]], dim=1))
@@ -548,13 +546,8 @@ class Prototypes(nn.Module):
         self.prototypes += step
         self.count_features.copy_(total)
 
-    def _without_background(self, present: Tensor) -> Tensor:
-        if self.fidelity == "released":
-            return _drop_first_present(present)
-        return present & (torch.arange(present.shape[0], device=present.device) != 0)
-
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Load the tables of as many classes or fewer; further classes start with count 0.
+        """Load a state of as many classes or fewer; further classes start at zero.
 
         Raises:
             ValueError: the state has more classes or another feature dimension.
@@ -588,20 +581,20 @@ class FeaturesClusteringSeparationLoss(nn.Module):
     Attraction: (1/K)·Σ_c mean_{i: y_i=c} (1/D)·|f_i − p_c|² over the K classes in the batch.
     Repulsion: mean of 1/|m_a − m_b| over pairs of different class means m of the batch.
 
-    ``fidelity="released"``: with more than one image the features of a class are read through a view of the
-    wrong shape; the sum of the attraction is divided by K inside the loop over classes, so class i (from 0)
-    has weight K^-(K-i); prototypes are L2-normalised over classes instead of channels; ``lfc_nobgr`` drops
-    the lowest class in the batch, background or not.
+    ``fidelity="released"``: with more than one image the class's features are read through a mis-shaped view;
+    the attraction's running sum is divided by the number of classes inside the loop over them, so class i of
+    K (from 0) has weight K^-(K-i); prototypes are L2-normalised over classes instead of channels;
+    ``lfc_nobgr`` drops the lowest class present.
 
     Args:
         lfc_L2normalized: L2-normalise features and prototypes.
         lfc_nobgr: ignore the background.
         lfc_orth_sep: repulsion by orthogonality: mean product of class means and other classes' prototypes.
         lfc_orth_maxonly: its maximum (at least 0) instead of the mean.
-        lfc_sep_clust: weight of the repulsion, applied by the caller; with 0 the repulsion is not computed.
-        lfc_sep_clust_ison_proto: distances from class means to the prototypes of the classes in the batch,
-            each class's own included.
-        orth_sep: name of ``lfc_orth_sep`` in the released constructor.
+        lfc_sep_clust: weight of the repulsion, applied by the caller; here 0 only gives a repulsion of 0.
+        lfc_sep_clust_ison_proto: distances from class means to the prototypes of the classes present,
+            including the class itself.
+        orth_sep: ``lfc_orth_sep`` under its name in the released constructor.
     """
 
     def __init__(
@@ -630,7 +623,9 @@ class FeaturesClusteringSeparationLoss(nn.Module):
         classes = downsample_labels(labels, features.shape[-2:]).flatten(1)
         one_hot = _one_hot(classes, prototypes.shape[0])
         counts = one_hot.sum(dim=(0, 2))
-        present = self._present(counts > 0)
+        present = counts > 0
+        if self.no_background:
+            present = _without_background(present, self.fidelity)
         weight = self._class_weights(present) / (counts.clamp(min=1) * prototypes.shape[1])
         if self.fidelity == "released":
             mixed = _MixedClassFeatures(classes, one_hot, flat.shape[1])
@@ -649,27 +644,20 @@ class FeaturesClusteringSeparationLoss(nn.Module):
             return attraction, attraction.new_zeros(())
         return attraction, self._repulsion(sums / counts.clamp(min=1)[:, None], prototypes, present)
 
-    def _present(self, present: Tensor) -> Tensor:
-        if not self.no_background:
-            return present
-        if self.fidelity == "released":
-            return _drop_first_present(present)
-        return present & (torch.arange(present.shape[0], device=present.device) != 0)
-
     def _class_weights(self, present: Tensor) -> Tensor:
         """Weight of each class's MSE: 1/K for the K classes in the batch, 0 for the others."""
         number = present.sum().clamp(min=1).float()
         if self.fidelity == "paper":
             return present / number
-        later = present.sum() - present.cumsum(0)
-        return present * number ** -(later + 1.0)
+        remaining = present.sum() - present.cumsum(0)
+        return present * number ** -(remaining + 1.0)
 
     @staticmethod
     def _normalize_mixed(flat: Tensor, mixed: _MixedClassFeatures) -> Tensor:
         columns = mixed.columns()
         squares = flat.new_zeros(flat.shape[0] * flat.shape[2] + 1)
         squares = squares.index_add(0, columns.flatten(), (flat.square() * mixed.inside).flatten())
-        # The clamp inside the root keeps the gradient of a zero column finite (F.normalize: 1e-12).
+        # Clamped before the square root: finite gradient for an all-zero column (F.normalize: 1e-12).
         return flat / squares.clamp(min=1e-24).sqrt()[columns]
 
     def _repulsion(self, means: Tensor, prototypes: Tensor, present: Tensor) -> Tensor:
@@ -680,7 +668,7 @@ class FeaturesClusteringSeparationLoss(nn.Module):
             distance = torch.cdist(
                 means[None], others[None], compute_mode="donot_use_mm_for_euclid_dist"
             ).squeeze(0)
-        # Excludes pairs of equal means, so also each mean with itself.
+        # Excludes pairs of equal means, which include each mean with itself.
         pairs = present[:, None] & present[None, :] & (distance > 0)
         inverse = torch.where(pairs, 1.0 / torch.where(pairs, distance, 1.0), 0.0)
         return _reduce(inverse, "mean", pairs.sum())
@@ -697,12 +685,12 @@ class FeaturesClusteringSeparationLoss(nn.Module):
 
 
 class DistillationEncoderPrototypesLoss(nn.Module):
-    """Prototype matching: MSE between features of old classes and their prototypes (SDR).
+    """Prototype matching: distance of an old class's features from its prototype (SDR).
 
-    Classes are the teacher's argmax at background pixels; without a teacher (sequential protocol) the labels
-    of old classes. Background is ignored.
+    The classes are pseudo-labels: the teacher's argmax where the label is background; without a teacher
+    (sequential protocol) the labels of the old classes. Background is ignored.
 
-    ``fidelity="released"``: features of a class are read through a view of the wrong shape, also for B = 1.
+    ``fidelity="released"``: the class's features are read through a mis-shaped view, also for B = 1.
 
     Args:
         sumafter: MSE between a class's mean feature and its prototype, averaged over classes. Otherwise the
@@ -748,11 +736,11 @@ class DistillationEncoderPrototypesLoss(nn.Module):
     def _pseudo_labels(
         labels: Tensor, outputs_old: Tensor | None, classes_old: int, size: Sequence[int]
     ) -> Tensor:
-        """B×h×w: old classes without background; void elsewhere."""
+        """B×h×w: old classes without the background, void elsewhere."""
         small = downsample_labels(labels, size)
         if outputs_old is None:
             return torch.where((small > 0) & (small < classes_old), small, VOID)
-        # Downsampling before the argmax gives the same result at lower cost.
+        # Argmax of the sampled pixels only: equal to sampling the argmax, and cheaper.
         height, width = outputs_old.shape[-2:]
         pixels = torch.arange(height * width, device=labels.device).view(1, height, width)
         picked = outputs_old.detach().flatten(2)[:, :, downsample_labels(pixels, size).flatten()]
@@ -760,6 +748,7 @@ class DistillationEncoderPrototypesLoss(nn.Module):
         return torch.where((small == 0) & (predicted > 0), predicted, VOID)
 
 
+NORMALIZATIONS = ("L1", "L2", "max_foreachfeature", "max_maskedforclass", "max_overall", "softmax")
 _SHRINK: dict[str, Callable[[Tensor], Tensor]] = {
     "squared": torch.square,
     "power3": lambda values: values**3,
@@ -768,7 +757,7 @@ _SHRINK: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _by_group_maximum(features: Tensor, groups: Tensor, number: int, eps: float) -> Tensor:
-    """Features B×D×h×w divided by the maximum in their position's group; groups B×h×w in 0..number-1."""
+    """Features B×D×h×w divided by the maximum of their position's group; groups B×h×w in 0..number-1."""
     table = features.new_full((number,), -math.inf)
     highest = table.scatter_reduce(0, groups.flatten(), features.amax(dim=1).flatten(), "amax")
     return features / (highest[groups] + eps)[:, None]
@@ -777,9 +766,9 @@ def _by_group_maximum(features: Tensor, groups: Tensor, number: int, eps: float)
 def _max_ratio(
     features: Tensor, groups: Tensor, number: int, shrinking: str, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Σ_d shrink(g_d) / (Σ_d g_d + ε) with g = f / (maximum of the position's group + ε): B×h×w.
+    """Σ_d shrink(g_d) / (Σ_d g_d + ε) with g = f / (maximum of the position's group + ε), and Σ_d g_d.
 
-    Also returns Σ_d g_d, without gradient. Arguments as in ``_by_group_maximum``.
+    Two maps B×h×w, the second without gradient. Arguments as in ``_by_group_maximum``.
     """
     if loss_kernels.gain(features):
         return loss_kernels.max_ratio(features, groups, number, shrinking, eps)
@@ -792,27 +781,20 @@ class FeaturesSparsificationLoss(nn.Module):
     """Sparsity of the features over channels (SDR): mean of Σ_d shrink(f_d) / Σ_d f_d.
 
     Args:
-        lfs_normalization: ``L1``, ``L2``, ``softmax`` over channels; ``max_foreachfeature`` by the maximum of
-            the position, ``max_maskedforclass`` of the position's class, ``max_overall`` of the batch.
+        lfs_normalization: ``L1``, ``L2``, ``softmax`` over channels; ``max_foreachfeature``: divide by the
+            position's maximum, ``max_maskedforclass``: by the maximum over the position's class,
+            ``max_overall``: by the batch's maximum.
         lfs_shrinkingfn: ``squared``, ``power3`` or ``exponential``.
         lfs_loss_fn_touse: ``ratio`` as above; ``lasso``: half the sum of |f| over the batch, before the
-            normalisation; ``entropy``: Σ_d −f·log f, for L1 and softmax; ``max_minus_ratio``: 0, as it is
-            empty in the released code.
+            normalisation; ``entropy``: Σ_d −f·log f, for L1 and softmax; ``max_minus_ratio``: 0, as the
+            released code names it without computing anything.
         reduction: ``"mean"`` or ``"sum"`` over positions.
-        fidelity: ``"released"``: with ``max_maskedforclass`` the loss of a batch of background alone is 0.
+        fidelity: ``"released"``: under ``max_maskedforclass`` a batch of background only has loss 0.
 
-    Labels are used for ``max_maskedforclass`` only. There void is one class; void positions always count in
-    the mean.
+    The labels only group positions by class for ``max_maskedforclass``. Void is a group of its own and counts
+    in the mean.
     """
 
-    _NORMALIZATIONS = (
-        "L1",
-        "L2",
-        "max_foreachfeature",
-        "max_maskedforclass",
-        "max_overall",
-        "softmax",
-    )
     _EPS = 1e-15
 
     def __init__(
@@ -824,10 +806,8 @@ class FeaturesSparsificationLoss(nn.Module):
         fidelity: str = "paper",
     ) -> None:
         super().__init__()
-        self.normalization = _check_choice("lfs_normalization", lfs_normalization, self._NORMALIZATIONS)
-        self.shrinking = _check_choice(
-            "lfs_shrinkingfn", lfs_shrinkingfn, ("squared", "power3", "exponential")
-        )
+        self.normalization = _check_choice("lfs_normalization", lfs_normalization, NORMALIZATIONS)
+        self.shrinking = _check_choice("lfs_shrinkingfn", lfs_shrinkingfn, tuple(_SHRINK))
         self.function = _check_choice(
             "lfs_loss_fn_touse", lfs_loss_fn_touse, ("ratio", "max_minus_ratio", "lasso", "entropy")
         )
@@ -852,13 +832,13 @@ class FeaturesSparsificationLoss(nn.Module):
                 loss = features.abs().sum() / 2
             else:
                 loss = -(normalized * torch.log(normalized + 1e-10)).sum(dim=1)
-        some = summed.sum() > 0
+        nonzero = summed.sum() > 0
         if self.fidelity == "released" and self.normalization == "max_maskedforclass":
-            some = some & (classes != 0).any()
-        return _reduce(torch.where(some, loss, 0.0), self.reduction)
+            nonzero = nonzero & (classes != 0).any()
+        return _reduce(torch.where(nonzero, loss, 0.0), self.reduction)
 
     def _groups(self, classes: Tensor) -> tuple[Tensor, int]:
-        """Group of each position (B×h×w) within which the maximum is taken, and the number of groups."""
+        """Group index of each position (B×h×w), and the number of groups; a group shares one maximum."""
         if self.normalization == "max_foreachfeature":
             return torch.arange(classes.numel(), device=classes.device).view_as(classes), classes.numel()
         if self.normalization == "max_overall":
@@ -878,16 +858,15 @@ class FeaturesSparsificationLoss(nn.Module):
 class SNNL(nn.Module):
     """Soft nearest neighbour loss over the positions of a batch (arXiv 1902.01889).
 
-    −mean_i log( Σ_{j≠i, y_j=y_i} exp(−|x_i−x_j|²/T) / Σ_{j≠i} exp(−|x_i−x_j|²/T) ). Void, and positions
-    that are the only one of their class, are ignored. Pairs are computed in chunks and recomputed in the
-    backward pass, so memory is linear in the number of positions.
+    −mean_i log( Σ_{j≠i, y_j=y_i} exp(−|x_i−x_j|²/T) / Σ_{j≠i} exp(−|x_i−x_j|²/T) ). Void positions, and those
+    without another of their class, are ignored. Pairs are computed in chunks and recomputed in the backward
+    pass, so memory is linear in the number of positions.
 
-    ``fidelity="released"``: as in the released SDR code, B×D×h×w is viewed as (B·h·w)×D without permuting
-    axes.
+    ``fidelity="released"``: SDR's code views B×D×h×w as (B·h·w)×D without permuting axes.
 
     Args:
         temperature: T.
-        chunk: number of positions compared with all others at a time.
+        chunk: number of positions i per chunk.
     """
 
     def __init__(self, temperature: float = 1.0, chunk: int = 512, fidelity: str = "paper") -> None:
@@ -904,7 +883,7 @@ class SNNL(nn.Module):
             vectors = features.reshape(-1, features.shape[1])
         else:
             vectors = features.permute(0, 2, 3, 1).flatten(0, 2)
-        # Subtracting the mean does not change the distances and reduces their rounding error.
+        # Centred: distances stay the same, and |x|² − 2xy + |y|² loses less precision for short vectors.
         vectors = vectors - vectors.detach().mean(dim=0)
         total, number = vectors.sum() * 0.0, vectors.new_zeros(())
         for start in range(0, vectors.shape[0], self.chunk):
@@ -924,7 +903,7 @@ class SNNL(nn.Module):
         others = (mine != index) & (classes != VOID)
         same = others & (classes[start : start + self.chunk, None] == classes)
         usable = same.any(dim=1)
-        # Rows without a pair are not masked: −inf − −inf would give a NaN gradient.
+        # Rows without a pair are not masked: −inf − −inf would make the gradient NaN.
         scores = -distance / self.temperature
         log_all = scores.masked_fill(~others & usable[:, None], -math.inf).logsumexp(dim=1)
         log_same = scores.masked_fill(~same & usable[:, None], -math.inf).logsumexp(dim=1)
@@ -950,34 +929,33 @@ _POD_SWITCH_AFTER = _POD_SWITCH | {"extra_channels", "spp_scales", "use_pod_sche
 class LocalPODLoss(nn.Module):
     """Distance between pooled feature maps of teacher and student (PLOP).
 
-    Every map is preprocessed (squared) and averaged over rows and over columns in each cell of an s×s grid,
-    for each scale s; the distance of an image is the L2 norm over all these means; mean over the batch, times
-    a factor, times sqrt(current classes / new classes), mean over maps. In the last pair the student may have
-    more channels: those of new classes are added to the background's, or dropped. Cells are squares of side
-    width // s, as in the released code: pixels to the right of the grid or below it are ignored, and on maps
-    wider than high the lower cells are cut off at the edge.
+    Each map is preprocessed (squared) and averaged over the rows and the columns of the cells of an s×s grid,
+    for each scale s. Loss: L2 norm of the difference over all these values of an image, mean over the batch,
+    times a factor, times sqrt(classes now / new classes), mean over maps. If the last map of the student has
+    more channels, the new classes' are added to the background's, or cut off. Cells are squares of side
+    width // s, as in the released code: pixels right of the grid or below it are ignored, and in maps wider
+    than high the lower cells are cut off at the edge.
 
     Args:
         pod_factor: factor of every map.
         pod_options: PLOP's ``--pod_options``: ``{"switch": {"before": {...}, "after": {...},
             "normalize_per_scale": False | True | "spm"}, "difference_function": "frobenius" | "l1",
-            "difference_function_all": ...}``. ``before`` changes the options of all maps but the last (and of
-            the last where ``after`` says nothing), ``after`` those of the last: ``type``, ``factor``,
-            ``norm``, ``prepro``, and in ``after`` also ``extra_channels`` (``sum`` or ``trim``),
-            ``spp_scales``, ``use_pod_schedule``. ``difference_function`` is the last map's, ``..._all`` that
-            of the others.
+            "difference_function_all": ...}``. ``before`` sets options of all maps (of the last unless
+            ``after`` does), ``after`` those of the last: ``type``, ``factor``, ``norm``, ``prepro``, and in
+            ``after`` also ``extra_channels`` (``sum`` or ``trim``), ``spp_scales``, ``use_pod_schedule``.
+            ``difference_function`` is for the last map, ``..._all`` for the others.
         spp_scales: grid sizes.
         use_pod_schedule: multiply by sqrt(current classes / new classes).
         pod: ``local``; ``spatial``: sums over whole rows and columns; ``global``: sums over rows and columns
             of the average-pooled map.
         pod_prepro: ``pow`` (square), ``abs``, ``relu`` or ``none``.
         pod_apply: ``all`` maps; ``backbone``: the first ``backbone_maps``; ``deeplab``: the rest. (The
-            released code ignores the option and uses all maps.)
-        backbone_maps: number of maps of the backbone.
+            released code accepts the option and uses all maps.)
+        backbone_maps: number of maps that come from the backbone.
 
     Raises:
-        ValueError: an unknown choice, or in ``pod_options`` an unknown key, a factor that is not a number or
-            scales that are not positive whole numbers.
+        ValueError: an unknown choice; in ``pod_options`` an unknown key, a factor that is not a number or
+            scales that are not positive integers.
     """
 
     def __init__(
@@ -1023,13 +1001,11 @@ class LocalPODLoss(nn.Module):
             if not isinstance(choice["factor"], (int, float)):
                 raise ValueError(f"factor {choice['factor']!r} is not a number")
             if not _are_grids(choice["spp_scales"]):
-                raise ValueError(
-                    f"spp_scales {choice['spp_scales']!r} is not a list of positive whole numbers"
-                )
+                raise ValueError(f"spp_scales {choice['spp_scales']!r} is not a list of positive integers")
 
     @property
     def finest_grid(self) -> int:
-        """Cells per side of the finest grid; 1 without local pooling."""
+        """Cells per side of the finest grid of local pooling; 1 without local pooling."""
         local = (choice["spp_scales"] for choice in (self.others, self.last) if choice["type"] == "local")
         return max((max(scales) for scales in local), default=1)
 
@@ -1041,7 +1017,7 @@ class LocalPODLoss(nn.Module):
         nb_new_classes: int,
         index_new_class: int,
     ) -> Tensor:
-        """Compare lists of B×D_i×h_i×w_i maps; index_new_class: first new class's channel → scalar."""
+        """Lists of B×D_i×h_i×w_i maps; index_new_class: channel of the first new class → scalar."""
         if len(features_old) != len(features) or not features:
             raise ValueError(f"{len(features_old)} maps of the teacher, {len(features)} of the student")
         schedule = math.sqrt(nb_current_classes / nb_new_classes)
@@ -1080,10 +1056,9 @@ def _fold_new_channels(logits: Tensor, first_new: int, how: str) -> Tensor:
 
 
 def _pod_distance(old: Tensor, new: Tensor, options: dict[str, Any]) -> Tensor:
-    """Distance of two B×D×h×w maps under the options of a POD term: B.
+    """‖pooled(prepro(new)) − pooled(prepro(old))‖ over all pooled values of an image: B×D×h×w twice → B.
 
-    ‖pooled(prepro(new)) − pooled(prepro(old))‖ over all pooled values of an image; ``norm``: each operand is
-    first divided by its L2 norm.
+    ``norm``: each side is first divided by its own L2 norm.
     """
     prepro, order = _POD_PREPROS[options["prepro"]], 2 if options["difference"] == "frobenius" else 1
     if options["norm"]:
@@ -1094,7 +1069,7 @@ def _pod_distance(old: Tensor, new: Tensor, options: dict[str, Any]) -> Tensor:
         return torch.linalg.vector_norm(pooled_new - pooled_old, ord=order, dim=1)
 
     def per_channel(old: Tensor, new: Tensor) -> Tensor:
-        # Pooling is linear, so it is enough to pool the difference.
+        # Pooling is linear: pool the difference once.
         parts = _pool(prepro(new) - prepro(old), options)
         norms = [torch.linalg.vector_norm(part, ord=order, dim=(2, 3)) for part in parts]
         return torch.linalg.vector_norm(torch.stack(norms), ord=order, dim=0)
@@ -1122,9 +1097,9 @@ def _pool(maps: Tensor, options: dict[str, Any]) -> list[Tensor]:
 def _cell_means(maps: Tensor, scale: int) -> tuple[Tensor, Tensor]:
     """Means over the rows and over the columns of each cell of an s×s grid on B×D×h×w maps.
 
-    Cells are squares sized by the width, as in the released code; pixels outside the grid are ignored. On
-    maps wider than high the lower cells are cut off at the edge; cells below it are omitted (in the released
-    code their means over no row are NaN).
+    The released code derives the side of the square cells from the width and ignores pixels beyond the grid.
+    In maps wider than high, lower cells are cut off at the edge, and cells that begin below it are left out
+    (means over no row, which are NaN in the released code).
     """
     side = maps.shape[-1] // scale
     if side == 0:
@@ -1134,7 +1109,7 @@ def _cell_means(maps: Tensor, scale: int) -> tuple[Tensor, Tensor]:
 
 
 def _local_levels(options: dict[str, Any]) -> list[tuple[int, float]]:
-    """(scale, divisor of its means) of every grid of local POD."""
+    """(scale, divisor of its values) of every grid of local POD."""
     scales, per_scale = options["spp_scales"], options["normalize_per_scale"]
     if per_scale == "spm":
         return [(scale, 2.0 ** (len(scales) - max(level, 1))) for level, scale in enumerate(scales)]
@@ -1144,8 +1119,8 @@ def _local_levels(options: dict[str, Any]) -> list[tuple[int, float]]:
 def entropy(probabilities: Tensor, fidelity: str = "paper") -> Tensor:
     """Entropy per pixel: B×C×H×W probabilities → B×H×W.
 
-    ``"paper"``: Shannon entropy divided by log C, from 0 (one-hot) to 1 (uniform). ``"released"``: mean over
-    classes instead of the sum, so C times smaller.
+    ``"paper"``: Shannon entropy divided by log C, from 0 (certain) to 1 (uniform). ``"released"``: the mean
+    over classes instead of the sum, which is C times smaller.
     """
     _check_choice("fidelity", fidelity, FIDELITIES)
     probabilities = probabilities.float()
@@ -1157,8 +1132,8 @@ def entropy(probabilities: Tensor, fidelity: str = "paper") -> Tensor:
     return total / math.log(classes) if classes > 1 else total
 
 
-def _predict(outputs_old: Tensor, measure: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """The teacher's argmax and ``measure(probabilities)``: B×C×H×W logits → two B×H×W maps."""
+def _predict(outputs_old: Tensor, certainty: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """The teacher's classes and ``certainty(probabilities)``: B×C×H×W logits → two B×H×W maps."""
     logits = outputs_old.float()
     return logits.argmax(dim=1), measure(F.softmax(logits, dim=1))
 
@@ -1168,7 +1143,7 @@ def _highest(probabilities: Tensor) -> Tensor:
 
 
 def _scaled_entropy(nb_current_classes: int, fidelity: str) -> Callable[[Tensor], Tensor]:
-    """The entropy for histograms and thresholds; the released code divides it by log C a second time."""
+    """Entropy function of the histogram and the labels; the released code divides by log C once more."""
     divisor = math.log(nb_current_classes) if fidelity == "released" else 1.0
     return lambda probabilities: entropy(probabilities, fidelity) / divisor
 
@@ -1183,14 +1158,14 @@ def pseudo_label_histogram(
     mode: str = "entropy",
     fidelity: str = "paper",
 ) -> Tensor:
-    """Histogram of the teacher's entropy or probability at a batch's background pixels, per predicted class.
+    """Histogram per predicted class of the teacher's entropy or probability on background pixels.
 
-    Sum it over the batches (and processes) of a step, then call :func:`class_median_thresholds`.
+    Sum it over the batches and processes of a step, then call :func:`class_median_thresholds`.
 
     Args:
         outputs_old: B×C_old×H×W logits of the teacher.
-        labels: B×H×W; pixels of label 0 are counted.
-        nb_current_classes: number of old and new classes.
+        labels: B×H×W; pixels with label 0 are counted.
+        nb_current_classes: number of classes after this step.
         nb_bins: bins over [0, 1]; PLOP uses 100 for the entropy and 20 for the probability.
         mode: ``"entropy"``, or ``"probability"``: the largest probability.
         fidelity: of :func:`entropy`; ``"released"`` divides it by log(nb_current_classes) again.
@@ -1220,13 +1195,13 @@ def class_median_thresholds(
 
     Entropy: max(median, threshold). Probability: min(median, threshold). A class without pixels has median 0.
 
-    ``fidelity="released"``: as in the released PLOP code, the cumulative sum adds the bin's index instead of
-    its count, and bins are indexed by a truncated product; the median can be infinite. The released SATS code
-    replaces an infinite median by 0.005 (``infinite_threshold``).
+    ``fidelity="released"``: PLOP's code adds the bin's index instead of its count to the cumulative sum, and
+    computes bin numbers by a truncated product; the median can be infinite. SATS's code replaces it by 0.005.
 
     Args:
         histogram: C×bins counts, see :func:`pseudo_label_histogram`.
         threshold: ``--threshold`` (plus step × ``--step_threshold``).
+        infinite_threshold: replaces an infinite median.
 
     Returns:
         C float32.
@@ -1251,7 +1226,7 @@ def class_median_thresholds(
 
 
 def _released_median(histogram: Tensor) -> Tensor:
-    """Median of the released PLOP code: C×bins → C, its loop vectorised."""
+    """PLOP's released median in closed form instead of its loop: C×bins → C."""
     bins = histogram.shape[1]
     borders = [lower / bins for lower in range(bins)]
     steps = torch.tensor([border * bins for border in borders], dtype=torch.float64)
@@ -1278,23 +1253,23 @@ def entropy_pseudo_labels(
     min_factor: float = 0.0,
     fidelity: str = "paper",
 ) -> tuple[Tensor, Tensor]:
-    """Label old and background pixels by the teacher's argmax, or void if its entropy is too high.
+    """Replace old and background labels by the teacher's argmax where its entropy is low enough, else void.
 
     Args:
         outputs_old: B×C_old×H×W logits of the teacher.
         labels: B×H×W.
-        thresholds: upper bound of the entropy per predicted class, nb_current_classes long.
-        nb_current_classes: number of old and new classes.
+        thresholds: nb_current_classes; entropies below it are accepted, per class.
+        nb_current_classes: number of classes after this step.
         classes_old: labels below it are old or background; default C_old.
         min_factor: smallest adaptive factor (``--classif_adaptive_min_factor``).
         fidelity: of :func:`entropy`; ``"released"`` divides it by log(nb_current_classes) again.
 
     Returns:
-        The new labels (B×H×W int64) and the adaptive factor (B): the share of an image's old and background
-        pixels that got a pseudo-label, 1 for an image without such pixels.
+        The new labels (B×H×W int64) and the adaptive factor (B): the fraction of old and background pixels
+        that were accepted, 1 for an image without any.
     """
     predicted, uncertainty = _predict(outputs_old, _scaled_entropy(nb_current_classes, fidelity))
-    confident = uncertainty < thresholds[predicted]
+    sure = uncertainty < thresholds[predicted]
     candidates = labels < (outputs_old.shape[1] if classes_old is None else classes_old)
     result = torch.where(candidates, torch.where(confident, predicted, VOID), labels.long())
     number = candidates.flatten(1).sum(dim=1)
@@ -1311,7 +1286,7 @@ def probability_pseudo_labels(
     *,
     classes_old: int | None = None,
 ) -> Tensor:
-    """Label old and background pixels by the teacher's argmax, or void if its probability is too low.
+    """Replace old and background labels by the teacher's argmax, void where its probability is too low.
 
     ``--pseudo naive``: threshold 0. ``--pseudo threshold_0.8``: a number. ``--pseudo median``: the tensor of
     :func:`class_median_thresholds` with ``mode="probability"``.
@@ -1356,14 +1331,14 @@ def sigmoid_pseudo_labels(
 ) -> Tensor:
     """SSUL's pseudo-labels: the teacher's class if its sigmoid is at least ``threshold``.
 
-    Only pixels labelled background or unknown are changed, and only to a class that is neither.
+    Only labels background and unknown are replaced, and only by a class that is neither.
 
     Args:
         outputs_old: B×C_old×H×W logits of the teacher.
         labels: B×H×W.
-        threshold: lower bound of the sigmoid.
-        reserved: number of first indices that are not classes: 1 (background), or 2 (background, unknown).
-        end: index after the last class, if an "unknown" channel follows; None: there is none.
+        threshold: smallest sigmoid accepted.
+        reserved: number of first indices that are not classes: 1 (background) or 2 (background, unknown).
+        end: index after the last class, if an "unknown" channel follows; None: all channels are classes.
 
     Returns:
         B×H×W int64.
@@ -1379,27 +1354,26 @@ def sigmoid_pseudo_labels(
 # ----------------------------------------------------------------------------------------------------------
 
 
-_DISTILL_OBJECTS = ("sats-selfattn", "sats-selfattn-GP", "sats-selfattn-NP", "sats-feature-CNN")
+DISTILL_OBJECTS = ("sats-selfattn", "sats-selfattn-GP", "sats-selfattn-NP", "sats-feature-CNN")
 
 
 class AttentionTransferLoss(nn.Module):
     """Distance between student's and teacher's attention, averaged over class regions (SATS).
 
-    For each stage, the attention rows of the query positions of each class (not background, not void) of an
-    image are averaged; the L2 distance between student and teacher is averaged over heads, the classes of the
-    image, the batch and the stages. An image without a class counts as zero.
-
-    ``distill_object``: ``sats-selfattn`` as above; ``sats-selfattn-GP``: one region, all positions;
-    ``sats-selfattn-NP``: each position is a region, no labels; ``sats-feature-CNN``: class means of feature
-    maps instead of attention.
+    For each stage, image and class (not background, not void), the attention rows of the class's query
+    positions are averaged; the L2 distance between student and teacher is averaged over heads, the classes of
+    the image, the batch and the stages. An image without a class counts as zero.
 
     ``fidelity="released"``: B×heads×L×S is reshaped to B×√L×√L×heads×S without permuting axes, which mixes
-    heads and positions if there is more than one head; the sum over stages is always divided by 4.
+    heads and positions if there is more than one head; the sum over stages is divided by 4 whatever their
+    number.
 
     Args:
-        distill_object: see above.
+        distill_object: ``sats-selfattn`` as above; ``sats-selfattn-GP``: one region, all positions;
+            ``sats-selfattn-NP``: each position separately, no labels; ``sats-feature-CNN``: class means of
+            feature maps instead of attention.
         fidelity: see above.
-        num_classes: upper bound of the labels except void; reduces the work on a GPU.
+        num_classes: upper bound of the labels except void; if given, a GPU computes fewer regions.
     """
 
     def __init__(
@@ -1409,7 +1383,7 @@ class AttentionTransferLoss(nn.Module):
         num_classes: int | None = None,
     ) -> None:
         super().__init__()
-        self.distill_object = _check_choice("distill_object", distill_object, _DISTILL_OBJECTS)
+        self.distill_object = _check_choice("distill_object", distill_object, DISTILL_OBJECTS)
         self.fidelity = _check_choice("fidelity", fidelity, FIDELITIES)
         self.num_classes = num_classes
 
@@ -1444,23 +1418,23 @@ class AttentionTransferLoss(nn.Module):
         positions = region.sum(dim=2)
         weight = region / positions.clamp(min=1)[:, :, None]
         with _without_autocast(new):
-            # The mean is linear, so it is enough to average the difference. B×heads×K×S
+            # The mean is linear: average the difference once. B×heads×K×S
             means = torch.matmul(weight[:, None], new.float() - old.float())
         distance = torch.linalg.vector_norm(means, dim=-1).mean(dim=1)
         present = positions > 0
         return _reduce((distance * present).sum(dim=1) / present.sum(dim=1).clamp(min=1), "mean")
 
     def _class_regions(self, classes: Tensor) -> Tensor:
-        """B×L labels → B×K×L float32, one region for each possible class."""
+        """B×L labels → B×K×L float32 masks, one for each class that may be present."""
         if self.num_classes is None and classes.device.type == "cpu":
-            ids = classes.unique()  # keeps K small; on a GPU it would synchronise
+            ids = classes.unique()  # no device synchronisation here; keeps K small
             ids = torch.where((ids == 0) | (ids == VOID), -1, ids)
             return (classes[:, None] == ids[:, None]).float() * (ids >= 0)[:, None]
         return _one_hot(classes, self.num_classes or VOID)[:, 1:]
 
 
 def _query_grid(length: int, label_size: Sequence[int]) -> tuple[int, int]:
-    """Height and width of the grid of ``length`` query positions, by the aspect ratio of the labels."""
+    """Height and width of the grid of ``length`` query positions, with the aspect ratio of the labels."""
     height = round(math.sqrt(length * label_size[0] / label_size[1]))
     if height < 1 or length % height:
         raise ValueError(f"{length} query positions do not fit labels of {label_size[0]}×{label_size[1]}")

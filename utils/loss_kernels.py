@@ -1,11 +1,11 @@
-"""Fast forms for the CPU of losses in ``utils/loss.py``.
+"""Fast CPU implementations of losses whose formulas are in ``utils/loss.py``.
 
-On a CPU, memory allocation costs more time than arithmetic: a formula on whole tensors allocates several as
-large as its input, and autograd keeps them. A kernel computes in blocks that fit into the cache, has a
-hand-written backward pass, and allocates little more than the gradient. On a GPU blocks save no time
-(docs/performance.md): ``gain`` is true on the CPU only; elsewhere losses compute the plain formula.
+On a CPU memory allocation costs more than arithmetic: a formula on whole tensors allocates several as large
+as its input, which autograd keeps. A kernel works in blocks that fit into the cache, has an explicit backward
+pass and allocates little beside the gradient. On a GPU blocks save nothing (docs/performance.md): there the
+formula runs.
 
-A kernel has the arguments, values and gradients of the formula of the same name
+A kernel has the arguments, values and gradients of the function of the same name in ``utils/loss.py``
 (``tests/utils/test_loss_kernels.py``). Each saves at least a fifth of the loss's time
 (``python -m benchmarks.losses --plain --threads 1``).
 """
@@ -26,13 +26,13 @@ _enabled = True
 
 
 def gain(tensor: Tensor) -> bool:
-    """Whether to use a kernel for this tensor: on the CPU, outside ``disabled``."""
+    """Whether to run the kernel on this tensor: on the CPU, outside ``disabled``."""
     return _enabled and tensor.device.type == "cpu"
 
 
 @contextmanager
 def disabled() -> Iterator[None]:
-    """Context in which all losses compute their plain formula, for comparisons."""
+    """Context in which every loss computes its formula on the CPU too, for comparisons."""
     global _enabled
     before, _enabled = _enabled, False
     try:
@@ -59,7 +59,7 @@ def _channel_blocks(maps: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def _without_autocast() -> torch.autocast:
-    """Context in which matrix products stay in float32."""
+    """Context that keeps matrix products in float32."""
     return torch.autocast(device_type="cpu", enabled=False)
 
 
@@ -92,7 +92,7 @@ class _UnbiasedCrossEntropy(torch.autograd.Function):
                 lse_new[block] = torch.logsumexp(x[:, classes_old:], dim=1)
             is_new = (y >= classes_old) & (y != ignore_index)
             picked = x.gather(1, torch.where(is_new, y, 0)[:, None])[:, 0]
-            # −log P(old) = softplus(lse_new − lse_old) is precise also for P(old) close to 1.
+            # −log P(old) = softplus(lse_new − lse_old) is precise where P(old) is close to 1.
             as_old = F.softplus(lse_new[block] - lse_old[block])
             as_new = torch.logaddexp(lse_old[block], lse_new[block]) - picked
             loss[block] = torch.where(is_new, as_new, as_old).masked_fill_(y == ignore_index, 0.0)
@@ -131,7 +131,11 @@ def distillation(inputs: Tensor, targets: Tensor, alpha: float, unbiased: bool) 
 
 
 class _Distillation(torch.autograd.Function):
-    """−Σ_c softmax(αt)_c · log q_c / C_old at each pixel; see ``utils.loss._distillation``."""
+    """Map of −Σ_c softmax(αt)_c · log q_c / C_old, block by block.
+
+    ``unbiased=False``: q is the student's softmax over the old classes. ``unbiased=True``: over all classes,
+    and q_0 is the probability of the background and the new classes together.
+    """
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, targets: Tensor, alpha: float, unbiased: bool) -> Tensor:
@@ -150,7 +154,7 @@ class _Distillation(torch.autograd.Function):
                 log_q = F.log_softmax(x[:, :old], dim=1)
             loss[images, columns] = log_q.mul_(p).sum(dim=1).div_(-old)
         ctx.save_for_backward(inputs)
-        # Not by save_for_backward, which refuses tensors of inference mode.
+        # Not by save_for_backward, which refuses tensors of a teacher in inference mode.
         ctx.targets, ctx.alpha, ctx.unbiased = targets, alpha, unbiased
         return loss.view(inputs.shape[0], *inputs.shape[2:])
 
@@ -207,8 +211,8 @@ def class_statistics(
 class _ClassStatistics(torch.autograd.Function):
     """Σ over positions of weight_c · |feature − prototype_c|², and the sum of each class's features.
 
-    Both are computed in one pass over the features, whose gradient is 2·weight_c·(feature − prototype_c) +
-    gradient of the class's sum.
+    features B×D×N, prototypes C×D, one-hot B×C×N, weights C → scalar, C×D. One pass over the features; their
+    gradient is 2·weight_c·(feature − prototype_c) + gradient of the class's sum.
     """
 
     @staticmethod
@@ -250,8 +254,7 @@ def max_ratio(
 class _MaxRatio(torch.autograd.Function):
     """Σ_d shrink(g_d) / (Σ_d g_d + ε) with g = f / (maximum of the position's group + ε): two maps B×h×w.
 
-    The second map, Σ_d g_d, has no gradient. The gradient of a maximum is divided equally among the positions
-    that attain it.
+    The second map, Σ_d g_d, has no gradient. Positions that share the maximum share its gradient equally.
     """
 
     @staticmethod
@@ -279,7 +282,7 @@ class _MaxRatio(torch.autograd.Function):
         total = summed + eps
         ratio = shrunk / total
         ctx.save_for_backward(features, groups, own == highest, scale, ratio, total)
-        # d ratio / d log scale
+        # d ratio / d log scale, for the gradient through the maximum.
         ctx.response = slope / total - ratio * summed / total
         ctx.number, ctx.shrinking = number, shrinking
         summed = summed.view(groups.shape)
@@ -323,7 +326,7 @@ class _MaxRatio(torch.autograd.Function):
 
 
 def nested(maps: Tensor, scales: Sequence[int]) -> bool:
-    """Whether maps are square, divided evenly by the finest grid, and all cells are unions of its cells."""
+    """Whether the finest grid divides square maps evenly and the other grids join its cells."""
     height, width = maps.shape[-2:]
     finest = max(scales)
     return height == width and width % finest == 0 and all(finest % scale == 0 for scale in scales)
@@ -338,12 +341,12 @@ def local_pod_distance(
 
 
 class _LocalPODDistance(torch.autograd.Function):
-    """Distance of local POD without ``norm`` for grids that are ``nested``: B.
+    """Distance of local POD without ``norm``, for ``nested`` grids: B.
 
-    Pooling is linear, and means of a coarse cell are means of finer ones: the forward pass pools the
-    difference of the preprocessed maps once, for the finest grid, and computes the gradient of all scales by
-    these means. The gradient at a pixel is the sum of those of its row's and its column's mean in the finest
-    cell. So the backward pass reads the student's map once and writes the gradient, in blocks.
+    Pooling is linear, and the means of a coarse cell are means of the finest cells' means. The forward pass
+    pools the difference of the preprocessed maps once, for the finest grid, and computes the gradient of all
+    scales by these means. At a pixel it is the sum of a row's and a column's value of the finest cell, so the
+    backward pass reads the student's map once and writes the gradient block by block.
     """
 
     @staticmethod
@@ -369,7 +372,7 @@ class _LocalPODDistance(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         new, distance, rows, columns = ctx.saved_tensors
         _, factor, multiply = _POD_PREPROS[ctx.prepro]
-        # At distance 0 the subgradient of the norm is 0, as in torch.
+        # Subgradient of the norm at distance 0, as in torch.
         slope = distance.pow(1 - ctx.order).masked_fill(distance == 0, 0.0)
         scale = (factor * grad * slope).view(-1, 1, 1, 1)
         cells = rows.shape[2]
@@ -383,7 +386,7 @@ class _LocalPODDistance(torch.autograd.Function):
 
 
 def _level_powers(fine: Tensor, levels: list[tuple[int, float]], order: int) -> tuple[Tensor, Tensor]:
-    """Sums of powers of the pooled values of all scales, and their gradient.
+    """Sum of powers of the pooled values of all scales, and its gradient.
 
     Args:
         fine: b×n×s×h means of the finest grid, see ``_cell_means``.
@@ -391,8 +394,8 @@ def _level_powers(fine: Tensor, levels: list[tuple[int, float]], order: int) -> 
         order: 1 or 2.
 
     Returns:
-        Σ|value|^order of each channel, b×n; its derivative with respect to the pixels of each mean, divided
-        by ``order``, b×n×s×h.
+        Σ|value|^order of each channel, b×n; its derivative by the pixels that a mean of ``fine`` covers,
+        divided by ``order``, b×n×s×h.
     """
     power, gradient = fine.new_zeros(fine.shape[:2]), torch.zeros_like(fine)
     for scale, divisor in levels:
@@ -405,7 +408,7 @@ def _level_powers(fine: Tensor, levels: list[tuple[int, float]], order: int) -> 
 
 
 class _Prepro(NamedTuple):
-    """A preprocessing of POD; its derivative is ``factor`` times ``multiply(gradient, maps)``, in place."""
+    """A preprocessing of POD; its derivative: ``factor`` times the in-place ``multiply(gradient, maps)``."""
 
     function: Callable[[Tensor], Tensor]
     factor: float
@@ -421,7 +424,7 @@ _POD_PREPROS = {
     "pow": _Prepro(torch.square, 2.0, lambda grad, maps: grad.mul_(maps)),
     "none": _Prepro(lambda maps: maps, 1.0, lambda grad, _: grad),
     "abs": _Prepro(torch.abs, 1.0, lambda grad, maps: grad.mul_(maps.sign())),
-    # Multiplying by 0 or 1: ``masked_fill_`` is several times slower on the CPU.
+    # Multiplies by 0 or 1: ``masked_fill_`` is several times slower on the CPU.
     "relu": _Prepro(torch.relu, 1.0, lambda grad, maps: grad.mul_(maps.sign().clamp_(min=0.0))),
 }
 
@@ -432,39 +435,39 @@ def _cell_means(maps: Tensor, cells: int) -> tuple[Tensor, Tensor]:
     Axis 2 counts cells, axis 3 the rows or columns of the map.
     """
     rows, columns = _means(maps, 3, cells), _means(maps, 2, cells)
-    # Copied to be contiguous: strided loops over the few cells would cost more.
+    # Copied to make the long axis the last one; short inner loops would cost more than the copy.
     return torch.empty_like(columns).copy_(rows.transpose(2, 3)), columns
 
 
 def _means(maps: Tensor, axis: int, parts: int) -> Tensor:
     """Means over equal parts of the rows (axis 2) or columns (axis 3) of B×D×h×w maps."""
     length = maps.shape[axis] // parts
-    if maps.stride(1) == 1:  # channels last, for which ``mean`` is tens of times slower
+    if maps.stride(1) == 1:  # channels-last, for which ``mean`` is tens of times slower
         return F.avg_pool2d(maps, (length, 1) if axis == 2 else (1, length))
     return maps.unflatten(axis, (parts, -1)).mean(dim=axis + 1)
 
 
 def channel_by_channel(old: Tensor, new: Tensor, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """``function(old, new)``, which is independent for each channel: B×D×h×w twice → B×D."""
-    found: Tensor = _ChannelByChannel.apply(old, new, function)
-    return found
+    """``function(old, new)``, which works on each channel separately: B×D×h×w twice → B×D."""
+    result: Tensor = _ChannelByChannel.apply(old, new, function)
+    return result
 
 
 class _ChannelByChannel(torch.autograd.Function):
-    """A function that is independent for each channel of two maps, in blocks of channels.
+    """A function of each channel of two maps, computed for a block of channels at a time.
 
-    The function maps b×n×h×w twice to b×n. It is recomputed in the backward pass, so only the gradient is of
-    the size of the maps.
+    The function takes b×n×h×w twice and returns b×n. It is recomputed in the backward pass, so only the
+    gradient is allocated at the size of the maps.
     """
 
     @staticmethod
     def forward(ctx: Any, old: Tensor, new: Tensor, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         ctx.save_for_backward(new)
-        ctx.old, ctx.function = old, function  # not by save_for_backward: see _Distillation
-        found = new.new_empty(new.shape[:2])
+        ctx.old, ctx.function = old, function  # the teacher's map as in _Distillation
+        result = new.new_empty(new.shape[:2])
         for place in _channel_blocks(new):
-            found[place] = function(old[place], new[place])
-        return found
+            result[place] = function(old[place], new[place])
+        return result
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -1,4 +1,4 @@
-"""A method of one's own with a trainable module: supervised contrast of class features (Khosla et al. 2020).
+"""A custom method with a trainable module: supervised contrastive loss (Khosla et al. 2020).
 
 python run.py --method_file docs/examples/contrastive.py --method CONTRAST --step all ...
 """
@@ -15,7 +15,7 @@ PRESETS = {"CONTRAST": {"extends": "MIB", "loss_contrast": 0.1}}
 
 
 def contrast(vectors: Tensor, labels: Tensor, temperature: float = 0.1) -> Tensor:
-    """Mean of −log softmax over the pairs of one label; n×D of length 1, n. 0 without such a pair."""
+    """Mean of −log softmax over the pairs with one label, 0 without pairs; n×D with norm 1, n → scalar."""
     itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     similarity = (vectors @ vectors.T / temperature).masked_fill(itself, -1e9)
     pairs = (labels[:, None] == labels) & ~itself
@@ -23,7 +23,7 @@ def contrast(vectors: Tensor, labels: Tensor, temperature: float = 0.1) -> Tenso
 
 
 class Contrast(Method):
-    """Projected mean features of a class in two images attract each other, those of two classes repel."""
+    """Contrastive loss on the projected mean feature of each class in each image."""
 
     needs = frozenset({"pre_logits"})
 
@@ -32,7 +32,7 @@ class Contrast(Method):
 
     @classmethod
     def add_options(cls, group: Any) -> None:
-        group.add_argument("--loss_contrast", type=loss_weight, default=0.0, metavar="W", help="its weight")
+        group.add_argument("--loss_contrast", type=loss_weight, default=0.0, metavar="W", help="loss weight")
 
     @classmethod
     def from_options(cls, opts: Any) -> "Contrast | None":
@@ -47,9 +47,9 @@ class Contrast(Method):
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         features = batch.features["pre_logits"].float().permute(0, 2, 3, 1)
         labels = nn.functional.interpolate(batch.targets[:, None].float(), size=features.shape[1:3])[:, 0]
-        known = (labels > 0) & (labels < 255)
+        is_class = (labels > 0) & (labels < 255)
         image = torch.arange(len(labels), device=labels.device)[:, None, None]
-        regions, place = (256 * image + labels)[known].unique(return_inverse=True)
-        sums = features.new_zeros(len(regions), 256).index_add(0, place, features[known])
+        regions, place = (256 * image + labels)[is_class].unique(return_inverse=True)
+        sums = features.new_zeros(len(regions), 256).index_add(0, place, features[is_class])
         vectors = nn.functional.normalize(self.head(sums / place.bincount()[:, None]))
         return {"contrast": self.weight * contrast(vectors, regions % 256)}

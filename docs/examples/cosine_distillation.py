@@ -1,9 +1,9 @@
-"""A method of one's own: the head's features keep the direction that the old network gave them.
+"""A custom method: cosine distance between the head's features of student and teacher.
 
     python run.py --method_file docs/examples/cosine_distillation.py --method COSINE --step all ...
 
 Loss: W · mean of 1 − cos(f, f_old) over the positions without a new class; f are the 256 channels before the
-classifier, as in docs/methods.md.
+classifier (docs/methods.md).
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def cosine_distance(features: Tensor, features_old: Tensor, keep: Tensor) -> Ten
 
     Args:
         features, features_old: B×D×h×w.
-        keep: B×h×w, bool; where none is true the distance is 0.
+        keep: B×h×w, bool; the distance is 0 if all are false.
     """
     distance = 1 - F.cosine_similarity(features, features_old, dim=1)
     return (distance * keep).sum() / keep.sum().clamp(min=1)
 
 
 class CosineDistillation(Method):
-    """Cosine distance to the old network's features, on pixels without a new class."""
+    """Cosine distance to the teacher's features on pixels without a new class."""
 
     needs = frozenset({"pre_logits"})
     needs_teacher = True
@@ -49,11 +49,11 @@ class CosineDistillation(Method):
 
     @classmethod
     def from_options(cls, opts: Any) -> CosineDistillation | None:
-        """On where ``--loss_cosine`` is above 0."""
+        """Enabled if ``--loss_cosine`` is above 0."""
         return cls(opts.loss_cosine) if opts.loss_cosine > 0 else None
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """The weighted distance; labels are brought to the features' size."""
+        """The weighted distance, with labels downsampled to the features' size."""
         features, features_old = batch.features["pre_logits"], batch.features_old["pre_logits"]
         labels = F.interpolate(batch.targets[:, None].float(), size=features.shape[-2:], mode="nearest")[:, 0]
         keep = (labels < batch.classes_old) | (labels == 255)

@@ -1,9 +1,9 @@
-"""A method of one's own: the losses of Decomposed Knowledge Distillation (Baek et al., NeurIPS 2022).
+"""A custom method: the losses of Decomposed Knowledge Distillation (Baek et al., NeurIPS 2022).
 
     python run.py --method_file docs/examples/dkd.py --method DKD --step all ...
 
 As in DKD a pixel is background where no class has a sigmoid above 0.5: the background's logit stays 0. DKD's
-auxiliary classifier, from which its new classes start, its head, schedule and frozen norms are left out.
+auxiliary classifier, which initialises new classes, its head, schedule and frozen norms are not included.
 """
 
 from typing import Any
@@ -32,7 +32,7 @@ def reasoning_scores(features: Tensor, model: Any, steps: int) -> Tensor:
 
 
 class DecomposedDistillation(Method):
-    """New classes learn by binary cross entropy; old logits and reasoning scores stay the teacher's."""
+    """Binary cross entropy of new classes; distillation of old logits and reasoning scores."""
 
     needs = teacher_needs = frozenset({"pre_logits"})
     replaces_classification = True
@@ -51,7 +51,7 @@ class DecomposedDistillation(Method):
     def begin_step(self, context: Context) -> None:
         self.step, self.model, self.model_old = context.step, context.model, context.model_old
         if self.step == 0:
-            for name in ("cls.0.weight", "cls.0.bias"):  # the background's, which no loss below reaches
+            for name in ("cls.0.weight", "cls.0.bias"):  # the background's, which has no loss
                 context.model.get_parameter(name).data[0] = 0
 
     def lr_factor(self, name: str) -> float:

@@ -1,4 +1,4 @@
-"""A method of one's own with state: the classifiers keep telling the old classes' mean features apart.
+"""A custom method with state: cross entropy of the classifiers on the old classes' mean features.
 
 python run.py --method_file docs/examples/mean_replay.py --method REPLAY --step all ...
 """
@@ -16,7 +16,7 @@ PRESETS = {"REPLAY": {"extends": "MIB", "loss_replay": 1.0}}
 
 
 class MeanReplay(Method):
-    """Cross entropy of the old classes' mean features, taken at the end of the step that learnt them."""
+    """Cross entropy of the old classes' mean features, computed at the end of their step."""
 
     needs = frozenset({"pre_logits"})
 
@@ -26,7 +26,7 @@ class MeanReplay(Method):
 
     @classmethod
     def add_options(cls, group: Any) -> None:
-        group.add_argument("--loss_replay", type=loss_weight, default=0.0, metavar="W", help="its weight")
+        group.add_argument("--loss_replay", type=loss_weight, default=0.0, metavar="W", help="loss weight")
 
     @classmethod
     def from_options(cls, opts: Any) -> "MeanReplay | None":
@@ -58,7 +58,7 @@ class MeanReplay(Method):
             known = labels != 255
             sums.index_add_(0, labels[known], features.permute(0, 2, 3, 1)[known])
             counts += labels[known].bincount(minlength=classes)
-        means = context.reduce(sums) / context.reduce(counts).clamp(min=1)[:, None]  # of all processes
+        means = context.reduce(sums) / context.reduce(counts).clamp(min=1)[:, None]  # over all processes
         self.means = torch.cat([self.means, means[context.classes_old :]])
 
     def state_dict(self) -> dict[str, Any]:

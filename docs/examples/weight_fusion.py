@@ -1,4 +1,4 @@
-"""A method of one's own that changes weights after a step: EWF's average of old and new ones (CVPR 2023).
+"""A custom method that changes weights after a step: EWF's average of old and new weights (CVPR 2023).
 
 python run.py --method_file docs/examples/weight_fusion.py --method FUSION --step all ...
 """
@@ -13,7 +13,7 @@ PRESETS = {"FUSION": {"extends": "MIB", "fusion": True}}
 
 
 class WeightFusion(Method):
-    """After a step θ becomes (1 - α)·θ_old + α·θ, α² the new classes' share; the new classifier stays."""
+    """θ ← (1 − α)·θ_old + α·θ after a step, α² = new classes / all classes; the new classifier is kept."""
 
     needs_teacher = True
 
@@ -31,5 +31,5 @@ class WeightFusion(Method):
         teacher: Any = context.model_old
         new = context.model.state_dict()
         for name, old in teacher.state_dict().items():
-            if old.is_floating_point():  # all but the norm layers' count of batches
+            if old.is_floating_point():  # all but num_batches_tracked
                 new[name].copy_(torch.lerp(old, new[name], alpha))

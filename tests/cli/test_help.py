@@ -27,7 +27,7 @@ def test_help_fits_the_screen_and_shows_defaults() -> None:
     for shown in (
         "--batch_size N images per process (default: 4)",
         "--lr LR [LR ...] one for all steps, or one per step (default: 0.007)",
-        "--spp_scales N [N ...] grids of local POD (default: 1 2 4)",
+        "--spp_scales N [N ...] grid sizes of local POD (default: 1 2 4)",
         "--data_root PATH folder of the data set (default: data)",
         "--overlap, --overlapped overlapped protocol (default: disjoint)",
         "--whole_val, --crop_val evaluate on whole images, one by one",

@@ -63,8 +63,8 @@ OWN_ROLE = """
         ("x = 1\n", "defines no subclass of methods.Method"),
         ("x = 1\ndef f(:\n", "line 2: SyntaxError"),
         ("x = 1\nimport no_such_module\n", "line 2: ModuleNotFoundError"),
-        (METHOD.replace("Mine", "CIL"), "there is a method CIL already"),
-        (METHOD + "PRESETS = ['MINE']\n", "PRESETS must be options by name"),
+        (METHOD.replace("Mine", "CIL"), "method CIL already exists"),
+        (METHOD + "PRESETS = ['MINE']\n", "PRESETS must map names to options"),
         (METHOD + "PRESETS = {'sdr': {}}\n", "there is a --method sdr already"),
     ],
 )
@@ -85,7 +85,7 @@ def test_a_bad_file_is_refused(tmp_path: Path, text: str, said: str) -> None:
         (METHOD + "PRESETS = {'FT2': {'loss_none': 1}}\n", "PRESETS['FT2']: --loss_none 1: is no option"),
         (METHOD + OWN_OPTION, "conflicting option string: --unce; rename the option"),
         (METHOD + OWN_ROLE, "mine.py: Mine.add_options: --mine: role 'sideways' is none of network, data"),
-        (None, "mine.py: is no Python file"),
+        (None, "mine.py: is not a Python file"),
     ],
 )
 def test_a_bad_file_ends_the_command_with_one_line(

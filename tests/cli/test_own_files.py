@@ -75,7 +75,7 @@ def test_what_training_refuses_the_check_has_told(tmp_path: Path) -> None:
     wanted = {
         float_image: ("train_00000003.tif", "floating-point numbers", "8-bit PNG"),
         other_encoding: (r"caf\xe9.jpg", "UTF-8", "rename it"),
-        void_masks: ("no training mask shows 1 class 1, 2 class 2", "mend the masks"),
+        void_masks: ("no training mask shows 1 class 1, 2 class 2", "correct the masks"),
     }
     several: list[list[str | Path]] = []
     for damage in wanted:

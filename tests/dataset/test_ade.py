@@ -71,5 +71,5 @@ def test_missing(tmp_path: Path) -> None:
         open_dataset("ade", tmp_path, "train")
     make_ade(tmp_path)
     (tmp_path / "annotations/training/ADE_training_00000001.png").unlink()
-    with pytest.raises(DataError, match=r"ADE_training_00000001\.jpg: has no mask"):
+    with pytest.raises(DataError, match=r"ADE_training_00000001\.jpg: no mask"):
         open_dataset("ade", tmp_path, "train")

@@ -1,4 +1,4 @@
-"""``--check_data`` on a sound data set and on one broken in every way that it knows."""
+"""``--check_data`` on a valid data set and on one with each kind of fault."""
 
 from __future__ import annotations
 
@@ -132,11 +132,11 @@ FAULTS = {
     text_image: r"fault: 1 unreadable images: \S*images/train/1\.jpg \(cannot identify image file.*\)$",
     cut_mask: r"fault: 1 unreadable masks: \S*masks/train/1\.png \(.*\)$",
     flip_mask: r"fault: 1 unreadable masks: \S*masks/train/1\.png \(.*\)$",
-    colour_mask: r"fault: 1 wrongly coded masks: \S*1\.png \(PNG, RGB; the mask holds colours, not class ind",
-    jpeg_mask: r"fault: 1 wrongly coded masks: \S*1\.png \(JPEG, L; the mask is no PNG file; save it as PNG",
+    colour_mask: r"fault: 1 wrongly coded masks: \S*1\.png \(PNG, RGB; the mask contains colours, not class",
+    jpeg_mask: r"fault: 1 wrongly coded masks: \S*1\.png \(JPEG, L; the mask is not a PNG file; save it as",
     unknown_id: r"fault: 1 wrongly coded masks: \S*1\.png \(unknown class id 4; 0 to 3 or 255\)$",
-    wide_mask: r"fault: 1 wrongly coded masks: \S*1\.png \(PNG, I\S*; class index 257 found; masks hold",
-    float_mask: r"fault: 1 wrongly coded masks: \S*1\.png \(TIFF, F; the mask is no PNG file; save it as",
+    wide_mask: r"fault: 1 wrongly coded masks: \S*1\.png \(PNG, I\S*; class index 257 found; masks contain",
+    float_mask: r"fault: 1 wrongly coded masks: \S*1\.png \(TIFF, F; the mask is not a PNG file; save it",
     float_image: r"fault: 1 images without a defined black and white: \S*1\.jpg \(the image's pixels are",
     wrong_size: r"fault: 1 images of another size than their masks: \S*1\.jpg \(16×12, its mask 16×13\)$",
 }
@@ -186,7 +186,7 @@ def test_image_turned_by_the_camera_fits_its_mask(tmp_path):
 def test_step_without_images_is_a_fault(tmp_path, capsys):
     root = make_folder(tmp_path, train=2)
     assert check_data(options(root)) == 2
-    assert "step 2: 1 classes, 0 images; fault: the step has nothing to train on" in capsys.readouterr().out
+    assert "step 2: 1 classes, 0 images; fault: the step has no training image" in capsys.readouterr().out
 
 
 def test_why_a_step_without_images_has_none(tmp_path, capsys):
@@ -218,11 +218,11 @@ def test_masks_of_background_and_void_alone_are_nothing_to_learn(tmp_path, capsy
     assert check_data(options(root)) == 2
     out = capsys.readouterr().out
     assert (
-        "train: fault: there is nothing to learn or to measure: the masks hold 0, 255 only, and 0 is "
+        "train: fault: no mask contains a class: the masks have values 0, 255 only, and 0 is "
         "background, 255 void; give every class its id, 1 to 3\n"
     ) in out
     assert (
-        "step 0: 2 classes, 0 images; fault: the step has nothing to train on: no training mask shows 1 cat"
+        "step 0: 2 classes, 0 images; fault: the step has no training image: no training mask shows 1 cat"
         in out
     )
 
@@ -242,7 +242,7 @@ def test_nearly_all_void(tmp_path, capsys):
     assert check_data(options(root)) == 0
     out = capsys.readouterr().out
     assert "train: pixels: 1.56% show a class, 0.00% are background, 98.44% void\n" in out
-    assert "train: warning: nearly all pixels are void (255), from which nothing is learnt" in out
+    assert "train: warning: nearly all pixels are void (255) and ignored" in out
 
 
 def test_turned_and_wide_images_are_counted(tmp_path, capsys):
@@ -258,8 +258,8 @@ def test_turned_and_wide_images_are_counted(tmp_path, capsys):
     assert check_data(options(root)) == 0
     out = capsys.readouterr().out
     assert (
-        "train: note: 3 images have a camera orientation (EXIF): 2 are read as stored, 1 turned, as only "
-        "that fits their masks; --predict reads all as stored\n"
+        "train: note: 3 images have a camera orientation (EXIF): 2 are read as stored, 1 turned to fit "
+        "their masks; --predict reads all as stored\n"
     ) in out
     assert "train: note: 1 images have more than 8 bits per channel: the highest 8 are read\n" in out
     assert "val: note" not in out

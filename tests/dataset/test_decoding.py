@@ -207,7 +207,7 @@ def test_text_file_and_missing_file(tmp_path: Path) -> None:
     path.write_text("<html>404</html>")
     with pytest.raises(DataError, match=r"x\.jpg: the image cannot be read"):
         read_image(path)
-    with pytest.raises(DataError, match=r"x\.jpg: the mask is no PNG"):
+    with pytest.raises(DataError, match=r"x\.jpg: the mask is not a PNG"):
         read_mask(path)
 
 
@@ -251,7 +251,7 @@ def test_grey_masks_of_few_bits_are_not_spread(tmp_path: Path, depth: int) -> No
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
 def test_mask_of_colours_is_refused(tmp_path: Path, mode: str) -> None:
     path = save(tmp_path / "x.png", Image.fromarray(PICTURE).convert(mode))
-    with pytest.raises(DataError, match=r"x\.png: the mask holds colours"):
+    with pytest.raises(DataError, match=r"x\.png: the mask contains colours"):
         read_mask(path)
 
 

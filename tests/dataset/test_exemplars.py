@@ -26,7 +26,7 @@ SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "splits"
 TASK = get_task("voc", "15-5s")
 
 
-def random_presence(count: int, seed: int) -> list[set[int]]:
+def random_labels(count: int, seed: int) -> list[set[int]]:
     rng = np.random.default_rng(seed)
     weights = 1 / np.arange(1, 21)
     return [
@@ -39,8 +39,8 @@ def random_presence(count: int, seed: int) -> list[set[int]]:
     ]
 
 
-def lists_of(presence: list[set[int]], protocol: str = "overlapped") -> list[list[int]]:
-    return [task_indices("voc", TASK, step, protocol, presence) for step in range(TASK.num_steps)]
+def lists_of(labels: list[set[int]], protocol: str = "overlapped") -> list[list[int]]:
+    return [task_indices("voc", TASK, step, protocol, labels) for step in range(TASK.num_steps)]
 
 
 @settings(deadline=None)
@@ -52,56 +52,56 @@ def lists_of(presence: list[set[int]], protocol: str = "overlapped") -> list[lis
     in_turn=st.booleans(),
 )
 def test_properties(seed, memory, step, protocol, in_turn):
-    presence = random_presence(150, seed)
-    lists = lists_of(presence, protocol)
-    exemplars = select_exemplars(presence, TASK, step, memory, seed, lists, in_turn=in_turn)
+    labels = random_labels(150, seed)
+    lists = lists_of(labels, protocol)
+    exemplars = select_exemplars(labels, TASK, step, memory, seed, lists, in_turn=in_turn)
     assert len(exemplars) <= memory
     assert len({exemplar.index for exemplar in exemplars}) == len(exemplars)
     for exemplar in exemplars:
         assert exemplar.step < step
         assert exemplar.index in lists[exemplar.step]
-        assert presence[exemplar.index] & set(TASK.seen_classes(exemplar.step))
+        assert labels[exemplar.index] & set(TASK.seen_classes(exemplar.step))
     # Neither this step's images nor later ones matter: they need not even be known.
-    assert exemplars == select_exemplars(presence, TASK, step, memory, seed, lists[:step], in_turn=in_turn)
+    assert exemplars == select_exemplars(labels, TASK, step, memory, seed, lists[:step], in_turn=in_turn)
     if step >= 1 and memory <= len(lists[0]):
         assert len(exemplars) == memory
 
 
 @given(seed=st.integers(0, 50), step=st.integers(2, 5))
 def test_an_image_of_an_older_step_was_in_the_memory_before(seed, step):
-    presence = random_presence(150, seed)
-    lists = lists_of(presence, "disjoint")
-    before = {e.index for e in select_exemplars(presence, TASK, step - 1, 25, seed, lists)}
-    now = select_exemplars(presence, TASK, step, 25, seed, lists)
+    labels = random_labels(150, seed)
+    lists = lists_of(labels, "disjoint")
+    before = {e.index for e in select_exemplars(labels, TASK, step - 1, 25, seed, lists)}
+    now = select_exemplars(labels, TASK, step, 25, seed, lists)
     assert {e.index for e in now if e.step < step - 1} <= before
 
 
 def test_seed_decides():
-    presence = random_presence(300, 0)
-    lists = lists_of(presence)
-    first, same, other = (select_exemplars(presence, TASK, 3, 30, seed, lists) for seed in (1, 1, 2))
+    labels = random_labels(300, 0)
+    lists = lists_of(labels)
+    first, same, other = (select_exemplars(labels, TASK, 3, 30, seed, lists) for seed in (1, 1, 2))
     assert first == same != other
-    assert select_exemplars(presence, TASK, 3, 30, -5, lists)
+    assert select_exemplars(labels, TASK, 3, 30, -5, lists)
 
 
 def test_balanced_where_the_classes_allow_it():
-    presence = [{c} for c in range(1, 17) for _ in range(3 * c)]
-    lists = lists_of(presence)
-    counts = class_counts(select_exemplars(presence, TASK, 1, 45, 0, lists), presence, TASK)
+    labels = [{c} for c in range(1, 17) for _ in range(3 * c)]
+    lists = lists_of(labels)
+    counts = class_counts(select_exemplars(labels, TASK, 1, 45, 0, lists), labels, TASK)
     assert set(counts) == set(range(1, 16))
     assert set(counts.values()) == {3}
     # Class 1 has three images only; what it cannot give, the others share evenly.
-    counts = class_counts(select_exemplars(presence, TASK, 1, 73, 0, lists), presence, TASK)
+    counts = class_counts(select_exemplars(labels, TASK, 1, 73, 0, lists), labels, TASK)
     assert counts[1] == 3 and {counts[c] for c in range(2, 16)} == {5}
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the class lists in shared/splits are not there")
 def test_balance_on_voc():
     lines = (SHARED / "voc_train_classes.txt").read_text().splitlines()
-    presence = [{int(word) for word in line.split()[1:]} for line in lines]
-    lists = [task_indices("voc", TASK, step, "overlapped", presence) for step in range(6)]
-    exemplars = select_exemplars(presence, TASK, 5, 100, 42, lists)
-    counts = class_counts(exemplars, presence, TASK)
+    labels = [{int(word) for word in line.split()[1:]} for line in lines]
+    lists = [task_indices("voc", TASK, step, "overlapped", labels) for step in range(6)]
+    exemplars = select_exemplars(labels, TASK, 5, 100, 42, lists)
+    counts = class_counts(exemplars, labels, TASK)
     assert len(exemplars) == 100
     assert set(counts) == set(range(1, 20))
     # Drawn without regard to class, person would have some 20 and the rarest class none.
@@ -129,44 +129,44 @@ def released_choice(known, memory, rng):
 
 @pytest.mark.parametrize("memory", [0, 7, 30, 200])
 def test_released_rule(memory):
-    presence = random_presence(150, 4)
-    lists = lists_of(presence, "disjoint")
-    first = {i: presence[i] & set(range(1, 16)) for i in lists[0]}
+    labels = random_labels(150, 4)
+    lists = lists_of(labels, "disjoint")
+    first = {i: labels[i] & set(range(1, 16)) for i in lists[0]}
     chosen = released_choice(first, memory, np.random.RandomState([5, 1]))
-    found = select_exemplars(presence, TASK, 1, memory, 5, lists, in_turn=True)
+    found = select_exemplars(labels, TASK, 1, memory, 5, lists, in_turn=True)
     assert [e.index for e in found] == chosen
     second = {i: first[i] for i in chosen}
-    second |= {i: presence[i] & set(range(1, 17)) for i in lists[1]}
+    second |= {i: labels[i] & set(range(1, 17)) for i in lists[1]}
     chosen = released_choice(second, memory, np.random.RandomState([5, 2]))
-    found = select_exemplars(presence, TASK, 2, memory, 5, lists, in_turn=True)
+    found = select_exemplars(labels, TASK, 2, memory, 5, lists, in_turn=True)
     assert [e.index for e in found] == chosen
-    assert memory != 30 or found != select_exemplars(presence, TASK, 2, memory, 5, lists)
+    assert memory != 30 or found != select_exemplars(labels, TASK, 2, memory, 5, lists)
 
 
 def test_a_class_beside_many_others_fills_the_memory_in_turn_only():
     """The release counts an image for the class that it was drawn for, whatever else it shows."""
-    presence = [{c} for c in range(1, 15) for _ in range(9)] + [{15, c} for c in range(1, 15)] * 9
-    lists = lists_of(presence)
+    labels = [{c} for c in range(1, 15) for _ in range(9)] + [{15, c} for c in range(1, 15)] * 9
+    lists = lists_of(labels)
     fewest, in_turn = (
-        class_counts(select_exemplars(presence, TASK, 1, 45, 0, lists, in_turn=rule), presence, TASK)
+        class_counts(select_exemplars(labels, TASK, 1, 45, 0, lists, in_turn=rule), labels, TASK)
         for rule in (False, True)
     )
     assert fewest[15] <= 4 < 10 < in_turn[15]
 
 
 def test_classes_unknown_when_stored_do_not_count():
-    presence = [{1, 16}, {2, 16}, {16}, {17}]
+    labels = [{1, 16}, {2, 16}, {16}, {17}]
     exemplars = [Exemplar(0, 0), Exemplar(2, 1)]
-    assert class_counts(exemplars, presence, TASK)[16] == 1
-    assert class_counts(exemplars, presence, TASK)[1] == 1
-    assert class_counts([], presence, TASK) == {}
+    assert class_counts(exemplars, labels, TASK)[16] == 1
+    assert class_counts(exemplars, labels, TASK)[1] == 1
+    assert class_counts([], labels, TASK) == {}
 
 
 def test_image_that_comes_back_is_known_with_the_later_classes():
-    presence = [{1, 16}, {2}, {17}]
+    labels = [{1, 16}, {2}, {17}]
     lists = [[0, 1], [0], [2], [], [], []]
-    assert select_exemplars(presence, TASK, 1, 5, 0, lists) == [Exemplar(0, 0), Exemplar(1, 0)]
-    assert select_exemplars(presence, TASK, 2, 5, 0, lists) == [Exemplar(0, 1), Exemplar(1, 0)]
+    assert select_exemplars(labels, TASK, 1, 5, 0, lists) == [Exemplar(0, 0), Exemplar(1, 0)]
+    assert select_exemplars(labels, TASK, 2, 5, 0, lists) == [Exemplar(0, 1), Exemplar(1, 0)]
 
 
 def test_bad_arguments():
@@ -177,21 +177,21 @@ def test_bad_arguments():
 
 
 def test_list_on_disk(tmp_path):
-    presence = random_presence(100, 3)
-    lists = lists_of(presence)
-    exemplars = select_exemplars(presence, TASK, 2, 10, 7, lists)
-    origin = exemplar_origin(presence, TASK, 2, 10, 7, lists)
+    labels = random_labels(100, 3)
+    lists = lists_of(labels)
+    exemplars = select_exemplars(labels, TASK, 2, 10, 7, lists)
+    origin = exemplar_origin(labels, TASK, 2, 10, 7, lists)
     path = tmp_path / "run" / "exemplars_2.json"
     save_exemplars(path, exemplars, origin)
     assert load_exemplars(path, origin) == exemplars
     assert json.loads(path.read_text())["origin"]["memory"] == 10
     with pytest.raises(UserError, match="made from another rule"):
-        load_exemplars(path, exemplar_origin(presence, TASK, 2, 10, 7, lists, in_turn=True))
+        load_exemplars(path, exemplar_origin(labels, TASK, 2, 10, 7, lists, in_turn=True))
 
     changed = [lists[0][1:], *lists[1:]]
     with pytest.raises(UserError, match="made from another seed, candidates"):
-        load_exemplars(path, exemplar_origin(presence, TASK, 2, 10, 8, changed))
-    redrawn = [presence[0] ^ {1}, *presence[1:]]
+        load_exemplars(path, exemplar_origin(labels, TASK, 2, 10, 8, changed))
+    redrawn = [labels[0] ^ {1}, *labels[1:]]
     with pytest.raises(UserError, match="made from another presence"):
         load_exemplars(path, exemplar_origin(redrawn, TASK, 2, 10, 7, lists))
 

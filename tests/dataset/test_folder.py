@@ -13,8 +13,8 @@ def make_folder(root: Path, classes: str = "background\ncat\ndog\n") -> Path:
         for kind in ("images", "masks"):
             (root / kind / split).mkdir(parents=True)
         for number, suffix in enumerate(("png", "jpg", "JPEG")):
-            picture = Image.fromarray(np.full((8, 12, 3), 100, np.uint8))
-            picture.save(root / f"images/{split}/p{number}.{suffix}")
+            image = Image.fromarray(np.full((8, 12, 3), 100, np.uint8))
+            image.save(root / f"images/{split}/p{number}.{suffix}")
             Image.fromarray(np.full((8, 12), number, np.uint8)).save(root / f"masks/{split}/p{number}.png")
         (root / f"images/{split}/.DS_Store").write_text("")
         (root / f"images/{split}/notes.txt").write_text("")
@@ -60,10 +60,10 @@ def test_missing_parts(tmp_path: Path) -> None:
         open_dataset("folder", tmp_path, "train")
     make_folder(tmp_path)
     (tmp_path / "masks/train/p1.png").unlink()
-    with pytest.raises(DataError, match=r"p1\.jpg: has no mask of that name .*1 such files"):
+    with pytest.raises(DataError, match=r"p1\.jpg: no mask of that name .*1 such files"):
         open_dataset("folder", tmp_path, "train")
     (tmp_path / "images/val/p1.jpg").unlink()
-    with pytest.raises(DataError, match=r"p1\.png: has no image of that name"):
+    with pytest.raises(DataError, match=r"p1\.png: no image of that name"):
         open_dataset("folder", tmp_path, "val")
     (tmp_path / "classes.txt").unlink()
     (tmp_path / "masks/val/p1.png").unlink()

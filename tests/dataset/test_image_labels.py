@@ -1,4 +1,4 @@
-"""Image-level labels: reading of masks; the cache, read anew when it must be, whole after a kill."""
+"""Image-level labels: reading masks; the cache, its invalidation, and its state after a kill."""
 
 from __future__ import annotations
 

@@ -220,7 +220,7 @@ def test_step_list_is_read(tmp_path):
         (np.array([], dtype=int), "is empty"),
         (np.array([0, 4]), r"has index 4; the training set has 4 images \(0 to 3\)"),
         (np.array([-1, 2]), "has index -1"),
-        (np.array([2, 2]), "lists image 2 at the places 0 and 1, and an image counts once"),
+        (np.array([2, 2]), "lists image 2 at positions 0 and 1; remove one"),
     ],
 )
 def test_faulty_step_lists(tmp_path, content, message):

@@ -49,7 +49,7 @@ def test_every_thing_has_its_own_name() -> None:
 
 
 def test_things_stand_out_from_the_clutter() -> None:
-    """Mean saturation inside things against outside, in one picture of each class."""
+    """Mean saturation inside objects against outside, in one image of each class."""
     for number in range(20):
         image, mask = draw_sample(96, (0, 0, number))
         spread = np.ptp(image.astype(int), axis=2)
@@ -64,7 +64,7 @@ def test_seed_decides(tmp_path: Path) -> None:
     a, b, c = (digest(tmp_path / name) for name in "abc")
     assert a == b
     assert not any(a[name] == c[name] for name in a if name.endswith(".jpg"))
-    # More pictures leave the first ones as they are.
+    # The first images do not depend on the number of images.
     make_shapes(tmp_path / "d", ShapesConfig(6, 3, 48, seed=1))
     d = digest(tmp_path / "d")
     assert all(a[name] == d[name] for name in a if name.endswith((".jpg", ".png")))

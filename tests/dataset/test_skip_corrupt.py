@@ -1,4 +1,4 @@
-"""``--skip_corrupt``: what stands in for an image that cannot be read."""
+"""``--skip_corrupt``: substitutes of unreadable images."""
 
 from __future__ import annotations
 

@@ -177,7 +177,7 @@ def test_no_exemplar_is_validated_on(own: Path) -> None:
         (["--task", "6-6", "--overlap", "--cross_val"], "--cross_val keeps all of them back"),
         (
             ["--task", "1-11", "--overlap"],
-            "no training mask shows 1 class 1; mend the masks or change the task",
+            "no training mask shows 1 class 1; correct the masks or the task",
         ),
     ],
 )

@@ -19,7 +19,7 @@ from dataset.transforms import (
 
 
 def ramp(height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A picture whose red is its row, green its column; the mask is the picture's blue, a coarse checker."""
+    """An image whose red is its row, green its column; the mask is the image's blue, a coarse checker."""
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     mask = ((y // 25 + x // 25) % 2 * 200).to(torch.uint8)
     image = torch.stack([(y * 255 // height).to(torch.uint8), (x * 255 // width).to(torch.uint8), mask])
@@ -36,7 +36,7 @@ def test_image_and_mask_stay_in_step(height: int, width: int) -> None:
         assert out.shape == (3, 128, 128) and target.shape == (1, 128, 128)
         assert out.dtype == target.dtype == torch.uint8
         assert set(target.unique().tolist()) <= {0, 200}
-        # The picture's blue, cut at half height, is the mask, but for ties on the checker's lines. A mask
+        # The image's blue, cut at half height, is the mask, but for ties on the checker's lines. A mask
         # resized with torch's plain `nearest` is off by half a pixel and differs in 2 to 14 % of the pixels.
         differ = (out[2] > 100) != (target[0] > 100)
         assert differ.float().mean() < 0.005

@@ -15,7 +15,7 @@ TRAIN, VAL = ["2007_01", "2007_04"], ["2007_02", "2007_03"]
 
 
 def make_voc(root: Path, *, lists: tuple[str, ...] = ("train_aug", "val")) -> Path:
-    """A tiny VOC with every mask value 1 + its number; two training and two validation pictures."""
+    """A tiny VOC with every mask value 1 + its number; two training and two validation images."""
     for folder in ("JPEGImages", "SegmentationClassAug", "splits"):
         (root / folder).mkdir(parents=True)
     for number, stem in enumerate(sorted(TRAIN + VAL)):
@@ -71,7 +71,7 @@ def test_lists_are_derived_from_image_sets(tmp_path: Path) -> None:
 
 def test_no_list_at_all(tmp_path: Path) -> None:
     make_voc(tmp_path, lists=())
-    with pytest.raises(UserError, match=r"cannot tell training from validation.*download_voc\.sh"):
+    with pytest.raises(UserError, match=r"no lists of training and validation.*download_voc\.sh"):
         open_dataset("voc", tmp_path, "train")
 
 
@@ -120,7 +120,7 @@ def test_an_image_listed_twice_is_refused_with_both_lines(tmp_path: Path, again:
     path = tmp_path / "splits/val.txt"
     path.write_text(path.read_text() + f"\n{again}\n")
     with pytest.raises(
-        DataError, match=r"val\.txt:4: /?JPEGImages//?2007_02\.jpg is listed in line 1 already"
+        DataError, match=r"val\.txt:4: /?JPEGImages//?2007_02\.jpg is already listed in line 1"
     ) as error:
         open_dataset("voc", tmp_path, "val")
     assert "\n" not in str(error.value)

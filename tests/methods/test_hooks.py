@@ -26,7 +26,7 @@ def test_who_brings_the_classification_loss() -> None:
     disjoint = options("--method", "LWF-MC", "--icarl_disjoint")
     assert "Classification" in build_methods(disjoint, 0)  # its other half begins where there is a teacher
     assert list(build_methods(disjoint, 1)) == ["ICaRL"]
-    with pytest.raises(UserError, match="ICaRL and UnknownClass each bring the classification loss"):
+    with pytest.raises(UserError, match="ICaRL and UnknownClass each replace the classification loss"):
         build_methods(options("--method", "SSUL", "--icarl", "--icarl_disjoint"), 1)
 
 

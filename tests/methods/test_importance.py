@@ -1,4 +1,4 @@
-"""EWC, PI and RW against the released code's numbers, and the ways around them: checkpoints, DDP names."""
+"""EWC, PI and RW against values of the released code; checkpoints and names under DDP."""
 
 from __future__ import annotations
 

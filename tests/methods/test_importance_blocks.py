@@ -1,4 +1,4 @@
-"""EWC, PI and RW in blocks: gradient and value of the penalty, and estimates, whatever lies how in memory."""
+"""EWC, PI and RW in blocks: gradient and value of the penalty, and estimates, for all memory layouts."""
 
 from __future__ import annotations
 
@@ -276,7 +276,7 @@ def test_a_run_resumed_in_a_penalised_step_is_the_unbroken_one(name: str) -> Non
 def test_a_skipped_step_reaches_the_penalty_but_not_the_estimate() -> None:
     old, state = learnt("ewc")
     net = Net("contiguous", 2)
-    method = Regularization({"regularizer": "ewc", **OPTIONS}, 500.0)
+    method = Regularization(SimpleNamespace(regularizer="ewc", **OPTIONS), 500.0)
     method.from_previous_step(state)
     context: Any = SimpleNamespace(model=net, model_old=old, device=CPU)
     method.begin_step(context)

@@ -182,21 +182,21 @@ HOOKS = {
     "a part of the network": (
         "def begin_step(self, context): self.head = nn.Sequential(context.model.cls[0], nn.ReLU())\n"
         "def modules(self): return {'head': self.head}",
-        "Mine.modules: 'head' has weights of the network, which trains them; leave it out",
+        "Mine.modules: 'head' has weights of the network, which trains them; remove it",
     ),
     "modules built anew": (
         "def modules(self): return {'head': nn.Linear(2, 2)}",
-        "Mine.modules: returned other modules when it was called again, which are not trained; build them in",
+        "Mine.modules: returned other modules at a later call, which are not trained; build them in",
     ),
     "modules replaced at the first batch": (
         "head = nn.Linear(2, 2)\ndef modules(self): return {'head': self.head}\n"
         "def observe(self, batch): self.head = nn.Linear(2, 2)",
-        "Mine.modules: returned other modules when it was called again",
+        "Mine.modules: returned other modules at a later call",
     ),
     "modules added at the first batch": (
         "head = {}\ndef modules(self): return self.head\n"
         "def observe(self, batch): self.head = {'head': nn.Linear(2, 2)}",
-        "Mine.modules: returned other modules when it was called again",
+        "Mine.modules: returned other modules at a later call",
     ),
     "a hook that is no function": ("relabel = 3", "Mine.relabel: is a hook and must be a method, not 3"),
 }

@@ -208,7 +208,7 @@ def test_a_step_takes_over_the_modules_of_the_same_form(caplog: pytest.LogCaptur
     before = copy.deepcopy(other.state_dict())
     with caplog.at_level("INFO"):
         take_over(other, state)
-    assert "Heads.head: not as in the previous step (0.bias), starts anew" in caplog.text
+    assert "Heads.head: starts from scratch, differs in 0.bias" in caplog.text
     for name, value in other.state_dict().items():
         assert torch.equal(value, (state if ".type." in name else before)[name]), name
     _, same = made()
@@ -229,7 +229,7 @@ def test_an_interrupted_step_goes_on_with_the_same_modules() -> None:
     assert all(torch.equal(value, state[name]) for name, value in own.state_dict().items())
     del state["Heads.type.bias"]
     with pytest.raises(
-        UserError, match=r"test_own_modules.py: Heads.modules: the step was begun with other "
+        UserError, match=r"test_own_modules.py: Heads.modules: the step was started with other "
     ):
         load_modules(own, {"Heads": method}, state, {"Heads"})
     with pytest.raises(UserError, match=r"Method.modules: .*\(head.0.bias\); --fresh starts it over"):

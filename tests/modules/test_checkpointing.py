@@ -80,7 +80,7 @@ def test_a_frozen_norm_stays_in_evaluation():
     assert torch.equal(plain, again)
 
 
-def test_the_option_reaches_every_body():
+def test_the_option_reaches_every_backbone():
     for words in (["--backbone", "resnet50"], ["--backbone", "mobilenet_v2"], ["--model", "segformer_b0"]):
         for flag in ([], ["--grad_checkpointing"]):
             model = make_model(NetworkSpec.of(parse_options([*words, *flag])), [16])
@@ -91,7 +91,7 @@ def test_what_it_does_not_go_with(monkeypatch):
     with pytest.raises(UserError, match="--compile and --grad_checkpointing exclude each other"):
         parse_options(["--compile", "--grad_checkpointing"])
     monkeypatch.setattr("modules.norm._in_place_layers", dict)
-    with pytest.raises(UserError, match="--grad_checkpointing does not go with --norm_act iabn"):
+    with pytest.raises(UserError, match="--grad_checkpointing cannot be used with --norm_act iabn"):
         # The layers themselves need a package: the refusal comes before anything trains.
-        monkeypatch.setattr("modules.ResNetBody", lambda *_, **__: None)
+        monkeypatch.setattr("modules.ResNetBackbone", lambda *_, **__: None)
         build_network(NetworkSpec(backbone="resnet50", norm_act="iabn", checkpointing=True))

@@ -43,7 +43,7 @@ def test_a_kind_that_has_no_balanced_start_says_so() -> None:
     plain = Plain(8, [3, 1])
     assert plain(torch.zeros(2, 8, 4, 4)).shape == (2, 4, 4, 4)
     plain.start(balanced=False)
-    with pytest.raises(UserError, match="--classifier plain has no balanced start; drop --init_balanced"):
+    with pytest.raises(UserError, match="--classifier plain does not support --init_balanced; drop it"):
         plain.start(balanced=True)
 
 
@@ -69,7 +69,7 @@ def test_wrong_kinds_are_refused() -> None:
 
     with pytest.raises(UserError, match=r"Nameless\.name: give the classifier a name"):
         add_classifier(Nameless)
-    with pytest.raises(UserError, match=r"Twin\.name: there is a --classifier linear already"):
+    with pytest.raises(UserError, match=r"Twin\.name: --classifier linear already exists"):
         add_classifier(Twin)
     assert add_classifier(LinearClassifier) is LinearClassifier  # twice is once
     assert classifier_names() == known

@@ -137,7 +137,7 @@ def test_intermediates(network):
     assert none == {}
     assert pre_logits.shape == (2, network.out_channels, 4, 4)
     _, found = network(images, frozenset({"body", "pre_logits", "attentions"}))
-    assert found["body"].shape == (2, network.body_channels, 4, 4)
+    assert found["body"].shape == (2, network.backbone_channels, 4, 4)
     torch.testing.assert_close(found["pre_logits"], pre_logits)
     assert [a.shape[1] for a in found["attentions"]] == [24, 32, 96, 320, 256]
     assert set(network(images, frozenset({"body"}))[1]) == {"body"}

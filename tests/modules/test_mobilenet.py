@@ -2,7 +2,7 @@ import pytest
 import torch
 import torchvision
 
-from modules.mobilenet import AtrousDepthwiseConv2d, MobileNetV2Body
+from modules.mobilenet import AtrousDepthwiseConv2d, MobileNetV2Backbone
 from modules.norm import NormAct
 
 
@@ -19,10 +19,10 @@ def trained_like(net):
 @pytest.mark.parametrize("output_stride", [16, 8])
 @pytest.mark.parametrize("size", [(65, 97), (64, 96)])
 def test_undilated_network_at_more_places(output_stride, size):
-    """At every (32 / stride)-th place the dilated body has torchvision's features of stride 32."""
+    """At every (32 / stride)-th position the dilated backbone has torchvision's features of stride 32."""
     torch.manual_seed(0)
     theirs = trained_like(torchvision.models.mobilenet_v2())
-    body = MobileNetV2Body(NormAct("std"), output_stride).eval()
+    body = MobileNetV2Backbone(NormAct("std"), output_stride).eval()
     left = body.load_state_dict(theirs.state_dict(), strict=False)
     assert left.missing_keys == []
     assert left.unexpected_keys == ["classifier.1.weight", "classifier.1.bias"]
@@ -42,16 +42,16 @@ def test_undilated_network_at_more_places(output_stride, size):
 
 
 def test_stages_only_when_asked():
-    body = MobileNetV2Body(NormAct("std"), 16).eval()
+    body = MobileNetV2Backbone(NormAct("std"), 16).eval()
     assert body(torch.randn(1, 3, 64, 64))[1] == []
 
 
 def test_leaky_kinds_replace_relu6():
-    body = MobileNetV2Body(NormAct("abn"), 16)
+    body = MobileNetV2Backbone(NormAct("abn"), 16)
     kinds = {type(module) for module in body.modules()}
     assert torch.nn.ReLU6 not in kinds
     assert torch.nn.LeakyReLU in kinds
-    assert torch.nn.ReLU6 in {type(module) for module in MobileNetV2Body(NormAct("std"), 16).modules()}
+    assert torch.nn.ReLU6 in {type(module) for module in MobileNetV2Backbone(NormAct("std"), 16).modules()}
 
 
 @pytest.mark.parametrize("dilation", [2, 4])
@@ -75,6 +75,6 @@ def test_atrous_depthwise_convolution_on_grids_is_the_plain_one(size, dilation):
 
 def test_only_dilated_blocks_are_atrous():
     for stride, blocks in ((16, [15, 16, 17]), (8, list(range(8, 18)))):
-        body = MobileNetV2Body(NormAct("std"), stride)
+        body = MobileNetV2Backbone(NormAct("std"), stride)
         found = [name for name, module in body.named_modules() if isinstance(module, AtrousDepthwiseConv2d)]
         assert found == [f"features.{block}.conv.1.0" for block in blocks]

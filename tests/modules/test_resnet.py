@@ -4,7 +4,7 @@ import torch.nn.functional as F
 import torchvision
 
 from modules.norm import NormAct
-from modules.resnet import ResNetBody
+from modules.resnet import ResNetBackbone
 
 DILATE = {16: [False, False, True], 8: [False, True, True]}
 
@@ -37,7 +37,7 @@ def test_equals_torchvision(backbone, output_stride, train):
     torch.manual_seed(0)
     theirs = torchvision.models.get_model(backbone, replace_stride_with_dilation=DILATE[output_stride])
     randomise_norms(theirs).train(train)
-    body = ResNetBody(backbone, NormAct("std"), output_stride).train(train)
+    body = ResNetBackbone(backbone, NormAct("std"), output_stride).train(train)
     left = body.load_state_dict(theirs.state_dict(), strict=False)
     assert left.missing_keys == []
     assert left.unexpected_keys == ["fc.weight", "fc.bias"]
@@ -53,7 +53,7 @@ def test_equals_torchvision(backbone, output_stride, train):
 
 
 def test_stages_only_when_asked():
-    body = ResNetBody("resnet50", NormAct("std"), 16).eval()
+    body = ResNetBackbone("resnet50", NormAct("std"), 16).eval()
     images = torch.randn(1, 3, 64, 64)
     features, stages = body(images)
     assert stages == []
@@ -98,7 +98,7 @@ def slow_leaky_resnet(state, blocks, dilations, images):
 @pytest.mark.parametrize(("output_stride", "dilations"), [(16, (1, 1, 1, 2)), (8, (1, 1, 2, 4))])
 def test_leaky_kinds_are_the_network_of_mib(output_stride, dilations):
     torch.manual_seed(0)
-    body = randomise_norms(ResNetBody("resnet50", NormAct("abn"), output_stride)).eval()
+    body = randomise_norms(ResNetBackbone("resnet50", NormAct("abn"), output_stride)).eval()
     images = torch.randn(1, 3, 65, 65)
     expected, expected_stages = slow_leaky_resnet(body.state_dict(), (3, 4, 6, 3), dilations, images)
     features, stages = body(images, keep_stages=True)
@@ -110,7 +110,7 @@ def test_leaky_kinds_are_the_network_of_mib(output_stride, dilations):
 def test_gradient_through_kept_stages():
     """The activation works in place; what was handed out before it must stay usable in the backward pass."""
     torch.manual_seed(0)
-    body = ResNetBody("resnet50", NormAct("std"), 16).eval()
+    body = ResNetBackbone("resnet50", NormAct("std"), 16).eval()
     images = torch.randn(1, 3, 64, 64)
     _, stages = body(images, keep_stages=True)
     sum(stage.square().mean() for stage in stages).backward()
@@ -136,9 +136,9 @@ def test_gradient_through_kept_stages():
     ("backbone", "output_stride", "last_stage"),
     [("resnet101", 16, [2, 2, 2]), ("resnet101", 8, [4, 4, 4]), ("resnet50", 16, [1, 2, 1])],
 )
-def test_the_body_of_sdr(backbone, output_stride, last_stage):
+def test_the_backbone_of_sdr(backbone, output_stride, last_stage):
     """Its program dilates the last stage's first block too, and its running statistics hardly move."""
-    body = ResNetBody(backbone, NormAct("std"), output_stride, released=True)
+    body = ResNetBackbone(backbone, NormAct("std"), output_stride, released=True)
     assert [block.conv2.dilation[0] for block in body.layer4] == last_stage
     assert all(block.conv2.padding == block.conv2.dilation for block in body.layer4)
     assert {block.conv2.dilation[0] for block in body.layer3} == {16 // output_stride}

@@ -80,7 +80,7 @@ def test_published_sizes(size):
         network = build_network(NetworkSpec(f"segformer_b{size}"))
     millions = sum(p.numel() for p in network.body.parameters()) / 1e6
     assert millions == pytest.approx((3.4, 13.1, 24.2, 44.0, 60.8, 81.4)[size], abs=0.1)
-    assert network.body_channels == (256 if size == 0 else 512)
+    assert network.backbone_channels == (256 if size == 0 else 512)
 
 
 def slow_decoder(head, features, mode):

@@ -607,7 +607,7 @@ def test_local_pod_grid_finer_than_the_map():
 @pytest.mark.parametrize("prepro", POD_PREPROS)
 @pytest.mark.parametrize("scales", [(1, 2, 4), (2,), (4, 1, 1), (1, 3)])  # the last: grids that do not nest
 def test_local_pod_gradcheck(monkeypatch, prepro, difference, scales):
-    """Numerical derivatives in float64, of maps that lie in memory in three ways."""
+    """Numerical derivatives in float64, of maps in three memory layouts."""
     monkeypatch.setattr(loss_kernels, "BLOCK", 16)
     criterion = L.LocalPODLoss(
         spp_scales=scales, pod_prepro=prepro, pod_options=pod_options("spm", difference)

@@ -14,7 +14,7 @@ from utils import loss as L
 from utils import loss_kernels
 
 OLD, CLASSES, DEPTH, SIDE = 3, 5, 6, 4
-OBJECTS = ("sats-selfattn", "sats-selfattn-GP", "sats-selfattn-NP", "sats-feature-CNN")
+
 seeds = st.integers(0, 2**32 - 1)
 batches = st.integers(1, 4)
 
@@ -110,12 +110,13 @@ MEANS = {
         ),
         "features",
     ),
-    **{f"sparsity {n}": (sparsity(n), "features") for n in L.FeaturesSparsificationLoss._NORMALIZATIONS},
+    **{f"sparsity {n}": (sparsity(n), "features") for n in L.NORMALIZATIONS},
     "sparsity entropy": (sparsity("softmax", "entropy"), "features"),
     "pod": (lambda p: L.LocalPODLoss()([p.features_old], [p.features], 5, 2, OLD), "features"),
     "pod logits": (lambda p: L.LocalPODLoss()([p.teacher], [p.logits], 5, 2, OLD), "logits"),
     **{
-        name: (attention(name), "features" if name.endswith("CNN") else "attention") for name in OBJECTS
+        name: (attention(name), "features" if name.endswith("CNN") else "attention")
+        for name in L.DISTILL_OBJECTS
     },
 }  # fmt: skip
 SUMS = {
@@ -227,7 +228,7 @@ def test_unbiased_is_plain_where_there_is_nothing_to_unbias(seed, batch):
         F.cross_entropy(p.logits, p.labels, ignore_index=255),
     )
     no_new = L.UnbiasedCrossEntropy(old_cl=CLASSES)
-    assert no_new(p.logits, p.labels).abs() < 1e-5  # everything is background: nothing to tell apart
+    assert no_new(p.logits, p.labels).abs() < 1e-5  # only background: nothing to classify
     student = p.logits[:, :OLD]
     close(
         L.UnbiasedKnowledgeDistillationLoss()(student, p.teacher),
