@@ -1,6 +1,6 @@
-"""Loss functions of continual semantic segmentation, on tensors only.
+"""Loss functions of continual semantic segmentation: the formulas, on tensors only.
 
-By method:
+Contents, by method:
     shared parts        ``downsample_labels``
     classification      ``BCEWithLogitsLossWithIgnoreIndex``, ``FocalLoss``
     iCaRL               ``IcarlLoss``
@@ -208,7 +208,7 @@ class FocalLoss(nn.Module):
 
 
 class IcarlLoss(nn.Module):
-    """Binary cross-entropy with the teacher's sigmoids as targets of the old channels (iCaRL 1611.07725).
+    """Binary cross-entropy in which the old channels' targets are the teacher's sigmoids (iCaRL 1611.07725).
 
     Void pixels are distilled too, with target 0 for the new channels, as in the released code.
 
@@ -240,7 +240,7 @@ class IcarlLoss(nn.Module):
 
 
 def _distillation(student: Tensor, teacher: Tensor, alpha: float, unbiased: bool) -> Tensor:
-    """−Σ_{c<C_old} softmax(α·teacher)_c · log q_c / C_old at each pixel: B×C×H×W, B×C_old×H×W → B×H×W.
+    """Map of −Σ_{c<C_old} softmax(α·teacher)_c · log q_c / C_old: B×C×H×W, B×C_old×H×W → B×H×W.
 
     q is the student's softmax over the old classes; ``unbiased``: over all classes, with the new classes'
     probability added to the background's.
@@ -578,8 +578,8 @@ def _class_statistics(
 class FeaturesClusteringSeparationLoss(nn.Module):
     """Attraction of features to their prototype and repulsion between class means (SDR).
 
-    Attraction: (1/K)·Σ_c mean_{i: y_i=c} (1/D)·|f_i − p_c|² over the K classes in the batch.
-    Repulsion: mean of 1/|m_a − m_b| over pairs of different class means m of the batch.
+    Attraction: (1/K)·Σ_c mean_{i: y_i=c} (1/D)·|f_i − p_c|² over the K classes present.
+    Repulsion: mean of 1/|m_a − m_b| over pairs of distinct class means m in the batch.
 
     ``fidelity="released"``: with more than one image the class's features are read through a mis-shaped view;
     the attraction's running sum is divided by the number of classes inside the loop over them, so class i of
@@ -645,7 +645,7 @@ class FeaturesClusteringSeparationLoss(nn.Module):
         return attraction, self._repulsion(sums / counts.clamp(min=1)[:, None], prototypes, present)
 
     def _class_weights(self, present: Tensor) -> Tensor:
-        """Weight of each class's MSE: 1/K for the K classes in the batch, 0 for the others."""
+        """Weight of each class's MSE: 1/K for each of the K classes present, 0 for the others."""
         number = present.sum().clamp(min=1).float()
         if self.fidelity == "paper":
             return present / number
@@ -693,8 +693,8 @@ class DistillationEncoderPrototypesLoss(nn.Module):
     ``fidelity="released"``: the class's features are read through a mis-shaped view, also for B = 1.
 
     Args:
-        sumafter: MSE between a class's mean feature and its prototype, averaged over classes. Otherwise the
-            mean over a class's features of their MSE to the prototype, summed over classes.
+        sumafter: MSE between the class's mean feature and its prototype, averaged over classes. Otherwise the
+            mean over the class's features of their MSE to the prototype, summed over classes.
     """
 
     def __init__(self, sumafter: bool = False, fidelity: str = "paper") -> None:
@@ -744,8 +744,8 @@ class DistillationEncoderPrototypesLoss(nn.Module):
         height, width = outputs_old.shape[-2:]
         pixels = torch.arange(height * width, device=labels.device).view(1, height, width)
         picked = outputs_old.detach().flatten(2)[:, :, downsample_labels(pixels, size).flatten()]
-        predicted = picked.argmax(dim=1).view(small.shape)
-        return torch.where((small == 0) & (predicted > 0), predicted, VOID)
+        guess = picked.argmax(dim=1).view(small.shape)
+        return torch.where((small == 0) & (guess > 0), guess, VOID)
 
 
 NORMALIZATIONS = ("L1", "L2", "max_foreachfeature", "max_maskedforclass", "max_overall", "softmax")
@@ -892,7 +892,7 @@ class SNNL(nn.Module):
         return total / number.clamp(min=1)
 
     def _rows(self, vectors: Tensor, classes: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Sum of the loss over the positions of one chunk, and their number."""
+        """Sum of the loss over the rows of one chunk, and their number."""
         rows = vectors[start : start + self.chunk]
         squares = vectors.square().sum(dim=1)
         with _without_autocast(vectors):
@@ -945,7 +945,7 @@ class LocalPODLoss(nn.Module):
             ``after`` also ``extra_channels`` (``sum`` or ``trim``), ``spp_scales``, ``use_pod_schedule``.
             ``difference_function`` is for the last map, ``..._all`` for the others.
         spp_scales: grid sizes.
-        use_pod_schedule: multiply by sqrt(current classes / new classes).
+        use_pod_schedule: multiply by sqrt(classes now / new classes).
         pod: ``local``; ``spatial``: sums over whole rows and columns; ``global``: sums over rows and columns
             of the average-pooled map.
         pod_prepro: ``pow`` (square), ``abs``, ``relu`` or ``none``.
@@ -1048,7 +1048,7 @@ def _are_grids(scales: object) -> bool:
 
 
 def _fold_new_channels(logits: Tensor, first_new: int, how: str) -> Tensor:
-    """Student logits B×C×h×w → B×first_new×h×w: new channels added to the background, or dropped."""
+    """Student logits B×C×h×w → B×first_new×h×w: new channels added to the background, or cut off."""
     if how == "trim":
         return logits[:, :first_new]
     background = logits[:, :1] + logits[:, first_new:].sum(dim=1, keepdim=True)
@@ -1135,7 +1135,7 @@ def entropy(probabilities: Tensor, fidelity: str = "paper") -> Tensor:
 def _predict(outputs_old: Tensor, certainty: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """The teacher's classes and ``certainty(probabilities)``: B×C×H×W logits → two B×H×W maps."""
     logits = outputs_old.float()
-    return logits.argmax(dim=1), measure(F.softmax(logits, dim=1))
+    return logits.argmax(dim=1), certainty(F.softmax(logits, dim=1))
 
 
 def _highest(probabilities: Tensor) -> Tensor:
@@ -1168,7 +1168,7 @@ def pseudo_label_histogram(
         nb_current_classes: number of classes after this step.
         nb_bins: bins over [0, 1]; PLOP uses 100 for the entropy and 20 for the probability.
         mode: ``"entropy"``, or ``"probability"``: the largest probability.
-        fidelity: of :func:`entropy`; ``"released"`` divides it by log(nb_current_classes) again.
+        fidelity: which :func:`entropy`; the released one is divided by log(nb_current_classes) again.
 
     Returns:
         nb_current_classes×nb_bins int64.
@@ -1262,7 +1262,7 @@ def entropy_pseudo_labels(
         nb_current_classes: number of classes after this step.
         classes_old: labels below it are old or background; default C_old.
         min_factor: smallest adaptive factor (``--classif_adaptive_min_factor``).
-        fidelity: of :func:`entropy`; ``"released"`` divides it by log(nb_current_classes) again.
+        fidelity: which :func:`entropy`; the released one is divided by log(nb_current_classes) again.
 
     Returns:
         The new labels (B×H×W int64) and the adaptive factor (B): the fraction of old and background pixels
@@ -1271,9 +1271,9 @@ def entropy_pseudo_labels(
     predicted, uncertainty = _predict(outputs_old, _scaled_entropy(nb_current_classes, fidelity))
     sure = uncertainty < thresholds[predicted]
     candidates = labels < (outputs_old.shape[1] if classes_old is None else classes_old)
-    result = torch.where(candidates, torch.where(confident, predicted, VOID), labels.long())
+    result = torch.where(candidates, torch.where(sure, predicted, VOID), labels.long())
     number = candidates.flatten(1).sum(dim=1)
-    accepted = (confident & candidates).flatten(1).sum(dim=1)
+    accepted = (sure & candidates).flatten(1).sum(dim=1)
     factor = torch.where(number > 0, accepted / number.clamp(min=1), 1.0)
     return result, factor.clamp(min=min_factor)
 
@@ -1294,7 +1294,7 @@ def probability_pseudo_labels(
     Args:
         outputs_old: B×C_old×H×W logits of the teacher.
         labels: B×H×W.
-        threshold: lower bound of the probability, a number or one per predicted class.
+        threshold: smallest probability accepted, a number or one per class.
         classes_old: labels below it are old or background; default C_old.
 
     Returns:
@@ -1310,7 +1310,7 @@ def probability_pseudo_labels(
 def confidence_pseudo_labels(
     outputs_old: Tensor, labels: Tensor, *, classes_old: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``--pseudo confidence``: the teacher's argmax at old and background pixels, and its probability.
+    """``--pseudo confidence``: the teacher's argmax on old and background pixels, and its probability.
 
     Returns:
         Labels (B×H×W int64) and weights of the classification loss (B×H×W float32, 1 on new pixels).
@@ -1329,7 +1329,7 @@ def confidence_pseudo_labels(
 def sigmoid_pseudo_labels(
     outputs_old: Tensor, labels: Tensor, threshold: float = 0.7, *, reserved: int = 1, end: int | None = None
 ) -> Tensor:
-    """SSUL's pseudo-labels: the teacher's class if its sigmoid is at least ``threshold``.
+    """SSUL's pseudo-labels: the teacher's class where its sigmoid is high enough.
 
     Only labels background and unknown are replaced, and only by a class that is neither.
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BLOCK = 2**20  # float32 values in a block: 4 MiB, about the size of a CPU cache
+BLOCK = 2**20  # numbers in a block: 4 MiB, of the order of a processor's caches
 _enabled = True
 
 
@@ -42,7 +42,7 @@ def disabled() -> Iterator[None]:
 
 
 def _blocks(batch: int, channels: int, pixels: int) -> Iterator[tuple[slice, slice]]:
-    """Slices (images, pixels) that cover B×C×N, with about ``BLOCK`` values each."""
+    """Slices (images, pixels) that cover B×C×N, with about ``BLOCK`` numbers each."""
     per_block = max(BLOCK // max(channels, 1), 1)
     images = max(per_block // max(pixels, 1), 1)
     for first in range(0, batch, images):
@@ -51,7 +51,7 @@ def _blocks(batch: int, channels: int, pixels: int) -> Iterator[tuple[slice, sli
 
 
 def _channel_blocks(maps: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Slices (images, channels) that cover B×D×h×w maps of any memory format."""
+    """Slices (images, channels) that cover B×D×h×w maps, whatever their memory format."""
     step = max(BLOCK // max(maps.shape[2:].numel(), 1), 1)
     for image in range(maps.shape[0]):
         for first in range(0, maps.shape[1], step):
@@ -75,7 +75,7 @@ def unbiased_cross_entropy(inputs: Tensor, targets: Tensor, classes_old: int, ig
 
 
 class _UnbiasedCrossEntropy(torch.autograd.Function):
-    """Unbiased cross-entropy at each pixel; the backward pass recomputes the softmax."""
+    """Map of the unbiased cross-entropy, block by block; the backward pass recomputes the softmax."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, targets: Tensor, classes_old: int, ignore_index: int) -> Tensor:
@@ -115,7 +115,7 @@ class _UnbiasedCrossEntropy(torch.autograd.Function):
             g = grad_loss[block].masked_fill(y == ctx.ignore_index, 0.0)
             is_new = (y >= classes_old) & (y != ctx.ignore_index)
             log_total = torch.logaddexp(lse_old[block], lse_new[block])
-            # For an old target: softmax − softmax over the old classes = −(the latter)·P(new).
+            # Where the target is old: softmax − softmax within the old classes = −(the latter)·P(new).
             base = torch.where(is_new, log_total, lse_old[block])[:, None]
             scale = torch.where(is_new, g, -g * torch.sigmoid(lse_new[block] - lse_old[block]))[:, None]
             out[:, :classes_old] = torch.sub(x[:, :classes_old], base).exp_().mul_(scale)
