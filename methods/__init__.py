@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from methods.base import Batch, Context, Method
-from methods.checks import check_built
+from methods.checks import check_built, fault, shown
 from methods.cil import CIL
-from methods.classification import Classification
+from methods.classification import FORMS, Classification
 from methods.distillation import EncoderDistillation, OutputDistillation
 from methods.icarl import ICaRL
 from methods.importance import Regularization
@@ -61,9 +61,14 @@ def build_methods(opts: Any, step: int) -> dict[str, Method]:
             classification loss.
     """
     methods: dict[str, Method] = {}
+    form: str | None = None
     for kind in REGISTRY:
         method = kind.from_options(opts)
         check_built(kind, method)
+        if method is not None and method.classification is not None:
+            form = method.classification
+            if form not in FORMS:
+                raise fault(kind, "classification", f"must be one of {', '.join(FORMS)}, not {shown(form)}")
         if method is not None and not (method.needs_teacher and step == 0):
             methods[kind.__name__] = method
     replacing = [name for name, method in methods.items() if method.replaces_classification]
@@ -74,6 +79,8 @@ def build_methods(opts: Any, step: int) -> dict[str, Method]:
         )
     if replacing:
         methods.pop(Classification.__name__, None)
+    elif form is not None:
+        cast(Classification, methods[Classification.__name__]).kind = form
     return methods
 
 

@@ -137,6 +137,8 @@ class Method:
             step at which this method is enabled.
         extras: additional tensors of the samples that it reads from ``batch.extras``: "saliency" (B×H×W bool;
             absent if the data set has no maps), "exemplar" (B bool; absent at a step without exemplars).
+        classification: form of the classification loss that belongs to its own loss ("ce", "bce", "unce",
+            "focal"), whatever the options say; None: theirs.
         classifier: kind of classifier that it needs, for ``--classifier``; None: any.
         differs_between_processes: its state differs between processes, so that of each process is saved.
     """
@@ -146,6 +148,7 @@ class Method:
     teacher_needs: frozenset[str] | None = None
     replaces_classification: bool = False
     extras: frozenset[str] = frozenset()
+    classification: str | None = None
     classifier: str | None = None
     differs_between_processes: bool = False
 

@@ -11,6 +11,8 @@ from utils.loss import BCEWithLogitsLossWithIgnoreIndex, FocalLoss, UnbiasedCros
 from utils.option_roles import OptionGroup
 from utils.option_types import whole
 
+FORMS = ("ce", "bce", "unce", "focal")
+
 
 class Classification(Method):
     """Cross entropy, unbiased cross entropy (MiB, eq. 5), binary cross entropy or focal loss.
@@ -35,7 +37,7 @@ class Classification(Method):
     @classmethod
     def from_options(cls, opts: Any) -> Classification:
         """Always enabled, unless another method has ``replaces_classification``."""
-        if opts.bce or opts.icarl:
+        if opts.bce:
             kind = "bce"
         elif opts.unce:
             kind = "unce"

@@ -21,6 +21,7 @@ class ICaRL(Method):
     """
 
     needs_teacher = True
+    classification = "bce"
 
     def __init__(self, importance: float, *, disjoint: bool = False, bkg: bool = False) -> None:
         self.importance = importance

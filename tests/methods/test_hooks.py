@@ -30,6 +30,17 @@ def test_who_brings_the_classification_loss() -> None:
         build_methods(options("--method", "SSUL", "--icarl", "--icarl_disjoint"), 1)
 
 
+def test_a_method_names_the_form_of_the_classification_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    def form(step: int) -> object:
+        return build_methods(options("--method", "LWF-MC"), step)["Classification"].kind  # type: ignore[attr-defined]
+
+    assert form(0) == form(1) == "bce"
+    assert build_methods(options("--method", "MIB"), 0)["Classification"].kind == "unce"  # type: ignore[attr-defined]
+    monkeypatch.setattr("methods.ICaRL.classification", "hinge")
+    with pytest.raises(UserError, match=r"classification: must be one of ce, bce, unce, focal, not 'hinge'"):
+        form(0)
+
+
 def test_what_is_needed_of_the_teacher() -> None:
     class Reads(Method):
         needs = frozenset({"body"})
