@@ -142,7 +142,7 @@ def build_parser() -> OptionParser:
         None,
         metavar="NAME",
         role="learning",
-        compared_as_fact=True,
+        compared_by_meaning=True,
         help=f"preset: {', '.join(METHODS)}",
     )
     general.value(
@@ -224,7 +224,7 @@ def _add_launch(group: OptionGroup) -> None:
 
 
 def _add_task(group: OptionGroup) -> None:
-    group.value("--data_root", path_option, Path("data"), compared_as_fact=True,
+    group.value("--data_root", path_option, Path("data"), compared_by_meaning=True,
         help="folder of the data set")
     group.choice("--dataset", ("voc", "ade", "folder", "shapes"), "voc",
         help="Pascal VOC 2012, ADE20K, own images, or generated ones")
@@ -271,7 +271,7 @@ def _add_task(group: OptionGroup) -> None:
     group.choice("--memory_batches", ("halves", "overwrite"), "halves", role="learning",
         help="halves: a batch is half exemplars, an epoch shows each image once; overwrite: exemplars "
         "take the place of half of each batch's images (SSUL)")
-    group.value("--splits_dir", path_option, None, compared_as_fact=True, restored=False,
+    group.value("--splits_dir", path_option, None, compared_by_meaning=True, restored=False,
         help="folder with own image lists train-<step>.npy")
     group.value("--skip_corrupt", count, 0, metavar="N", role="incidental", restored=True,
         help="skip up to N unreadable images instead of stopping; they are listed")
@@ -289,7 +289,7 @@ def _add_model(group: OptionGroup) -> None:
     group.choice("--norm_act", NORMS, "std",
         help="normalisation and activation; std: BatchNorm and ReLU (SDR); iabn_sync: MiB, PLOP")
     group.add_argument("--mib_network", "--net_pytorch", dest="net_pytorch", action="store_false",
-        compared_as_fact=True, restored=False,
+        compared_by_meaning=True, restored=False,
         help="the network of MiB and PLOP: norm_act becomes iabn_sync unless given")
     group.flag("--no_pretrained --no-pretrained", role="learning",
         help="start from random weights")
@@ -304,7 +304,7 @@ def _add_model(group: OptionGroup) -> None:
         help="head of the SegFormer models")
     group.value("--classifier", _classifier, "linear",
         help=f"kind of classifier: {', '.join(classifier_names())} (default: the method's, or linear)")
-    group.value("--feat_dim", Number(float, 1, 1e6), 2048, compared_as_fact=True, restored=False,
+    group.value("--feat_dim", Number(float, 1, 1e6), 2048, compared_by_meaning=True, restored=False,
         help="channels of the backbone's last feature map; checked where it is given")
     group.flag("--fix_bn", role="learning",
         help="freeze the norm layers (released: their weights)")
@@ -317,9 +317,9 @@ def _add_model(group: OptionGroup) -> None:
 def _add_training(group: OptionGroup) -> None:
     group.value("--epochs", positive_int, 30,
         help="epochs of every step")
-    group.value("--batch_size", positive_int, 4, compared_as_fact=True,
+    group.value("--batch_size", positive_int, 4, compared_by_meaning=True,
         help="images per process")
-    group.value("--lr", LEARNING_RATE, [0.007], nargs="+", metavar="LR", compared_as_fact=True,
+    group.value("--lr", LEARNING_RATE, [0.007], nargs="+", metavar="LR", compared_by_meaning=True,
         help="one for all steps, or one per step")
     group.value("--lr_old", Number(float, 0, 1000), None,
         help="factor on the learning rate of the old classifiers")

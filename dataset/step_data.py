@@ -284,7 +284,7 @@ def _exemplars(spec: DataSpec, step: int, lists: _StepLists, path: Path, is_main
     if path.is_file():
         try:
             exemplars = load_exemplars(path, origin)
-            log.info("exemplars: taken from %s", path)
+            log.info("exemplars: loaded from %s", path)
         except UserError as error:
             log.info("%s; it is made again", error)
     if exemplars is None:

@@ -29,8 +29,8 @@ class Declaration:
         role: see ``Role``.
         switches_off: a flag whose value is True unless it is typed.
         is_path: its value is a path.
-        compared_as_fact: on resume, the fingerprint of its effect is compared (the images, the total batch,
-            the class order), not its value.
+        compared_by_meaning: on resume, what it stands for is compared (the images, the total batch, the class
+            order) instead of its value.
         chooses_task: it decides which classes each step has.
         set_by_experiment: ``scripts/experiment.py`` adds it to every command.
         derived: not an option, but a value computed from options and saved with them.
@@ -44,7 +44,7 @@ class Declaration:
     role: Role
     switches_off: bool = False
     is_path: bool = False
-    compared_as_fact: bool = False
+    compared_by_meaning: bool = False
     chooses_task: bool = False
     set_by_experiment: bool = False
     derived: bool = False
@@ -60,7 +60,7 @@ class Declaration:
         """
         if self.role == "evaluation":
             return keep_best
-        return self.role != "incidental" and not self.compared_as_fact
+        return self.role != "incidental" and not self.compared_by_meaning
 
     @property
     def comes_with_checkpoint(self) -> bool:
@@ -152,7 +152,7 @@ class OptionGroup(argparse._ArgumentGroup):
         traits = {
             "switches_off": action.nargs == 0 and action.default is True,
             "is_path": action.type is path_option,
-            "compared_as_fact": traits.get("chooses_task", False),
+            "compared_by_meaning": traits.get("chooses_task", False),
             **traits,
         }
         return Declaration(action.dest, flag, role, **traits)

@@ -148,10 +148,10 @@ def test_exemplar_list_is_kept_until_something_changes(own: Path, caplog: pytest
         data_of(options("folder", own, *words, *changed), 1)
         return caplog.text
 
-    assert "taken from" not in log_of()
-    assert "taken from" in log_of()
+    assert "loaded from" not in log_of()
+    assert "loaded from" in log_of()
     assert "was made from another seed; it is made again" in log_of("--random_seed", "7")
-    assert "taken from" in log_of("--random_seed", "7")
+    assert "loaded from" in log_of("--random_seed", "7")
     path.write_text(path.read_text()[:-5])
     assert "is damaged; it is made again" in log_of("--random_seed", "7")
     # Image 0 shows 1 and 4, which step 0 brings: it stays in the list with other classes.

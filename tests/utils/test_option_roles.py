@@ -63,7 +63,9 @@ def test_with_keep_best_the_evaluation_must_agree_as_well() -> None:
     assert not scales.must_agree_on_resume(keep_best=False)
     for role in ("network", "data", "learning"):
         assert Declaration("x", "--x", role).must_agree_on_resume(keep_best=False)
-        assert not Declaration("x", "--x", role, compared_as_fact=True).must_agree_on_resume(keep_best=True)
+        assert not Declaration("x", "--x", role, compared_by_meaning=True).must_agree_on_resume(
+            keep_best=True
+        )
 
 
 def test_a_path_of_a_method_file_knows_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
