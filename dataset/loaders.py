@@ -1,7 +1,7 @@
-"""Which samples a process reads, in which order, and the loaders that read them.
+"""Samplers (which samples a process reads, in which order) and data loaders.
 
-The order of an epoch depends on the seed and the epoch alone. Batch b of a run on n processes is the same set
-of samples, with the same random crops, for every n that leaves the total batch size the same.
+The order depends only on the seed and the epoch. Batch b has the same samples with the same random crops for
+every number of processes with the same total batch size.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ class EpochSampler(Sampler[SampleKey]):
 class MemoryMixSampler(EpochSampler):
     """Half of each batch from the step's own samples, half from the exemplar memory (SSUL-M, SATS-M).
 
-    An epoch is one pass over the step's own samples; the exemplars are gone through as often as that takes,
-    each time in a new order. Of an odd batch the step's own samples get the larger half.
+    An epoch is one pass over the step's own samples; the exemplars are repeated as often as needed, each time
+    in a new order. In an odd batch the step's own samples have the larger half.
 
     Args:
         num_samples: number of the step's own entries, which come first in the dataset's ``entries``.
@@ -139,7 +139,7 @@ class MemoryMixSampler(EpochSampler):
 class MemoryOverwriteSampler(EpochSampler):
     """Batches of the step's own samples, of which exemplars take the place of half (SSUL-M as released).
 
-    So an epoch has as many batches as without exemplars, and every second own sample is passed over. The
+    So an epoch has as many batches as without exemplars, and every second own sample is skipped. The
     places are drawn for each batch. Exemplars are drawn in batches too, of which only those at these places
     are used; a memory smaller than a batch is repeated until it fills one.
 
@@ -206,12 +206,12 @@ class Tolerance:
         self.reasons = set(reasons)
 
     def note(self, reasons: Iterable[str]) -> None:
-        """Take in unreadable images. Raises DataError if they are too many now."""
+        """Add unreadable images. Raises DataError if there are now more than allowed."""
         for reason in sorted(set(reasons) - self.reasons):
             self.reasons.add(reason)
             if len(self.reasons) > self.limit:
-                raise DataError(f"{reason}; it is one more than the {self.limit} of --skip_corrupt")
-            log.warning("passed over (%d of at most %d): %s", len(self.reasons), self.limit, reason)
+                raise DataError(f"{reason}; one more than the {self.limit} of --skip_corrupt")
+            log.warning("skipped (%d of at most %d): %s", len(self.reasons), self.limit, reason)
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ class _Patched:
 
 
 class Loader(DataLoader[Sample]):
-    """A DataLoader that owns its worker processes, and whose errors are one line.
+    """A DataLoader that owns its worker processes and reports their errors in one line.
 
     The workers begin with the first loop and live through all further ones until ``close``, which the end of
     a ``with`` block calls.
@@ -446,5 +446,5 @@ def cross_val_split(indices: Sequence[int], seed: int) -> tuple[list[int], list[
 
 
 def choose_samples(num_images: int, sample_num: int, seed: int) -> list[int]:
-    """Positions of the validation pictures that are logged (``--sample_num``): distinct, sorted, seeded."""
+    """Positions of the validation images that are logged (``--sample_num``): distinct, sorted, seeded."""
     return sorted(np.random.default_rng(seed).permutation(num_images)[:sample_num].tolist())
