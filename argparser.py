@@ -229,13 +229,14 @@ def _add_task(group: OptionGroup) -> None:
     group.choice("--dataset", ("voc", "ade", "folder", "shapes"), "voc",
         help="Pascal VOC 2012, ADE20K, own images, or generated ones")
     group.value("--task", str, "19-1", chooses_task=True,
-        help="class order, e.g. 19-1, 15-5, 15-1 (folders name it 15-5s), 100-50")
+        help="steps: a published name, e.g. 19-1, 15-5, 15-1 (folders name it 15-5s), 100-50, or "
+        "A-B: A classes, then B per step")
     group.value("--task_file", path_option, None, chooses_task=True,
         help="YAML or JSON file with own tasks")
     group.value("--class_order", path_option, None, metavar="FILE", chooses_task=True,
-        help="classes of an A-B task in this order: one name or id per line (own data)")
+        help="file with the classes in the order of the task: one name or id per line")
     group.value("--class_order_seed", seed, None, chooses_task=True,
-        help="shuffle the classes of an A-B task by this seed")
+        help="shuffle the classes of the task by this seed")
     group.value("--step", str, ["0"], nargs="+", metavar="N", role="incidental", set_by_experiment=True,
         help="steps to run, or 'all'")
     group.flag("--no_mask", role="learning",
@@ -482,11 +483,9 @@ def _task(opts: Options) -> Task:
     class_names = _own_classes(opts)
     class_order = None
     if opts.class_order is not None:
-        if class_names is None:
-            raise UserError(
-                f"--class_order goes with --dataset folder; for {opts.dataset} write a --task_file instead"
-            )
-        class_order = read_class_order(opts.class_order, class_names)
+        from dataset import class_names as names_of  # takes a second, which --help need not wait for
+
+        class_order = read_class_order(opts.class_order, names_of(opts.dataset, opts.data_root))
     return get_task(
         opts.dataset,
         name,

@@ -188,13 +188,12 @@ def get_task(
 
     Args:
         dataset: ``voc``, ``ade``, ``folder`` or ``shapes``.
-        name: a published name or one of its synonyms (``15-1``, ``joint``; case-insensitive). For ``folder``
-            and ``shapes`` also ``10-2`` (10 foreground classes, then 2 per step, the rest in the last step)
-            or all sizes, ``10-5-5``. ``None``: the only task of ``task_file``, or its list of steps, named
-            after the file.
+        name: a published name or one of its synonyms (``15-1``, ``joint``; case-insensitive), or sizes:
+            ``10-2`` (10 foreground classes, then 2 per step, the rest in the last step), or all sizes,
+            ``10-5-5``. ``None``: the only task of ``task_file``, or its list of steps, named after the file.
         task_file: YAML or JSON file with ``{name: [[0, ...], [...]]}`` or with one list of steps.
         num_classes: number of dataset classes with background; required for ``folder``.
-        class_order: foreground class ids in the order of the task (``folder``, ``shapes``).
+        class_order: foreground class ids in the order of the task.
         class_order_seed: shuffle the foreground classes with this seed instead.
 
     Raises:
@@ -209,15 +208,23 @@ def get_task(
     if name is None:
         raise UserError("--task: give a name or a --task_file")
 
-    order = _foreground_order(dataset, num_classes, class_order, class_order_seed)
+    order = _foreground_order(num_classes, class_order, class_order_seed)
     canonical = _canonical_name(dataset, name, num_classes)
     steps = _published(dataset).get(canonical)
     if dataset == "folder" and canonical == "offline":
         steps = _cut(num_classes, num_classes - 1, 0)
-    if steps is None and dataset in ("folder", "shapes"):
+    if steps is None:
         steps = _steps_from_sizes(canonical, num_classes)
+        if steps is not None and dataset in ("voc", "ade"):
+            _check_last_size(canonical, steps)
     if steps is None:
         raise UserError(_unknown_task(dataset, name))
+    natural = tuple(range(num_classes))
+    if order != natural and tuple(c for step in steps for c in step) != natural:
+        raise UserError(
+            f"--task {name!r} has a class order of its own; give a class order with a task in the order of "
+            "the ids, such as 15-1 or 100-10"
+        )
     return Task(canonical, dataset, tuple(tuple(order[c] for c in step) for step in steps))
 
 
@@ -269,8 +276,10 @@ def _unknown_task(dataset: str, name: str) -> str:
     near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
     usual = [known for known in names if "_" not in known]
     hint = f"did you mean {' or '.join(near)}?" if near else f"known tasks: {', '.join(usual)}"
-    more = "" if dataset in ("voc", "ade") else "; or any sizes: 10-2 is 10 classes, then 2 per step"
-    return f"--task {name!r}: unknown task of --dataset {dataset}; {hint}{more}"
+    return (
+        f"--task {name!r}: unknown task of --dataset {dataset}; {hint}; or any sizes: 10-2 is 10 classes, "
+        "then 2 per step"
+    )
 
 
 # --- published tables ---------------------------------------------------------------------------------------
@@ -322,18 +331,13 @@ def _published(dataset: str) -> dict[str, Steps]:
 
 
 def _foreground_order(
-    dataset: str, num_classes: int, class_order: Sequence[int] | None, seed: int | None
+    num_classes: int, class_order: Sequence[int] | None, seed: int | None
 ) -> tuple[int, ...]:
     """Dataset class ids in the order of the task; background first."""
     if class_order is None and seed is None:
         return tuple(range(num_classes))
     if class_order is not None and seed is not None:
         raise UserError("--class_order and --class_order_seed exclude each other; give one")
-    if dataset in ("voc", "ade"):
-        raise UserError(
-            f"--dataset {dataset}: its task names are published class orders; "
-            "give another order as a task file, or choose a shuffled task such as 15-5s_b or 100-10b"
-        )
     if seed is not None:
         if not 0 <= seed < 2**32:
             raise UserError(f"--class_order_seed {seed}: give a number from 0 to {2**32 - 1}")
@@ -371,6 +375,15 @@ def _steps_from_sizes(name: str, num_classes: int) -> Steps | None:
         )
     bounds = np.cumsum([0, sizes[0] + 1, *sizes[1:]]).tolist()
     return tuple(tuple(range(a, b)) for a, b in pairwise(bounds))
+
+
+def _check_last_size(name: str, steps: Steps) -> None:
+    """Refuse ``15-6`` of a published data set, a mistyped ``15-5``: step 1 would have 5 classes."""
+    if len(steps) == 2 and len(steps[1]) != int(name.split("-")[1]):
+        first, rest = len(steps[0]) - 1, len(steps[1])
+        raise UserError(
+            f"--task {name!r}: only {rest} classes are left for step 1; did you mean {first}-{rest}?"
+        )
 
 
 def _read_task_file(path: Path, name: str | None, dataset: str, num_classes: int) -> tuple[str, str, Steps]:

@@ -252,8 +252,9 @@ def test_own_data_takes_its_order_from_a_file_or_a_seed(tmp_path: Path) -> None:
     assert parse_options([*common, "--task", "2-1", "--class_order_seed", "1"]).task_.order[0] == 0
     with pytest.raises(UserError, match="--class_order and --class_order_seed exclude each other"):
         parse_options([*common, "--task", "2-1", "--class_order", str(order), "--class_order_seed", "1"])
-    with pytest.raises(UserError, match="--class_order goes with --dataset folder; for voc write a"):
-        parse_options(["--task", "15-5", "--class_order", str(order)])
+    order.write_text("".join(f"{number}\n" for number in range(20, 0, -1)))
+    voc = parse_options(["--dataset", "voc", "--task", "15-5", "--class_order", str(order)])
+    assert voc.task_.steps[1] == (5, 4, 3, 2, 1)
 
 
 def test_a_task_file_with_one_task_needs_no_name(tmp_path: Path) -> None:

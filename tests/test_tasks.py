@@ -145,16 +145,39 @@ def test_faulty_class_order(options, message):
         get_task("folder", "2-1", num_classes=5, **options)
 
 
-def test_published_orders_are_not_reordered():
-    with pytest.raises(UserError, match="published class orders"):
-        get_task("voc", "15-5", class_order_seed=1)
+@pytest.mark.parametrize(
+    ("dataset", "name", "sizes"),
+    [
+        ("voc", "2-2", [3] + [2] * 9),
+        ("voc", "4-4", [5] + [4] * 4),
+        ("voc", "2-1", [3] + [1] * 18),
+        ("voc", "10-4-6", [11, 4, 6]),
+        ("ade", "100-25", [101, 25, 25]),
+    ],
+)
+def test_published_data_sets_have_steps_of_any_size(dataset, name, sizes):
+    task = get_task(dataset, name)
+    assert (task.name, task.classes_per_step(task.num_steps - 1)) == (name, sizes)
+    assert task.order == tuple(range(sum(sizes)))
+
+
+def test_published_data_sets_have_other_class_orders():
+    plain, shuffled = get_task("voc", "15-1"), get_task("voc", "15-1", class_order_seed=1)
+    assert shuffled.name == plain.name == "15-5s"
+    assert shuffled.classes_per_step(5) == plain.classes_per_step(5)
+    assert sorted(shuffled.order) == list(plain.order) != list(shuffled.order)
+    order = [*range(150, 0, -1)]
+    assert get_task("ade", "100-50", class_order=order).steps[1] == tuple(range(50, 0, -1))
+    with pytest.raises(UserError, match="'15-5s_b' has a class order of its own"):
+        get_task("voc", "15-5s_b", class_order_seed=1)
 
 
 @pytest.mark.parametrize(
     ("dataset", "name", "message"),
     [
-        ("voc", "15-6", "'15-6': unknown task of --dataset voc; did you mean 15-5"),
-        ("ade", "100-51", "did you mean 100-5"),
+        ("voc", "15-6", "'15-6': only 5 classes are left for step 1; did you mean 15-5"),
+        ("ade", "100-51", "did you mean 100-50"),
+        ("voc", "15-5-1x", "'15-5-1x': unknown task of --dataset voc; did you mean 15-5"),
         ("voc", "zzz", "known tasks: offline18-20, offline, 19-1"),
         ("folder", "zzz", "or any sizes: 10-2 is 10 classes, then 2 per step"),
         ("folder", "4-1", "no class is left for step 1; the data has 4 foreground classes"),
