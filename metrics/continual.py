@@ -1,7 +1,8 @@
-"""Metrics of a step: IoU of old, new and all classes, and forgetting.
+"""Metrics of a step: IoU of groups of classes, and forgetting.
 
-"Old" are the classes of earlier steps, "new" those of this step. A class without labels and predictions has
-IoU NaN and is excluded from every mean; ADE20K's "other" is always excluded. Values are fractions; tables
+As published tables count, "first" are the classes of step 0 and "later" those of all steps after it. "Old"
+are the classes of the steps before this one, "new" those of this step. A class without labels and predictions
+has IoU NaN and is excluded from every mean; ADE20K's "other" is always excluded. Values are fractions; tables
 show percent.
 """
 
@@ -27,10 +28,14 @@ class Results:
     """Metrics of one evaluation; NaN if undefined.
 
     Attributes:
-        miou_all: mean IoU over old and new classes, background included.
+        miou_all: mean IoU over all classes seen so far, background included.
+        miou_first, miou_first_no_background: over the classes of step 0.
+        miou_later: over the classes of all steps after step 0.
+        average_miou_all: mean of ``miou_all`` over the steps up to this one ("avg").
         miou_old, miou_old_no_background: over the classes of earlier steps.
         miou_new, miou_new_no_background: over the classes of this step; they differ at step 0 only.
         harmonic_mean: of ``miou_old`` and ``miou_new``.
+        harmonic_mean_first_later: of ``miou_first`` and ``miou_later``.
         pixel_accuracy: share of labelled pixels predicted correctly.
         mean_accuracy: mean over the labelled classes of the share of their pixels predicted correctly.
         mean_forgetting: mean of ``forgetting``.
@@ -42,11 +47,16 @@ class Results:
     """
 
     miou_all: float
+    miou_first: float
+    miou_first_no_background: float
+    miou_later: float
+    average_miou_all: float
     miou_old: float
     miou_old_no_background: float
     miou_new: float
     miou_new_no_background: float
     harmonic_mean: float
+    harmonic_mean_first_later: float
     pixel_accuracy: float
     mean_accuracy: float
     mean_forgetting: float
@@ -75,18 +85,22 @@ class Results:
             for name, iou in self.class_iou.items()
         ]
         means = [
-            ("mIoU old, with background", self.miou_old),
-            ("mIoU old, without background", self.miou_old_no_background),
-            ("mIoU new", self.miou_new),
-            ("mIoU new, without background", self.miou_new_no_background),
-            ("mIoU all", self.miou_all),
+            ("mIoU first (step 0), with background", self.miou_first),
+            ("mIoU first (step 0), without background", self.miou_first_no_background),
+            ("mIoU later (all steps after step 0)", self.miou_later),
+            ("harmonic mean of first and later", self.harmonic_mean_first_later),
+            ("mIoU old (before this step), with background", self.miou_old),
+            ("mIoU old (before this step), without background", self.miou_old_no_background),
+            ("mIoU new (this step)", self.miou_new),
             ("harmonic mean of old and new", self.harmonic_mean),
+            ("mIoU all", self.miou_all),
+            ("mean of mIoU all over the steps so far", self.average_miou_all),
             ("pixel accuracy", self.pixel_accuracy),
             ("mean accuracy", self.mean_accuracy),
             ("mean forgetting of old classes", self.mean_forgetting),
         ]
-        if self.old_classes:  # the background is old: both means of the new classes are equal
-            del means[3]
+        if not self.old_classes:  # step 0: only the first classes exist
+            means = [*means[:2], means[8], *means[10:12]]
         return [
             (["", "class", "IoU %", "accuracy %", "forgotten", "pixels"], classes),
             (["", "%"], [[name, _percent(value)] for name, value in means]),
@@ -117,19 +131,21 @@ class Results:
 def summarise(
     confusion: Tensor | Array,
     class_names: Sequence[str],
-    classes_old: int = 0,
+    classes_per_step: Sequence[int] = (),
     *,
     ignore: AbstractSet[int] = frozenset(),
-    learnt_iou: Mapping[str, float] | None = None,
+    earlier: Mapping[int, Mapping[str, Any]] | None = None,
 ) -> Results:
     """Compute the metrics of a step from its confusion matrix.
 
     Args:
         confusion: C×C counts, rows are labels, columns predictions, in network order.
         class_names: C different names.
-        classes_old: number of old classes, background included; 0 at step 0.
+        classes_per_step: number of classes of each step up to this one, the first with background; empty: all
+            are those of step 0.
         ignore: network indices that are not evaluated; their labels count as void.
-        learnt_iou: IoU of each class, by name, after the step that learnt it.
+        earlier: results of the steps before (``to_json``), by step; those that are missing leave forgetting
+            and average undefined where they are needed.
     """
     counts = torch.as_tensor(confusion).cpu().numpy().astype(np.float64)
     if counts.shape != (len(class_names), len(class_names)):
@@ -141,22 +157,36 @@ def summarise(
     iou = _ratio(right, labelled + predicted - right)
     accuracy = _ratio(right, labelled)
     kept = [index for index in range(len(class_names)) if index not in ignore]
+    first, *_ = classes_per_step or [len(class_names)]
+    classes_old = sum(classes_per_step[:-1])
     old = [index for index in kept if index < classes_old]
     new = [index for index in kept if index >= classes_old]
-    learnt = learnt_iou or {}
+    earlier = earlier or {}
+    learnt: dict[str, float] = {}
+    for _, result in sorted(earlier.items()):
+        learnt = {name: value for name, value in result["class_iou"].items() if value is not None} | learnt
     forgetting = {
         class_names[index]: learnt[class_names[index]] - float(iou[index])
         for index in old
         if class_names[index] in learnt
     }
-    miou_old, miou_new = _mean(iou[old]), _mean(iou[new])
+    miou_all, miou_old, miou_new = _mean(iou[kept]), _mean(iou[old]), _mean(iou[new])
+    miou_first = _mean(iou[[index for index in kept if index < first]])
+    miou_later = _mean(iou[[index for index in kept if index >= first]])
+    complete = all(step in earlier for step in range(len(classes_per_step) - 1))
+    before = [_number(result.get("miou_all")) for result in earlier.values()]
     return Results(
-        miou_all=_mean(iou[kept]),
+        miou_all=miou_all,
+        miou_first=miou_first,
+        miou_first_no_background=_mean(iou[[index for index in kept if 0 < index < first]]),
+        miou_later=miou_later,
+        average_miou_all=math.fsum([*before, miou_all]) / (len(before) + 1) if complete else math.nan,
         miou_old=miou_old,
         miou_old_no_background=_mean(iou[[index for index in old if index > 0]]),
         miou_new=miou_new,
         miou_new_no_background=_mean(iou[[index for index in new if index > 0]]),
         harmonic_mean=_harmonic_mean(miou_old, miou_new),
+        harmonic_mean_first_later=_harmonic_mean(miou_first, miou_later),
         pixel_accuracy=float(right.sum() / labelled.sum()) if labelled.any() else math.nan,
         mean_accuracy=_mean(accuracy[kept]),
         mean_forgetting=_mean(np.array(list(forgetting.values()))),
@@ -185,6 +215,11 @@ def _mean(values: Iterable[float] | Array) -> float:
 def _harmonic_mean(a: float, b: float) -> float:
     """2ab/(a+b); 0 if both are 0, NaN if either is NaN."""
     return 2 * a * b / (a + b) if a + b != 0 else 0.0
+
+
+def _number(value: float | None) -> float:
+    """A number of ``to_json``, where None stands for NaN."""
+    return math.nan if value is None else value
 
 
 def _percent(value: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -81,21 +81,21 @@ class Evaluation:
         step: int,
         data: EvaluationData,
         metrics: StreamSegMetrics,
-        learnt_iou: dict[str, float] | None = None,
+        earlier: Mapping[int, Mapping[str, Any]] | None = None,
     ) -> Results:
-        """Metrics computed from a confusion matrix."""
+        """Metrics computed from a confusion matrix and the results of earlier steps."""
         return summarise(
             metrics.confusion_matrix,
             data.class_names,
-            classes_old=len(self.opts.task_.old_classes(step)) if step else 0,
+            self.opts.task_.classes_per_step(step),
             ignore=data.ignored,
-            learnt_iou=learnt_iou,
+            earlier=earlier,
         )
 
     def report(self, step: int, data: EvaluationData, metrics: StreamSegMetrics) -> Results:
         """Log the results of a step; on rank 0 also write them as JSON, CSV and to TensorBoard."""
         opts = self.opts
-        results = self.summarise(step, data, metrics, self.folder.learnt_iou(step))
+        results = self.summarise(step, data, metrics, self.folder.earlier_results(step))
         log.info("step %d, %s protocol\n%s", step, opts.protocol, results.table())
         if self.world.is_main:
             prefix = f"{opts.date}_" if opts.date else ""

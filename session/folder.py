@@ -212,18 +212,16 @@ class RunFolder:
         trained = resumed.own and is_trained(resumed.content, self.opts.epochs)
         return trained and self.results(step).is_file()
 
-    def learnt_iou(self, step: int) -> dict[str, float]:
-        """IoU of each class after the step that learnt it, from the results of earlier steps.
+    def earlier_results(self, step: int) -> dict[int, dict[str, Any]]:
+        """Results of the steps before a step, by step, where their files exist.
 
         With ``--step_ckpt``, results of the steps before the first are read from that checkpoint's folder.
         """
-        learnt: dict[str, float] = {}
+        found: dict[int, dict[str, Any]] = {}
         for earlier in range(step):
             path = self.results(earlier)
             if self.opts.step_ckpt is not None and earlier < self.opts.steps[0]:
                 path = self.opts.step_ckpt.parent / path.name
             if path.is_file():
-                for name, iou in json.loads(path.read_text(encoding="utf-8"))["class_iou"].items():
-                    if iou is not None:
-                        learnt.setdefault(name, iou)
-        return learnt
+                found[earlier] = json.loads(path.read_text(encoding="utf-8"))
+        return found

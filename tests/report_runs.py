@@ -66,11 +66,9 @@ def _evaluate(folder: Path, order, step: int, rng: np.random.Generator, pictures
     names = [f"class {index}" if index else "background" for index in range(sum(classes))]
     confusion = rng.integers(0, 40, (len(names), len(names)))
     confusion += np.diag(rng.integers(100, 2000, len(names)))
-    learnt: dict[str, float] = {}
-    for path in folder.glob("results_*.json"):
-        learnt = {**json.loads(path.read_text())["class_iou"], **learnt}
-    old = sum(classes[:-1]) if step else 0
-    results = summarise(confusion, names, old, learnt_iou=learnt)
+    paths = [folder / f"results_{number}.json" for number in range(step)]
+    earlier = {number: json.loads(path.read_text()) for number, path in enumerate(paths) if path.is_file()}
+    results = summarise(confusion, names, classes, earlier=earlier)
     write_results(
         folder,
         results,

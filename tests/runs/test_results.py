@@ -16,7 +16,7 @@ CONFUSION = torch.tensor([[6, 1, 0, 1], [1, 2, 1, 0], [1, 1, 1, 0], [0, 0, 1, 3]
 
 def test_written_files(tmp_path):
     first = summarise(CONFUSION[:3, :3], NAMES[:3])
-    second = summarise(CONFUSION, NAMES, classes_old=3)
+    second = summarise(CONFUSION, NAMES, [3, 1])
     common = {"num_classes": 4, "csv_name": "2026-01-01_voc_15-5_FT.csv"}
     write_results(tmp_path / "run", second, step=1, **common)
     json_path, csv_path = write_results(tmp_path / "run", second, step=0, **common)

@@ -114,13 +114,14 @@ def test_course_options_and_results_in_tensorboard(tmp_path):
     board.progress(Entry(10, 1, 5.0, 16.0, 0.1, None, {"ce": 1.0, "kd": 2.0}))
     board.options({"method": "MIB", "lr": [0.1]})
     confusion = np.array([[6, 2], [0, 8]])
-    board.results(summarise(confusion, ["background", "cat"], 1), 3, confusion)
+    step_0 = {"class_iou": {}, "miou_all": 0.5}
+    board.results(summarise(confusion, ["background", "cat"], [1, 1], earlier={0: step_0}), 3, confusion)
     board.close()
     found = list(values(tmp_path))
     scalars = {(step, v.tag): v.simple_value for step, v in found if v.HasField("simple_value")}
     assert scalars.keys() == {
         *((10, tag) for tag in ("loss/ce", "loss/kd", "lr", "images_per_second")),
-        *((3, f"miou/{name}") for name in ("old", "new", "all", "harmonic")),
+        *((3, f"miou/{name}") for name in ("old", "new", "all", "harmonic", "first", "later", "average")),
         *((3, f"iou/{name}") for name in ("background", "cat")),
     }
     assert scalars[3, "iou/cat"] == pytest.approx(0.8)
