@@ -102,7 +102,7 @@ def test_results_outlive_pictures_that_cannot_be_drawn(
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
     assert (folder / "results_0.json").is_file()
     log = (folder / "train.log").read_text(encoding="utf-8")
-    assert ("the pictures of step 0 could not be drawn (KeyError: 'drawing')" in log) == (
+    assert ("the images of step 0 could not be drawn (KeyError: 'drawing')" in log) == (
         not isinstance(end, SystemExit)
     )
     assert run.main(command) == 0

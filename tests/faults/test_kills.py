@@ -96,14 +96,14 @@ def test_state_of_methods_survives(
 
 def script_validation() -> None:
     """Let the second epoch be the best, and validation kill the process in the epoch that KILL_IN names."""
-    rate = StepState.rate
+    add_score = StepState.add_score
 
     def scripted(self: StepState, score: float) -> None:
         if os.environ.get("KILL_IN") == str(self.progress.epoch):
             os.kill(os.getpid(), signal.SIGKILL)
-        rate(self, score + SCORES[self.progress.epoch])
+        add_score(self, score + SCORES[self.progress.epoch])
 
-    StepState.rate = scripted  # type: ignore[method-assign]
+    StepState.add_score = scripted  # type: ignore[method-assign]
 
 
 class Scripted(Fork):
