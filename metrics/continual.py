@@ -174,7 +174,7 @@ def summarise(
     miou_first = _mean(iou[[index for index in kept if index < first]])
     miou_later = _mean(iou[[index for index in kept if index >= first]])
     complete = all(step in earlier for step in range(len(classes_per_step) - 1))
-    before = [_number(result.get("miou_all")) for result in earlier.values()]
+    before = [_number(result["miou_all"]) for result in earlier.values()]
     return Results(
         miou_all=miou_all,
         miou_first=miou_first,

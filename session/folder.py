@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from session.resume import differences, is_trained, job_id, restarted
 from utils import distributed
 from utils.distributed import World
 from utils.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -213,7 +216,7 @@ class RunFolder:
         return trained and self.results(step).is_file()
 
     def earlier_results(self, step: int) -> dict[int, dict[str, Any]]:
-        """Results of the steps before a step, by step, where their files exist.
+        """Results of the steps before a step, by step; one that cannot be read is logged and left out.
 
         With ``--step_ckpt``, results of the steps before the first are read from that checkpoint's folder.
         """
@@ -222,6 +225,14 @@ class RunFolder:
             path = self.results(earlier)
             if self.opts.step_ckpt is not None and earlier < self.opts.steps[0]:
                 path = self.opts.step_ckpt.parent / path.name
-            if path.is_file():
-                found[earlier] = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                content = json.loads(path.read_text(encoding="utf-8"))
+                found[earlier] = {"class_iou": dict(content["class_iou"]), "miou_all": content["miou_all"]}
+            except FileNotFoundError:
+                continue
+            except (OSError, ValueError, TypeError, KeyError) as error:
+                # This step is trained already: it is reported without what depends on that file.
+                log.warning(
+                    "%s cannot be read (%r): forgetting and average lack step %d", path, error, earlier
+                )
         return found

@@ -103,7 +103,9 @@ def test_json_keeps_every_digit_and_writes_null_for_nan():
 
 
 def test_table_shows_percent_and_names():
-    table = summarise(CONFUSION, NAMES, [3, 1], earlier={0: {"class_iou": {"cat": 0.5}}}).table()
+    table = summarise(
+        CONFUSION, NAMES, [3, 1], earlier={0: {"class_iou": {"cat": 0.5}, "miou_all": 0.5}}
+    ).table()
     cat = next(line for line in table.splitlines() if " cat " in line)
     assert cat.split() == ["old", "cat", "33.33", "50.00", "16.67", "4"]
     sheep = next(line for line in table.splitlines() if " sheep " in line)

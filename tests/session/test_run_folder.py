@@ -76,5 +76,19 @@ def test_forgetting_is_counted_from_the_run_that_trained_the_previous_step(tmp_p
     folder = folder_of(STEP_1, tmp_path, tmp_path / "other" / "other_0.pth")
     for path, iou in ((folder.path, 0.1), (tmp_path / "other", 0.7)):
         path.mkdir()
-        (path / "results_0.json").write_text(json.dumps({"class_iou": {"ball": iou, "moon": None}}))
-    assert folder.earlier_results(1)[0]["class_iou"]["ball"] == 0.7
+        (path / "results_0.json").write_text(
+            json.dumps({"class_iou": {"ball": iou, "moon": None}, "miou_all": iou})
+        )
+    assert folder.earlier_results(1) == {0: {"class_iou": {"ball": 0.7, "moon": None}, "miou_all": 0.7}}
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"class_iou": 3, "miou_all": 1}', '{"miou_all": 1}'])
+def test_damaged_results_of_an_earlier_step_are_logged_and_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
+    """The step is trained by then: its own results must come out."""
+    folder = folder_of(STEP_1, tmp_path, tmp_path / "other" / "other_0.pth")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "results_0.json").write_text(text)
+    assert folder.earlier_results(1) == {}
+    assert "results_0.json cannot be read" in caplog.text and "lack step 0" in caplog.text
