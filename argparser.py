@@ -135,32 +135,7 @@ def build_parser() -> OptionParser:
     _add_training(parser.group("training", role="learning"))
     _add_evaluation(parser.group("evaluation and prediction", role="incidental"))
     _add_logging(parser.group("log and checkpoints", role="incidental"))
-    general = parser.group("method", role="learning")
-    general.value(
-        "--method",
-        _method,
-        None,
-        metavar="NAME",
-        role="learning",
-        compared_by_meaning=True,
-        help=f"preset: {', '.join(METHODS)}",
-    )
-    general.value(
-        "--method_file",
-        path_option,
-        None,
-        metavar="FILE.py",
-        role="incidental",
-        help="a custom method: a Python file, which is run (docs/methods.md)",
-    )
-    general.choice(
-        "--fidelity",
-        ("paper", "released"),
-        "paper",
-        role="network",
-        with_results=True,
-        help="follow the papers, or reproduce what the released code computes (docs/fidelity.md)",
-    )
+    _add_method(parser.group("method", role="learning"))
     for kind in REGISTRY:
         summary = (kind.__doc__ or kind.__name__).strip().splitlines()[0].rstrip(".")
         kind.add_options(parser.group(summary, role="learning"))
@@ -223,10 +198,21 @@ def _add_launch(group: OptionGroup) -> None:
         help="how long a process waits for the others before that is an error")
 
 
+def _add_method(group: OptionGroup) -> None:
+    group.value("--method", _method, None, metavar="NAME", compared_by_meaning=True, precedes_presets=True,
+        help=f"preset: {', '.join(METHODS)}")
+    group.value("--method_file", path_option, None, metavar="FILE.py", role="incidental",
+        precedes_presets=True,
+        help="a custom method: a Python file, which is run (docs/methods.md)")
+    group.choice("--fidelity", ("paper", "released"), "paper", role="network", with_results=True,
+        precedes_presets=True,
+        help="follow the papers, or reproduce what the released code computes (docs/fidelity.md)")
+
+
 def _add_task(group: OptionGroup) -> None:
-    group.value("--data_root", path_option, Path("data"), compared_by_meaning=True,
+    group.value("--data_root", path_option, Path("data"), compared_by_meaning=True, precedes_presets=True,
         help="folder of the data set")
-    group.choice("--dataset", ("voc", "ade", "folder", "shapes"), "voc",
+    group.choice("--dataset", ("voc", "ade", "folder", "shapes"), "voc", precedes_presets=True,
         help="Pascal VOC 2012, ADE20K, own images, or generated ones")
     group.value("--task", str, "19-1", chooses_task=True,
         help="steps: a published name, e.g. 19-1, 15-5, 15-1 (folders name it 15-5s), 100-50, or "
@@ -462,14 +448,20 @@ def _parser_for(argv: Sequence[str]) -> OptionParser:
                 name = action.option_strings[0]
                 what = f"{name} sets opts.{action.dest}, which has a meaning already; rename the option"
                 raise fault(kind, "add_options", what)
-    actions = {action.dest: action for action in parser._actions}
     for preset_name, options in presets.items():
         for name, value in options.items():
-            if name != "extends" and (reason := preset_fault(actions.get(name), value)):
+            if name != "extends" and (reason := _preset_fault(parser, name, value)):
                 raise UserError(
                     f"--method_file {path}: PRESETS['{preset_name}']: --{name} {value!r}: {reason}"
                 )
     return parser
+
+
+def _preset_fault(parser: OptionParser, name: str, value: Any) -> str | None:
+    """What is wrong with a preset's value for an option; None: it is valid."""
+    if name in parser.declared and parser.declared[name].precedes_presets:
+        return "is read before presets are applied; type it on the command line instead"
+    return preset_fault(next((action for action in parser._actions if action.dest == name), None), value)
 
 
 def _task(opts: Options) -> Task:
@@ -542,7 +534,6 @@ def _implied(opts: argparse.Namespace, parser: OptionParser) -> dict[str, Any]:
         if opts.no_mask:
             # SDR's data sets, the only ones with published sequential numbers.
             implied["void_label"] = "ignore"
-    actions = {action.dest: action for action in parser._actions}
     for kind in REGISTRY:
         chosen: object = kind.implied_options(opts)
         if not isinstance(chosen, dict):
@@ -550,7 +541,7 @@ def _implied(opts: argparse.Namespace, parser: OptionParser) -> dict[str, Any]:
                 kind, "implied_options", f"returned {shown(chosen)}; return a dict of options, {{}} for none"
             )
         for name, value in chosen.items():
-            if reason := preset_fault(actions.get(name), value):
+            if reason := _preset_fault(parser, name, value):
                 raise fault(kind, "implied_options", f"--{name} {value!r}: {reason}")
         implied |= chosen
     return implied
@@ -591,6 +582,11 @@ def _derive(opts: Options) -> None:
                 "or choose another method"
             )
         opts.classifier = needed
+    if needed is None and classifier_kind(opts.classifier).needs_its_method and _trains(opts):
+        raise UserError(
+            f"--classifier {opts.classifier} is trained only by a method that names it; drop it, or choose "
+            "that method"
+        )
     if opts.keep == "best" and opts.val_interval >= opts.epochs > 1:
         opts.notes.append(
             f"--keep best has nothing to choose from: --val_interval {opts.val_interval} validates only the "
@@ -632,10 +628,9 @@ def _check(opts: Options) -> None:
         raise UserError("--pretrained_path and --no_pretrained exclude each other; give one")
     _check_prediction(opts)
     _check_unused(opts)
-    trains = not (opts.test or opts.check_data or opts.predict is not None)
     fixed = opts.fix_bn and opts.fidelity == "paper"  # released: the statistics move all the same
     own_statistics = opts.model == "deeplab" and opts.norm_act in ("std", "abn", "iabn") and not fixed
-    if opts.batch_size == 1 and trains and own_statistics:
+    if opts.batch_size == 1 and _trains(opts) and own_statistics:
         raise UserError(
             "--batch_size 1: the head normalises one pooled value per image over the batch, which needs "
             "--batch_size 2 or more, or --fix_bn with --fidelity paper"
@@ -660,6 +655,10 @@ def _check(opts: Options) -> None:
             f"--date, --task and --name stand together in file names, with {len(together.encode())} bytes; "
             "use at most 180"
         )
+
+
+def _trains(opts: Options) -> bool:
+    return not (opts.test or opts.check_data or opts.predict is not None)
 
 
 def _check_unused(opts: Options) -> None:

@@ -222,8 +222,8 @@ def get_task(
     natural = tuple(range(num_classes))
     if order != natural and tuple(c for step in steps for c in step) != natural:
         raise UserError(
-            f"--task {name!r} has a class order of its own; give a class order with a task in the order of "
-            "the ids, such as 15-1 or 100-10"
+            f"--task {name!r} fixes its classes and their order; give a class order with a task of all "
+            "classes in the order of the ids, such as 15-1 or 100-10"
         )
     return Task(canonical, dataset, tuple(tuple(order[c] for c in step) for step in steps))
 
@@ -428,7 +428,7 @@ def read_class_order(path: Path, class_names: Sequence[str]) -> list[int]:
         word = line.strip()
         if word and word not in ids:
             near = difflib.get_close_matches(word, class_names, n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else "give a name or id of classes.txt"
+            hint = f"did you mean {' or '.join(near)}?" if near else "give the name or id of a class"
             raise UserError(f"--class_order {path}:{number}: {word!r} is not a class; {hint}")
         if word:
             order.append(ids[word])

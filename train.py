@@ -15,7 +15,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,6 @@ from metrics.stream_metrics import StreamSegMetrics
 from utils.distributed import average_gradients
 from utils.errors import Fault, UserError
 from utils.processor import fast_bfloat16
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 

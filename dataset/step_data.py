@@ -137,12 +137,8 @@ def step_data(
         is_main: this process shows progress and writes files.
 
     Raises:
-        UserError: the data set or a list is missing or faulty, or samples have no such tensor.
+        UserError: the data set or a list is missing or faulty.
     """
-    if strange := extras - EXTRAS:
-        raise UserError(
-            f"a method's extras name {', '.join(sorted(strange))}; samples have {', '.join(sorted(EXTRAS))}"
-        )
     final = evaluation_data(spec, step)
     dataset = open_dataset(spec.dataset, spec.data_root, "train")
     lists = _StepLists(spec, dataset, is_main)

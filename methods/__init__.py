@@ -57,18 +57,19 @@ def build_methods(opts: Any, step: int) -> dict[str, Method]:
     """The methods that the options enable at a step, by class name, in calling order.
 
     Raises:
-        UserError: ``from_options`` of a user's class returned something else, or two methods replace the
-            classification loss.
+        UserError: ``from_options`` of a user's class returned something else, two methods replace the
+            classification loss or name different forms of it, or an option chooses a form that is not used.
     """
     methods: dict[str, Method] = {}
-    form: str | None = None
+    forms: dict[str, str] = {}
     for kind in REGISTRY:
         method = kind.from_options(opts)
         check_built(kind, method)
         if method is not None and method.classification is not None:
-            form = method.classification
-            if form not in FORMS:
-                raise fault(kind, "classification", f"must be one of {', '.join(FORMS)}, not {shown(form)}")
+            if method.classification not in FORMS:
+                what = f"must be one of {', '.join(FORMS)}, not {shown(method.classification)}"
+                raise fault(kind, "classification", what)
+            forms[kind.__name__] = method.classification
         if method is not None and not (method.needs_teacher and step == 0):
             methods[kind.__name__] = method
     replacing = [name for name, method in methods.items() if method.replaces_classification]
@@ -77,10 +78,18 @@ def build_methods(opts: Any, step: int) -> dict[str, Method]:
             f"{' and '.join(replacing)} each replace the classification loss (replaces_classification); "
             "disable one of them"
         )
+    if len(set(forms.values())) > 1:
+        listed = " and ".join(f"{name} with '{form}'" for name, form in forms.items())
+        raise UserError(f"{listed}: different classification losses; disable one of them")
+    classification = cast(Classification, methods[Classification.__name__])
     if replacing:
-        methods.pop(Classification.__name__, None)
-    elif form is not None:
-        cast(Classification, methods[Classification.__name__]).kind = form
+        classification.check_unused(replacing[0])
+        del methods[Classification.__name__]
+    elif forms:
+        ((name, form),) = list(forms.items())[:1]
+        if classification.kind != form:
+            classification.check_unused(name)
+        classification.kind = form
     return methods
 
 

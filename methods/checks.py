@@ -158,6 +158,8 @@ def _value_fault(action: argparse.Action, value: Any) -> str | None:
         read = convert(word)
     except (argparse.ArgumentTypeError, TypeError, ValueError) as error:
         return str(error) or "is invalid"
+    if not isinstance(read, (str, int, float, dict)) or (type(read) is type(value) and read != value):
+        return "cannot be set by a preset; type it on the command line instead"
     if read != value or isinstance(value, bool) != isinstance(read, bool):
         return f"must be a {type(read).__name__}"
     if action.choices is not None and value not in action.choices:
@@ -188,6 +190,8 @@ def check_built(kind: type[Method], method: object) -> None:
             example = value if isinstance(value, str) else "body"
             what = f'must be a set of names, e.g. frozenset({{"{example}"}}), not {shown(value)}'
             raise fault(method, name, what)
+    if method.classifier != kind.classifier:
+        raise fault(method, "classifier", "is read from the class; set it there instead of in __init__")
 
 
 def call_hook(method: Method, hook: str, *arguments: Any) -> None:

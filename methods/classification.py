@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from methods.base import Batch, Context, Method
+from utils.errors import UserError
 from utils.loss import BCEWithLogitsLossWithIgnoreIndex, FocalLoss, UnbiasedCrossEntropy
 from utils.option_roles import OptionGroup
 from utils.option_types import whole
@@ -24,6 +25,7 @@ class Classification(Method):
         self.kind = kind
         self.alpha = alpha
         self.gamma = gamma
+        self.typed: str | None = None  # the option by which the user chose the form
         self.criterion: nn.Module = nn.CrossEntropyLoss(ignore_index=255, reduction="none")
 
     @classmethod
@@ -36,16 +38,33 @@ class Classification(Method):
 
     @classmethod
     def from_options(cls, opts: Any) -> Classification:
-        """Always enabled, unless another method has ``replaces_classification``."""
-        if opts.bce:
-            kind = "bce"
-        elif opts.unce:
-            kind = "unce"
-        elif opts.focal_loss:
-            kind = "focal"
-        else:
-            kind = "ce"
-        return cls(kind, alpha=opts.alpha, gamma=opts.focal_loss_gamma)
+        """Always enabled, unless another method has ``replaces_classification``.
+
+        A typed form wins over a preset's.
+
+        Raises:
+            UserError: two forms are typed.
+        """
+        forms = {"bce": "bce", "unce": "unce", "focal_loss": "focal"}
+        chosen = [option for option in forms if getattr(opts, option)]
+        typed = [option for option in chosen if option in opts.typed]
+        if len(typed) > 1:
+            raise UserError(f"--{' and --'.join(typed)} exclude each other; give one")
+        option = next(iter(typed or chosen), None)
+        method = cls(forms.get(option or "", "ce"), alpha=opts.alpha, gamma=opts.focal_loss_gamma)
+        method.typed = next(iter(typed), None)
+        return method
+
+    def check_unused(self, method: str) -> None:
+        """Refuse a typed form that a method leaves without effect.
+
+        Raises:
+            UserError: naming both.
+        """
+        if self.typed is not None:
+            raise UserError(
+                f"--{self.typed} has no effect: {method} has its own classification loss; drop one"
+            )
 
     def begin_step(self, context: Context) -> None:
         """Build the criterion; the unbiased one needs old classes."""

@@ -56,14 +56,13 @@ def check_unchanged(collected: nn.Module, methods: Mapping[str, Method]) -> None
 
 
 def take_over(collected: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load into every module the previous step's weights of the same name.
+    """Load into every module the weights of the same name of the previous step, or of another run.
 
-    A module that the previous step did not have, or whose weights have other names or shapes, keeps its
-    initial weights.
+    A module that is not there, or whose weights have other names or shapes, keeps its initial weights.
 
     Args:
         collected: result of ``collect_modules``.
-        state: "modules" of the previous step's checkpoint.
+        state: "modules" of that checkpoint.
     """
     for name, owner in collected.named_children():
         for part, module in owner.named_children():

@@ -40,6 +40,7 @@ class UnknownClassifier(Classifier):
 
     name = "unknown"
     former_names: ClassVar[Mapping[str, str]] = {"unknown.": "cls.unknown."}
+    needs_its_method = True
     torchvision_resnet = True
 
     def __init__(self, channels: int, classes: Sequence[int], later: Sequence[int] = ()) -> None:

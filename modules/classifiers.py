@@ -30,11 +30,13 @@ class Classifier(nn.Module):
     Attributes:
         name: for ``--classifier``.
         former_names: key prefixes in checkpoints of earlier versions → today's prefixes.
+        needs_its_method: only a method with this ``classifier`` can train it: its logits mean something else.
         torchvision_resnet: its released program uses torchvision's ResNet (for ``--fidelity released``).
     """
 
     name: ClassVar[str]
     former_names: ClassVar[Mapping[str, str]] = {}
+    needs_its_method: ClassVar[bool] = False
     torchvision_resnet: ClassVar[bool] = False
 
     def __init__(self, channels: int, classes: Sequence[int], later: Sequence[int] = ()) -> None:

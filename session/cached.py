@@ -15,6 +15,7 @@ from runs.checkpoint import load_checkpoint, save_checkpoint
 from session.folder import RunFolder
 from utils import distributed
 from utils.distributed import World
+from utils.randomness import rng_state, set_rng_state
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,10 @@ class Cache:
         if values is not None:
             log.info("%s: loaded from %s", name, path)
             return {k: v.to(self.world.device) for k, v in values.items()}
+        # What ``compute`` draws must not shift the random numbers of this start against one that loads.
+        rng = rng_state(self.world.device)
         values = compute()
+        set_rng_state(rng, self.world.device)
         with distributed.shared_errors():
             if self.world.is_main:
                 plain = {k: v.cpu() for k, v in values.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from methods.own_modules import collect_modules, load_modules, take_over
 from modules.pretrained import LoadReport, load_default_pretrained, load_pretrained
 from runs.checkpoint import model_state
 from segmentation_module import IncrementalSegmentationModule, freeze, load_state, make_model
+from session.folder import Resumed
 from session.optimizer import make_optimizer
 from session.run import Run
 from train import Precision
@@ -145,18 +145,26 @@ class StepNetworks:
                 context.model_old = None  # no method uses it: save its forward pass
         for method in methods.values():
             call_hook(method, "begin_step", context)
-        self.own_modules = self.precision.place(collect_modules(methods, context))
+        self.own_modules = self.precision.cast(collect_modules(methods, context).to(context.device))
         take_over(self.own_modules, self.previous.get("modules", {}))
         distributed.broadcast_weights(self.own_modules)
         log.info("methods: %s", ", ".join(methods))
 
-    def restore(self, resumed: Mapping[str, Any]) -> None:
-        """Restore weights and methods' states of a checkpoint to resume from; call it after ``begin``."""
-        load_state(self.context.model, model_state(resumed))
-        local = resumed.get("method_state_of_rank") or []
-        states = resumed.get("method_state", {})
+    def restore(self, resumed: Resumed) -> None:
+        """Restore weights and methods' states of a checkpoint to resume from; call it after ``begin``.
+
+        Methods' modules that another run's checkpoint (``--ckpt``) does not have keep their initial weights.
+        """
+        content = resumed.content
+        load_state(self.context.model, model_state(content))
+        local = content.get("method_state_of_rank") or []
+        states = content.get("method_state", {})
         states = states | (local[self.world.rank] if self.world.rank < len(local) else {})
-        load_modules(self.own_modules, self.methods, resumed.get("modules", {}), states.keys())
+        modules = content.get("modules", {})
+        if resumed.own:
+            load_modules(self.own_modules, self.methods, modules, states.keys())
+        else:
+            take_over(self.own_modules, modules)
         for name, method in self.methods.items():
             if name in states:
                 call_hook(method, "load_state_dict", states[name])

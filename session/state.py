@@ -99,7 +99,8 @@ class StepState:
         if 0 < progress.batch < batches:
             self.rng = rng_of_rank(content, self.run.world.rank)
         self._saved_at = (progress.epoch, progress.batch) if resumed.own else None
-        self._best = content.get("best")
+        if resumed.own:  # another run's best epoch is that of its own methods and data
+            self._best = content.get("best")
         self.chosen = self.chosen or "kept_epoch" in content
         self.ended = is_trained(content, opts.epochs)
         log.info(
@@ -267,6 +268,8 @@ class StepState:
         method_state = best["method_state"]
         self.chosen = True
         if self._has_end_step:
+            # The checkpoint has rank 0's alone, so that a resumed run would otherwise differ.
+            method_state = distributed.broadcast_object(method_state)
             for name, method in self.trainer.methods.items():
                 call_hook(method, "load_state_dict", method_state[name])
             self.end_step()

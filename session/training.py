@@ -16,8 +16,9 @@ from torch import Tensor
 
 from dataset.loaders import EpochSampler, Loader, make_train_loader
 from dataset.protocols import list_digest
-from dataset.step_data import DataSpec, StepData, step_data
+from dataset.step_data import EXTRAS, DataSpec, StepData, step_data
 from methods import Method, build_methods
+from methods.checks import fault
 from runs.files import EXEMPLARS, step_file
 from session.cached import Cache, weights_digest
 from session.evaluation import Evaluation
@@ -119,7 +120,7 @@ class StepTraining:
         """Call the methods' ``begin_step``; if the step is resumed, restore weights and methods' states."""
         self.networks.begin()
         if self.start.resumed is not None:
-            self.networks.restore(self.start.resumed.content)
+            self.networks.restore(self.start.resumed)
 
     def _trainer(self) -> Trainer:
         networks, opts = self.networks, self.run.opts
@@ -280,6 +281,10 @@ def load_data(run: Run, start: Start, methods: Mapping[str, Method]) -> StepData
     """
     opts, step, fingerprint, resumed = run.opts, start.step, start.fingerprint, start.resumed
     exemplar_list = step_file(run.folder.path, EXEMPLARS, step)
+    for method in methods.values():
+        if strange := method.extras - EXTRAS:
+            what = f"names {', '.join(sorted(strange))}; samples have {', '.join(sorted(EXTRAS))}"
+            raise fault(method, "extras", what)
     extras = frozenset[str]().union(*(method.extras for method in methods.values()))
     data = step_data(
         DataSpec.of(opts), step, extras=extras, exemplar_list=exemplar_list, is_main=run.world.is_main

@@ -127,9 +127,9 @@ def test_no_list_of_options_beside_their_declaration() -> None:
 # ── methods by name ──────────────────────────────────────────────────────────────────────────────────
 
 METHOD_NAMES = {"lwf", "icarl", "ilt", "ewc", "mib", "cil", "sdr", "plop", "ssul", "sats"}
-METHOD_WORDS = {
-    "unknown"
-}  # ordinary words: a method's where they are an attribute, a keyword or a whole string
+LONG_NAMES = ("icarl", "plop", "ssul", "sats")  # stand in no other word
+# Ordinary words: a method's where they are an attribute, a keyword or a whole string.
+METHOD_WORDS = {"unknown"}
 MAY_KNOW = ("methods", "scripts", "benchmarks")  # and utils/loss.py, whose losses have the papers' names
 ALLOWED = {
     "--mib_network": "a published option",
@@ -166,8 +166,10 @@ def names_in(node: ast.AST) -> Iterator[tuple[str, bool]]:
 def method_in(text: str, whole: bool) -> str | None:
     """The method that a name or a string is about."""
     words = {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", text)}
-    if found := words & METHOD_NAMES:
-        return min(found)
+    joined = re.sub("[^a-z]", "", text.lower())  # iCaRL, MiBHead, SSULv2
+    found = (words & METHOD_NAMES) | {name for name in LONG_NAMES if name in joined}
+    if found or re.search("MiB(?!$)|LwF", text):  # "MiB" alone is a mebibyte
+        return min(found, default=text)
     return text if whole and text.rstrip(".") in METHOD_WORDS else None
 
 

@@ -384,7 +384,10 @@ def test_the_method_names_the_classifier() -> None:
     assert parse_options([]).classifier == parse_options(["--method", "MIB"]).classifier == "linear"
     for words in (["--unknown"], ["--method", "SSUL"], ["--method", "SSUL-M", "--classifier", "unknown"]):
         assert parse_options(words).classifier == "unknown"
-    assert parse_options(["--classifier", "unknown"]).classifier == "unknown"
+    # Without its method a kind with channels of its own can be evaluated, not trained.
+    assert parse_options(["--classifier", "unknown", "--test"]).classifier == "unknown"
+    with pytest.raises(UserError, match="--classifier unknown is trained only by a method that names it"):
+        parse_options(["--method", "MIB", "--classifier", "unknown"])
     with pytest.raises(UserError, match="--classifier linear: the method needs --classifier unknown; drop"):
         parse_options(["--method", "SSUL", "--classifier", "linear"])
     with pytest.raises(UserError, match=r"--classifier: unknown, choose one of linear.*--method_file"):

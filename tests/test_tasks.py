@@ -168,7 +168,7 @@ def test_published_data_sets_have_other_class_orders():
     assert sorted(shuffled.order) == list(plain.order) != list(shuffled.order)
     order = [*range(150, 0, -1)]
     assert get_task("ade", "100-50", class_order=order).steps[1] == tuple(range(50, 0, -1))
-    with pytest.raises(UserError, match="'15-5s_b' has a class order of its own"):
+    with pytest.raises(UserError, match="'15-5s_b' fixes its classes and their order"):
         get_task("voc", "15-5s_b", class_order_seed=1)
 
 
@@ -280,7 +280,7 @@ def test_class_order_file(tmp_path):
     )
     for content, message in (
         (b"cat\ndoog\n", r"order\.txt:2: 'doog' is not a class; did you mean dog\?"),
-        (b"9\n", r"order\.txt:1: '9' is not a class; give a name or id of classes\.txt"),
+        (b"9\n", r"order\.txt:1: '9' is not a class; give the name or id of a class"),
         (b"\xff\n", "not UTF-8 text"),
     ):
         path.write_bytes(content)

@@ -32,6 +32,7 @@ class Declaration:
         compared_by_meaning: on resume, what it stands for is compared (the images, the total batch, the class
             order) instead of its value.
         chooses_task: it decides which classes each step has.
+        precedes_presets: it is read before presets are applied, so that no preset can set it.
         set_by_experiment: ``scripts/experiment.py`` adds it to every command.
         derived: not an option, but a value computed from options and saved with them.
         restored: evaluation takes it from the checkpoint unless it is typed; None: by the role.
@@ -46,6 +47,7 @@ class Declaration:
     is_path: bool = False
     compared_by_meaning: bool = False
     chooses_task: bool = False
+    precedes_presets: bool = False
     set_by_experiment: bool = False
     derived: bool = False
     restored: bool | None = None
@@ -153,6 +155,7 @@ class OptionGroup(argparse._ArgumentGroup):
             "switches_off": action.nargs == 0 and action.default is True,
             "is_path": action.type is path_option,
             "compared_by_meaning": traits.get("chooses_task", False),
+            "precedes_presets": traits.get("chooses_task", False),
             **traits,
         }
         return Declaration(action.dest, flag, role, **traits)

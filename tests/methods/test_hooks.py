@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 from argparser import parse_options
-from methods import METHODS, Method, build_methods, preset
+from methods import METHODS, REGISTRY, Method, build_methods, preset
 from methods.base import needs_of_teacher
 from methods.presets import _PRESETS, add_preset
 from session.optimizer import make_optimizer
@@ -39,6 +39,34 @@ def test_a_method_names_the_form_of_the_classification_loss(monkeypatch: pytest.
     monkeypatch.setattr("methods.ICaRL.classification", "hinge")
     with pytest.raises(UserError, match=r"classification: must be one of ce, bce, unce, focal, not 'hinge'"):
         form(0)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--icarl --unce", "--unce has no effect: ICaRL has its own classification loss; drop one"),
+        ("--method SSUL --focal_loss", "--focal_loss has no effect: UnknownClass has its own"),
+        ("--unce --bce", "--bce and --unce exclude each other"),
+    ],
+)
+def test_a_form_of_the_classification_loss_without_effect_is_refused(words: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        build_methods(options(*words.split()), 1)
+    for wins in ("--icarl --bce", "--method MIB --icarl", "--method MIB --bce"):  # typed wins over a preset
+        assert build_methods(options(*wins.split()), 1)["Classification"].kind == "bce"  # type: ignore[attr-defined]
+
+
+def test_two_methods_with_different_forms_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other(Method):
+        classification = "focal"
+
+        @classmethod
+        def from_options(cls, opts: object) -> Method:
+            return cls()
+
+    monkeypatch.setattr("methods.REGISTRY", [*REGISTRY, Other])
+    with pytest.raises(UserError, match="ICaRL with 'bce' and Other with 'focal': different classification"):
+        build_methods(options("--icarl"), 1)
 
 
 def test_what_is_needed_of_the_teacher() -> None:

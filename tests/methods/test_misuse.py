@@ -261,6 +261,22 @@ FILES = {
     ),
     "a preset's flag for a number": (HEAD + "PRESETS = {'MINE': {'loss_mine': True}}\n", "must be a float"),
     "a preset's list as number": (HEAD + "PRESETS = {'MINE': {'lr': 0.1}}\n", "--lr 0.1: must be a list"),
+    **{
+        f"a preset's {option}": (
+            HEAD + f"PRESETS = {{'MINE': {{'{option}': {value!r}}}}}\n",
+            f"--{option} {value!r}: is read before presets are applied; type it",
+        )
+        for option, value in (
+            ("task", "15-5"),
+            ("dataset", "ade"),
+            ("fidelity", "released"),
+            ("method", "FT"),
+        )
+    },
+    "a preset's path": (
+        HEAD + "PRESETS = {'MINE': {'pretrained_path': 'x.pth'}}\n",
+        "--pretrained_path 'x.pth': cannot be set by a preset; type it",
+    ),
     "a preset's unknown choice": (
         HEAD + "PRESETS = {'MINE': {'lr_policy': 'cosine'}}\n",
         "--lr_policy 'cosine': must be one of poly, step",
@@ -299,6 +315,15 @@ def methods_parser() -> Any:
     from argparser import build_parser
 
     return build_parser()
+
+
+def test_a_classifier_that_only_the_instance_names(file: Path) -> None:
+    text = HEAD.replace("return cls()", "return cls().with_classifier()") + (
+        "    def with_classifier(self):\n        self.classifier = 'unknown'\n        return self\n"
+    )
+    with pytest.raises(UserError, match=r"Mine\.classifier: is read from the class; set it there"):
+        file.write_text(text)
+        first_batch(file)
 
 
 def test_no_method_returns_a_loss(file: Path) -> None:

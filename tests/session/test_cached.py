@@ -13,12 +13,15 @@ import pytest
 import torch
 from torch import nn
 
+from argparser import parse_options
 from dataset.incremental import Entry, IncrementalDataset, SampleKey
 from dataset.shapes import open_shapes
 from dataset.transforms import eval_transform, train_transform
 from run import main
-from session.cached import weights_digest
+from session.cached import Cache, weights_digest
+from session.folder import RunFolder
 from session.training import StepTraining
+from utils.distributed import World
 from utils.signals import Stopped
 
 SMALL = (
@@ -97,6 +100,20 @@ def test_other_images_are_computed_anew(takes: Callable[[str], bool], data: Path
     assert takes(f"--splits_dir {tmp_path}")
     shutil.copyfile(other, image)
     assert not takes(f"--splits_dir {tmp_path}")
+
+
+def test_what_is_drawn_while_computing_does_not_shift_the_random_numbers(tmp_path: Path) -> None:
+    """A run that was killed before its first checkpoint loads the values and must draw as it would have."""
+    opts, world = parse_options(["--logdir", str(tmp_path)]), World(0, 0, 1, torch.device("cpu"), None)
+    cache = Cache(RunFolder(opts, world), world, 0, dict)
+    (tmp_path / "19-1-voc_Experiment").mkdir()
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        values = cache("centres", {}, lambda: {"a": torch.rand(3)})
+        drawn.append((values["a"], torch.rand(2)))
+    assert torch.equal(drawn[0][0], drawn[1][0])
+    assert torch.equal(drawn[0][1], drawn[1][1])
 
 
 def test_a_digest_of_weights_sees_what_sums_do_not() -> None:
