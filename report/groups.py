@@ -14,7 +14,7 @@ from typing import Any
 
 from argparser import option_defaults
 from report.reading import Run
-from runs.options import deciding
+from runs.options import deciding, same_group
 from tasks import DATASETS, get_task
 from utils.errors import UserError
 
@@ -143,7 +143,11 @@ class Group:
             return {key: run.results[step].get(f"miou_{key}") for key in ("old", "new", "all")}
         left_out = set() if background else {name for name in run.class_names[:1] if name == "background"}
         seen = [name for name in run.class_names if name not in left_out]
-        old = [name for name in seen if name in set(self.first_classes)] if step or run.task == JOINT else []
+        # Runs of a group may have different class orders; joint training has no first step of its own.
+        is_first = (
+            set(self.first_classes) if run.task == JOINT else {n for n in seen if run.introduced[n] == 0}
+        )
+        old = [name for name in seen if name in is_first] if step or run.task == JOINT else []
         new = [name for name in seen if name not in set(old)]
 
         def mean(names: Sequence[str]) -> float | None:
@@ -238,18 +242,23 @@ def _same_method(one: Run, other: Run) -> bool:
     If one has steps that the other lacks, or the last step is missing, the options that differ may not be
     recorded yet; then their names without seed must be equal too.
     """
-    if one.task != other.task or (one.group is None) != (other.group is None):
+    if one.task != other.task or bool(one.options) != bool(other.options):
+        return False
+    if one.steps and other.steps and one.steps != other.steps:  # a class order or task file that was changed
         return False
     if None not in (one.evaluation, other.evaluation) and _unusual(one) != _unusual(other):
         return False
     same_name = _bare_name(one) == _bare_name(other)
-    if one.group is None:
+    if not one.options:
         return same_name
-    ones, others = one.group_by_step, other.group_by_step
+    ones, others = one.options_by_step, other.options_by_step
     if not ones or not others:  # written by an earlier version
-        return one.group == other.group
+        return same_group(one.group, one.options, other.group, other.options)
     whole = ones.keys() == others.keys() and one.num_steps - 1 in ones
-    return (whole or same_name) and all(ones[step] == others[step] for step in ones.keys() & others.keys())
+    return (whole or same_name) and all(
+        same_group(one.group_by_step.get(step), ones[step], other.group_by_step.get(step), others[step])
+        for step in ones.keys() & others.keys()
+    )
 
 
 def _unusual(run: Run) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from report.groups import Group, Method
+from report.reading import published_steps
 
 _TABLE = Path(__file__).parent / "published.csv"
 
@@ -53,6 +54,9 @@ def of_group(group: Group) -> list[Published]:
 
 
 def of_method(group: Group, method: Method) -> list[Published]:
-    """The rows of a method; several if later papers reproduced it."""
+    """The rows of a method; several if later papers reproduced it, none for another class order."""
+    run = method.runs[0]
+    if not method.joint and run.steps != published_steps(run.dataset, run.task):
+        return []
     names = method.published_names()
     return [row for row in of_group(group) if row.method.split(" (")[0].upper() in names]

@@ -17,7 +17,7 @@ from runs.files import CONFUSION, HISTORY, OPTIONS, RESULTS, SAMPLES, step_file,
 from runs.history import StepHistory, read_history
 from runs.options import read_run_options
 from runs.results import read_confusion
-from tasks import DATASETS, get_task
+from tasks import DATASETS, Task, get_task
 from utils.errors import UserError
 
 _FOLDER = re.compile(rf"(?P<task>.+)-(?P<dataset>{'|'.join(DATASETS)})_(?P<name>.+)")
@@ -73,8 +73,8 @@ class Run:
         options: options of its last start; empty if not recorded.
         options_by_step: options of every step, with the step's ``lr``; for a first step trained by another
             run (``--step_ckpt``), that run's. Empty if the folder was written by a version without them.
-        group: key of ``options``, equal for the seeds of one method; None if not recorded.
-        group_by_step: key of ``options_by_step`` for every step.
+        group: key of ``options``, equal for the seeds of one method; None if a version did not write it.
+        group_by_step: keys of ``options_by_step`` that were written.
         steps: dataset class ids of every step of the task; empty if not recorded.
         task, dataset, name: from the options, else from the folder's name.
         results: by step, including a first step trained by another run.
@@ -251,7 +251,7 @@ def read_run(folder: Path) -> Run:
     match = _FOLDER.fullmatch(folder.name)
     named = match.groupdict() if match else {"task": "", "dataset": "", "name": folder.name}
     task, dataset, name = (str(options.get(key, text)) for key, text in named.items())
-    task, published_steps = _known_steps(dataset, task)
+    task = _canonical(dataset, task)
     results = read_results(folder)
     histories = {step: read_history(path) for step, path in step_files(folder, HISTORY).items()}
     taken_over: dict[int, str] = {}
@@ -270,7 +270,7 @@ def read_run(folder: Path) -> Run:
         options_by_step=dict(sorted(by_step.items())),
         group=known.group,
         group_by_step=groups,
-        steps=known.steps or published_steps,
+        steps=known.steps or published_steps(dataset, task),
         task=task,
         dataset=dataset,
         name=name,
@@ -290,15 +290,24 @@ def _samples(folder: Path) -> dict[int, dict[str, Path]]:
     return dict(sorted(found.items()))
 
 
-def _known_steps(dataset: str, task: str) -> tuple[str, list[list[int]]]:
-    """Canonical name and steps of a published task; for other tasks the name and no steps."""
+def _canonical(dataset: str, task: str) -> str:
+    """Canonical name of a published task; other names as they are."""
+    return task if (known := _published_task(dataset, task)) is None else known.name
+
+
+def published_steps(dataset: str, task: str) -> list[list[int]]:
+    """Dataset class ids of every step of a published task; empty for other tasks."""
+    known = _published_task(dataset, task)
+    return [] if known is None else [list(ids) for ids in known.steps]
+
+
+def _published_task(dataset: str, task: str) -> Task | None:
     if dataset in DATASETS and dataset != "folder":
         try:
-            known = get_task(dataset, task)
-            return known.name, [list(ids) for ids in known.steps]
+            return get_task(dataset, task)
         except UserError:  # a task from the user's --task_file
             pass
-    return task, []
+    return None
 
 
 def _base_folder(folder: Path, options: dict[str, Any]) -> Path | None:

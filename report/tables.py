@@ -11,7 +11,16 @@ from report.published import Published, of_method
 from report.reading import Run, read_results
 from utils.tables import csv_text, format_table, markdown_table
 
-NUMBERS = {"old": "miou_old", "new": "miou_new", "all": "miou_all", "harmonic": "harmonic_mean"}
+# Of a results file; those of earlier versions have no first, later and average.
+NUMBERS = {
+    "first": "miou_first",
+    "later": "miou_later",
+    "old": "miou_old",
+    "new": "miou_new",
+    "all": "miou_all",
+    "harmonic": "harmonic_mean",
+    "average": "average_miou_all",
+}
 
 
 @dataclass(frozen=True)
@@ -128,7 +137,7 @@ def summary_table(group: Group) -> Table:
 
 
 def steps_table(groups: Sequence[Group]) -> Table:
-    """mIoU in percent after every step of every run; "new" are the classes of that step only."""
+    """mIoU in percent after every step of every run, see ``metrics.continual.Results``."""
     rows: list[list[object]] = []
     for run in all_runs(groups):
         for step, results in run.results.items():

@@ -26,10 +26,10 @@ class RunOptions:
     Attributes:
         options: of the latest start, as JSON types; empty if unknown.
         steps: dataset class ids of every step of the task.
-        group: ``group_key`` of ``options``; None if unknown.
+        group: ``group_key`` of ``options`` as it was written; None in files of earlier versions.
         by_step: options with which each step was trained, with the step's ``lr`` (one number); empty in files
             of versions that did not save them.
-        group_by_step: ``group_key`` of each of ``by_step``.
+        group_by_step: ``group_key`` of each of ``by_step`` as it was written; empty in such files.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -82,8 +82,6 @@ def write_run_options(
 def read_run_options(run_dir: Path) -> RunOptions:
     """Read ``run.json``, or without it the manifest of the last checkpoint; empty if there is neither.
 
-    Group keys missing in files of earlier versions are computed from the options.
-
     Raises:
         UserError: ``run.json`` is damaged.
     """
@@ -104,13 +102,13 @@ def read_run_options(run_dir: Path) -> RunOptions:
 def _from_json(content: dict[str, Any]) -> RunOptions:
     options = dict(content["options"])
     by_step = {int(step): dict(each) for step, each in content.get("options_by_step", {}).items()}
-    keys = content.get("group_by_step", {})
+    keys = {int(step): str(key) for step, key in content.get("group_by_step", {}).items()}
     return RunOptions(
         options=options,
         steps=list(content["steps"]),
-        group=content.get("group") or group_key(options),
+        group=content.get("group"),
         by_step=dict(sorted(by_step.items())),
-        group_by_step={step: keys.get(str(step)) or group_key(each) for step, each in by_step.items()},
+        group_by_step={step: key for step, key in keys.items() if step in by_step},
     )
 
 
@@ -141,3 +139,20 @@ def group_key(options: Mapping[str, Any]) -> str:
     usual = deciding({})
     unusual = {name: value for name, value in deciding(options).items() if value != usual.get(name)}
     return hashlib.sha256(json.dumps(unusual, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def same_group(
+    key: str | None, options: Mapping[str, Any], other_key: str | None, other_options: Mapping[str, Any]
+) -> bool:
+    """Whether two runs, or steps of runs, are seeds of one method.
+
+    Their written keys are compared. Where a version wrote none, both are computed here, so that options of a
+    ``--method_file`` that is not loaded count alike on both sides.
+
+    Args:
+        key, other_key: as written by ``write_run_options``; None: not written.
+        options, other_options: of the runs or steps.
+    """
+    if key is None or other_key is None:
+        return group_key(options) == group_key(other_options)
+    return key == other_key

@@ -179,7 +179,8 @@ def scores(run: Run, task: Task) -> list[float | None]:
     results = json.loads(run.results.read_text(encoding="utf-8"))
     iou = {run.task.order[results["indices"][name]]: value for name, value in results["class_iou"].items()}
     means: list[float | None] = []
-    set_apart = (task.steps[0], task.future_classes(0)) if task.num_steps > 1 else ((), ())
+    own = run.task if run.task.num_steps > 1 else task  # which may have another class order
+    set_apart = (own.steps[0], own.future_classes(0)) if own.num_steps > 1 else ((), ())
     for classes in (*set_apart, task.order):
         values = [iou[c] for c in classes if iou.get(c) is not None]
         means.append(math.fsum(values) / len(values) if values else None)

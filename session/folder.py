@@ -18,6 +18,7 @@ from runs.checkpoint import (
     with_current_names,
 )
 from runs.files import RESULTS, checkpoint_path, step_file
+from runs.options import read_run_options
 from session.resume import differences, is_trained, job_id, restarted
 from utils import distributed
 from utils.distributed import World
@@ -216,23 +217,35 @@ class RunFolder:
         return trained and self.results(step).is_file()
 
     def earlier_results(self, step: int) -> dict[int, dict[str, Any]]:
-        """Results of the steps before a step, by step; one that cannot be read is logged and left out.
+        """Results of the steps before a step, by step; a file that cannot be read is logged and left out.
 
-        With ``--step_ckpt``, results of the steps before the first are read from that checkpoint's folder.
+        Results of the steps before this run's first are read from the folder of the checkpoint that it
+        started from (``--step_ckpt``, of this command or of the one that trained the first step).
         """
+        first, base = self._origin()
         found: dict[int, dict[str, Any]] = {}
         for earlier in range(step):
             path = self.results(earlier)
-            if self.opts.step_ckpt is not None and earlier < self.opts.steps[0]:
-                path = self.opts.step_ckpt.parent / path.name
+            if base is not None and earlier < first:
+                path = base.parent / path.name
             try:
                 content = json.loads(path.read_text(encoding="utf-8"))
                 found[earlier] = {"class_iou": dict(content["class_iou"]), "miou_all": content["miou_all"]}
-            except FileNotFoundError:
-                continue
             except (OSError, ValueError, TypeError, KeyError) as error:
                 # This step is trained already: it is reported without what depends on that file.
                 log.warning(
                     "%s cannot be read (%r): forgetting and average lack step %d", path, error, earlier
                 )
         return found
+
+    def _origin(self) -> tuple[int, Path | None]:
+        """First step of this run, and the checkpoint of another run from which it started, if any."""
+        if self.opts.step_ckpt is not None:
+            return self.opts.steps[0], self.opts.step_ckpt
+        try:
+            by_step = read_run_options(self.path).by_step
+        except UserError:  # a damaged run.json, which the start of the training has reported
+            by_step = {}
+        first = min(by_step, default=0)
+        recorded = by_step[first].get("step_ckpt") if by_step else None
+        return first, None if recorded is None else Path(recorded)

@@ -103,6 +103,29 @@ def test_old_and_new_are_those_of_the_papers(tmp_path: Path) -> None:
     assert len(line.method.runs) == 2
 
 
+def test_a_run_with_another_class_order_is_split_by_its_own(tmp_path: Path) -> None:
+    """Classes 3 and 18 change places; published numbers are of the usual order."""
+    plain = write_run(tmp_path, "MIB", 1, pictures=0)
+    other = write_run(tmp_path, "MIB", 2, pictures=0, class_order_seed=5)
+    change = {"class 3": "class 18", "class 18": "class 3"}
+    for path in other.glob("results_*.json"):
+        content = json.loads(path.read_text())
+        for part in ("class_iou", "class_accuracy", "class_pixels", "indices", "forgetting"):
+            content[part] = {change.get(name, name): value for name, value in content[part].items()}
+        path.write_text(json.dumps(content))
+    known = json.loads((other / "run.json").read_text())
+    known["steps"] = [[{3: 18, 18: 3}.get(c, c) for c in step] for step in known["steps"]]
+    (other / "run.json").write_text(json.dumps(known))
+    (group,) = arrange([read_run(plain), read_run(other)])
+    assert len(group.methods) == 2
+    for method in group.methods:
+        (run,) = method.runs
+        iou = list(run.results[1]["class_iou"].values())
+        assert group.means(run)["old"] == pytest.approx(statistics.mean(iou[:16]))
+        assert group.means(run)["new"] == pytest.approx(statistics.mean(iou[16:]))
+        assert bool(of_method(group, method)) == (run.folder == plain)
+
+
 def test_forgetting_is_against_the_step_that_learnt_the_class(runs: Path, report: Path) -> None:
     folder = runs / "15-5-voc_SDR_1"
     first, last = (json.loads((folder / f"results_{step}.json").read_text()) for step in (0, 1))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from runs.files import OPTIONS
-from runs.options import group_key, read_run_options, write_run_options
+from runs.options import group_key, read_run_options, same_group, write_run_options
 from utils.errors import UserError
 
 
@@ -61,8 +61,8 @@ def test_the_key_is_that_of_the_method_not_of_the_seed_or_the_machine() -> None:
     assert group_key({**mib, "weight_of_mine": 1}) != key
 
 
-def test_a_written_key_counts_and_a_missing_one_is_computed(tmp_path: Path) -> None:
-    """A method file's roles are known where the run is, and not where the report is."""
+def test_written_keys_are_compared_and_missing_ones_computed_for_both(tmp_path: Path) -> None:
+    """The options of a method file are known where the run is, and not where the report is."""
     options = {"method": "MIB", "random_seed": 1}
     write_run_options(tmp_path, options, ((0, 1), (2,)), step=0, lr=0.1)
     known = read_run_options(tmp_path)
@@ -75,5 +75,10 @@ def test_a_written_key_counts_and_a_missing_one_is_computed(tmp_path: Path) -> N
     del content["group"], content["group_by_step"]  # as earlier versions left it
     (tmp_path / OPTIONS).write_text(json.dumps(content))
     known = read_run_options(tmp_path)
-    assert known.group == group_key(options)
-    assert known.group_by_step == {0: group_key({**options, "lr": 0.1})}
+    assert (known.group, known.group_by_step) == (None, {})
+    # "weight_of_mine" has its default: the run left it out of its key, the report could not.
+    written, mine = group_key(options), {**options, "weight_of_mine": 1}
+    assert same_group(written, mine, written, {**mine, "random_seed": 2})
+    assert same_group(written, mine, None, {**mine, "random_seed": 2})
+    assert not same_group(written, mine, None, {**mine, "weight_of_mine": 2})
+    assert not same_group("a", options, "b", options)

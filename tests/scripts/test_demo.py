@@ -28,7 +28,7 @@ def test_demo_ends_with_a_table_and_images(shapes_root: Path, tmp_path: Path) ->
         },
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    end = done.stdout[done.stdout.rindex("mIoU old") :]
+    end = done.stdout[done.stdout.rindex("mIoU first") :]
     assert "15-5-shapes_FT" in end
     assert "15-5-shapes_MIB" in end
     pictures = [Path(line.removeprefix("image: ")) for line in end.splitlines() if line.startswith("image:")]

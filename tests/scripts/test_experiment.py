@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -635,6 +636,15 @@ def test_the_table_shows_means_and_spread(tmp_path: Path) -> None:
     assert row.split("  ")[-1].strip() == "2"
     assert row.count("55.0 ± 7.1") == 2 and "–" in row
     assert next(line for line in text.splitlines() if line.startswith("MIB")).endswith("0")
+
+
+def test_a_run_with_another_class_order_is_split_by_its_own(tmp_path: Path) -> None:
+    run = next(run for run in planned(tmp_path) if run.method == "FT")
+    order = (0, *range(20, 0, -1))
+    steps = tuple(tuple(order[c] for c in step) for step in run.task.steps)
+    shuffled = replace(run, task=replace(run.task, steps=steps))
+    results(shuffled, {c: 0.8 if c in shuffled.task.steps[0] else 0.2 for c in shuffled.task.order})
+    assert experiment.scores(shuffled, run.task)[:2] == pytest.approx([0.8, 0.2])
 
 
 def test_new_are_the_classes_of_all_later_steps_as_in_the_report(tmp_path: Path) -> None:

@@ -48,11 +48,18 @@ def train(made: Monitor, values: list[float], accumulate: int = 1, epoch: int = 
     [(1, 5, [(2, 0.5), (4, 2.5)]), (3, 7, [(3, 1.0), (6, 4.0)])],
 )
 def test_reports_are_means_since_the_last_one_at_the_end_of_an_optimiser_step(
-    tmp_path: Path, accumulate: int, number: int, expected: list[tuple[int, float]]
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    accumulate: int,
+    number: int,
+    expected: list[tuple[int, float]],
 ) -> None:
     made = monitor(tmp_path, interval=2, batches=number)
-    train(made, list(range(number)), accumulate)
+    with caplog.at_level("INFO"):
+        train(made, list(range(number)), accumulate)
     assert reported(made) == expected
+    # The epoch's mean counts every batch alike, also in a last group that is smaller.
+    assert f"step 0 epoch 1/30: ce {(number - 1) / 2:g} (" in caplog.text
 
 
 def test_a_short_epoch_is_reported_at_its_end(tmp_path: Path) -> None:
