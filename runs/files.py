@@ -19,6 +19,12 @@ HISTORY = "history_{step}.jsonl"
 EXEMPLARS = "exemplars_{step}.json"
 PREDICTIONS = "predictions_{step}.png"
 TENSORBOARD = "step_{step}"  # folder
+TENSORBOARD_TASK = "task"  # folder of the curves over the steps
+
+
+def run_folder(logdir: Path | str, task: str, dataset: str, name: str) -> Path:
+    """``<logdir>/<task>-<dataset>_<name>``."""
+    return Path(logdir) / f"{task}-{dataset}_{name}"
 
 
 def step_file(run_dir: Path, kind: str, step: int) -> Path:
@@ -36,4 +42,4 @@ def step_files(run_dir: Path, kind: str) -> dict[int, Path]:
 
 def checkpoint_path(logdir: Path | str, task: str, dataset: str, name: str, step: int) -> Path:
     """``<logdir>/<task>-<dataset>_<name>/<task>-<dataset>_<name>_<step>.pth``."""
-    return step_file(Path(logdir) / f"{task}-{dataset}_{name}", CHECKPOINT, step)
+    return step_file(run_folder(logdir, task, dataset, name), CHECKPOINT, step)

@@ -17,7 +17,7 @@ from dataset.step_data import EvaluationData
 from inference.multiscale import predict_classes, predictor
 from metrics.continual import Results, summarise
 from metrics.stream_metrics import StreamSegMetrics
-from runs.files import PREDICTIONS, SAMPLES, step_file
+from runs.files import PREDICTIONS, SAMPLES, TENSORBOARD_TASK, step_file
 from runs.results import write_results
 from session.run import Run
 from session.tensorboard import RunLogger
@@ -122,7 +122,7 @@ class Evaluation:
     @contextlib.contextmanager
     def _task_writer(self) -> Iterator[RunLogger]:
         """TensorBoard writer of the whole task: a point and an image per step."""
-        writer = RunLogger(self.world, self.folder.path / "task", enabled=self.opts.visualize)
+        writer = RunLogger(self.world, self.folder.path / TENSORBOARD_TASK, enabled=self.opts.visualize)
         try:
             yield writer
         finally:

@@ -17,7 +17,7 @@ from runs.checkpoint import (
     saved_options,
     with_current_names,
 )
-from runs.files import RESULTS, checkpoint_path, step_file
+from runs.files import CHECKPOINT, RESULTS, run_folder, step_file
 from runs.options import read_run_options
 from session.resume import differences, is_trained, job_id, restarted
 from utils import distributed
@@ -84,14 +84,14 @@ class RunFolder:
     def __init__(self, opts: Options, world: World) -> None:
         self.opts = opts
         self.world = world
-        self.path: Path = opts.logdir / f"{opts.task}-{opts.dataset}_{opts.name}"
+        self.path: Path = run_folder(opts.logdir, opts.task, opts.dataset, opts.name)
         self.options = opts.as_json()
         self.spec = NetworkSpec.of(opts)
 
     def checkpoint(self, step: int) -> Path:
         """Checkpoint of a step."""
         opts = self.opts
-        path = checkpoint_path(opts.logdir, opts.task, opts.dataset, opts.name, step)
+        path = step_file(self.path, CHECKPOINT, step)
         return path if opts.checkpoint is None else opts.checkpoint / path.name
 
     def previous(self, step: int) -> Path:
