@@ -17,7 +17,7 @@ def test_defaults_are_those_of_the_command_line() -> None:
 def test_every_option_that_shapes_the_network_counts() -> None:
     words = (
         "--model segformer_b1 --backbone resnet50 --norm_act abn --output_stride 8 --pooling 3 --decoder "
-        "segformer --classifier unknown --grad_checkpointing"
+        "segformer --method SSUL --classifier unknown --grad_checkpointing"
     )
     opts = parse_options(words.split())
     expected = NetworkSpec("segformer_b1", "resnet50", "abn", 8, 3, "mib", "segformer", True, "unknown")

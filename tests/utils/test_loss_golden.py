@@ -1,61 +1,15 @@
 """Every golden file of the losses: values and gradients of the released code, to 1e-5 relative.
 
-A gradient's error is measured against its largest entry: entries that cancel to nothing have no digits of
-their own in float32. On CUDA the same, where there is a GPU.
+On CUDA the same, where there is a GPU.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
+from golden_files import assert_close, cases, gradient, leaf, load
 
 from utils import loss as L
-from utils import loss_kernels
-
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-RTOL = 1e-5
-
-
-def cases(pattern: str) -> list[str]:
-    names = sorted(path.stem for path in GOLDEN.glob(f"{pattern}.npz"))
-    assert names, f"no golden file {pattern}"
-    return names
-
-
-@pytest.fixture(params=["cpu", "formulas on the cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    if request.param.startswith("formulas"):
-        with loss_kernels.disabled():
-            yield torch.device("cpu")
-    else:
-        yield torch.device(request.param)
-
-
-def load(name: str, device: torch.device) -> tuple[dict[str, torch.Tensor], dict]:
-    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as archive:
-        meta = json.loads(str(archive["meta"]))
-        arrays = {key: torch.from_numpy(archive[key]).to(device) for key in archive.files if key != "meta"}
-    return arrays, meta
-
-
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, rounding: float = 0.0) -> None:
-    """``rounding``: how far the released float32 value itself is from the exact one, absolute."""
-    assert actual.shape == expected.shape
-    atol = RTOL * expected.abs().max().item() + rounding
-    torch.testing.assert_close(actual.detach().to(expected.dtype), expected, rtol=RTOL, atol=atol)
-
-
-def leaf(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.clone().requires_grad_()
-
-
-def gradient(output: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return torch.autograd.grad(output, inputs, retain_graph=True)
 
 
 @pytest.mark.parametrize("name", cases("unbiased_ce-*"))
