@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator, SymmetricalLogLocator
 from PIL import Image
 
 from metrics.continual import Array
-from report.groups import Group, Method, Stat, stat
+from report.groups import MEANS, Group, Method, Stat, stat
 from report.reading import Run
 from report.tables import Line
 from utils.drawing import drawable
@@ -35,6 +35,11 @@ _FAR = 100  # a scale is logarithmic if the largest loss exceeds this multiple o
 _WIDTH = 11.8  # inches; width of the page
 _LEARNT = 0.01  # IoU from which a class counts as learnt
 _NO_RESULT = "#dddddd"
+_TITLES = {
+    "first": "first: classes of step 0",
+    "later": "later: classes of all later steps",
+    "all": "all classes",
+}
 _HATCHED: dict[str, Any] = {"facecolor": "#f2f2f2", "edgecolor": "#9a9a9a", "hatch": "////", "linewidth": 0}
 
 Style = dict[str, Any]
@@ -59,41 +64,33 @@ def styles(group: Group) -> dict[str, Style]:
 
 
 def curves(group: Group) -> Figure | None:
-    """mIoU over old, new and all classes after every step: mean and standard deviation over seeds.
-
-    Old and all are lines with bands; new are points with error bars, since every step has other new classes.
-    """
+    """mIoU over first, later and all classes after every step: mean and standard deviation over seeds."""
     methods = [method for method in group.methods if method.step is not None and not method.joint]
     if not methods:
         return None
     figure = _figure(_WIDTH, 3.6)
     look = styles(group)
-    panels = figure.subplots(1, 3, sharey=True)
-    titles = ("old: classes of earlier steps", "new: classes of this step", "all classes so far")
-    for axes, key, title in zip(panels, ("old", "new", "all"), titles, strict=True):
-        for place, method in enumerate(methods):
-            shift = 0.7 * ((place + 0.5) / len(methods) - 0.5) if key == "new" else None
-            _curve(axes, method, f"miou_{key}", look[method.label], shift)
+    panels = figure.subplots(1, len(MEANS), sharey=True)
+    for axes, key in zip(panels, MEANS, strict=True):
+        for method in methods:
+            _curve(axes, group, method, key, look[method.label])
         if key == "all":
             _joint_lines(axes, group)
-        axes.set_title(title)
+        axes.set_title(_TITLES[key])
         axes.set_xlabel("step")
-        axes.set_xlim(-0.5 if key == "new" else -0.2, group.num_steps - (0.5 if key == "new" else 0.8))
+        axes.set_xlim(-0.2, group.num_steps - 0.8)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _tidy(axes)
-    for step in range(1, group.num_steps):
-        panels[1].axvline(step - 0.5, color="0.8", linewidth=0.8)
-    panels[1].grid(visible=False, axis="x")
     panels[0].set_ylabel("mIoU (%)")
     panels[0].set_ylim(bottom=0)
     _legend(figure, [panels[0], panels[2]], list(look))
     return figure
 
 
-def _curve(axes: Axes, method: Method, key: str, look: Style, shift: float | None) -> None:
-    """Draw a line with a band or, with a horizontal shift, points with error bars."""
+def _curve(axes: Axes, group: Group, method: Method, key: str, look: Style) -> None:
+    """Draw a mean after every step as a line, with a band of one standard deviation."""
     steps = sorted({step for run in method.runs for step in run.results})
-    points = {step: stat(run.results.get(step, {}).get(key) for run in method.runs) for step in steps}
+    points = {step: stat(group.means(run, step=step)[key] for run in method.runs) for step in steps}
     known = {step: point for step, point in points.items() if point is not None}
     if not known:
         return
@@ -101,16 +98,12 @@ def _curve(axes: Axes, method: Method, key: str, look: Style, shift: float | Non
     mean = 100 * np.array([point.mean for point in known.values()])
     std = 100 * np.array([point.std or 0.0 for point in known.values()])
     low, high = np.maximum(mean - std, 0), np.minimum(mean + std, 100)  # the range of an mIoU
-    if shift is None:
-        axes.plot(x, mean, label=drawable(method.label), linewidth=1.8, markersize=5, **look)
-        axes.fill_between(x, low, high, color=look["color"], alpha=0.12, linewidth=0)
-    else:
-        style = {**look, "linestyle": "", "markersize": 4, "elinewidth": 1, "clip_on": False}
-        axes.errorbar(x + shift, mean, yerr=[mean - low, high - mean], **style)
+    axes.plot(x, mean, label=drawable(method.label), linewidth=1.8, markersize=5, **look)
+    axes.fill_between(x, low, high, color=look["color"], alpha=0.12, linewidth=0)
 
 
 def bars(group: Group) -> Figure | None:
-    """mIoU over old, new and all classes after the last step of any method: mean over seeds, error bars."""
+    """mIoU over first, later and all classes after the last step of any method: means and error bars."""
     own = [method for method in group.methods if method.step is not None and not method.joint]
     step = max((method.step for method in own if method.step is not None), default=None)
     shown = [
@@ -120,18 +113,17 @@ def bars(group: Group) -> Figure | None:
     ]
     if step is None:
         return None
-    keys = ("old", "new", "all") if step else ("all",)
+    keys = MEANS if step else MEANS[-1:]
     figure = _figure(_WIDTH, 1.0 + 0.3 * len(shown))
     panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
     look = styles(group)
     means = {method.label: [group.means(run) for run in method.latest()] for method in shown}
-    titles = {"old": "old: classes of step 0", "new": "new: classes of the later steps", "all": "all classes"}
     for axes, key in zip(panels, keys, strict=True):
         for place, method in enumerate(shown):
             number = stat(mean[key] for mean in means[method.label])
             if number is not None:
                 _bar(axes, place, number, look[method.label]["color"])
-        axes.set_title(f"{titles[key]}, after step {step}")
+        axes.set_title(f"{_TITLES[key]}, after step {step}")
         axes.set_xlabel("mIoU (%)")
         _tidy(axes)
         axes.grid(visible=False, axis="y")

@@ -18,8 +18,10 @@ from runs.options import deciding, same_group
 from tasks import DATASETS, get_task
 from utils.errors import UserError
 
+MEANS = ("first", "later", "all")  # classes of step 0, of all later steps, and all of them
 JOINT = "offline"  # joint training of all classes in one step, shown beside every task
 
+_ORDER = {"class_order", "class_order_seed"}
 _SEED = re.compile(r"[_-](?:seed|s)?\d+$")
 
 
@@ -115,7 +117,7 @@ class Group:
 
     @property
     def first_classes(self) -> list[str]:
-        """Classes of the first step with the background: the papers' "old" classes."""
+        """Classes of the first step, with the background."""
         for method in self.methods:
             if not method.joint and method.class_names:
                 return [name for name in method.class_names if method.introduced(name) == 0]
@@ -126,37 +128,88 @@ class Group:
         """Number of steps of the task."""
         return max(run.num_steps for method in self.methods for run in method.runs)
 
-    def means(self, run: Run, background: bool = True) -> dict[str, float | None]:
-        """mIoU of a run after its last step over old, new and all classes, as in the papers.
-
-        Old are the classes of the first step, new those of all later steps (in a results file of step k, new
-        are the classes of step k only).
+    def means(
+        self, run: Run, background: str = "with", *, step: int | None = None
+    ) -> dict[str, float | None]:
+        """mIoU of a run over first, later and all classes, as the papers count.
 
         Args:
             run: one of the group.
-            background: whether the means over old and all classes include the background.
+            background: convention of the means, see ``report.published``: "without" leaves the background out
+                of all of them, "all only" out of "first"; every other one counts it.
+            step: after which step; None: the run's last.
         """
-        step = run.last_step
+        step = run.last_step if step is None else step
         if step is None:
-            return dict.fromkeys(("old", "new", "all"))
-        if "class_iou" not in run.results[step]:
-            return {key: run.results[step].get(f"miou_{key}") for key in ("old", "new", "all")}
-        left_out = set() if background else {name for name in run.class_names[:1] if name == "background"}
-        seen = [name for name in run.class_names if name not in left_out]
+            return dict.fromkeys(MEANS)
+        results = run.results.get(step, {})
+        if "class_iou" not in results:
+            old = {"first": "miou_old", "later": "miou_new"}
+            return {key: results.get(old.get(key, f"miou_{key}")) for key in MEANS}
         # Runs of a group may have different class orders; joint training has no first step of its own.
-        is_first = (
-            set(self.first_classes) if run.task == JOINT else {n for n in seen if run.introduced[n] == 0}
-        )
-        old = [name for name in seen if name in is_first] if step or run.task == JOINT else []
-        new = [name for name in seen if name not in set(old)]
+        names = [name for name in run.class_names if run.introduced[name] <= step]
+        first = set(self.first_classes) if run.task == JOINT else {n for n in names if run.introduced[n] == 0}
 
-        def mean(names: Sequence[str]) -> float | None:
-            found = stat(run.iou(name, step) for name in names)
+        def mean(which: Iterable[str], with_background: bool) -> float | None:
+            found = stat(run.iou(name, step) for name in which if with_background or name != "background")
             return None if found is None else found.mean
 
-        if not old:  # a first step, or joint training without other runs: no old and new classes
-            return {"old": None, "new": None, "all": mean(seen)}
-        return {"old": mean(old), "new": mean(new), "all": mean(seen)}
+        return {
+            "first": mean((n for n in names if n in first), background not in ("without", "all only")),
+            "later": mean((n for n in names if n not in first), True) if first else None,
+            "all": mean(names, background != "without"),
+        }
+
+
+@dataclass(frozen=True)
+class Orders:
+    """A method trained with several class orders, which have a ``Method`` each.
+
+    Attributes:
+        label: of the method.
+        methods: one for each order, with results of the task's last step.
+    """
+
+    label: str
+    methods: list[Method]
+
+    def means(self, group: Group) -> dict[str, Stat | None]:
+        """Mean and standard deviation over the orders; the seeds of an order are averaged first."""
+        by_order = [[group.means(run) for run in method.latest()] for method in self.methods]
+        averaged = [{key: stat(mean[key] for mean in means) for key in MEANS} for means in by_order]
+        return {
+            key: stat(number.mean for each in averaged if (number := each[key]) is not None) for key in MEANS
+        }
+
+
+def orders_of(group: Group) -> list[Orders]:
+    """The methods of a group that were trained with several class orders."""
+    found: list[list[Method]] = []
+    for method in group.methods:
+        run = method.latest()[0] if method.latest() else None
+        if run is None or method.joint or not run.finished:
+            continue
+        for others in found:
+            if all(_differs_by_order(run, other.latest()[0]) for other in others):
+                others.append(method)
+                break
+        else:
+            found.append([method])
+    several = [methods for methods in found if len(methods) > 1]
+    return [Orders(_label([run for method in one for run in method.runs]), one) for one in several]
+
+
+def _differs_by_order(one: Run, other: Run) -> bool:
+    """Whether two runs have other class orders and the same learning options at every step."""
+
+    def without_order(run: Run) -> dict[int, dict[str, Any]]:
+        by_step = run.options_by_step or {0: run.options}
+        return {
+            step: {name: value for name, value in deciding(options).items() if name not in _ORDER}
+            for step, options in by_step.items()
+        }
+
+    return one.steps != other.steps and without_order(one) == without_order(other)
 
 
 def arrange(runs: Sequence[Run]) -> list[Group]:

@@ -8,7 +8,7 @@ import io
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from report import figures, tables
-from report.groups import JOINT, Group, Stat, arrange
+from report.groups import JOINT, MEANS, Group, Stat, arrange
 from report.published import of_group
 from report.reading import Run
 from report.tables import Line, Table
@@ -186,18 +186,30 @@ def _percent(number: Stat | None) -> str:
     return "–" if number is None else number.percent()
 
 
+_OVER_ORDERS = (
+    "Mean and standard deviation over the class orders; the seeds of an order are averaged first. First and "
+    "later classes are those of each order."
+)
+
+
 def _group(folder: _Folder, group: Group) -> dict[str, Any]:
     """Page content of a group; writes its figures and summary table."""
     lines = tables.summary(group)
     folder.text(f"{group.slug}_summary.csv", tables.summary_table(group).csv())
+    orders = tables.orders_table(group)
+    if orders is not None:
+        folder.text(f"{group.slug}_orders.csv", orders.csv())
     return {
         "title": group.title,
         "slug": group.slug,
         "joint_only": group.task == JOINT,
         "lines": lines,
+        "orders": orders,
+        "over_orders": _OVER_ORDERS,
         "best": _best(lines),
         "last_step": group.num_steps - 1,
         "has_published": any(line.published for line in lines),
+        "margin": f"{tables.REPRODUCED_WITHIN:g}",
         "published": of_group(group),
         "unfinished": [run for method in group.methods for run in method.runs if not run.finished],
         "sections": _sections(folder, group, lines),
@@ -211,7 +223,6 @@ def _sections(folder: _Folder, group: Group, lines: Sequence[Line]) -> list[Sect
 
     spread = "Mean over the seeds; bands and error bars are one standard deviation."
     if group.num_steps > 2:
-        spread += " New classes have no line, since they differ at every step."
         steps = Section("mIoU per step", spread, one("curves", "mIoU per step", figures.curves(group)))
     else:
         steps = Section("mIoU", spread, one("bars", "mIoU", figures.bars(group)))
@@ -286,15 +297,12 @@ def _class_colours(group: Group) -> list[tuple[str, str]]:
 
 def _best(lines: Sequence[Line]) -> dict[str, str]:
     """Label of the best method in each column, joint training excluded; only columns with several methods."""
-    numbers: dict[str, Callable[[Line], Stat | None]] = {
-        "old": lambda line: line.numbers["old"],
-        "new": lambda line: line.numbers["new"],
-        "all": lambda line: line.numbers["all"],
-    }
     rivals = [line for line in lines if line.complete and not line.method.joint]
     best = {}
-    for key, number in numbers.items():
-        known = [(found.mean, line.method.label) for line in rivals if (found := number(line)) is not None]
+    for key in MEANS:
+        known = [
+            (found.mean, line.method.label) for line in rivals if (found := line.numbers[key]) is not None
+        ]
         if len(known) > 1:
             best[key] = max(known)[1]
     return best
@@ -351,6 +359,8 @@ def _markdown(groups: Sequence[Group], written: Sequence[dict[str, Any]], steps:
     parts = ["# Report", f"Made on {when} by `python -m report`; mIoU in percent."]
     for group, content in zip(groups, written, strict=True):
         parts += [f"## {markdown_text(group.title)}", tables.summary_table(group).markdown()]
+        if content["orders"] is not None:
+            parts += ["### Over class orders", _OVER_ORDERS, content["orders"].markdown()]
         for section in content["sections"]:
             parts += [f"### {section.title}", section.text]
             parts += [f"![{markdown_text(figure.alt)}]({figure.file})" for figure in section.figures]

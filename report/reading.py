@@ -251,7 +251,7 @@ def read_run(folder: Path) -> Run:
     match = _FOLDER.fullmatch(folder.name)
     named = match.groupdict() if match else {"task": "", "dataset": "", "name": folder.name}
     task, dataset, name = (str(options.get(key, text)) for key, text in named.items())
-    task = _canonical(dataset, task)
+    task = canonical_task(dataset, task)
     results = read_results(folder)
     histories = {step: read_history(path) for step, path in step_files(folder, HISTORY).items()}
     taken_over: dict[int, str] = {}
@@ -290,7 +290,7 @@ def _samples(folder: Path) -> dict[int, dict[str, Path]]:
     return dict(sorted(found.items()))
 
 
-def _canonical(dataset: str, task: str) -> str:
+def canonical_task(dataset: str, task: str) -> str:
     """Canonical name of a published task; other names as they are."""
     return task if (known := _published_task(dataset, task)) is None else known.name
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from report.groups import Group, Method, Stat, stat
+from report.groups import MEANS, Group, Method, Stat, orders_of, stat
 from report.published import Published, of_method
 from report.reading import Run, read_results
 from utils.tables import csv_text, format_table, markdown_table
@@ -48,6 +48,39 @@ def comparison(runs: Iterable[Path]) -> str:
     return format_table(["run", "step", *(f"mIoU {name}" for name in NUMBERS)], rows)
 
 
+REPRODUCED_WITHIN = 1.0  # points of mIoU over all classes
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A published row and the runs' means, counted as that row counts the background.
+
+    Attributes:
+        row: the published row.
+        means: of the runs, as fractions; all None until the task's last step is done.
+    """
+
+    row: Published
+    means: dict[str, Stat | None]
+
+    @property
+    def differences(self) -> dict[str, float | None]:
+        """The runs' mean minus the published one, in points, by name."""
+        pairs = {key: (self.means[key], theirs) for key, theirs in self.row.means.items()}
+        return {
+            key: None if ours is None or theirs is None else 100 * ours.mean - theirs
+            for key, (ours, theirs) in pairs.items()
+        }
+
+    @property
+    def verdict(self) -> str:
+        """Whether "all" is within ``REPRODUCED_WITHIN`` points of the published one; empty if unknown."""
+        difference = self.differences["all"]
+        if difference is None or self.row.background in ("inconsistent", ""):
+            return ""
+        return "reproduced" if abs(difference) <= REPRODUCED_WITHIN else "not reproduced"
+
+
 @dataclass(frozen=True)
 class Line:
     """A method's line of the summary.
@@ -56,11 +89,10 @@ class Line:
         method: the method.
         step: step after which the numbers were measured; None without results.
         complete: whether ``step`` is the task's last.
-        numbers: mIoU over old, new and all classes, as fractions.
+        numbers: mIoU over first, later and all classes, as fractions.
         forgetting: mean over the old classes, a fraction.
         seconds, memory: wall time of training, and peak memory in MiB.
-        published: the papers' rows.
-        comparable: for each published row, the runs' means with or without background as in that row.
+        published: the papers' rows, compared with these runs.
     """
 
     method: Method
@@ -70,14 +102,7 @@ class Line:
     forgetting: Stat | None
     seconds: Stat | None
     memory: Stat | None
-    published: list[Published]
-    comparable: list[dict[str, Stat | None]]
-
-    @property
-    def without_background(self) -> dict[str, Stat | None]:
-        """The means without background, if a published row leaves it out; else empty."""
-        counted = zip(self.published, self.comparable, strict=True)
-        return next((alike for row, alike in counted if not row.background), {})
+    published: list[Comparison]
 
 
 def summary(group: Group) -> list[Line]:
@@ -85,26 +110,29 @@ def summary(group: Group) -> list[Line]:
     lines = []
     for method in group.methods:
         runs = method.latest()
-        published = of_method(group, method)
+        complete = any(run.finished for run in runs)
+        compared = runs if complete else []
         lines.append(
             Line(
                 method=method,
                 step=method.step,
-                complete=any(run.finished for run in runs),
+                complete=complete,
                 numbers=_means(group, runs),
                 forgetting=stat(mean_forgetting(run) for run in runs),
                 seconds=stat(run.seconds for run in runs),
                 memory=stat(run.memory for run in runs),
-                published=published,
-                comparable=[_means(group, runs, row.background) for row in published],
+                published=[
+                    Comparison(row, _means(group, compared, row.background))
+                    for row in of_method(group, method)
+                ],
             )
         )
     return lines
 
 
-def _means(group: Group, runs: Sequence[Run], background: bool = True) -> dict[str, Stat | None]:
+def _means(group: Group, runs: Sequence[Run], background: str = "with") -> dict[str, Stat | None]:
     means = [group.means(run, background) for run in runs]
-    return {key: stat(mean[key] for mean in means) for key in ("old", "new", "all")}
+    return {key: stat(mean[key] for mean in means) for key in MEANS}
 
 
 def mean_forgetting(run: Run) -> float | None:
@@ -115,25 +143,38 @@ def mean_forgetting(run: Run) -> float | None:
 
 def summary_table(group: Group) -> Table:
     """The summary in percent; a method with several published rows has one row for each."""
-    keys = ("old", "new", "all")
     headers = ["method", "runs", "after step"]
-    headers += [f"mIoU {key} {part}" for key in keys for part in ("mean", "std")]
+    headers += [f"mIoU {key} {part}" for key in MEANS for part in ("mean", "std")]
     headers += ["forgetting mean", "forgetting std", "training s", "memory MiB"]
-    headers += [f"published {key}" for key in keys] + ["published background", "source"]
-    headers += [f"mIoU {key} counted as published" for key in keys]
+    theirs = [f"published {key}" for key in MEANS] + ["published background", "remark", "source"]
+    theirs += [f"mIoU {key} counted as published" for key in MEANS] + ["difference all", "verdict"]
     rows: list[list[object]] = []
     for line in summary(group):
         own: list[object] = [line.method.label, len(line.method.latest()), line.step]
         for number in (*line.numbers.values(), line.forgetting):
             own += [_percent(_mean(number)), _percent(None if number is None else number.std)]
         own += [_mean(line.seconds), _mean(line.memory)]
-        for row, alike in zip(line.published, line.comparable, strict=True):
-            theirs: list[object] = [row.miou_old, row.miou_new, row.miou_all]
-            counted = [_percent(_mean(alike[key])) for key in keys]
-            rows.append([*own, *theirs, "with" if row.background else "without", row.source, *counted])
+        for compared in line.published:
+            row = compared.row
+            counted = [_percent(_mean(compared.means[key])) for key in MEANS]
+            about = [row.background or "not said", row.remark, row.source]
+            judged = [compared.differences["all"], compared.verdict]
+            rows.append([*own, *row.means.values(), *about, *counted, *judged])
         if not line.published:
-            rows.append([*own, *[None] * 8])
-    return Table(headers, rows)
+            rows.append([*own, *[None] * len(theirs)])
+    return Table(headers + theirs, rows)
+
+
+def orders_table(group: Group) -> Table | None:
+    """Means over class orders, see ``Orders``, in percent; None without a method with several orders."""
+    headers = ["method", "orders", *(f"mIoU {key} {part}" for key in MEANS for part in ("mean", "std"))]
+    rows: list[list[object]] = []
+    for orders in orders_of(group):
+        cells: list[object] = [orders.label, len(orders.methods)]
+        for number in orders.means(group).values():
+            cells += [_percent(_mean(number)), _percent(None if number is None else number.std)]
+        rows.append(cells)
+    return Table(headers, rows) if rows else None
 
 
 def steps_table(groups: Sequence[Group]) -> Table:

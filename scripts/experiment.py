@@ -170,11 +170,11 @@ def _last_line(run: Run) -> str:
 
 
 def scores(run: Run, task: Task) -> list[float | None]:
-    """mIoU of a finished run over old, new and all classes after the task's last step, as fractions.
+    """mIoU of a finished run over first, later and all classes after the task's last step, as fractions.
 
-    As in the papers' tables and the report, old are the classes of step 0 with the background, new those of
-    all later steps (in a results file, those of its own step only). For joint training old and new are the
-    classes of ``task``. A task of one step has no old and new classes. Classes without IoU are left out.
+    As in the papers' tables and the report, first are the classes of step 0 with the background, later those
+    of all later steps. For joint training they are the classes of ``task``. A task of one step has no first
+    and later classes. Classes without IoU are left out.
     """
     results = json.loads(run.results.read_text(encoding="utf-8"))
     iou = {run.task.order[results["indices"][name]]: value for name, value in results["class_iou"].items()}
@@ -198,7 +198,7 @@ def _heading(task: Task) -> str:
     if task.num_steps == 1:
         return text
     later = "step 1" if task.num_steps == 2 else f"steps 1 to {task.num_steps - 1}"
-    return f"{text}; old: classes of step 0 with background, new: of {later}"
+    return f"{text}; first: classes of step 0 with background, later: of {later}"
 
 
 def _task_table(runs: Sequence[Run], task: Task) -> str:
@@ -212,7 +212,7 @@ def _task_table(runs: Sequence[Run], task: Task) -> str:
             spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.1f}{spread}" if values else "–")
         rows.append([method, *cells, len(done)])
-    return format_table(["method", "old", "new", "all", "seeds"], rows)
+    return format_table(["method", "first", "later", "all", "seeds"], rows)
 
 
 def _report(runs: Sequence[Run], logdir: Path) -> int:

@@ -631,7 +631,7 @@ def test_the_table_shows_means_and_spread(tmp_path: Path) -> None:
         results(run, {c: miou if c <= 10 else None for c in range(21)})
     text = experiment.table(runs)
     assert "shapes 10-5-5" in text
-    assert "old: classes of step 0 with background, new: of steps 1 to 2" in text
+    assert "first: classes of step 0 with background, later: of steps 1 to 2" in text
     row = next(line for line in text.splitlines() if line.startswith("FT"))
     assert row.split("  ")[-1].strip() == "2"
     assert row.count("55.0 ± 7.1") == 2 and "–" in row
@@ -672,8 +672,8 @@ def test_joint_training_is_averaged_over_each_tasks_classes(tmp_path: Path) -> N
     # Background 1, classes 1 to 10 0.5, 11 to 15 0.25 (class 11 has no IoU), 16 to 20 0.
     iou = {c: 1.0 if c == 0 else 0.5 if c <= 10 else 0.25 if c <= 15 else 0.0 for c in range(21)}
     results(joint, {**iou, 11: None})
-    old, new, everything = experiment.scores(joint, joint.compared_in[0])
-    assert (old, new) == (pytest.approx(6 / 11), pytest.approx(1 / 9))
+    first, later, everything = experiment.scores(joint, joint.compared_in[0])
+    assert (first, later) == (pytest.approx(6 / 11), pytest.approx(1 / 9))
     assert everything == pytest.approx(7 / 20)
     assert experiment.scores(joint, joint.compared_in[1])[:2] == [pytest.approx(7 / 15), 0.0]
     assert experiment.table(runs).count("joint") == 2

@@ -1,0 +1,127 @@
+"""All published results in one table per data set, task and protocol, best first.
+
+    python -m report.published [--dataset voc] [--task 15-1] [--protocol overlapped] [--backbone resnet101]
+                               [--runs LOGDIR ...] [--markdown FILE]
+
+``--backbone`` keeps backbones whose name contains the text. ``--runs`` adds the finished runs of these
+folders, counted with background. docs/published.md is made by the option ``--markdown``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from report.groups import arrange, task_title
+from report.published import Published, table
+from report.reading import canonical_task, find_runs, read_run
+from report.tables import summary
+from utils.command import run_command
+from utils.errors import UserError
+from utils.files import atomic_write_text
+from utils.option_types import path_option
+from utils.tables import format_table, markdown_table
+
+HEADERS = ["method", "backbone", "first", "later", "all", "remarks", "source"]
+PAGE = """# Published results
+
+Made by `python -m report.published --markdown docs/published.md` from `report/published.csv`; do not edit.
+mIoU in percent after the last step: **first** over the classes of step 0, **later** over those of all later
+steps, **all** over all of them, with background unless a remark says otherwise. Numbers were read from the
+sources named; those "quoted there" are of another paper than the method's own. Numbers of different
+backbones, or counted in different ways, are not comparable.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print or write the tables. Returns the exit code."""
+    return run_command("report.published", lambda: _command(argv))
+
+
+def _command(argv: list[str] | None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m report.published", description="Published results, best first, one table per task."
+    )
+    for name, example in (("dataset", "voc"), ("task", "15-1"), ("protocol", "overlapped")):
+        parser.add_argument(f"--{name}", metavar="NAME", help=f"only this {name}, e.g. {example}")
+    parser.add_argument("--backbone", metavar="TEXT", help="only backbones whose name contains it, e.g. swin")
+    parser.add_argument(
+        "--runs", nargs="+", default=[], type=path_option, metavar="LOGDIR", help="add finished runs"
+    )
+    parser.add_argument("--markdown", type=path_option, metavar="FILE", help="write a page, print nothing")
+    args = parser.parse_args(argv)
+    rows = [row for row in (*table(), *measured(args.runs)) if _is_chosen(row, args)]
+    if not rows:
+        known = ", ".join(sorted({f"{row.dataset} {row.task} {row.protocol}" for row in table()}))
+        raise UserError(f"no published result for this choice; there are: {known}")
+    if args.markdown is not None:
+        atomic_write_text(args.markdown, page(rows))
+        print(f"page: {args.markdown}")
+    else:
+        print("\n\n".join(f"{title}\n{format_table(HEADERS, cells)}" for title, cells in tables(rows)))
+
+
+def _is_chosen(row: Published, args: argparse.Namespace) -> bool:
+    task = args.task and canonical_task(row.dataset, args.task)
+    return (
+        args.dataset in (None, row.dataset)
+        and task in (None, row.task)
+        and args.protocol in (None, row.protocol)
+        and (args.backbone or "") in row.backbone
+    )
+
+
+def measured(folders: Sequence[Path]) -> list[Published]:
+    """Finished runs as rows of the table.
+
+    Raises:
+        UserError: a folder has no run, or a run cannot be read.
+    """
+    groups = arrange([read_run(run) for run in find_runs(folders)])
+    found = []
+    for group in groups:
+        for line in summary(group):
+            if line.complete:
+                first, later, over_all = (
+                    None if number is None else 100 * number.mean for number in line.numbers.values()
+                )
+                runs = len(line.method.latest())
+                found.append(
+                    Published(
+                        dataset=group.dataset,
+                        task=group.task,
+                        protocol=group.protocol or "",
+                        backbone=group.backbone or "",
+                        method=line.method.label,
+                        miou_first=first,
+                        miou_later=later,
+                        miou_all=over_all,
+                        background="with",
+                        remark=f"measured, {runs} run{'' if runs == 1 else 's'}",
+                        source="this program",
+                    )
+                )
+    return found
+
+
+def tables(rows: Iterable[Published]) -> Iterator[tuple[str, list[list[object]]]]:
+    """Title and cells of every table, in the order of data set, task and protocol; best row first."""
+    parts: dict[tuple[str, str, str], list[Published]] = {}
+    for row in rows:
+        parts.setdefault((row.dataset, row.task, row.protocol), []).append(row)
+    for (dataset, task, protocol), members in sorted(parts.items()):
+        ranked = sorted(members, key=lambda row: -1.0 if row.miou_all is None else row.miou_all, reverse=True)
+        title = f"{dataset.upper()} {task_title(dataset, task)}, {protocol}"
+        yield title, [_cells(row) for row in ranked]
+
+
+def _cells(row: Published) -> list[object]:
+    remarks = "; ".join(part for part in (row.remark, row.convention) if part)
+    return [row.method, row.backbone, *row.means.values(), remarks, row.source]
+
+
+def page(rows: Iterable[Published]) -> str:
+    """The tables as a Markdown page."""
+    parts = [f"## {title}\n\n{markdown_table(HEADERS, cells)}\n" for title, cells in tables(rows)]
+    return "\n".join([PAGE, *parts])
