@@ -229,6 +229,10 @@ def _add_task(group: OptionGroup) -> None:
         help="sequential protocol: old labels visible")
     group.flag("--overlap --overlapped", role="learning",
         help="overlapped protocol (default: disjoint)")
+    group.flag("--partitioned", role="learning",
+        help="partitioned protocol: every image in the step of one of its classes, drawn at random (CISS)")
+    group.value("--partition_seed", seed, 0, role="learning",
+        help="seed of the partitioned protocol; 0: the published lists of VOC")
     group.choice("--data_masking", ("current", "current+old", "all", "new"), "current", role="learning",
         help="classes that training labels show; the others become background")
     group.choice("--void_label", ("ignore", "background"), "background", role="learning",
@@ -571,7 +575,8 @@ def with_implied(recorded: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _derive(opts: Options) -> None:
-    opts.protocol = "sequential" if opts.no_mask else "overlapped" if opts.overlap else "disjoint"
+    protocols = {"sequential": opts.no_mask, "overlapped": opts.overlap, "partitioned": opts.partitioned}
+    opts.protocol = next((name for name, chosen in protocols.items() if chosen), "disjoint")
     if not opts.net_pytorch and "norm_act" not in opts.typed:
         opts.norm_act = "iabn_sync"
     needed = classifier_of(opts)
@@ -618,8 +623,12 @@ def _steps(opts: Options) -> list[int]:
 
 def _check(opts: Options) -> None:
     """Options that contradict each other or the run."""
-    if opts.no_mask and opts.overlap:
-        raise UserError("--no_mask (sequential) and --overlap (overlapped) exclude each other; give one")
+    flags = ("no_mask", "overlap", "partitioned")
+    given = [f"--{flag}" for flag in flags if getattr(opts, flag)]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} exclude each other; give one")
+    if "partition_seed" in opts.typed and not opts.partitioned:
+        raise UserError("--partition_seed has an effect only with --partitioned; add that or drop it")
     if opts.step_ckpt is not None and opts.steps[0] == 0:
         raise UserError("--step_ckpt is the checkpoint of the previous step, but step 0 has none; drop it")
     if opts.ckpt is not None and len(opts.steps) > 1:

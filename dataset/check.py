@@ -136,6 +136,7 @@ def check_data(opts: Any) -> int:
             opts.protocol,
             reports["train"].image_labels,
             splits_dir=opts.splits_dir,
+            partition_seed=opts.partition_seed,
             class_names=class_names,
         )
     print("the data is in order" if valid else "the data is not in order; see the lines with 'fault'")
@@ -275,6 +276,7 @@ def check_task(
     image_labels: list[frozenset[int]],
     *,
     splits_dir: Path | None = None,
+    partition_seed: int = 0,
     class_names: tuple[str, ...] = (),
 ) -> bool:
     """Print the number of images per step, the comparison with the published list, and missing classes.
@@ -287,7 +289,9 @@ def check_task(
     valid, differs = True, False
     for step in range(task.num_steps):
         if splits_dir is None:
-            indices = task_indices(task.dataset, task, step, protocol, image_labels)
+            indices = task_indices(
+                task.dataset, task, step, protocol, image_labels, partition_seed=partition_seed
+            )
         else:
             indices = load_step_list(splits_dir, step, len(image_labels))
         published = published_list(task, step, protocol)

@@ -2,7 +2,10 @@
 
 - ``overlapped``: images with a new class (MiB, arXiv 2002.00718).
 - ``disjoint`` and ``sequential``: of these, images without a later class.
-- ``partitioned``: every image belongs to one step (ADE20K's published disjoint lists).
+- ``partitioned``: every image goes to one of its classes, drawn at random, and with it to that class's step
+  (CISS, arXiv 2405.09858).
+
+Training labels show the step's classes only, with ``sequential`` also the earlier ones.
 
 ``task_indices`` applies the rule of the published lists of a data set.
 """
@@ -32,7 +35,12 @@ _MERGED = {"100-50": "100-10", "100-50b": "100-10b"}
 
 
 def step_indices(
-    image_labels: Sequence[Collection[int]], steps: Sequence[Sequence[int]], step: int, protocol: Protocol
+    image_labels: Sequence[Collection[int]],
+    steps: Sequence[Sequence[int]],
+    step: int,
+    protocol: Protocol,
+    *,
+    partition_seed: int = 0,
 ) -> list[int]:
     """Ascending indices of the training images of a step.
 
@@ -41,6 +49,7 @@ def step_indices(
         steps: dataset class ids of every step.
         step: index into ``steps``.
         protocol: see the module's docstring.
+        partition_seed: of ``partitioned``; the published lists have 0.
 
     Raises:
         UserError: unknown step or protocol.
@@ -51,7 +60,7 @@ def step_indices(
         raise UserError(f"--step {step}: the task's steps are 0 to {len(steps) - 1}")
     matrix = label_matrix(image_labels)
     if protocol == "partitioned":
-        return _indices(_partition(matrix, steps) == step)
+        return _indices(_drawn_partition(matrix, steps, partition_seed) == step)
     chosen = np.logical_or.reduce(matrix[:, list(steps[step])], axis=1)
     if protocol != "overlapped":
         seen = {c for classes in steps[: step + 1] for c in classes}
@@ -60,12 +69,19 @@ def step_indices(
 
 
 def task_indices(
-    dataset: str, task: str | Task, step: int, protocol: Protocol, image_labels: Sequence[Collection[int]]
+    dataset: str,
+    task: str | Task,
+    step: int,
+    protocol: Protocol,
+    image_labels: Sequence[Collection[int]],
+    *,
+    partition_seed: int = 0,
 ) -> list[int]:
     """Ascending indices of the published list of a task's step.
 
-    ADE20K's disjoint (and sequential) lists are ``partitioned``; those of ``100-50`` and ``100-50b`` are the
-    lists of ``100-10`` and ``100-10b`` with steps 1..5 merged. All others follow ``step_indices``.
+    ADE20K's disjoint (and sequential) lists give every image to one step (``_greedy_partition``); those of
+    ``100-50`` and ``100-50b`` are the lists of ``100-10`` and ``100-10b`` with steps 1..5 merged. All others
+    follow ``step_indices``.
 
     Raises:
         UserError: unknown task, step or protocol.
@@ -73,12 +89,12 @@ def task_indices(
     if isinstance(task, str):
         task = get_task(dataset, task)
     check_step(task, step)
-    if dataset != "ade" or protocol == "overlapped":
-        return step_indices(image_labels, task.steps, step, protocol)
+    if dataset != "ade" or protocol in ("overlapped", "partitioned"):
+        return step_indices(image_labels, task.steps, step, protocol, partition_seed=partition_seed)
     finer = _finer_steps(task)
+    owner = _greedy_partition(label_matrix(image_labels), task.steps if finer is None else finer)
     if finer is None:
-        return step_indices(image_labels, task.steps, step, "partitioned")
-    owner = _partition(label_matrix(image_labels), finer)
+        return _indices(owner == step)
     return _indices(owner == 0 if step == 0 else owner > 0)
 
 
@@ -101,7 +117,7 @@ def why_empty(
     new = [c for c in task.new_classes(step) if c != 0]
     if not any(c in ids for ids in image_labels for c in new):
         return f"no training mask shows {named_classes(new, class_names)}; correct the masks or the task"
-    if task.dataset == "ade" and protocol != "overlapped":
+    if protocol == "partitioned" or (task.dataset == "ade" and protocol != "overlapped"):
         return "every image with its classes belongs to another step; --overlap gives an image to several"
     return (
         f"every image with its classes also shows one of a later step, which {protocol} leaves out; "
@@ -120,14 +136,32 @@ def _indices(chosen: BoolArray) -> list[int]:
     return np.flatnonzero(chosen).tolist()
 
 
-def _partition(matrix: BoolArray, steps: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
+def _step_of_class(steps: Sequence[Sequence[int]]) -> dict[int, int]:
+    return {c: s for s, classes in enumerate(steps) for c in classes if c not in (0, VOID)}
+
+
+def _drawn_partition(matrix: BoolArray, steps: Sequence[Sequence[int]], seed: int) -> npt.NDArray[np.int64]:
+    """The step of every image, -1 for an image without a class of the task; int64, shape (images,).
+
+    Numbers are drawn image by image, as in CISS's program, so that its published lists of VOC result.
+    """
+    owner = _step_of_class(steps)
+    rng = np.random.RandomState(seed)
+    result = np.full(len(matrix), -1, dtype=np.int64)
+    for i, shown in enumerate(matrix):
+        if classes := [c for c in np.flatnonzero(shown).tolist() if c in owner]:
+            result[i] = owner[classes[rng.choice(len(classes))]]
+    return result
+
+
+def _greedy_partition(matrix: BoolArray, steps: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
     """The step of every image, -1 for an image without a class; int64, shape (images,).
 
     Greedy rule, reconstructed from the published ADE20K lists: an image goes to the step of its class with
     the highest score, which grows with rarity and with the fraction of the class's images not yet assigned.
     The order of images and of floating-point operations decides ties, so neither may be changed.
     """
-    owner = {c: s for s, classes in enumerate(steps) for c in classes if c not in (0, VOID)}
+    owner = _step_of_class(steps)
     known = np.zeros(256, dtype=bool)
     known[list(owner)] = True
     matrix = matrix & known
@@ -201,6 +235,8 @@ def published_list(task: Task, step: int, protocol: Protocol) -> tuple[int, str]
     if task.dataset not in ("voc", "ade") or task.name not in task_names(task.dataset):
         return None
     if task.steps != get_task(task.dataset, task.name).steps:
+        return None
+    if protocol == "partitioned":
         return None
     wanted = "overlapped" if protocol == "overlapped" else "disjoint"
     key = (task.dataset, task.name, step, wanted)

@@ -42,6 +42,7 @@ class DataSpec:
     dataset: str
     data_root: Path
     protocol: Protocol
+    partition_seed: int
     random_seed: int
     crop_size: int
     augmentation: str
@@ -202,19 +203,22 @@ class _StepLists:
         if spec.splits_dir is not None:
             indices = load_step_list(spec.splits_dir, step, len(self.dataset))
         else:
-            indices = task_indices(spec.dataset, spec.task, step, spec.protocol, self.image_labels)
+            indices = self._by_protocol(step)
         if spec.test_on_val:
             indices = sorted(set(indices) & set(_held_out(len(self.dataset))[0]))
         return indices
+
+    def _by_protocol(self, step: int) -> list[int]:
+        spec, labels = self.spec, self.image_labels
+        seed = spec.partition_seed
+        return task_indices(spec.dataset, spec.task, step, spec.protocol, labels, partition_seed=seed)
 
     def none_left(self, step: int) -> UserError:
         """The error for a step without training images."""
         spec = self.spec
         rule = spec.protocol if spec.splits_dir is None else f"--splits_dir {spec.splits_dir}"
         kept_back = [f"--{name}" for name in ("test_on_val", "cross_val") if getattr(spec, name)]
-        if spec.splits_dir is not None or task_indices(
-            spec.dataset, spec.task, step, spec.protocol, self.image_labels
-        ):
+        if spec.splits_dir is not None or self._by_protocol(step):
             reason = f"{' and '.join(kept_back)} keeps all of them back; leave it out or add images"
         else:
             names = self.dataset.class_names

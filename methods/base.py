@@ -68,7 +68,7 @@ class Context:
     Attributes:
         task: class order, with ``task.new_classes(step)`` etc.
         step: number of the step, from 0.
-        protocol: "sequential", "disjoint" or "overlapped".
+        protocol: "sequential", "disjoint", "overlapped" or "partitioned".
         model: the student, not wrapped by DistributedDataParallel.
         model_old: the teacher in evaluation mode, None at step 0.
         device: of the networks and batches of this process.

@@ -96,7 +96,7 @@ class PrototypeLearning(Method):
         # The released loss returns nothing at step 0.
         self.contrast = context.step > 0 or not self.released
         # Without old labels the background contains classes of other steps.
-        self.skip_background = context.protocol == "overlapped" or (
+        self.skip_background = context.protocol in ("overlapped", "partitioned") or (
             context.protocol == "disjoint" and context.step > 0
         )
         self.reduce = None if self.released else context.reduce

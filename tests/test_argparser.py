@@ -111,6 +111,8 @@ def test_steps_and_learning_rates() -> None:
         (["--task", "15-5", "--step", "0", "1", "--lr", "1", "1", "1"], ["--lr", "2 steps"]),
         (["--lr", "-1"], ["--lr"]),
         (["--no_mask", "--overlap"], ["--no_mask", "--overlap"]),
+        (["--partitioned", "--overlap"], ["--overlap", "--partitioned"]),
+        (["--partition_seed", "1"], ["--partition_seed", "--partitioned"]),
         (["--epochs", "0"], ["--epochs", "at least 1"]),
         (["--pod_options", "{"], ["--pod_options", "JSON"]),
         (["--pod_prepro", "squared"], ["--pod_prepro", "pow"]),

@@ -50,6 +50,7 @@ def options(root: Path, **changes) -> Namespace:
     task = get_task("folder", "1-1", num_classes=len(CLASSES))
     defaults = {
         "dataset": "folder", "data_root": root, "task_": task, "protocol": "disjoint", "splits_dir": None,
+        "partition_seed": 0,
     }  # fmt: skip
     return Namespace(**{**defaults, **changes})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from functools import cache
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataset.image_labels import scan_image_labels
+from dataset import protocols
+from dataset.image_labels import label_matrix, scan_image_labels
 from dataset.protocols import list_digest, load_step_list, published_list, step_indices, task_indices
 from tasks import Task, get_task
 from utils.errors import UserError
@@ -173,12 +175,40 @@ def test_protocol_properties(labels, steps, step):
 
 
 @given(labels=label_sets, steps=cuts)
-def test_partition_covers_every_image_with_a_class_once(labels, steps):
-    lists = [step_indices(labels, steps, step, "partitioned") for step in range(3)]
+def test_the_greedy_partition_covers_every_image_with_a_class_once(labels, steps):
+    owner = protocols._greedy_partition(label_matrix(labels), steps).tolist()
+    expected = reference_partition([set(ids) for ids in labels], steps)
+    assert owner == [expected.get(i, -1) for i in range(len(labels))]
+
+
+@given(labels=label_sets, steps=cuts, seed=st.integers(0, 3))
+def test_partitioned_gives_every_image_to_the_step_of_one_of_its_classes(labels, steps, seed):
+    lists = [step_indices(labels, steps, s, "partitioned", partition_seed=seed) for s in range(3)]
     together = [i for indices in lists for i in indices]
     assert sorted(together) == [i for i, ids in enumerate(labels) if ids - {0, 255}]
-    expected = reference_partition([set(ids) for ids in labels], steps)
-    assert {i: s for s, indices in enumerate(lists) for i in indices} == expected
+    for indices, classes in zip(lists, steps, strict=True):
+        assert all(labels[i] & set(classes) for i in indices)
+    # The class of an image does not depend on the task: steps of the same classes share its images.
+    one_by_one = [[0, 1], *([c] for c in range(2, 8))]
+    of_class = [
+        set(step_indices(labels, one_by_one, s, "partitioned", partition_seed=seed)) for s in range(7)
+    ]
+    for indices, classes in zip(lists, steps, strict=True):
+        assert set(indices) == set().union(*(of_class[c - 1] for c in classes if c))
+
+
+@needs_lists
+def test_partitioned_lists_of_voc_are_the_published():
+    """The last 75 images of class 20 in CISS's ``partitioned_15-1_train_seed0.npy``, after 10,507 draws."""
+    lines = [line.split() for line in (SHARED / "splits/voc_train_classes.txt").read_text().splitlines()]
+    labels = [frozenset(map(int, ids)) for _, *ids in lines]
+    indices = task_indices("voc", "15-1", 5, "partitioned", labels)
+    last = [name for i in indices if (name := lines[i][0]) >= "2010_003864"]
+    assert len(last) == 75
+    digest = hashlib.sha256(" ".join(last).encode()).hexdigest()
+    assert digest == "a30764fc834fe9f436e9d0ed4b46972275b058a66671d7cebf46008ee2901412"
+    other = task_indices("voc", "15-1", 5, "partitioned", labels, partition_seed=1)
+    assert other != indices
 
 
 @given(labels=label_sets, seed=st.integers(0, 5))
