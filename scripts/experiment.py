@@ -11,8 +11,8 @@ table of mean ± standard deviation over seeds and writes the report of all star
     seeds: [1, 2, 3]
     processes: 2                # runs at a time
     gpus: [0, 1, 2, 3]          # divided among concurrent runs; without: one process per run, any device
-    # batch_size is per process: with 4 GPUs for 2 runs, 12 makes the total batch 24.
-    common: {dataset: voc, data_root: data, overlap: true, epochs: 30, lr: 0.001, batch_size: 12}
+    # total_batch is divided among the processes of a run; batch_size would be that of each process.
+    common: {dataset: voc, data_root: data, overlap: true, epochs: 30, lr: 0.001, total_batch: 24}
     step_0: {lr: 0.01}          # options of step 0
     runs:
       FT: {method: FT}
@@ -22,9 +22,9 @@ table of mean ± standard deviation over seeds and writes the report of all star
       joint: {task: offline}                # another task, shown in every table
     slurm: {partition: gpu, time: 4:00:00, ntasks-per-node: 2, gpus-per-node: 2}
 
-Options are those of ``run.py`` without dashes; ``true`` sets a flag. A run's folder is
-``<logdir>/<task>-<dataset>_<name of the run>_<seed>``. If a step was trained with other options than the file
-has now, the command stops with an error before it starts any run.
+Options are those of ``run.py`` without dashes; ``true`` sets a flag. ``--gpus`` and ``--data_root`` replace
+the file's. A run's folder is ``<logdir>/<task>-<dataset>_<name of the run>_<seed>``. If a step was trained
+with other options than the file has now, the command stops with an error before it starts any run.
 
 With ``slurm`` (options of sbatch) or ``--slurm`` every run is submitted as a Slurm job with one process per
 task of the job (``ntasks-per-node``); ``processes`` and ``gpus`` have no effect. The command submits the runs
@@ -249,6 +249,8 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="submit each run as a Slurm job, with the file's slurm: entry as sbatch options",
     )
+    parser.add_argument("--gpus", type=int, nargs="+", default=[], metavar="N", help="instead of the file's")
+    parser.add_argument("--data_root", type=path_option, metavar="DIR", help="instead of the file's")
     where.add_argument("--local", action="store_true", help="train here even if the file has slurm:")
     return parser.parse_args(argv)
 
@@ -274,15 +276,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _experiment(options: argparse.Namespace) -> int:
     """Read, plan and run the experiment; returns the exit code."""
-    experiment = read_experiment(options.file)
+    slurm = True if options.slurm else False if options.local else None
+    experiment = read_experiment(options.file, gpus=options.gpus, data_root=options.data_root, slurm=slurm)
     try:
         runs = plan(experiment)
     except UserError as error:
         raise UserError(f"{options.file}: {error}") from error
     check_existing_steps(runs)
-    sbatch = {} if options.slurm and experiment.slurm is None else experiment.slurm
-    if options.local:
-        sbatch = None
+    sbatch = experiment.slurm
     if options.table:
         print(table(runs))
         return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from utils.option_types import SEEDS
 _KEYS = ("logdir", "processes", "gpus", "seeds", "tasks", "common", "step_0", "runs", "slurm")
 # Entries of a run that are not options of run.py.
 _OF_A_RUN = ("from", "step_0", "tasks")
+_TOTAL_BATCH = "total_batch"
 _Key = tuple[str, str, int]  # name of a run, its task, its seed
 
 
@@ -42,6 +44,7 @@ class Experiment:
         common: options of every command.
         step_0: options of step 0 that override ``common``.
         runs: options of each run by its name.
+        processes_per_run: processes that train one run, among which ``total_batch`` is divided.
         slurm: options of ``sbatch``; None: train on this machine.
     """
 
@@ -53,6 +56,7 @@ class Experiment:
     seeds: tuple[int, ...] = (42,)
     tasks: dict[str | None, dict[str, Any]] = field(default_factory=lambda: {None: {}})
     step_0: dict[str, Any] = field(default_factory=dict)
+    processes_per_run: int = 1
     slurm: dict[str, str] | None = None
 
 
@@ -106,8 +110,16 @@ class Run:
 # ── the file ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def read_experiment(path: Path) -> Experiment:
+def read_experiment(
+    path: Path, *, gpus: Sequence[int] = (), data_root: Path | None = None, slurm: bool | None = None
+) -> Experiment:
     """Read and check an experiment's file.
+
+    Args:
+        path: the file.
+        gpus: GPU numbers instead of the file's; empty: the file's.
+        data_root: folder of the data instead of that of ``common``.
+        slurm: whether to submit jobs; None: if the file has ``slurm``.
 
     Raises:
         UserError: it cannot be read, is not YAML, or has unknown, missing or wrong entries.
@@ -120,8 +132,15 @@ def read_experiment(path: Path) -> Experiment:
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
     try:
-        if isinstance(content, dict) and content.get("slurm") is not None:
-            content["slurm"] = as_written["slurm"]
+        if isinstance(content, dict):
+            if slurm is False:
+                content["slurm"] = None
+            elif slurm or content.get("slurm") is not None:
+                content["slurm"] = as_written.get("slurm") or {}
+            if gpus:
+                content["gpus"] = list(gpus)
+            if data_root is not None:
+                content["common"] = {**(content.get("common") or {}), "data_root": str(data_root)}
         return check_content(content)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
@@ -145,16 +164,21 @@ def check_content(content: object) -> Experiment:
     runs = {str(name): _options(own, f"runs: {name}") for name, own in _mapping(content, "runs").items()}
     if not runs:
         raise UserError("runs: give at least one, e.g. FT: {method: FT}")
+    slurm = _slurm(content.get("slurm"))
+    processes = _numbers(content.get("processes", 1), "processes", single=True, least=1, most=1024)[0]
+    gpus = _numbers(content.get("gpus", []), "gpus", most=1023)
+    share = len(gpus) // processes if slurm is None else _tasks_of_job(slurm)
     experiment = Experiment(
         logdir=given_path(content["logdir"]),
-        processes=_numbers(content.get("processes", 1), "processes", single=True, least=1, most=1024)[0],
-        gpus=_numbers(content.get("gpus", []), "gpus", most=1023),
+        processes=processes,
+        gpus=gpus,
         seeds=_numbers(content.get("seeds", [42]), "seeds", required=True),
         tasks=_tasks(content),
         common=_options(content.get("common"), "common"),
         step_0=_options(content.get("step_0"), "step_0"),
         runs=runs,
-        slurm=_slurm(content.get("slurm")),
+        processes_per_run=max(share, 1),
+        slurm=slurm,
     )
     if len(experiment.gpus) % experiment.processes:
         raise UserError(
@@ -183,6 +207,8 @@ def _options(value: object, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected options of run.py, e.g. {{lr: 0.01}}, got {value!r}")
     options = {str(name).removeprefix("--"): entry for name, entry in value.items()}
+    if _TOTAL_BATCH in options and "batch_size" in options:
+        raise UserError(f"{where}: total_batch and batch_size exclude each other; give one")
     for name in options:
         if declared(name).set_by_experiment:
             raise UserError(f"{where}: {name} is set by the experiment; remove it")
@@ -243,6 +269,11 @@ def _slurm(value: object) -> dict[str, str] | None:
     return {str(name): entry for name, entry in value.items()}
 
 
+def _tasks_of_job(slurm: Mapping[str, str]) -> int:
+    words = [slurm.get(name, "1") for name in ("nodes", "ntasks-per-node")]
+    return math.prod(int(word) if word.isdigit() else 1 for word in words)
+
+
 # ── the runs ─────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -292,7 +323,7 @@ def plan(experiment: Experiment) -> list[Run]:
         base = key if begin is None else _base(experiment, planned, run, begin)
         origin = planned[_origin(planned, first, base)]
         run.starts_from = None if origin is run else origin
-        run.commands = _commands(run, options[key], first[key])
+        run.commands = _commands(run, options[key], first[key], experiment.processes_per_run)
     return list(planned.values())
 
 
@@ -356,7 +387,23 @@ def _task(options: Mapping[str, Any], where: str) -> Task:
     return _parsed(words, where).task_
 
 
-def _commands(run: Run, options: Mapping[str, Any], first: Mapping[str, Any]) -> list[list[str]]:
+def _divided(options: Mapping[str, Any], processes: int, method: str) -> dict[str, Any]:
+    """The options with ``total_batch`` as the ``batch_size`` of each process."""
+    found = dict(options)
+    total = found.pop(_TOTAL_BATCH, None)
+    if total is not None:
+        if type(total) is not int or total < 1 or total % processes:
+            raise UserError(
+                f"runs: {method}: total_batch {total!r} cannot be divided among {processes} "
+                f"process{'es' if processes > 1 else ''}; give a multiple, or another number of gpus"
+            )
+        found["batch_size"] = total // processes
+    return found
+
+
+def _commands(
+    run: Run, options: Mapping[str, Any], first: Mapping[str, Any], processes: int
+) -> list[list[str]]:
     """Arguments of ``run.py`` for step 0 (unless another run trains it) and for the later steps."""
     given = {
         "random_seed": run.seed,
@@ -364,6 +411,7 @@ def _commands(run: Run, options: Mapping[str, Any], first: Mapping[str, Any]) ->
         "name": f"{run.method}_{run.seed}",
     }
     commands = []
+    first, options = (_divided(some, processes, run.method) for some in (first, options))
     later: dict[str, Any] = {"step": list(range(1, run.task.num_steps))}
     if run.starts_from is None:
         commands.append(arguments({**first, **given, "step": 0}))

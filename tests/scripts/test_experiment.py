@@ -330,6 +330,32 @@ def test_several_gpus_per_run_are_started_by_torchrun(
     assert not (tmp_path / "logs").exists()
 
 
+@pytest.mark.parametrize(("gpus", "share"), [([], 24), (["0", "1"], 12), (["0", "1", "2", "3"], 6)])
+def test_the_total_batch_is_divided_among_the_processes(
+    gpus: list[str], share: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = {**CONTENT["common"], "total_batch": 24}
+    common.pop("batch_size", None)
+    file = write(tmp_path, seeds=[1], common=common, runs={"MIB": {"method": "MIB"}}, processes=1)
+    arguments = ["--gpus", *gpus] if gpus else []
+    assert experiment.main([str(file), "--dry-run", "--data_root", str(tmp_path), *arguments]) == 0
+    commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if line[0] != "#"]
+    for words in commands:
+        options = parse_options(words[words.index(str(ROOT / "run.py")) + 1 :])
+        assert (options.batch_size, options.data_root) == (share, tmp_path)
+    assert experiment.main([str(file), "--dry-run", "--gpus", "0", "1", "2", "3", "4"]) == 2
+    assert "total_batch 24 cannot be divided among 5 processes" in capsys.readouterr().err
+
+
+def test_the_total_batch_of_a_job_is_divided_among_its_tasks(tmp_path: Path) -> None:
+    common = {"dataset": "shapes", "task": "10-5-5", "total_batch": 24}
+    slurm = {"nodes": "2", "ntasks-per-node": "3"}
+    (run,) = planned(tmp_path, common=common, seeds=[1], runs={"MIB": {}}, slurm=slurm, tasks=None)
+    assert all(parse_options(command).batch_size == 4 for command in run.commands)
+    with pytest.raises(UserError, match="common: total_batch and batch_size exclude each other"):
+        planned(tmp_path, common={**common, "batch_size": 4})
+
+
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_forwarded_and_the_runs_save(
     tmp_path: Path, fails: Callable[[dict[str, object]], None], sent: signal.Signals
