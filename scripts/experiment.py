@@ -22,8 +22,8 @@ table of mean ± standard deviation over seeds and writes the report of all star
       joint: {task: offline}                # another task, shown in every table
     slurm: {partition: gpu, time: 4:00:00, ntasks-per-node: 2, gpus-per-node: 2}
 
-Options are those of ``run.py`` without dashes; ``true`` sets a flag. ``--gpus`` and ``--data_root`` replace
-the file's. A run's folder is ``<logdir>/<task>-<dataset>_<name of the run>_<seed>``. If a step was trained
+Options are those of ``run.py`` without dashes; ``true`` sets a flag. ``--gpus`` and ``--set`` replace entries
+of the file. A run's folder is ``<logdir>/<task>-<dataset>_<name of the run>_<seed>``. If a step was trained
 with other options than the file has now, the command stops with an error before it starts any run.
 
 With ``slurm`` (options of sbatch) or ``--slurm`` every run is submitted as a Slurm job with one process per
@@ -250,7 +250,13 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
         help="submit each run as a Slurm job, with the file's slurm: entry as sbatch options",
     )
     parser.add_argument("--gpus", type=int, nargs="+", default=[], metavar="N", help="instead of the file's")
-    parser.add_argument("--data_root", type=path_option, metavar="DIR", help="instead of the file's")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="options of every command instead of the file's, e.g. data_root=/data epochs=1 no_pretrained",
+    )
     where.add_argument("--local", action="store_true", help="train here even if the file has slurm:")
     return parser.parse_args(argv)
 
@@ -277,7 +283,7 @@ def main(argv: list[str] | None = None) -> int:
 def _experiment(options: argparse.Namespace) -> int:
     """Read, plan and run the experiment; returns the exit code."""
     slurm = True if options.slurm else False if options.local else None
-    experiment = read_experiment(options.file, gpus=options.gpus, data_root=options.data_root, slurm=slurm)
+    experiment = read_experiment(options.file, gpus=options.gpus, given=options.set, slurm=slurm)
     try:
         runs = plan(experiment)
     except UserError as error:

@@ -111,14 +111,14 @@ class Run:
 
 
 def read_experiment(
-    path: Path, *, gpus: Sequence[int] = (), data_root: Path | None = None, slurm: bool | None = None
+    path: Path, *, gpus: Sequence[int] = (), given: Sequence[str] = (), slurm: bool | None = None
 ) -> Experiment:
     """Read and check an experiment's file.
 
     Args:
         path: the file.
         gpus: GPU numbers instead of the file's; empty: the file's.
-        data_root: folder of the data instead of that of ``common``.
+        given: options of every command instead of the file's, as ``name=value``, flags as ``name``.
         slurm: whether to submit jobs; None: if the file has ``slurm``.
 
     Raises:
@@ -139,11 +139,31 @@ def read_experiment(
                 content["slurm"] = as_written.get("slurm") or {}
             if gpus:
                 content["gpus"] = list(gpus)
-            if data_root is not None:
-                content["common"] = {**(content.get("common") or {}), "data_root": str(data_root)}
+            content = _with_given(content, given)
         return check_content(content)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def _with_given(content: dict[str, Any], given: Sequence[str]) -> dict[str, Any]:
+    """The content with options of ``--set`` in ``common`` and nowhere else."""
+    pairs = [word.removeprefix("--").partition("=") for word in given]
+    new = {name: yaml.safe_load(value) if equals else True for name, equals, value in pairs}
+    if "batch_size" in new or _TOTAL_BATCH in new:
+        replaced = new.keys() | {"batch_size", _TOTAL_BATCH}
+    else:
+        replaced = set(new)
+
+    def without(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: without(entry) for name, entry in value.items() if name not in replaced}
+        return [without(entry) for entry in value] if isinstance(value, list) else value
+
+    kept = {
+        key: without(value) if key in ("common", "step_0", "tasks", "runs") else value
+        for key, value in content.items()
+    }
+    return {**kept, "common": {**(kept.get("common") or {}), **new}} if new else content
 
 
 def check_content(content: object) -> Experiment:

@@ -338,13 +338,29 @@ def test_the_total_batch_is_divided_among_the_processes(
     common.pop("batch_size", None)
     file = write(tmp_path, seeds=[1], common=common, runs={"MIB": {"method": "MIB"}}, processes=1)
     arguments = ["--gpus", *gpus] if gpus else []
-    assert experiment.main([str(file), "--dry-run", "--data_root", str(tmp_path), *arguments]) == 0
+    assert experiment.main([str(file), "--dry-run", "--set", f"data_root={tmp_path}", *arguments]) == 0
     commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if line[0] != "#"]
     for words in commands:
         options = parse_options(words[words.index(str(ROOT / "run.py")) + 1 :])
         assert (options.batch_size, options.data_root) == (share, tmp_path)
     assert experiment.main([str(file), "--dry-run", "--gpus", "0", "1", "2", "3", "4"]) == 2
     assert "total_batch 24 cannot be divided among 5 processes" in capsys.readouterr().err
+
+
+def test_options_of_the_command_line_replace_those_of_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = {"MIB": {"method": "MIB", "epochs": 7, "step_0": {"epochs": 9, "method": "FT"}}}
+    file = write(tmp_path, seeds=[1], runs=runs)
+    assert (
+        experiment.main([str(file), "--dry-run", "--set", "epochs=1", "no_pretrained", "batch_size=3"]) == 0
+    )
+    commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if line[0] != "#"]
+    parsed = [parse_options(words[words.index(str(ROOT / "run.py")) + 1 :]) for words in commands]
+    assert [(o.epochs, o.no_pretrained, o.batch_size) for o in parsed] == [(1, True, 3)] * 2
+    assert [o.method for o in parsed] == ["FT", "MIB"]
+    assert experiment.main([str(file), "--dry-run", "--set", "epoch=1"]) == 2
+    assert "epoch" in capsys.readouterr().err
 
 
 def test_the_total_batch_of_a_job_is_divided_among_its_tasks(tmp_path: Path) -> None:
