@@ -13,6 +13,9 @@ Contents, by method:
     PLOP                ``LocalPODLoss``, ``entropy``, pseudo-labels and their thresholds
     SSUL                ``sigmoid_pseudo_labels``
     SATS                ``AttentionTransferLoss``
+    EWF                 ``fuse_weights``
+    LGKD                ``LabelGuidedKnowledgeDistillationLoss``
+    NeST                ``ImportanceMatrices``, ``ClassifierTransform``
 
 The module imports only torch and ``loss_kernels``, so it can be copied into another code base. Where
 ``loss_kernels.gain`` is true (on the CPU), a faster implementation of the formula below it runs; without
@@ -34,7 +37,7 @@ Conventions
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,13 +52,16 @@ __all__ = [
     "AttentionTransferLoss",
     "BCEWithLogitsLossWithIgnoreIndex",
     "CILDistillationLoss",
+    "ClassifierTransform",
     "DistillationEncoderLoss",
     "DistillationEncoderPrototypesLoss",
     "FeaturesClusteringSeparationLoss",
     "FeaturesSparsificationLoss",
     "FocalLoss",
     "IcarlLoss",
+    "ImportanceMatrices",
     "KnowledgeDistillationLoss",
+    "LabelGuidedKnowledgeDistillationLoss",
     "LocalPODLoss",
     "Prototypes",
     "UnbiasedCrossEntropy",
@@ -65,6 +71,7 @@ __all__ = [
     "downsample_labels",
     "entropy",
     "entropy_pseudo_labels",
+    "fuse_weights",
     "probability_pseudo_labels",
     "pseudo_label_histogram",
     "sigmoid_pseudo_labels",
@@ -1439,3 +1446,218 @@ def _query_grid(length: int, label_size: Sequence[int]) -> tuple[int, int]:
     if height < 1 or length % height:
         raise ValueError(f"{length} query positions do not fit labels of {label_size[0]}×{label_size[1]}")
     return height, length // height
+
+
+# ----------------------------------------------------------------------------------------------------------
+# EWF: fusion of old and new weights (Xiao et al., CVPR 2023)
+# ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def fuse_weights(
+    old_state: Mapping[str, Tensor],
+    new_state: Mapping[str, Tensor],
+    new_classes: int,
+    old_classes: int,
+    share: float | None = None,
+) -> dict[str, Tensor]:
+    """The new network's state averaged with the old one's: θ = (1 − α)·θ_old + α·θ_new.
+
+    α = sqrt(new_classes / (new_classes + old_classes)). Running statistics are averaged too. Entries that
+    only the new state has (the new classifier) and integers (counters of batches) stay as they are.
+
+    Args:
+        old_state: state dict of the network before the step.
+        new_state: state dict of the network after it, with at least the same entries.
+        new_classes: number of classes that the step added.
+        old_classes: number of classes before it, background included.
+        share: fuse only this share of all numbers, those that changed most; the others keep the new value (an
+            option of the released code that the paper does not have; its share is 0.45).
+    """
+    alpha = math.sqrt(new_classes / (new_classes + old_classes))
+    fused = dict(new_state)
+    for name, old in old_state.items():
+        if old.is_floating_point():
+            new, wide = new_state[name], torch.promote_types(old.dtype, torch.float32)
+            fused[name] = torch.lerp(old.to(wide), new.to(wide), alpha).to(new.dtype)
+    if share is None:
+        return fused
+    changes = {n: (old - new_state[n]).abs() for n, old in old_state.items() if old.is_floating_point()}
+    together = torch.cat([change.flatten() for change in changes.values()])
+    least = together.topk(max(int(share * len(together)), 1)).values[-1]
+    return fused | {n: torch.where(c >= least, fused[n], new_state[n]) for n, c in changes.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# LGKD: label-guided distillation (Yang et al., ICCV 2023)
+# ----------------------------------------------------------------------------------------------------------
+
+
+class LabelGuidedKnowledgeDistillationLoss(nn.Module):
+    """Distillation in which a new class's label gets the teacher's probability of the background (LGKD).
+
+    −Σ_{0<c<C_old} q_c·log p_c − q_0·log p_b at each pixel, with q = softmax(α·teacher), p = softmax(student)
+    over all classes, and b the label if it is a new class, else the background.
+
+    Args:
+        prev_kd: factor on pixels with an old class's or the background's label.
+        novel_kd: factor on pixels with a new class's label.
+        alpha: inverse temperature of the teacher's softmax.
+        reduction: ``"mean"`` is over the non-void pixels.
+    """
+
+    def __init__(
+        self, prev_kd: float = 1.0, novel_kd: float = 1.0, alpha: float = 1.0, reduction: str = "mean"
+    ) -> None:
+        super().__init__()
+        self.prev_kd, self.novel_kd, self.alpha = prev_kd, novel_kd, alpha
+        self.reduction = _check_choice("reduction", reduction, ("mean", "sum", "none"))
+
+    def forward(self, logits: Tensor, logits_old: Tensor, labels: Tensor) -> Tensor:
+        """logits B×C×h×w, logits_old B×C_old×h×w, labels B×H×W → scalar, or B×h×w with ``"none"``."""
+        old = logits_old.shape[1]
+        labels = downsample_labels(labels, logits.shape[-2:])
+        valid = labels != VOID
+        is_new = valid & (labels >= old)
+        teacher = F.softmax(self.alpha * logits_old.detach().float(), dim=1)
+        log_p = F.log_softmax(logits.float(), dim=1)
+        log_background = log_p.gather(1, torch.where(is_new, labels, 0)[:, None])
+        loss = -(teacher * torch.cat([log_background, log_p[:, 1:old]], dim=1)).sum(dim=1)
+        loss = loss * torch.where(is_new, self.novel_kd, self.prev_kd) * valid
+        return _reduce(loss, self.reduction, valid.sum())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# NeST: new classifiers as a learnt transformation of the old ones (arXiv 2407.14142)
+# ----------------------------------------------------------------------------------------------------------
+
+
+class ImportanceMatrices:
+    """Initial M and P of :class:`ClassifierTransform`, from the teacher's output on the step's images (NeST).
+
+    M_ckd is the mean over the pixels of new class c of p_k·[f_d·w_kd > 0], with p the teacher's softmax and
+    f its features, both brought to size×size pixels, and w_k its classifiers. P_c is the softmax over k of
+    Σ_d M_ckd.
+
+    Args:
+        old_classes: number of classes before the step, background included.
+        new_classes: number of classes that the step adds.
+        feat_dim: channels of the features.
+        size: side of the maps, in pixels.
+
+    Attributes:
+        sums: new_classes×old_classes×feat_dim, float64; sum it and ``counts`` over all processes before
+            :meth:`compute`.
+        counts: number of pixels of each new class, float64.
+    """
+
+    def __init__(self, old_classes: int, new_classes: int, feat_dim: int, size: int = 128) -> None:
+        self.old_classes, self.size = old_classes, (size, size)
+        self.sums = torch.zeros(new_classes, old_classes, feat_dim, dtype=torch.float64)
+        self.counts = torch.zeros(new_classes, dtype=torch.float64)
+
+    @torch.no_grad()
+    def update(self, features: Tensor, logits_old: Tensor, labels: Tensor, weight_old: Tensor) -> None:
+        """Add images; synchronises with the device.
+
+        Args:
+            features: B×D×h×w, the teacher's.
+            logits_old: B×C_old×H×W, the teacher's, at the size of the images.
+            labels: B×H×W.
+            weight_old: C_old×D, the teacher's classifiers.
+        """
+        self.sums, self.counts = self.sums.to(features.device), self.counts.to(features.device)
+        features, logits_old = (
+            F.interpolate(maps.float(), size=self.size, mode="bilinear", align_corners=False)
+            for maps in (features, logits_old)
+        )
+        labels = downsample_labels(labels, self.size).flatten()
+        teacher = F.softmax(logits_old, dim=1).transpose(0, 1).flatten(1)
+        features = features.transpose(0, 1).flatten(1)
+        with _without_autocast(features):
+            for number in range(len(self.counts)):
+                chosen = labels == self.old_classes + number
+                # f·w > 0 where both are positive or both are negative.
+                for sign in (1, -1):
+                    active = (sign * features[:, chosen] > 0).float()
+                    self.sums[number] += (teacher[:, chosen] @ active.T) * (sign * weight_old > 0)
+                self.counts[number] += chosen.sum()
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """M (new_classes×old_classes×feat_dim) and P (new_classes×old_classes), float32.
+
+        A class without a pixel has M = 0 and equal P; both are NaN in the released code.
+        """
+        matrices = self.sums / self.counts.clamp(min=1)[:, None, None]
+        return matrices.float(), F.softmax(matrices.sum(dim=2), dim=1).float()
+
+
+class ClassifierTransform(nn.Module):
+    """Classifiers whose new part is a transformation of the old ones: w_c = Σ_k P_ck·(M_ck ⊙ w_k) (NeST).
+
+    The background's is transformed as well, ŵ_0 = P_bg·(M_bg ⊙ w_0). Other old weights and all old biases are
+    fixed; each new class has a bias.
+
+    Args:
+        weight_old: C_old×D, of all old classifiers, background first.
+        bias_old: C_old.
+        M: N×C_old×D, trained.
+        P: N×C_old, trained.
+        bias: N, trained.
+        M_bg: D, trained; default: ones.
+        P_bg: 1, trained; default: one.
+    """
+
+    weight_old: Tensor
+    bias_old: Tensor
+
+    def __init__(
+        self,
+        weight_old: Tensor,
+        bias_old: Tensor,
+        M: Tensor,
+        P: Tensor,
+        bias: Tensor,
+        M_bg: Tensor | None = None,
+        P_bg: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight_old", weight_old.detach().float())
+        self.register_buffer("bias_old", bias_old.detach().float())
+        M_bg = torch.ones_like(self.weight_old[0]) if M_bg is None else M_bg
+        P_bg = torch.ones_like(self.weight_old[0, :1]) if P_bg is None else P_bg
+        self.M, self.P, self.bias, self.M_bg, self.P_bg = (
+            nn.Parameter(start.detach().float().clone()) for start in (M, P, bias, M_bg, P_bg)
+        )
+
+    def _weights(self) -> tuple[Tensor, Tensor]:
+        """The background's weight (D) and the new ones (N×D)."""
+        new = (self.P[:, :, None] * self.M * self.weight_old).sum(dim=1)
+        return self.P_bg * self.M_bg * self.weight_old[0], new
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features B×D×h×w → logits B×(C_old + N)×h×w, float32."""
+        background, new = self._weights()
+        weight = torch.cat([background[None], self.weight_old[1:], new])
+        with _without_autocast(features):
+            return F.conv2d(features.float(), weight[:, :, None, None], torch.cat([self.bias_old, self.bias]))
+
+    @torch.no_grad()
+    def finish(self) -> dict[str, Tensor]:
+        """The classifiers to train: ``weight_new`` (N×D), ``bias_new`` (N), ``weight_background`` (D).
+
+        The background's weight gets its old length. One factor gives the new weights the mean length of the
+        old ones; another makes the vector of the new biases as long as that of the old ones.
+        """
+        background, new = self._weights()
+        lengths = torch.linalg.vector_norm(self.weight_old, dim=1)
+        return {
+            "weight_new": new * _ratio(lengths.mean(), torch.linalg.vector_norm(new, dim=1).mean()),
+            "bias_new": self.bias * _ratio(self.bias_old.norm(), self.bias.norm()),
+            "weight_background": background * _ratio(lengths[0], background.norm()),
+        }
+
+
+def _ratio(length: Tensor, divisor: Tensor) -> Tensor:
+    """``length / divisor``; 0 for a divisor of 0."""
+    return torch.where(divisor > 0, length / divisor, 0.0)

@@ -81,6 +81,9 @@ MEANS = {
     "icarl": (lambda p: L.IcarlLoss()(p.logits, p.labels, p.teacher.sigmoid()), "logits"),
     "kd": (lambda p: L.KnowledgeDistillationLoss()(p.logits, p.teacher), "logits"),
     "unkd": (lambda p: L.UnbiasedKnowledgeDistillationLoss()(p.logits, p.teacher), "logits"),
+    "lgkd": (
+        lambda p: L.LabelGuidedKnowledgeDistillationLoss(5, 0.5)(p.logits, p.teacher, p.labels), "logits"
+    ),
     "cil": (lambda p: L.CILDistillationLoss(gs=1)(p.logits, p.teacher, p.labels), "logits"),
     "encoder": (
         lambda p: L.DistillationEncoderLoss()(p.features, p.features_old, p.labels, OLD), "features"
