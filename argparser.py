@@ -301,6 +301,8 @@ def _add_model(group: OptionGroup) -> None:
         help="freeze the norm layers (released: their weights)")
     group.flag("--freeze", role="learning",
         help="freeze the backbone")
+    group.flag("--fix_pre_cls", role="learning",
+        help="freeze the classifiers of earlier steps, the background's too (EWF, NeST)")
     group.flag("--init_balanced", role="learning",
         help="new classifiers start from the background's (MiB)")
 
@@ -675,6 +677,10 @@ def _check_unused(opts: Options) -> None:
     for name in ("memory_choice", "memory_labels", "memory_batches"):
         if name in opts.typed and not opts.memory:
             raise UserError(f"--{name} goes with --memory; give it, or drop this")
+    if "lr_old" in opts.typed and opts.fix_pre_cls:
+        raise UserError(
+            f"--lr_old {opts.lr_old:g} has no effect: --fix_pre_cls freezes the old classifiers; drop one"
+        )
     if "warmup_form" in opts.typed and (opts.warmup == 0 or opts.lr_policy != "poly"):
         raise UserError("--warmup_form goes with --warmup and --lr_policy poly; give them, or drop this")
     if "head" in opts.typed and opts.model != "deeplab":

@@ -96,6 +96,12 @@ class IncrementalSegmentationModule(nn.Module):
             else:
                 layer.requires_grad_(False)
 
+    def fix_older_classifiers(self) -> None:
+        """Freeze the weights of the classifiers of earlier steps, the background's included."""
+        for name, parameter in self.named_parameters():
+            if self.is_older_classifier(name):
+                parameter.requires_grad_(False)
+
     def train(self, mode: bool = True) -> IncrementalSegmentationModule:
         """Training mode, except for modules frozen by ``freeze``."""
         super().train(mode)

@@ -151,7 +151,7 @@ def bench(opts: Options, device: torch.device, *, step: int = 1, channels_last: 
         autocast=precision.network,
     )
     sample = make_sample(opts, context)
-    context.batches = lambda: [(to_device(sample[0], device), sample[1].to(device).long())]
+    context.batches = lambda epoch=0: [(to_device(sample[0], device), sample[1].to(device).long())]
     state: dict[str, Any] = {}
     if step:
         teacher = _placed(

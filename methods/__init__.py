@@ -10,8 +10,11 @@ from methods.checks import check_built, fault, shown
 from methods.cil import CIL
 from methods.classification import FORMS, Classification
 from methods.distillation import EncoderDistillation, OutputDistillation
+from methods.ewf import EndpointWeightFusion
 from methods.icarl import ICaRL
 from methods.importance import Regularization
+from methods.lgkd import LabelGuidedDistillation
+from methods.nest import ClassifierPreTuning
 from methods.plop import PooledOutputDistillation
 from methods.plugin import read_method_file
 from methods.presets import METHODS, add_preset, preset
@@ -24,6 +27,7 @@ from utils.errors import UserError
 # In calling order. --method_file adds the methods of a user's file.
 REGISTRY: list[type[Method]] = [
     Classification,
+    ClassifierPreTuning,  # begin_step sets the student's classifiers, which others may read
     OutputDistillation,
     EncoderDistillation,
     ICaRL,
@@ -33,9 +37,11 @@ REGISTRY: list[type[Method]] = [
     SoftNearestNeighbours,
     PseudoLabels,
     PooledOutputDistillation,
+    LabelGuidedDistillation,
     UnknownClass,
     AttentionTransfer,
     Regularization,
+    EndpointWeightFusion,  # end_step changes the weights, which others read
 ]
 
 __all__ = [

@@ -73,7 +73,8 @@ class Context:
         model_old: the teacher in evaluation mode, None at step 0.
         device: of the networks and batches of this process.
         fidelity: "paper" or "released" (docs/fidelity.md).
-        batches: iterates once over this step's training images, as (images, targets) of a ``Batch``.
+        batches: iterates once over this step's training images, as (images, targets) of a ``Batch``, in the
+            order and with the crops of the first epoch; ``batches(epoch)``: of another epoch.
         reduce: sums a tensor over all processes, in place.
         cached: ``cached(name, inputs, compute)`` returns the dict of tensors that ``compute`` returned in an
             earlier start of this step, from a file, if its inputs were equal; else it computes and stores it.
@@ -92,7 +93,7 @@ class Context:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     protocol: str = "disjoint"
     fidelity: str = "paper"
-    batches: Callable[[], Iterable[tuple[Tensor, Tensor]]] = lambda: ()
+    batches: Callable[..., Iterable[tuple[Tensor, Tensor]]] = lambda epoch=0: ()
     reduce: Callable[[Tensor], Tensor] = identity
     cached: Callable[[str, dict[str, Any], Callable[[], dict[str, Tensor]]], dict[str, Tensor]] = (
         lambda name, inputs, compute: compute()

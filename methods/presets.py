@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import copy
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
 
-_PLOP_LOGITS = '{"switch": {"after": {"extra_channels": "sum", "factor": %s, "type": "local"}}}'
 FAMILY_PLOP = {"void_label": "ignore", "unseen_label": "background"}
+
+
+def _pod(factor: float, logits: float) -> dict[str, Any]:
+    """PLOP's weights: of the stages' maps and of the small logits."""
+    last = {"extra_channels": "sum", "factor": logits, "type": "local"}
+    return {"pod_factor": factor, "pod_options": {"switch": {"after": last}}}
+
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "FT": {},
@@ -37,7 +44,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     },
     "PLOP": {
         "pod": "local",
-        "pod_factor": 1e-2,
+        **_pod(1e-2, 5e-4),
         "pod_logits": True,
         "pseudo": "entropy",
         "threshold": 1e-3,
@@ -59,9 +66,49 @@ _PRESETS: dict[str, dict[str, Any]] = {
         **FAMILY_PLOP,
     },
     "SATS-M": {"extends": "SATS", "memory": 100},
+    "MIB+EWF": {"extends": "MIB", "ewf": True, "fix_pre_cls": True, "loss_kd": 10.0, **FAMILY_PLOP},
+    "PLOP+EWF": {"extends": "PLOP", "ewf": True, "fix_pre_cls": True},
+    "LGKD": {"extends": "PLOP", "lgkd": True},
+    "MIB+NeST": {
+        "extends": "MIB",
+        "nest": True,
+        "warm_epochs": 5,
+        "warm_lr_scale": 1.0,
+        "loss_kd": 10.0,
+        **FAMILY_PLOP,
+    },
+    "PLOP+NeST": {
+        "extends": "PLOP",
+        "nest": True,
+        "warm_epochs": 5,
+        "warm_lr_scale": 1.0,
+        "fix_pre_cls": True,
+    },
 }
 
 METHODS = list(_PRESETS)
+
+_NEST_ADE = {"warm_epochs": 15, "warm_lr_scale": 500.0}
+# Values for a data set and task: patterns of both (fnmatch), and the options; a later row wins. Task names
+# are canonical: VOC's 15-1 is 15-5s; a letter at the end is another class order.
+_VALUES: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
+    "MIB": [("*", "15-5s*", {"loss_kd": 100.0})],
+    "PLOP": [("ade", "*", _pod(1e-3, 1e-5))],
+    "SSUL-M": [("ade", "*", {"memory": 300})],
+    "SATS-M": [("ade", "*", {"memory": 300})],
+    "MIB+EWF": [("ade", task, {"loss_kd": 100.0}) for task in ("100-10*", "100-5")],
+    "LGKD": [
+        ("*", "19-1*", {"prev_kd": 5.0, "novel_kd": 0.5}),
+        ("*", "15-5", {"prev_kd": 5.0, "novel_kd": 1.0}),
+        ("*", "15-5s*", {"prev_kd": 1.0, "novel_kd": 0.0}),
+        ("ade", "100-50*", {"prev_kd": 1.0, "novel_kd": 20.0}),
+        ("ade", "100-10*", {"prev_kd": 1.0, "novel_kd": 1.0}),
+        ("ade", "50", {"prev_kd": 2.0, "novel_kd": 10.0}),
+        ("ade", "50[bc]", {"prev_kd": 2.0, "novel_kd": 10.0}),
+    ],
+    "MIB+NeST": [("ade", "*", _NEST_ADE)],
+    "PLOP+NeST": [("ade", "*", {**_NEST_ADE, "fix_pre_cls": False})],
+}
 
 # Options that the released programs set and the papers do not mention.
 _WHEN_RELEASED: dict[str, dict[str, Any]] = {
@@ -111,25 +158,18 @@ def preset(method: str, *, dataset: str, task: str, fidelity: str = "paper") -> 
 
     Args:
         method: one of ``METHODS``.
-        dataset: "ade" has its own weights and exemplar memory.
-        task: canonical task name; MiB's distillation weight is ten times larger on VOC 15-1
-            (docs/fidelity.md).
+        dataset, task: some values depend on them; ``task`` is the canonical name.
         fidelity: "paper" or "released"; see ``preset_note``. "released" adds options that the programs of
             SATS and SSUL set.
     """
     if preset_note(method, fidelity) is not None:
         return {}
-    options = dict(_PRESETS[method])
+    options = copy.deepcopy(_PRESETS[method])
     if (base := options.pop("extends", None)) is not None:
         options = {**preset(base, dataset=dataset, task=task, fidelity=fidelity), **options}
-    ade = dataset == "ade"
-    if method == "MIB" and task.startswith("15-5s"):
-        options["loss_kd"] = 100.0
-    if method == "PLOP":
-        options["pod_factor"] = 1e-3 if ade else 1e-2
-        options["pod_options"] = json.loads(_PLOP_LOGITS % ("1e-5" if ade else "5e-4"))
-    if method in ("SSUL-M", "SATS-M") and ade:
-        options["memory"] = 300
+    for data_set, tasks, values in _VALUES.get(method, []):
+        if fnmatchcase(dataset, data_set) and fnmatchcase(task, tasks):
+            options |= copy.deepcopy(values)
     if fidelity == "released":
         options |= _WHEN_RELEASED.get(method, {})
     return options

@@ -83,6 +83,8 @@ class StepNetworks:
         if opts.freeze:
             for parameter in model.network.body.parameters():
                 parameter.requires_grad_(False)
+        if opts.fix_pre_cls:
+            model.fix_older_classifiers()
         channels = int(model.network.backbone_channels)
         if "feat_dim" in opts.typed and channels != opts.feat_dim:
             raise UserError(

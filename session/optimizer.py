@@ -162,7 +162,7 @@ def make_optimizer(
         )
         groups.setdefault((factor, decay), []).append(parameter)
     if not groups:
-        raise UserError("no weight is left to train: drop --freeze or --fix_bn")
+        raise UserError("no weight is left to train: drop --freeze, --fix_bn or --fix_pre_cls")
     optimizer = torch.optim.SGD(
         [
             {"params": parameters, "lr": lr * factor, "weight_decay": opts.weight_decay * decay}

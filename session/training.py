@@ -141,10 +141,10 @@ class StepTraining:
         """Number of optimiser steps of the step."""
         return self.run.opts.epochs * math.ceil(self.sampler.batches_per_epoch / self.run.opts.accumulate)
 
-    def _training_pass(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """One pass over the training batches of epoch 0."""
+    def _training_pass(self, epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """One pass over the training batches of an epoch."""
         device = self.run.world.device
-        self.sampler.set_epoch(0)
+        self.sampler.set_epoch(epoch)
         rng = rng_state(device)
         for position, (images, targets, *_) in enumerate(self.loader):
             if position == 0:

@@ -1,0 +1,31 @@
+"""EWF: the weights before and after a step, averaged (Xiao et al. 2023)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from methods.base import Context, Method
+from utils.loss import fuse_weights
+from utils.option_roles import OptionGroup
+
+
+class EndpointWeightFusion(Method):
+    """After a step, every weight is averaged with the teacher's; the new classifier is kept (EWF, eq. 4)."""
+
+    needs_teacher = True
+
+    @classmethod
+    def add_options(cls, group: OptionGroup) -> None:
+        """``--ewf``, in the released program ``--weight_fusion``."""
+        group.flag("--ewf --weight_fusion", help="average the weights before and after each step (EWF)")
+
+    @classmethod
+    def from_options(cls, opts: Any) -> EndpointWeightFusion | None:
+        """Enabled with ``--ewf``."""
+        return cls() if opts.ewf else None
+
+    def end_step(self, context: Context) -> None:
+        """Fuse the networks, running statistics included."""
+        assert context.model_old is not None
+        old, new = context.model_old.state_dict(), context.model.state_dict()
+        context.model.load_state_dict(fuse_weights(old, new, context.classes_new, context.classes_old))
