@@ -126,7 +126,21 @@ def test_no_list_of_options_beside_their_declaration() -> None:
 
 # ── methods by name ──────────────────────────────────────────────────────────────────────────────────
 
-METHOD_NAMES = {"lwf", "icarl", "ilt", "ewc", "mib", "cil", "sdr", "plop", "ssul", "sats"}
+METHOD_NAMES = {
+    "lwf",
+    "icarl",
+    "ilt",
+    "ewc",
+    "mib",
+    "cil",
+    "sdr",
+    "plop",
+    "ssul",
+    "sats",
+    "ewf",
+    "lgkd",
+    "nest",
+}
 LONG_NAMES = ("icarl", "plop", "ssul", "sats")  # stand in no other word
 # Ordinary words: a method's where they are an attribute, a keyword or a whole string.
 METHOD_WORDS = {"unknown"}

@@ -38,6 +38,12 @@ RUNS = [
     ("SATS-M", SEGFORMER, ["--opt_level", "O1", "--memory", "6"], 1),
     ("SATS", SMALL, ["--distill_object", "sats-feature-CNN"], 1),
     ("SATS", SEGFORMER, ["--distill_object", "sats-selfattn-GP", "--fidelity", "released"], 1),
+    ("MIB+EWF", SEGFORMER, [], 1),
+    ("PLOP+EWF", SMALL, ["--opt_level", "O1"], 2),
+    ("LGKD", SMALL, ["--fidelity", "released"], 2),
+    ("LGKD", SEGFORMER, ["--opt_level", "O1", "--spp_scales", "1", "2"], 1),
+    ("MIB+NeST", SEGFORMER, ["--opt_level", "O3", "--warm_epochs", "2"], 2),
+    ("PLOP+NeST", SMALL, ["--fidelity", "released", "--warm_epochs", "2"], 1),
 ]
 
 

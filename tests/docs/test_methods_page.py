@@ -91,6 +91,29 @@ def test_numbers_of_ade_and_of_one_by_one() -> None:
     factors = [preset("PLOP", dataset=d, task="x")["pod_options"] for d in ("voc", "ade")]
     assert [json.dumps(f).split('"factor": ')[1].split(",")[0] for f in factors] == ["0.0005", "1e-05"]
     assert preset("MIB", dataset="voc", task="15-5s")["loss_kd"] == 100
+    assert preset("MIB+EWF", dataset="voc", task="15-5s")["loss_kd"] == 10
+    fused = [preset("MIB+EWF", dataset="ade", task=task) for task in ("100-50", "100-10", "100-5")]
+    assert [options["loss_kd"] for options in fused] == [10, 100, 100]
+    assert all(options["fix_pre_cls"] for options in fused)
+    for method in ("MIB+NeST", "PLOP+NeST"):
+        values = ade[method]
+        assert (values["warm_epochs"], values["warm_lr_scale"]) == (15, 500)
+        assert not values.get("fix_pre_cls")
+    assert ade["PLOP+NeST"]["pod_factor"] == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("data_set", "task", "weights"),
+    [
+        *[("voc", *row) for row in (("19-1", (5, 0.5)), ("15-5", (5, 1)), ("15-5s", (1, 0)))],
+        *[("ade", *row) for row in (("100-50", (1, 20)), ("100-10", (1, 1)), ("50", (2, 10)))],
+        *[("ade", *row) for row in (("100-50b", (1, 20)), ("50c", (2, 10)), ("50-10", (10, 2)))],
+        ("voc", "10-1", (10, 2)),
+    ],
+)
+def test_label_guided_weights_by_task(data_set: str, task: str, weights: tuple[float, float]) -> None:
+    opts = parse_options(["--method", "LGKD", "--dataset", data_set, "--task", task])
+    assert (opts.prev_kd, opts.novel_kd) == weights
 
 
 def test_the_command_of_the_example_parses() -> None:

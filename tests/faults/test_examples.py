@@ -1,4 +1,4 @@
-"""The methods of docs/examples: trained, killed and resumed, tested, on two processes, and in the report."""
+"""The methods of docs/examples and some published ones: killed, resumed, on two processes, in the report."""
 
 from __future__ import annotations
 
@@ -17,14 +17,24 @@ from report.command import main as report
 from session.state import StepState
 
 EXAMPLES = {"weight_fusion": "FUSION", "dkd": "DKD", "contrastive": "CONTRAST", "mean_replay": "REPLAY"}
+# Published methods that do something at the start or the end of a step, with further options.
+PUBLISHED = {
+    "PLOP+EWF": (),
+    "MIB+NeST": ("--warm_epochs", "2"),
+    "PLOP+NeST": ("--warm_epochs", "2", "--fidelity", "released"),
+}
 LINES = {"weight_fusion": 35, "dkd": 75, "contrastive": 55, "cosine_distillation": 60, "mean_replay": 65}
 
 
 def command(data: Path, logs: Path, name: str, example: str, *more: object) -> list[object]:
-    file = ROOT / "docs" / "examples" / f"{example}.py"
+    if example in PUBLISHED:
+        chosen: Sequence[object] = ("--method", example, *PUBLISHED[example])
+    else:
+        file = ROOT / "docs" / "examples" / f"{example}.py"
+        chosen = ("--method_file", file, "--method", EXAMPLES[example])
     return [
         *(*TINY, "--data_root", data, "--logdir", logs, "--name", name, "--epochs", "1", "--step", "0", "1"),
-        *("--ckpt_minutes", "0.00001", "--method_file", file, "--method", EXAMPLES[example], *more),
+        *("--ckpt_minutes", "0.00001", *chosen, *more),
     ]
 
 
@@ -54,7 +64,7 @@ def left(logs: Path, name: str) -> dict[str, Any]:
     return left_by(logs / f"15-5-shapes_{name}")
 
 
-@pytest.mark.parametrize("example", EXAMPLES)
+@pytest.mark.parametrize("example", [*EXAMPLES, *PUBLISHED])
 def test_an_example_from_training_to_report(
     tiny_data: Path,
     tmp_path: Path,
@@ -114,11 +124,17 @@ def test_the_head_of_two_killed_processes(
     assert not torch.equal(*heads)
 
 
-def test_fusion_averages_what_mib_trains(tiny_data: Path, tmp_path: Path) -> None:
-    completed(command(tiny_data, tmp_path, "fused", "weight_fusion"), tmp_path / "out")
+@pytest.mark.parametrize(
+    ("example", "host"),
+    [("weight_fusion", ("--method", "MIB")), ("PLOP+EWF", ("--method", "PLOP", "--fix_pre_cls"))],
+)
+def test_fusion_averages_what_its_host_trains(
+    tiny_data: Path, tmp_path: Path, example: str, host: tuple[str, ...]
+) -> None:
+    completed(command(tiny_data, tmp_path, "fused", example), tmp_path / "out")
     step_0 = tmp_path / "15-5-shapes_fused" / "15-5-shapes_fused_0.pth"
-    mib = ("--method", "MIB", "--step", "1", "--step_ckpt", step_0)
-    completed(command(tiny_data, tmp_path, "plain", "weight_fusion", *mib), tmp_path / "out")
+    plain = (*host, "--step", "1", "--step_ckpt", step_0)
+    completed(command(tiny_data, tmp_path, "plain", example, *plain), tmp_path / "out")
     old = left(tmp_path, "fused")["checkpoint 0"]["model_state"]
     fused, new = (left(tmp_path, name)["checkpoint 1"]["model_state"] for name in ("fused", "plain"))
     assert {name for name in new if name not in old} == {"cls.1.weight", "cls.1.bias"}
@@ -126,6 +142,20 @@ def test_fusion_averages_what_mib_trains(tiny_data: Path, tmp_path: Path) -> Non
         averaged = name in old and weight.is_floating_point()
         expected = torch.lerp(old[name], weight, (5 / 21) ** 0.5) if averaged else weight
         assert torch.equal(fused[name], expected), name
+
+
+def test_killed_in_the_pre_tuning_of_classifiers(tiny_data: Path, tmp_path: Path) -> None:
+    """The resumed run loads what was finished, and ends with the unbroken one's bits."""
+    more = ("--warm_epochs", "6", "--step", "0", "1")
+    completed(command(tiny_data, tmp_path, "whole", "PLOP+NeST", *more), tmp_path / "whole")
+    broken = command(tiny_data, tmp_path, "broken", "PLOP+NeST", *more)
+    with running(broken, tmp_path / "out") as run:
+        run.wait_for("pre-tuning epoch 2 of 6")
+        run.kill()
+        assert "step 1 epoch" not in run.output()
+    resumed = completed(broken, tmp_path / "out").output()
+    assert "pre_tuning_1: loaded from" in resumed and "pre-tuning epoch 6 of 6" in resumed
+    assert differences(left(tmp_path, "whole"), left(tmp_path, "broken")) == []
 
 
 @pytest.mark.parametrize("example", LINES)

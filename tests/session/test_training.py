@@ -18,6 +18,7 @@ from runs.checkpoint import load_checkpoint, save_checkpoint
 from runs.history import read_history
 from session.optimizer import Schedule
 from session.training import StepTraining
+from train import to_device
 from utils.signals import Stopped
 
 BATCHES = 5  # of 8 of the 46 images of step 0
@@ -238,3 +239,28 @@ def test_a_checkpoint_that_does_not_say_its_rate_gets_the_commands_schedule(
     said = capsys.readouterr().out
     rate = unbroken("--epochs 3 --lr 0.1", 3 * BATCHES)[2 * BATCHES]
     assert f"{2 * BATCHES} of {3 * BATCHES} updates are done, the learning rate is {rate:.3g}" in said
+
+
+def test_a_pass_over_an_epoch_has_the_batches_of_its_training(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``Context.batches(epoch)``: the same images in the same order with the same crops."""
+    passes: dict[int | None, list[torch.Tensor]] = {}
+    trained: dict[int, list[torch.Tensor]] = {}
+
+    def compare(self: StepTraining) -> None:
+        batches = self.networks.context.batches
+        passes[None] = [images for images, _ in batches()]
+        for epoch in (0, 1):
+            passes[epoch] = [images for images, _ in batches(epoch)]
+            self.monitor.begin_epoch(epoch, 0)
+            trained[epoch] = [to_device(images, self.run.world.device) for images, *_ in self._batches(epoch)]
+        raise Stopped("compared")
+
+    monkeypatch.setattr(StepTraining, "train", compare)
+    assert run("--name passes --epochs 2 --fresh") == 75
+    for epoch in (0, 1):
+        assert len(passes[epoch]) == BATCHES
+        assert all(torch.equal(*pair) for pair in zip(passes[epoch], trained[epoch], strict=True))
+    assert all(torch.equal(*pair) for pair in zip(passes[0], passes[None], strict=True))
+    assert not any(torch.equal(*pair) for pair in zip(passes[0], passes[1], strict=True))
