@@ -17,10 +17,10 @@ from report.command import main as report
 from session.state import StepState
 
 EXAMPLES = {"weight_fusion": "FUSION", "dkd": "DKD", "contrastive": "CONTRAST", "mean_replay": "REPLAY"}
-# Published methods that do something at the start or the end of a step, with further options.
+# Published methods, with further options.
 PUBLISHED = {
     "PLOP+EWF": (),
-    "MIB+NeST": ("--warm_epochs", "2"),
+    "LGKD": (),
     "PLOP+NeST": ("--warm_epochs", "2", "--fidelity", "released"),
 }
 LINES = {"weight_fusion": 35, "dkd": 75, "contrastive": 55, "cosine_distillation": 60, "mean_replay": 65}
