@@ -288,9 +288,10 @@ def _add_model(group: OptionGroup) -> None:
         help="file with the backbone's pretrained weights")
     group.value("--pooling", whole(0, 16384), 32,
         help="window of the head's pooling at evaluation, 0: global")
-    group.choice("--head", ("mib", "aspp"), "mib",
+    group.choice("--head", ("mib", "aspp", "dkd"), "mib",
         help="head of deeplab; mib: one norm over all branches (MiB, PLOP, SDR); aspp: five branches "
-        "with norms of their own and dropout (SSUL, torchvision)")
+        "with norms of their own and dropout (SSUL, torchvision); dkd: aspp and a 3x3 convolution (DKD, "
+        "STAR)")
     group.choice("--decoder", ("sats", "segformer"), "sats",
         help="head of the SegFormer models")
     group.value("--classifier", _classifier, "linear",
@@ -330,9 +331,10 @@ def _add_training(group: OptionGroup) -> None:
         help="factor (step policy)")
     group.value("--warmup", Number(float, 0, 1, below=True), 0.0,
         help="share of the iterations that warm up")
-    group.choice("--warmup_form", ("before", "factor"), "before",
+    group.choice("--warmup_form", ("before", "factor", "exact_factor"), "before",
         help="before: the policy has the iterations after the warm-up; factor: the warm-up multiplies "
-        "poly's curve over all iterations (SSUL)")
+        "poly's curve over all iterations, for a whole number of them (SSUL); exact_factor: the same, "
+        "not rounded (DKD, STAR)")
     group.choice("--opt_level", ("O0", "O1", "O2", "O3"), "O0",
         help="O0: fp32 (on CUDA TF32 in convolutions); O1: autocast of the network; O2: of the losses "
         "too; O3: weights in half precision; on processors without bfloat16 all are O0")
@@ -679,8 +681,10 @@ def _check_unused(opts: Options) -> None:
         raise UserError("--warmup_form goes with --warmup and --lr_policy poly; give them, or drop this")
     if "head" in opts.typed and opts.model != "deeplab":
         raise UserError(f"--head is deeplab's, --model {opts.model} has --decoder; drop it")
-    if "pooling" in opts.typed and opts.pooling and opts.head == "aspp":
-        raise UserError(f"--pooling {opts.pooling}: --head aspp pools over the whole map; drop one of them")
+    if "pooling" in opts.typed and opts.pooling and opts.head != "mib":
+        raise UserError(
+            f"--pooling {opts.pooling}: --head {opts.head} pools over the whole map; drop one of them"
+        )
     if "min_lr" in opts.typed and opts.min_lr and opts.lr_policy != "poly":
         raise UserError(f"--min_lr is the poly policy's, not --lr_policy {opts.lr_policy}'s; drop one")
     if "min_lr" in opts.typed and opts.min_lr > min(opts.lrs):

@@ -124,6 +124,30 @@ def _pick_in_turn(known: Mapping[int, set[int]], memory: int, rng: np.random.Ran
     return chosen
 
 
+def balanced_choice(
+    candidates: Sequence[Sequence[Any]], classes: Sequence[int], number: int
+) -> list[Sequence[Any]]:
+    """Choose candidates for each class in turn: the first that is left and shows it (DKD-M, STAR-M).
+
+    Args:
+        candidates: [name, classes] of each, in the order of preference.
+        classes: in the order of their turns.
+        number: of candidates to choose at most; fewer if no candidate is left that shows any of the classes.
+
+    Returns:
+        The chosen candidates, by the class that each was chosen for, in ascending order.
+    """
+    left, chosen = list(candidates), list[tuple[int, Sequence[Any]]]()
+    before = -1
+    while before < len(chosen) < number:
+        before = len(chosen)
+        for c in classes:
+            found = next((place for place, (_, shown) in enumerate(left) if c in shown), None)
+            if found is not None and len(chosen) < number:
+                chosen.append((c, left.pop(found)))
+    return [candidate for _, candidate in sorted(chosen, key=lambda pair: pair[0])]
+
+
 def exemplar_origin(
     image_labels: Sequence[Collection[int]],
     task: Task,

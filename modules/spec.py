@@ -20,7 +20,7 @@ class NetworkSpec:
         norm_act: of DeepLab, see :mod:`modules.norm`.
         output_stride: of DeepLab, 16 or 8.
         pooling: of DeepLab's ``mib`` head: window of the evaluation pooling in features, 0 for the whole map.
-        head: of DeepLab: ``mib`` (MiB, PLOP, SDR) or ``aspp`` (SSUL, torchvision).
+        head: of DeepLab: ``mib`` (MiB, PLOP, SDR), ``aspp`` (SSUL, torchvision) or ``dkd`` (DKD, STAR).
         decoder: of SegFormer: ``sats`` or ``segformer``.
         checkpointing: recompute the activations inside the backbone's stages in the backward pass.
         classifier: kind of classifier, see :mod:`modules.classifiers`.
