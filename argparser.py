@@ -18,7 +18,7 @@ from typing import Any
 from methods import METHODS, REGISTRY, Method, classifier_of, load_method_file, preset
 from methods.checks import fault, options_of, preset_fault, shown
 from methods.presets import preset_note
-from modules.classifiers import classifier_kind, classifier_names
+from modules.classifiers import Classifier, classifier_kind, classifier_names
 from tasks import Task, get_task, read_class_order
 from utils.errors import UserError
 from utils.files import name_fault, printable
@@ -253,15 +253,17 @@ def _add_task(group: OptionGroup) -> None:
         help="evaluate on a fifth of the training images, kept back in every step (PLOP)")
     group.value("--memory", count, 0, metavar="N", role="learning",
         help="exemplars of earlier steps' images, half of each batch")
-    group.choice("--memory_choice", ("balanced", "in_turn"), "balanced", role="learning",
+    group.choice("--memory_choice", ("balanced", "in_turn", "predicted"), "balanced", role="learning",
         help="how exemplars are chosen; balanced: the class that has fewest is next; in_turn: each "
-        "class in turn takes any image that shows it (SSUL)")
-    group.choice("--memory_labels", ("stored", "current"), "stored", role="learning",
+        "class in turn takes any image that shows it (SSUL); predicted: the same, and the previous "
+        "step's network tells which older classes an image shows (DKD, STAR)")
+    group.choice("--memory_labels", ("stored", "current", "new"), "stored", role="learning",
         help="classes that exemplars' labels show: those known when the image was stored, or also "
-        "those of the current step (SSUL)")
-    group.choice("--memory_batches", ("halves", "overwrite"), "halves", role="learning",
+        "those of the current step (SSUL), or only these (new; DKD, STAR)")
+    group.choice("--memory_batches", ("halves", "overwrite", "joined"), "halves", role="learning",
         help="halves: a batch is half exemplars, an epoch shows each image once; overwrite: exemplars "
-        "take the place of half of each batch's images (SSUL)")
+        "take the place of half of each batch's images (SSUL); joined: an epoch shows each image and "
+        "each exemplar once (DKD, STAR)")
     group.value("--splits_dir", path_option, None, compared_by_meaning=True, restored=False,
         help="folder with own image lists train-<step>.npy")
     group.value("--skip_corrupt", count, 0, metavar="N", role="incidental", restored=True,
@@ -677,6 +679,12 @@ def _check_unused(opts: Options) -> None:
     for name in ("memory_choice", "memory_labels", "memory_batches"):
         if name in opts.typed and not opts.memory:
             raise UserError(f"--{name} goes with --memory; give it, or drop this")
+    unsure = classifier_kind(opts.classifier).confident_labels is Classifier.confident_labels
+    if opts.memory and opts.memory_choice == "predicted" and unsure and _trains(opts):
+        raise UserError(
+            f"--memory_choice predicted needs a classifier with a sigmoid per class, not --classifier "
+            f"{opts.classifier}; choose another --memory_choice"
+        )
     if "warmup_form" in opts.typed and (opts.warmup == 0 or opts.lr_policy != "poly"):
         raise UserError("--warmup_form goes with --warmup and --lr_policy poly; give them, or drop this")
     if "head" in opts.typed and opts.model != "deeplab":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from utils.errors import UserError
 
 _PLOP_LOGITS = '{"switch": {"after": {"extra_channels": "sum", "factor": %s, "type": "local"}}}'
 FAMILY_PLOP = {"void_label": "ignore", "unseen_label": "background"}
+_MEMORY_DKD = {"memory_choice": "predicted", "memory_labels": "new", "memory_batches": "joined"}
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "FT": {},
@@ -59,9 +62,20 @@ _PRESETS: dict[str, dict[str, Any]] = {
         **FAMILY_PLOP,
     },
     "SATS-M": {"extends": "SATS", "memory": 100},
+    "DKD": {"dkd": True, "pos_weight": [2.0, 1.0], **FAMILY_PLOP},
+    "DKD-M": {"extends": "DKD", "memory": 100, **_MEMORY_DKD},
+    "STAR": {"star": True, "pos_weight": [4.0], **FAMILY_PLOP},
+    "STAR-M": {"extends": "STAR", "memory": 50, **_MEMORY_DKD},
 }
 
 METHODS = list(_PRESETS)
+
+# Values for a data set and task: patterns of both (fnmatch), and the options; a later row wins.
+_VALUES: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
+    "DKD": [("ade", "*", {"pos_weight": [35.0], "unseen_label": "ignore"})],
+    "DKD-M": [("ade", "*", {"memory": 300})],
+    "STAR": [("ade", "*", {"pos_weight": [30.0], "unseen_label": "ignore"})],
+}
 
 # Options that the released programs set and the papers do not mention.
 _WHEN_RELEASED: dict[str, dict[str, Any]] = {
@@ -130,6 +144,9 @@ def preset(method: str, *, dataset: str, task: str, fidelity: str = "paper") -> 
         options["pod_options"] = json.loads(_PLOP_LOGITS % ("1e-5" if ade else "5e-4"))
     if method in ("SSUL-M", "SATS-M") and ade:
         options["memory"] = 300
+    for data_set, tasks, values in _VALUES.get(method, []):
+        if fnmatchcase(dataset, data_set) and fnmatchcase(task, tasks):
+            options |= copy.deepcopy(values)
     if fidelity == "released":
         options |= _WHEN_RELEASED.get(method, {})
     return options

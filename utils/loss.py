@@ -1838,7 +1838,11 @@ def replay_features(
 
 
 def replay_mbce(
-    real: Tensor, fake: Tensor, extra: Tensor, weight_fake: Tensor | float, weight_extra: Tensor | float
+    real: Tensor,
+    fake: Tensor | float,
+    extra: Tensor,
+    weight_fake: Tensor | float,
+    weight_extra: Tensor | float,
 ) -> Tensor:
     """Weighted mean of the losses of real, replayed and extra background positions (STAR)."""
     return (real + weight_fake * fake + weight_extra * extra) / (1.0 + weight_fake + weight_extra)

@@ -16,7 +16,12 @@ from faults import BOUND, ROOT, TINY, Fork, completed, differences, left_by, run
 from report.command import main as report
 from session.state import StepState
 
-EXAMPLES = {"weight_fusion": "FUSION", "dkd": "DKD", "contrastive": "CONTRAST", "mean_replay": "REPLAY"}
+EXAMPLES = {
+    "weight_fusion": "FUSION",
+    "dkd": "DKD-EXAMPLE",
+    "contrastive": "CONTRAST",
+    "mean_replay": "REPLAY",
+}
 LINES = {"weight_fusion": 35, "dkd": 75, "contrastive": 55, "cosine_distillation": 60, "mean_replay": 65}
 
 
