@@ -15,6 +15,7 @@ from utils.loss import (
     AuxiliaryLoss,
     DecomposedDistillationLoss,
     SigmoidDistillationLoss,
+    exemplar_labels,
     initialise_from_auxiliary,
 )
 from utils.option_roles import OptionGroup
@@ -49,6 +50,10 @@ class AuxiliaryClassifier(ForegroundClassifier):
         """Logits B×C×h×w."""
         auxiliary, *parts = self.parts
         return torch.cat([auxiliary(features.detach()), convolve(parts, features)], dim=1)
+
+    def confident_labels(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Background becomes the predicted class where its sigmoid is at least 0.9."""
+        return exemplar_labels(labels, logits, first=1)
 
 
 class DecomposedDistillation(ForegroundMethod):
@@ -93,7 +98,8 @@ class DecomposedDistillation(ForegroundMethod):
     @classmethod
     def implied_options(cls, opts: Any) -> dict[str, Any]:
         """The published head."""
-        refuse_without("dkd", opts, "loss_sigmoid_kd", "loss_dkd")
+        refuse_without(opts, ["dkd"], ["loss_sigmoid_kd", "loss_dkd"])
+        refuse_without(opts, ["dkd", "star"], ["pos_weight"])
         return {"head": "dkd"} if opts.dkd and opts.model == "deeplab" else {}
 
     def weight_decay_factor(self, parameter: str) -> float:

@@ -117,12 +117,12 @@ def checked_pos_weight(values: Sequence[float]) -> Sequence[float]:
     return values
 
 
-def refuse_without(flag: str, opts: Any, *names: str) -> None:
-    """Refuse typed options of a method that its flag does not enable.
+def refuse_without(opts: Any, flags: Sequence[str], names: Sequence[str]) -> None:
+    """Refuse typed options of methods of which none is enabled.
 
     Raises:
-        UserError: one was typed without the flag.
+        UserError: one of ``names`` was typed without one of ``flags``.
     """
     typed = [name for name in names if name in opts.typed]
-    if typed and not getattr(opts, flag):
-        raise UserError(f"--{typed[0]} goes with --{flag}; give it, or drop this")
+    if typed and not any(getattr(opts, flag) for flag in flags):
+        raise UserError(f"--{typed[0]} goes with --{' or --'.join(flags)}; give it, or drop this")

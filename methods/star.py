@@ -53,7 +53,7 @@ class FeatureReplay(ForegroundMethod):
     @classmethod
     def implied_options(cls, opts: Any) -> dict[str, Any]:
         """The published head, which is DKD's."""
-        refuse_without("star", opts, "loss_ocfm", "loss_sad")
+        refuse_without(opts, ["star"], ["loss_ocfm", "loss_sad"])
         return {"head": "dkd"} if opts.star and opts.model == "deeplab" else {}
 
     def from_previous_step(self, state: dict[str, Any]) -> None:

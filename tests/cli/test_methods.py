@@ -38,6 +38,10 @@ RUNS = [
     ("SATS-M", SEGFORMER, ["--opt_level", "O1", "--memory", "6"], 1),
     ("SATS", SMALL, ["--distill_object", "sats-feature-CNN"], 1),
     ("SATS", SEGFORMER, ["--distill_object", "sats-selfattn-GP", "--fidelity", "released"], 1),
+    ("DKD", SMALL, ["--opt_level", "O1", "--lr", "0.001"], 2),
+    ("DKD-M", SEGFORMER, ["--memory", "6", "--lr", "0.001", "--fidelity", "released"], 1),
+    ("STAR", SEGFORMER, ["--opt_level", "O3", "--lr", "0.001"], 1),
+    ("STAR-M", SMALL, ["--memory", "6", "--lr", "0.001", "--fidelity", "released"], 2),
 ]
 
 
