@@ -23,6 +23,7 @@ class FeatureReplay(ForegroundMethod):
 
     classifier = ForegroundClassifier.name
     needs = frozenset({"pre_logits", "logits_small"})
+    released_state = frozenset({"numbers", "prototypes", "norm_mean_and_std", "noise"})
 
     def __init__(
         self, pos_weight: Sequence[float], ocfm: float, sad: float, *, fidelity: str = "paper"

@@ -1,7 +1,4 @@
-"""The methods of docs/examples, and some of the program's own, from training to report.
-
-Trained, killed and resumed, tested, on two processes, and in the report.
-"""
+"""Methods of docs/examples and others: trained, killed, resumed, tested, on two processes, in the report."""
 
 from __future__ import annotations
 
@@ -25,17 +22,17 @@ EXAMPLES = {
     "contrastive": "CONTRAST",
     "mean_replay": "REPLAY",
 }
-OWN = ("DKD", "STAR")  # with state, frozen layers and a kind of classifier
+# Built-in methods with networks or classifiers of their own, in the same way; and further options.
+BUILT_IN: dict[str, tuple[str, ...]] = {"DKD": ("--lr", "0.001"), "STAR": ("--lr", "0.001")}
 LINES = {"weight_fusion": 35, "dkd": 75, "contrastive": 55, "cosine_distillation": 60, "mean_replay": 65}
 
 
 def command(data: Path, logs: Path, name: str, example: str, *more: object) -> list[object]:
     file = ROOT / "docs" / "examples" / f"{example}.py"
-    own = example in OWN
-    method = ("--method", example, "--lr", "0.001") if own else ("--method", EXAMPLES[example])
+    own = ("--method_file", file) if example in EXAMPLES else BUILT_IN[example]
     return [
         *(*TINY, "--data_root", data, "--logdir", logs, "--name", name, "--epochs", "1", "--step", "0", "1"),
-        *("--ckpt_minutes", "0.00001", *(() if own else ("--method_file", file)), *method, *more),
+        *("--ckpt_minutes", "0.00001", *own, "--method", EXAMPLES.get(example, example), *more),
     ]
 
 
@@ -65,7 +62,7 @@ def left(logs: Path, name: str) -> dict[str, Any]:
     return left_by(logs / f"15-5-shapes_{name}")
 
 
-@pytest.mark.parametrize("example", [*EXAMPLES, *OWN])
+@pytest.mark.parametrize("example", [*EXAMPLES, *BUILT_IN])
 def test_an_example_from_training_to_report(
     tiny_data: Path,
     tmp_path: Path,
