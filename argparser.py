@@ -18,7 +18,7 @@ from typing import Any
 from methods import METHODS, REGISTRY, Method, classifier_of, load_method_file, preset
 from methods.checks import fault, options_of, preset_fault, shown
 from methods.presets import preset_note
-from modules.classifiers import classifier_kind, classifier_names
+from modules.classifiers import Classifier, classifier_kind, classifier_names
 from tasks import Task, get_task, read_class_order
 from utils.errors import UserError
 from utils.files import name_fault, printable
@@ -253,15 +253,17 @@ def _add_task(group: OptionGroup) -> None:
         help="evaluate on a fifth of the training images, kept back in every step (PLOP)")
     group.value("--memory", count, 0, metavar="N", role="learning",
         help="exemplars of earlier steps' images, half of each batch")
-    group.choice("--memory_choice", ("balanced", "in_turn"), "balanced", role="learning",
+    group.choice("--memory_choice", ("balanced", "in_turn", "predicted"), "balanced", role="learning",
         help="how exemplars are chosen; balanced: the class that has fewest is next; in_turn: each "
-        "class in turn takes any image that shows it (SSUL)")
-    group.choice("--memory_labels", ("stored", "current"), "stored", role="learning",
+        "class in turn takes any image that shows it (SSUL); predicted: the same, and the previous "
+        "step's network tells which older classes an image shows (DKD, STAR)")
+    group.choice("--memory_labels", ("stored", "current", "new"), "stored", role="learning",
         help="classes that exemplars' labels show: those known when the image was stored, or also "
-        "those of the current step (SSUL)")
-    group.choice("--memory_batches", ("halves", "overwrite"), "halves", role="learning",
+        "those of the current step (SSUL), or only these (new; DKD, STAR)")
+    group.choice("--memory_batches", ("halves", "overwrite", "joined"), "halves", role="learning",
         help="halves: a batch is half exemplars, an epoch shows each image once; overwrite: exemplars "
-        "take the place of half of each batch's images (SSUL)")
+        "take the place of half of each batch's images (SSUL); joined: an epoch shows each image and "
+        "each exemplar once (DKD, STAR)")
     group.value("--splits_dir", path_option, None, compared_by_meaning=True, restored=False,
         help="folder with own image lists train-<step>.npy")
     group.value("--skip_corrupt", count, 0, metavar="N", role="incidental", restored=True,
@@ -288,9 +290,10 @@ def _add_model(group: OptionGroup) -> None:
         help="file with the backbone's pretrained weights")
     group.value("--pooling", whole(0, 16384), 32,
         help="window of the head's pooling at evaluation, 0: global")
-    group.choice("--head", ("mib", "aspp"), "mib",
+    group.choice("--head", ("mib", "aspp", "dkd"), "mib",
         help="head of deeplab; mib: one norm over all branches (MiB, PLOP, SDR); aspp: five branches "
-        "with norms of their own and dropout (SSUL, torchvision)")
+        "with norms of their own and dropout (SSUL, torchvision); dkd: aspp and a 3x3 convolution (DKD, "
+        "STAR)")
     group.choice("--decoder", ("sats", "segformer"), "sats",
         help="head of the SegFormer models")
     group.value("--classifier", _classifier, "linear",
@@ -332,9 +335,10 @@ def _add_training(group: OptionGroup) -> None:
         help="factor (step policy)")
     group.value("--warmup", Number(float, 0, 1, below=True), 0.0,
         help="share of the iterations that warm up")
-    group.choice("--warmup_form", ("before", "factor"), "before",
+    group.choice("--warmup_form", ("before", "factor", "exact_factor"), "before",
         help="before: the policy has the iterations after the warm-up; factor: the warm-up multiplies "
-        "poly's curve over all iterations (SSUL)")
+        "poly's curve over all iterations, for a whole number of them (SSUL); exact_factor: the same, "
+        "not rounded (DKD, STAR)")
     group.choice("--opt_level", ("O0", "O1", "O2", "O3"), "O0",
         help="O0: fp32 (on CUDA TF32 in convolutions); O1: autocast of the network; O2: of the losses "
         "too; O3: weights in half precision; on processors without bfloat16 all are O0")
@@ -681,12 +685,20 @@ def _check_unused(opts: Options) -> None:
         raise UserError(
             f"--lr_old {opts.lr_old:g} has no effect: --fix_pre_cls freezes the old classifiers; drop one"
         )
+    unsure = classifier_kind(opts.classifier).confident_labels is Classifier.confident_labels
+    if opts.memory and opts.memory_choice == "predicted" and unsure and _trains(opts):
+        raise UserError(
+            f"--memory_choice predicted needs a classifier with a sigmoid per class, not --classifier "
+            f"{opts.classifier}; choose another --memory_choice"
+        )
     if "warmup_form" in opts.typed and (opts.warmup == 0 or opts.lr_policy != "poly"):
         raise UserError("--warmup_form goes with --warmup and --lr_policy poly; give them, or drop this")
     if "head" in opts.typed and opts.model != "deeplab":
         raise UserError(f"--head is deeplab's, --model {opts.model} has --decoder; drop it")
-    if "pooling" in opts.typed and opts.pooling and opts.head == "aspp":
-        raise UserError(f"--pooling {opts.pooling}: --head aspp pools over the whole map; drop one of them")
+    if "pooling" in opts.typed and opts.pooling and opts.head != "mib":
+        raise UserError(
+            f"--pooling {opts.pooling}: --head {opts.head} pools over the whole map; drop one of them"
+        )
     if "min_lr" in opts.typed and opts.min_lr and opts.lr_policy != "poly":
         raise UserError(f"--min_lr is the poly policy's, not --lr_policy {opts.lr_policy}'s; drop one")
     if "min_lr" in opts.typed and opts.min_lr > min(opts.lrs):

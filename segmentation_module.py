@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.dropout import _DropoutNd
+from torchvision.ops import StochasticDepth
 
 from modules import Network, NetworkSpec, build_network
 from modules.classifiers import classifier_kind
@@ -102,6 +104,12 @@ class IncrementalSegmentationModule(nn.Module):
             if self.is_older_classifier(name):
                 parameter.requires_grad_(False)
 
+    def fix_dropout(self) -> None:
+        """Switch off every dropout layer and stochastic depth."""
+        for layer in self.modules():
+            if isinstance(layer, _DropoutNd | StochasticDepth):
+                freeze(layer)
+
     def train(self, mode: bool = True) -> IncrementalSegmentationModule:
         """Training mode, except for modules frozen by ``freeze``."""
         super().train(mode)
@@ -154,5 +162,6 @@ def make_model(
         UserError: a value of ``spec`` is not among the choices.
     """
     model = IncrementalSegmentationModule(build_network(spec), classes, later, classifier=spec.classifier)
+    model.cls.released = spec.released
     model.cls.initialise(spec.head)
     return model

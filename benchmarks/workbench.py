@@ -31,7 +31,10 @@ MODELS = {
     "segformer_b0": ["--model", "segformer_b0"],
     "segformer_b2": ["--model", "segformer_b2"],
 }
-ALL_METHODS = ("FT", "LWF", "LWF-MC", "ILT", "EWC", "RW", "PI", "MIB", "CIL", "SDR", "PLOP", "SSUL", "SATS")
+ALL_METHODS = (
+    *("FT", "LWF", "LWF-MC", "ILT", "EWC", "RW", "PI", "MIB", "CIL", "SDR", "PLOP", "SSUL", "SATS"),
+    *("DKD", "STAR"),
+)
 
 
 @dataclass
@@ -184,8 +187,11 @@ def _placed(
 def _state_before(opts: Options, context: Context) -> dict[str, Any]:
     """State of the methods after an untrained previous step, e.g. importances."""
     methods = {name: m for name, m in build_methods(opts, context.step).items() if not m.needs_teacher}
+    needs = frozenset().union(*(method.needs for method in methods.values()))
+    context.model.eval().intermediates = needs  # type: ignore[assignment]
     for method in methods.values():
         method.begin_step(context)
+        method.end_step(context)
     return {name: method.state_dict() for name, method in methods.items()}
 
 

@@ -24,10 +24,14 @@ from utils.labels import VOID
 
 @dataclass(frozen=True)
 class Exemplar:
-    """A training image and the step that stored it; its labels are the classes seen up to that step."""
+    """A training image and the step that stored it; its labels are the classes seen up to that step.
+
+    ``classes``: those that it was chosen by, network indices; of ``choose_listed`` only.
+    """
 
     index: int
     step: int
+    classes: tuple[int, ...] = ()
 
 
 def select_exemplars(
@@ -124,6 +128,53 @@ def _pick_in_turn(known: Mapping[int, set[int]], memory: int, rng: np.random.Ran
     return chosen
 
 
+def choose_listed(
+    kept: Sequence[Exemplar], listed: Mapping[int, Collection[int]], step: int, memory: int, seed: int
+) -> list[Exemplar]:
+    """Choose at most ``memory`` images for a step by classes that were listed for each (DKD-M, STAR-M).
+
+    Args:
+        kept: exemplars of the step before.
+        listed: classes of each training image of the step before, network indices.
+        step: the step that trains on the exemplars, from 1.
+        memory: number of images.
+        seed: seed of the run.
+    """
+    candidates = {exemplar.index: exemplar for exemplar in kept}
+    for index, classes in listed.items():
+        known = set(classes).union(candidates[index].classes if index in candidates else ())
+        candidates[index] = Exemplar(index, step - 1, tuple(sorted(known)))
+    rng = np.random.RandomState([seed % 2**32, step])
+    order = rng.permutation(sorted(candidates)).tolist()
+    turns = rng.permutation(sorted(set().union(*(c.classes for c in candidates.values())))).tolist()
+    chosen = balanced_choice([(index, candidates[index].classes) for index in order], turns, memory)
+    return [candidates[index] for index in sorted(index for index, _ in chosen)]
+
+
+def balanced_choice(
+    candidates: Sequence[Sequence[Any]], classes: Sequence[int], number: int
+) -> list[Sequence[Any]]:
+    """Choose candidates for each class in turn: the first that is left and shows it (DKD-M, STAR-M).
+
+    Args:
+        candidates: [name, classes] of each, in the order of preference.
+        classes: in the order of their turns.
+        number: of candidates to choose at most; fewer if no candidate is left that shows any of the classes.
+
+    Returns:
+        The chosen candidates, by the class that each was chosen for, in ascending order.
+    """
+    left, chosen = list(candidates), list[tuple[int, Sequence[Any]]]()
+    before = -1
+    while before < len(chosen) < number:
+        before = len(chosen)
+        for c in classes:
+            found = next((place for place, (_, shown) in enumerate(left) if c in shown), None)
+            if found is not None and len(chosen) < number:
+                chosen.append((c, left.pop(found)))
+    return [candidate for _, candidate in sorted(chosen, key=lambda pair: pair[0])]
+
+
 def exemplar_origin(
     image_labels: Sequence[Collection[int]],
     task: Task,
@@ -150,19 +201,22 @@ def exemplar_origin(
 
 def save_exemplars(path: Path, exemplars: Sequence[Exemplar], origin: Mapping[str, Any]) -> None:
     """Write a list and its origin as JSON, atomically."""
-    pairs = [[exemplar.index, exemplar.step] for exemplar in exemplars]
+    pairs = [[each.index, each.step, *([each.classes] if each.classes else [])] for each in exemplars]
     atomic_write_text(path, json.dumps({"origin": dict(origin), "exemplars": pairs}, indent=1))
 
 
 def load_exemplars(path: Path, origin: Mapping[str, Any]) -> list[Exemplar]:
-    """Read a list of :func:`save_exemplars`.
+    """Read a list of :func:`save_exemplars`; keys that ``origin`` lacks are not compared.
 
     Raises:
         UserError: the file is missing, damaged, or of another origin.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        exemplars = [Exemplar(int(index), int(step)) for index, step in content["exemplars"]]
+        exemplars = [
+            Exemplar(int(index), int(step), tuple(c for listed in classes for c in listed))
+            for index, step, *classes in content["exemplars"]
+        ]
         found = content["origin"]
     except OSError as error:
         raise UserError(f"exemplar list {path}: cannot be read ({error.strerror})") from error

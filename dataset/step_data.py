@@ -125,7 +125,13 @@ def evaluation_data(spec: DataSpec, step: int) -> EvaluationData:
 
 
 def step_data(
-    spec: DataSpec, step: int, *, extras: frozenset[str] = frozenset(), exemplar_list: Path, is_main: bool
+    spec: DataSpec,
+    step: int,
+    *,
+    extras: frozenset[str] = frozenset(),
+    exemplar_list: Path,
+    chosen: list[Exemplar] | None = None,
+    is_main: bool,
 ) -> StepData:
     """All images of a step, training ones by the published rule of the task.
 
@@ -135,6 +141,7 @@ def step_data(
         extras: further tensors that the training samples hold, of ``EXTRAS``.
         exemplar_list: file of the exemplars of ``--memory``; used again if it was made from the same
             choices, else made.
+        chosen: the exemplars of ``--memory_choice predicted``, which needs a network; None: of the others.
         is_main: this process shows progress and writes files.
 
     Raises:
@@ -155,14 +162,18 @@ def step_data(
     if spec.memory and step:
         # An earlier step may have had an image that this one validates on.
         kept_back = set(held_out)
-        stored = _exemplars(spec, step, lists, exemplar_list, is_main)
+        stored = _exemplars(spec, step, lists, exemplar_list, is_main) if chosen is None else chosen
+        _log_classes(stored, lists, spec.task)
         exemplars = [exemplar for exemplar in stored if exemplar.index not in kept_back]
     entries = [Entry(i) for i in indices] + [Entry(e.index, 1 + e.step) for e in exemplars]
     # Look-up 0 is the step's own; 1 + s shows the classes that were known when step s stored an exemplar.
     lookups = [_train_table(spec, step, spec.data_masking)]
-    # With --memory_labels current they show the classes of this step too.
-    current = spec.memory_labels == "current"
-    lookups += [_train_table(spec, step if current else s, "current+old") for s in range(step)]
+    # With --memory_labels current they show the classes of this step too, with new only these.
+    if spec.memory_labels == "new":
+        lookups *= 1 + step
+    else:
+        current = spec.memory_labels == "current"
+        lookups += [_train_table(spec, step if current else s, "current+old") for s in range(step)]
     train = IncrementalDataset(
         dataset,
         entries,
@@ -291,8 +302,30 @@ def _exemplars(spec: DataSpec, step: int, lists: _StepLists, path: Path, is_main
         exemplars = select_exemplars(*choices, in_turn=in_turn)
         if is_main:
             save_exemplars(path, exemplars, origin)
-    counts = class_counts(exemplars, lists.image_labels, spec.task)
+    return exemplars
+
+
+def _log_classes(exemplars: Sequence[Exemplar], lists: _StepLists, task: Task) -> None:
+    counts = class_counts(exemplars, lists.image_labels, task)
     names = lists.dataset.class_names
     shown = ", ".join(f"{names[c]} {number}" for c, number in counts.items())
     log.info("%d exemplars: %s", len(exemplars), shown)
-    return exemplars
+
+
+def candidate_images(spec: DataSpec, step: int, *, is_main: bool) -> IncrementalDataset:
+    """A step's training images with its labels, among which the next step chooses exemplars.
+
+    Whole images; ``--fidelity released``: the random crops of training.
+    """
+    dataset = open_dataset(spec.dataset, spec.data_root, "train")
+    released = spec.fidelity == "released"
+    crops = train_transform(spec.crop_size, spec.augmentation, released=True)
+    return IncrementalDataset(
+        dataset,
+        [Entry(i) for i in _StepLists(spec, dataset, is_main).indices(step)],
+        [_train_table(spec, step, "current")],
+        crops if released else eval_transform(None),
+        spec.random_seed,
+        skip_corrupt=spec.skip_corrupt,
+        void_instead=True,
+    )

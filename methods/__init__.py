@@ -10,6 +10,7 @@ from methods.checks import check_built, fault, shown
 from methods.cil import CIL
 from methods.classification import FORMS, Classification
 from methods.distillation import EncoderDistillation, OutputDistillation
+from methods.dkd import DecomposedDistillation
 from methods.ewf import EndpointWeightFusion
 from methods.icarl import ICaRL
 from methods.importance import Regularization
@@ -22,6 +23,7 @@ from methods.pseudo_labels import PseudoLabels
 from methods.sats import AttentionTransfer
 from methods.sdr import FeatureSparsity, PrototypeLearning, SoftNearestNeighbours
 from methods.ssul import UnknownClass
+from methods.star import FeatureReplay
 from utils.errors import UserError
 
 # In calling order. --method_file adds the methods of a user's file.
@@ -40,6 +42,8 @@ REGISTRY: list[type[Method]] = [
     LabelGuidedDistillation,
     UnknownClass,
     AttentionTransfer,
+    DecomposedDistillation,
+    FeatureReplay,
     Regularization,
     EndpointWeightFusion,  # end_step changes the weights, which others read
 ]

@@ -11,6 +11,7 @@ from typing import Any
 from utils.errors import UserError
 
 FAMILY_PLOP = {"void_label": "ignore", "unseen_label": "background"}
+_MEMORY_DKD = {"memory_choice": "predicted", "memory_labels": "new", "memory_batches": "joined"}
 
 
 def _pod(factor: float, logits: float) -> dict[str, Any]:
@@ -84,6 +85,10 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "warm_lr_scale": 1.0,
         "fix_pre_cls": True,
     },
+    "DKD": {"dkd": True, "pos_weight": [2.0, 1.0], **FAMILY_PLOP},
+    "DKD-M": {"extends": "DKD", "memory": 100, **_MEMORY_DKD},
+    "STAR": {"star": True, "pos_weight": [4.0], **FAMILY_PLOP},
+    "STAR-M": {"extends": "STAR", "memory": 50, **_MEMORY_DKD},
 }
 
 METHODS = list(_PRESETS)
@@ -108,6 +113,9 @@ _VALUES: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
     ],
     "MIB+NeST": [("ade", "*", _NEST_ADE)],
     "PLOP+NeST": [("ade", "*", {**_NEST_ADE, "fix_pre_cls": False})],
+    "DKD": [("ade", "*", {"pos_weight": [35.0], "unseen_label": "ignore"})],
+    "DKD-M": [("ade", "*", {"memory": 300})],
+    "STAR": [("ade", "*", {"pos_weight": [30.0], "unseen_label": "ignore"})],
 }
 
 # Options that the released programs set and the papers do not mention.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from modules.deeplab import DILATIONS, HEADS, ASPPHead, DeepLabHead, DeepLabV3
+from torch import nn
+
+from modules.deeplab import ASPP_DILATIONS, DILATIONS, HEADS, ASPPHead, DeepLabHead, DeepLabV3
+from modules.dkd_head import DKDHead
 from modules.mobilenet import MobileNetV2Backbone
 from modules.network import Network
 from modules.norm import NormAct
@@ -53,7 +56,12 @@ def build_network(spec: NetworkSpec) -> Network:
             "their inputs: drop it, or use --norm_act abn"
         )
     backbone.checkpointing = spec.checkpointing
-    sizes = (backbone.out_channels, norms, spec.output_stride)
+    channels, rates = backbone.out_channels, ASPP_DILATIONS[spec.output_stride]
+    head: nn.Module
     if spec.head == "aspp":
-        return DeepLabV3(backbone, ASPPHead(*sizes))
-    return DeepLabV3(backbone, DeepLabHead(*sizes, spec.pooling, released=spec.released_resnet))
+        head = ASPPHead(channels, norms, rates)
+    elif spec.head == "dkd":
+        head = DKDHead(channels, rates=rates, norm_act=norms)
+    else:
+        head = DeepLabHead(channels, norms, spec.output_stride, spec.pooling, released=spec.released_resnet)
+    return DeepLabV3(backbone, head)

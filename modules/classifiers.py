@@ -32,6 +32,7 @@ class Classifier(nn.Module):
         former_names: key prefixes in checkpoints of earlier versions → today's prefixes.
         needs_its_method: only a method with this ``classifier`` can train it: its logits mean something else.
         torchvision_resnet: its released program uses torchvision's ResNet (for ``--fidelity released``).
+        released: decide as the method's released program, where that differs from the paper.
     """
 
     name: ClassVar[str]
@@ -41,6 +42,7 @@ class Classifier(nn.Module):
 
     def __init__(self, channels: int, classes: Sequence[int], later: Sequence[int] = ()) -> None:
         super().__init__()
+        self.released = False
         self.classes = list(classes)
         for number, width in enumerate(self.widths(classes, later)):
             self.add_module(str(number), self.make_part(channels, width))
@@ -91,6 +93,25 @@ class Classifier(nn.Module):
         """Decision rule: scores B×classes×H×W whose argmax is the prediction; by default the logits."""
         return logits
 
+    def confident_labels(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Labels in which the background is the predicted class where that is certain enough.
+
+        For the choice of exemplars; kinds without it cannot be used with ``--memory_choice predicted``.
+
+        Args:
+            labels: B×H×W.
+            logits: B×C×H×W.
+        """
+        raise NotImplementedError
+
+
+def convolve(parts: Sequence[nn.Module], features: Tensor) -> Tensor:
+    """The outputs of several 1×1 convolutions, concatenated: one convolution with all weights."""
+    convolutions = [cast(nn.Conv2d, part) for part in parts]
+    weight = torch.cat([part.weight for part in convolutions])
+    bias = torch.cat([cast(Tensor, part.bias) for part in convolutions])
+    return F.conv2d(features, weight, bias)
+
 
 class LinearClassifier(Classifier):
     """A 1×1 convolution per step."""
@@ -99,10 +120,7 @@ class LinearClassifier(Classifier):
 
     def forward(self, features: Tensor) -> Tensor:
         """One convolution with the concatenated weights."""
-        parts = [cast(nn.Conv2d, part) for part in self.parts]
-        weight = torch.cat([part.weight for part in parts])
-        bias = torch.cat([cast(Tensor, part.bias) for part in parts])
-        return F.conv2d(features, weight, bias)
+        return convolve(self.parts, features)
 
     def start(self, balanced: bool) -> None:
         """Random, or balanced (MiB, eqs. 9 and 10).

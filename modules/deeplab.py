@@ -5,6 +5,7 @@ Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation", 20
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -118,20 +119,25 @@ class ASPPHead(nn.Module):
     Args:
         in_channels: channels of the backbone's features.
         norm_act: norm layers and activations.
-        output_stride: of the backbone, 16 or 8; sets the dilations (6, 12, 18) or (12, 24, 36).
+        dilations: of the three 3×3 branches (``ASPP_DILATIONS`` by output stride).
+        width: output channels of every branch and of the head.
     """
 
-    out_channels = HIDDEN_CHANNELS
-
-    def __init__(self, in_channels: int, norm_act: NormAct, output_stride: int = 16) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        norm_act: NormAct,
+        dilations: Sequence[int] = ASPP_DILATIONS[16],
+        width: int = HIDDEN_CHANNELS,
+    ) -> None:
         super().__init__()
-        width = HIDDEN_CHANNELS
+        self.out_channels = width
 
         def normed(*layers: nn.Module) -> nn.Sequential:
             return nn.Sequential(*layers, norm_act(width), norm_act.activation())
 
         branches = [normed(nn.Conv2d(in_channels, width, 1, bias=False))]
-        for d in ASPP_DILATIONS[output_stride]:
+        for d in dilations:
             branches.append(normed(AtrousConv2d(in_channels, width, 3, padding=d, dilation=d, bias=False)))
         branches.append(normed(nn.AdaptiveAvgPool2d(1), nn.Conv2d(in_channels, width, 1, bias=False)))
         self.convs = nn.ModuleList(branches)
@@ -147,25 +153,25 @@ class ASPPHead(nn.Module):
         return self.project(torch.cat([*maps, pooled.expand_as(maps[0])], dim=1))
 
 
-HEADS = ("mib", "aspp")
+HEADS = ("mib", "aspp", "dkd")
 
 
 class DeepLabV3(Network):
-    """A dilated backbone and :class:`DeepLabHead` or :class:`ASPPHead`.
+    """A dilated backbone and one of the ``HEADS``.
 
     Args:
         body: the backbone; returns features B×D×h×w and, with ``keep_stages``, a list of its stages'; has
             ``out_channels``.
-        head: B×D×h×w → B×256×h×w.
+        head: B×D×h×w → B×256×h×w; has ``out_channels``.
     """
 
     intermediates = frozenset({"body", "pre_logits", "attentions"})
 
-    def __init__(self, body: Any, head: DeepLabHead | ASPPHead) -> None:
+    def __init__(self, body: Any, head: Any) -> None:
         super().__init__()
         self.body = body
         self.head = head
-        self.out_channels = head.out_channels
+        self.out_channels = int(head.out_channels)
         self.backbone_channels = int(body.out_channels)
 
     def forward(self, images: Tensor, needs: frozenset[str] = frozenset()) -> tuple[Tensor, Features]:

@@ -20,12 +20,13 @@ class NetworkSpec:
         norm_act: of DeepLab, see :mod:`modules.norm`.
         output_stride: of DeepLab, 16 or 8.
         pooling: of DeepLab's ``mib`` head: window of the evaluation pooling in features, 0 for the whole map.
-        head: of DeepLab: ``mib`` (MiB, PLOP, SDR) or ``aspp`` (SSUL, torchvision).
+        head: of DeepLab: ``mib`` (MiB, PLOP, SDR), ``aspp`` (SSUL, torchvision) or ``dkd`` (DKD, STAR).
         decoder: of SegFormer: ``sats`` or ``segformer``.
         checkpointing: recompute the activations inside the backbone's stages in the backward pass.
         classifier: kind of classifier, see :mod:`modules.classifiers`.
         released_resnet: dilations, running statistics and activations of the ResNet as in SDR's program,
             with the same names and shapes of weights.
+        released: the classifier's decision rule is the released program's, where that differs.
     """
 
     model: str = "deeplab"
@@ -38,6 +39,7 @@ class NetworkSpec:
     checkpointing: bool = False
     classifier: str = "linear"
     released_resnet: bool = False
+    released: bool = False
 
     @property
     def shaping(self) -> dict[str, str]:
@@ -59,17 +61,18 @@ class NetworkSpec:
             UserError: unknown kind of classifier.
         """
         given = options if isinstance(options, Mapping) else vars(options)
-        names = {field.name for field in fields(cls)} - {"released_resnet"}
+        names = {field.name for field in fields(cls)} - {"released_resnet", "released"}
         spec = cls(
             **{name: given[name] for name in names & given.keys()},
             checkpointing=given.get("grad_checkpointing", False),
         )
         kind = classifier_kind(spec.classifier)
+        released = given.get("fidelity") == "released"
         released_resnet = (
-            given.get("fidelity") == "released"
+            released
             and spec.model == "deeplab"
             and spec.backbone.startswith("resnet")
             and spec.norm_act in ("std", "sync")
             and not kind.torchvision_resnet
         )
-        return replace(spec, released_resnet=released_resnet)
+        return replace(spec, released_resnet=released_resnet, released=released)

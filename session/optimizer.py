@@ -19,14 +19,36 @@ from methods import Method
 from methods.checks import checked_factor
 from utils.errors import UserError
 
-WARMUP_FROM = 1e-3  # share of the poly curve that SSUL's warm-up begins with
+WARMUP_FROM = 1e-3  # share of the poly curve that the warm-up of SSUL and DKD begins with
+
+
+def warmup_poly_factor(
+    i: int, n: int, warmup: float = 0.0, warmup_factor: float = WARMUP_FROM, power: float = 0.9
+) -> float:
+    """Factor on the learning rate of iteration i of n: (1 − i/n)^power times a linear warm-up.
+
+    Args:
+        i: from 0.
+        n: iterations.
+        warmup: share of them over which the second factor rises from ``warmup_factor`` to 1; not rounded to
+            whole iterations.
+        warmup_factor: its first value.
+        power: exponent.
+    """
+    return _factor(i, n, warmup * n, warmup_factor, power)
+
+
+def _factor(i: int, n: int, warmup_iters: float, warmup_factor: float, power: float) -> float:
+    factor = max(1 - i / n, 0.0) ** power
+    if i < warmup_iters:
+        factor *= warmup_factor + (1 - warmup_factor) * i / warmup_iters
+    return factor
 
 
 class FlooredPolyLR(LRScheduler):
-    """Poly schedule with a smallest rate, and SSUL's warm-up, which multiplies it.
+    """Poly schedule with a smallest rate, and a warm-up that multiplies it (:func:`warmup_poly_factor`).
 
-    lr·w(i)·(1 − i/max_iters)^power, but at least ``min_lr`` in every parameter group, whatever its own rate;
-    w rises along a line from 0.001 to 1 over the first ``warmup_iters`` iterations.
+    No parameter group's rate is below ``min_lr``, whatever its own.
     """
 
     def __init__(
@@ -35,7 +57,7 @@ class FlooredPolyLR(LRScheduler):
         max_iters: int,
         power: float,
         min_lr: float = 0.0,
-        warmup_iters: int = 0,
+        warmup_iters: float = 0,
     ) -> None:
         self.max_iters, self.power = max_iters, power
         self.min_lr, self.warmup_iters = min_lr, warmup_iters
@@ -43,10 +65,8 @@ class FlooredPolyLR(LRScheduler):
 
     def get_lr(self) -> list[float]:  # type: ignore[override]  # float | Tensor in newer versions of torch
         """The rates of the iteration that ``step()`` has come to."""
-        factor = max(1 - self.last_epoch / self.max_iters, 0.0) ** self.power
-        if self.last_epoch < self.warmup_iters:
-            factor *= WARMUP_FROM + (1 - WARMUP_FROM) * self.last_epoch / self.warmup_iters
-        return [max(lr * factor, self.min_lr) for lr in self.base_lrs]
+        factor = _factor(self.last_epoch, self.max_iters, self.warmup_iters, WARMUP_FROM, self.power)
+        return [max(float(lr) * factor, self.min_lr) for lr in self.base_lrs]
 
 
 @dataclass(frozen=True)
@@ -60,8 +80,8 @@ class Schedule:
         lr_decay_factor: the drop.
         warmup: share of the iterations with linear warm-up.
         warmup_form: ``before``: the policy has the rest of the iterations (SSUL on ADE20K); ``factor``: the
-            warm-up multiplies the first part of ``poly``'s curve, which has all iterations (SSUL's released
-            code).
+            warm-up multiplies the first part of ``poly``'s curve, which has all iterations, and is rounded
+            down to whole ones (SSUL's released code); ``exact_factor``: it is not rounded (DKD, STAR).
         min_lr: ``poly`` never falls below it, in any group.
     """
 
@@ -88,8 +108,9 @@ class Schedule:
         Raises:
             UserError: no iteration left after the warm-up, or a rate that falls to 0 before the end.
         """
-        poly, multiplies = self.lr_policy == "poly", self.warmup_form == "factor"
-        warmup = int(self.warmup * iterations) if multiplies else round(self.warmup * iterations)
+        poly, multiplies = self.lr_policy == "poly", self.warmup_form != "before"
+        share = self.warmup * iterations
+        warmup = int(share) if multiplies else round(share)
         remaining = iterations - warmup
         if remaining < 1:
             raise UserError(
@@ -104,7 +125,8 @@ class Schedule:
         if max(group["lr"] for group in optimizer.param_groups) * last < torch.finfo(torch.float32).tiny:
             raise UserError(f"the learning rate falls to 0 within the {iterations} iterations; give {how}")
         if poly and multiplies:
-            return FlooredPolyLR(optimizer, iterations, self.lr_power, self.min_lr, warmup)
+            warmup_iters = share if self.warmup_form == "exact_factor" else warmup
+            return FlooredPolyLR(optimizer, iterations, self.lr_power, self.min_lr, warmup_iters)
         main: LRScheduler
         if poly and self.min_lr > 0:
             main = FlooredPolyLR(optimizer, remaining, self.lr_power, self.min_lr)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dataset.exemplars import Exemplar
 from dataset.loaders import EpochSampler, Loader, make_train_loader
 from dataset.protocols import list_digest
 from dataset.step_data import EXTRAS, DataSpec, StepData, step_data
@@ -22,6 +23,7 @@ from methods.checks import fault
 from runs.files import EXEMPLARS, step_file
 from session.cached import Cache, weights_digest
 from session.evaluation import Evaluation
+from session.exemplars import predicted_exemplars
 from session.folder import Start
 from session.monitor import Monitor
 from session.networks import StepNetworks
@@ -63,8 +65,9 @@ class StepTraining:
         torch.manual_seed(run.opts.random_seed + self.step)
         # First, so that methods check their options before the data are read.
         self.methods = build_methods(run.opts, self.step)
+        chosen = predicted_exemplars(run, self.step)
         with distributed.shared_errors():
-            self.data = load_data(run, start, self.methods)
+            self.data = load_data(run, start, self.methods, chosen)
         with contextlib.ExitStack() as opened:
             self.loader = opened.enter_context(self._loader())
             self.networks = self._networks()
@@ -91,7 +94,7 @@ class StepTraining:
         return make_train_loader(
             self.data.train,
             opts.batch_size,
-            num_memory=self.data.num_memory,
+            num_memory=0 if opts.memory_batches == "joined" else self.data.num_memory,
             memory_overwrites=opts.memory_batches == "overwrite",
             seed=opts.random_seed,
             world=world,
@@ -273,8 +276,16 @@ class StepTraining:
         self._last_save = time.monotonic()
 
 
-def load_data(run: Run, start: Start, methods: Mapping[str, Method]) -> StepData:
+def load_data(
+    run: Run, start: Start, methods: Mapping[str, Method], chosen: list[Exemplar] | None = None
+) -> StepData:
     """Load a step's images and check that the checkpoint to resume from was trained on them.
+
+    Args:
+        run: the run.
+        start: how the step starts.
+        methods: of the step, by name.
+        chosen: of ``predicted_exemplars``.
 
     Raises:
         UserError: the data set is missing or faulty, or the checkpoint was trained on other images.
@@ -287,7 +298,12 @@ def load_data(run: Run, start: Start, methods: Mapping[str, Method]) -> StepData
             raise fault(method, "extras", what)
     extras = frozenset[str]().union(*(method.extras for method in methods.values()))
     data = step_data(
-        DataSpec.of(opts), step, extras=extras, exemplar_list=exemplar_list, is_main=run.world.is_main
+        DataSpec.of(opts),
+        step,
+        extras=extras,
+        exemplar_list=exemplar_list,
+        chosen=chosen,
+        is_main=run.world.is_main,
     )
     fingerprint["list of training images"] = list_digest([entry.index for entry in data.train.entries])
     names = [data.train.dataset.images[entry.index].name for entry in data.train.entries]

@@ -16,6 +16,10 @@ Contents, by method:
     EWF                 ``fuse_weights``
     LGKD                ``LabelGuidedKnowledgeDistillationLoss``
     NeST                ``ImportanceMatrices``, ``ClassifierTransform``
+    DKD                 ``MBCELoss``, ``SigmoidDistillationLoss``, ``DecomposedDistillationLoss``,
+                        ``AuxiliaryLoss``, ``sigmoid_prediction``, exemplars' classes
+    STAR                ``OldClassFeaturesMaintainingLoss``, ``SimilarityAwareDiscriminativeLoss``,
+                        ``FeatureStatistics``, replayed features
 
 The module imports only torch and ``loss_kernels``, so it can be copied into another code base. Where
 ``loss_kernels.gain`` is true (on the CPU), a faster implementation of the formula below it runs; without
@@ -50,11 +54,14 @@ from utils import loss_kernels
 __all__ = [
     "SNNL",
     "AttentionTransferLoss",
+    "AuxiliaryLoss",
     "BCEWithLogitsLossWithIgnoreIndex",
     "CILDistillationLoss",
     "ClassifierTransform",
+    "DecomposedDistillationLoss",
     "DistillationEncoderLoss",
     "DistillationEncoderPrototypesLoss",
+    "FeatureStatistics",
     "FeaturesClusteringSeparationLoss",
     "FeaturesSparsificationLoss",
     "FocalLoss",
@@ -63,7 +70,11 @@ __all__ = [
     "KnowledgeDistillationLoss",
     "LabelGuidedKnowledgeDistillationLoss",
     "LocalPODLoss",
+    "MBCELoss",
+    "OldClassFeaturesMaintainingLoss",
     "Prototypes",
+    "SigmoidDistillationLoss",
+    "SimilarityAwareDiscriminativeLoss",
     "UnbiasedCrossEntropy",
     "UnbiasedKnowledgeDistillationLoss",
     "class_median_thresholds",
@@ -71,9 +82,19 @@ __all__ = [
     "downsample_labels",
     "entropy",
     "entropy_pseudo_labels",
+    "exemplar_labels",
     "fuse_weights",
+    "initialise_from_auxiliary",
+    "negatives_loss",
+    "old_prediction",
+    "predicted_numbers",
     "probability_pseudo_labels",
     "pseudo_label_histogram",
+    "reasoning_scores",
+    "replay_features",
+    "replay_mbce",
+    "replay_schedule",
+    "sigmoid_prediction",
     "sigmoid_pseudo_labels",
 ]
 
@@ -1661,3 +1682,460 @@ class ClassifierTransform(nn.Module):
 def _ratio(length: Tensor, divisor: Tensor) -> Tensor:
     """``length / divisor``; 0 for a divisor of 0."""
     return torch.where(divisor > 0, length / divisor, 0.0)
+
+
+# DKD: decomposed knowledge distillation (Baek et al., NeurIPS 2022)
+# ----------------------------------------------------------------------------------------------------------
+# One sigmoid per foreground class. Channel 0 of the logits is no class (the auxiliary channel), so that a
+# class's channel is its index; a pixel is background where no sigmoid is above 0.5.
+
+
+class MBCELoss(nn.Module):
+    """Binary cross-entropy of the new classes (DKD, STAR).
+
+    Σ_c mean of −γ·q·log σ(x_c) − (1 − q)·log(1 − σ(x_c)) with q = [y = c]: every other pixel is a negative of
+    class c, void included.
+
+    Args:
+        old_classes: number of old classes, background included: the first channel's class.
+        pos_weight: γ.
+        reduction: ``"mean"``: over images and pixels, summed over classes; ``"classes"``: not summed.
+    """
+
+    def __init__(self, old_classes: int, pos_weight: float = 1.0, reduction: str = "mean") -> None:
+        super().__init__()
+        self.old_classes = old_classes
+        self.pos_weight = pos_weight
+        self.reduction = _check_choice("reduction", reduction, ("mean", "classes", "none"))
+
+    def forward(self, logits_new: Tensor, labels: Tensor) -> Tensor:
+        """logits_new B×N×H×W of the new classes, labels B×H×W → scalar, N (``"classes"``) or B×N×H×W."""
+        logits_new = logits_new.float()
+        classes = self.old_classes + torch.arange(logits_new.shape[1], device=labels.device)
+        positive = (labels[:, None] == classes[:, None, None]).float()
+        weight = logits_new.new_full((), self.pos_weight)
+        loss = F.binary_cross_entropy_with_logits(logits_new, positive, reduction="none", pos_weight=weight)
+        return _reduce_classes(loss, self.reduction)
+
+
+def _reduce_classes(loss: Tensor, reduction: str) -> Tensor:
+    """B×C×h×w → the same (``"none"``), means over images and pixels C (``"classes"``), or their sum."""
+    if reduction == "none":
+        return loss
+    means = loss.sum((0, 2, 3)) / max(loss[:, :1].numel(), 1)
+    return means if reduction == "classes" else means.sum()
+
+
+class SigmoidDistillationLoss(nn.Module):
+    """Distillation of the old classes' sigmoids (DKD): Σ_c mean BCE(x_c, σ(t_c)) over old foreground classes.
+
+    Args:
+        reduction: ``"mean"``: over images and pixels, summed over classes.
+    """
+
+    def __init__(self, reduction: str = "mean") -> None:
+        super().__init__()
+        self.reduction = _check_choice("reduction", reduction, ("mean", "none"))
+
+    def forward(self, logits: Tensor, logits_old: Tensor) -> Tensor:
+        """logits B×C×H×W, logits_old B×C_old×H×W, channel 0 is no class → scalar or B×(C_old−1)×H×W."""
+        old = logits_old.shape[1]
+        return _reduce_classes(_sigmoid_distillation(logits[:, 1:old], logits_old[:, 1:]), self.reduction)
+
+
+def _sigmoid_distillation(logits: Tensor, logits_old: Tensor) -> Tensor:
+    """Map of BCE(x_c, σ(t_c)), shaped like both."""
+    target = logits_old.detach().float().sigmoid()
+    return F.binary_cross_entropy_with_logits(logits.float(), target, reduction="none")
+
+
+def reasoning_scores(
+    features: Tensor, weight: Tensor, sign: str = "positive", fidelity: str = "paper"
+) -> Tensor:
+    """Sum of the positive, or of the negative, products w_cd·f_d of each class (DKD).
+
+    ``fidelity="released"``: split by the sign of w_cd alone: equal where f ≥ 0 (behind a ReLU).
+
+    Args:
+        features: B×D×h×w.
+        weight: C×D, classifiers of foreground classes.
+        sign: ``"positive"`` or ``"negative"``.
+
+    Returns:
+        B×C×h×w; its sum over both signs are the logits without biases.
+    """
+    _check_choice("sign", sign, ("positive", "negative"))
+    features, weight = features.float(), weight.float()
+    above, below = weight.clamp(min=0), weight.clamp(max=0)
+    same, other = (above, below) if sign == "positive" else (below, above)
+    if _check_choice("fidelity", fidelity, FIDELITIES) == "paper":
+        negative = -F.relu(-features)  # without gradient at 0: a feature of 0 counts as positive
+        features = torch.cat([features - negative, negative], dim=1)
+        same = torch.cat([same, other], dim=1)
+    with _without_autocast(features):
+        return F.conv2d(features, same[:, :, None, None])
+
+
+class DecomposedDistillationLoss(nn.Module):
+    """Distillation of the reasoning scores of one sign (DKD): Σ_c mean BCE(s_c, σ(s'_c)) over old classes.
+
+    Args:
+        sign, fidelity: as for :func:`reasoning_scores`.
+    """
+
+    def __init__(self, sign: str = "positive", fidelity: str = "paper") -> None:
+        super().__init__()
+        self.sign = sign
+        self.fidelity = fidelity
+
+    def forward(self, features: Tensor, features_old: Tensor, weight: Tensor, weight_old: Tensor) -> Tensor:
+        """features, features_old B×D×h×w, weight C×D, weight_old K×D of the first K classes → scalar."""
+        student = reasoning_scores(features, weight[: len(weight_old)], self.sign, self.fidelity)
+        teacher = reasoning_scores(features_old, weight_old, self.sign, self.fidelity)
+        return _reduce_classes(_sigmoid_distillation(student, teacher), "mean")
+
+
+def negatives_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Binary cross-entropy where every position is a negative of every class: Σ_c mean −log(1 − σ(x_c)).
+
+    Args:
+        logits: B×C×h×w.
+        mask: B×h×w bool: positions that count; None: all.
+    """
+    loss = F.softplus(logits.float()).sum(dim=1)
+    return _reduce(loss, "mean") if mask is None else _reduce(loss * mask, "mean", mask.sum())
+
+
+class AuxiliaryLoss(nn.Module):
+    """Loss of the auxiliary channel, for which every pixel is a negative (DKD): mean −log(1 − σ(x_0))."""
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """logits B×C×H×W → scalar."""
+        return negatives_loss(logits[:, :1])
+
+
+@torch.no_grad()
+def sigmoid_prediction(
+    logits: Tensor, first: int = 0, threshold: float = 0.5, fidelity: str = "paper"
+) -> Tensor:
+    """The class with the largest sigmoid where that is above a threshold, else the background, 0 (DKD).
+
+    ``fidelity="released"``: decided on float32 sigmoids: those of small positive logits are 0.5, those of
+    large logits are equal, and the first of equal ones wins.
+
+    Args:
+        logits: B×C×H×W.
+        first: number of first channels that are no class (DKD 1, STAR 0); the next is class 1.
+        threshold: of the sigmoid.
+
+    Returns:
+        B×H×W int64.
+    """
+    if _check_choice("fidelity", fidelity, FIDELITIES) == "released":
+        largest, index = logits[:, first:].float().sigmoid().max(dim=1)
+    else:
+        largest, index = logits[:, first:].float().max(dim=1)
+        threshold = math.log(threshold / (1 - threshold))
+    return torch.where(largest > threshold, index + 1, 0)
+
+
+def initialise_from_auxiliary(weight: Tensor, bias: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Weights and biases of new classes: the auxiliary classifier's (DKD).
+
+    Args:
+        weight, bias: of the auxiliary classifier, D and 1 numbers.
+        classes: number of new classes N.
+
+    Returns:
+        N×D and N.
+    """
+    return weight.detach().reshape(1, -1).repeat(classes, 1), bias.detach().reshape(1).repeat(classes)
+
+
+@torch.no_grad()
+def exemplar_labels(
+    labels: Tensor, logits: Tensor, first: int = 0, threshold: float = 0.9, fidelity: str = "paper"
+) -> Tensor:
+    """Labels whose background is the old network's class where its sigmoid is high enough (DKD-M, STAR-M).
+
+    ``fidelity="released"``: channel 0 is left out whatever ``first`` is. So STAR-M, which has no auxiliary
+    channel, never finds class 1 and takes class c + 1 for class c.
+
+    Args:
+        labels: B×H×W.
+        logits: B×C_old×H×W of the old network.
+        first: number of first channels that are no class.
+        threshold: smallest sigmoid accepted.
+
+    Returns:
+        B×H×W int64.
+    """
+    first = 1 if _check_choice("fidelity", fidelity, FIDELITIES) == "released" else first
+    largest, index = logits[:, first:].float().sigmoid().max(dim=1)
+    return torch.where((labels == 0) & (largest >= threshold), index + 1, labels.long())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# STAR: replay of features from statistics (Chen et al., NeurIPS 2023)
+# ----------------------------------------------------------------------------------------------------------
+# One sigmoid per foreground class, as in DKD; channel c of the logits is class c + 1.
+
+
+class FeatureStatistics:
+    """Statistics of the new classes' features, for later replay (STAR).
+
+    With u = f/‖f‖ at the positions of a class: prototype r = normalise(Σ u), mean and standard deviation of
+    ‖f‖, noise ν_d = sqrt(mean (u_d − r_d)²). A class without a position has zeros. Sums in float64, of which
+    ``sums`` may be added over processes before :meth:`compute`.
+
+    Args:
+        old_classes: number of old classes, background included.
+        new_classes: number of new classes N.
+        feat_dim: D.
+        previous: statistics of the old classes (K = old_classes − 1), as :meth:`compute` returns them.
+    """
+
+    def __init__(
+        self,
+        old_classes: int,
+        new_classes: int,
+        feat_dim: int,
+        previous: dict[str, Tensor] | None = None,
+    ) -> None:
+        self.old_classes = old_classes
+        self.feat_dim = feat_dim
+        self.previous = previous
+        # Of background and new classes: number, Σ‖f‖, Σ‖f‖², Σu, Σu².
+        self.sums = torch.zeros(1 + new_classes, 3 + 2 * feat_dim, dtype=torch.float64)
+
+    @torch.no_grad()
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        """Add a batch: features B×D×h×w, labels B×H×W (of the middle of each position's pixels)."""
+        labels = downsample_labels(labels, features.shape[-2:], "nearest-exact").flatten(1)
+        features = features.double().flatten(2)
+        new = self.old_classes + torch.arange(len(self.sums) - 1, device=labels.device)
+        norms = torch.linalg.vector_norm(features, dim=1, keepdim=True)
+        units = features / norms.clamp(min=1e-12)
+        summands = torch.cat([torch.ones_like(norms), norms, norms.square(), units, units.square()], dim=1)
+        one_hot = (labels[:, None] == torch.cat([new.new_zeros(1), new])[:, None]).double()
+        self.sums = self.sums.to(features.device) + _class_sums(summands, one_hot)
+
+    def compute(self, fidelity: str = "paper") -> dict[str, Tensor]:
+        """The statistics, float32.
+
+        ``fidelity="released"``: the noise of new class j is taken around the j-th prototype of all classes,
+        from the second step on an old class's.
+
+        Returns:
+            ``numbers`` 1 + N (positions of background and new classes in this step); of old and new classes
+            together ``prototypes`` (K+N)×D, ``norm_mean_and_std`` 2×(K+N), ``noise`` (K+N)×D.
+        """
+        sizes = [1, 1, 1, self.feat_dim, self.feat_dim]
+        found, norms, norms_squared, units, squares = self.sums[1:].split(sizes, dim=1)
+        n = found.clamp(min=1)
+        mean = norms / n
+        variance = (norms_squared - n * mean.square()).clamp(min=0) / (n - 1).clamp(min=1)
+        own = F.normalize(units, dim=1)
+        around = own
+        if self.previous is not None and _check_choice("fidelity", fidelity, FIDELITIES) == "released":
+            around = torch.cat([self.previous["prototypes"].to(own), own])[: len(own)]
+        noise = (squares - 2 * around * units + found * around.square()).clamp(min=0) / n
+        statistics = {
+            "prototypes": own,
+            "norm_mean_and_std": torch.cat([mean, variance.sqrt()], dim=1).T,
+            "noise": noise.sqrt(),
+        }
+        for name, values in (self.previous or {}).items():
+            if name in statistics:
+                of_classes = 1 if name == "norm_mean_and_std" else 0
+                statistics[name] = torch.cat([values.to(own), statistics[name]], dim=of_classes)
+        statistics["numbers"] = self.sums[:, 0]
+        return {name: values.float().contiguous() for name, values in statistics.items()}
+
+
+def old_prediction(logits_old: Tensor, fidelity: str = "paper") -> Tensor:
+    """The old network's class where its sigmoid is above 0.5, else 0 (STAR): B×K×H×W → B×H×W int64.
+
+    ``fidelity="released"``: where its *logit* is above 0.5 (a sigmoid of 0.62).
+    """
+    if _check_choice("fidelity", fidelity, FIDELITIES) == "paper":
+        return sigmoid_prediction(logits_old)
+    largest, index = logits_old.detach().float().max(dim=1)
+    return torch.where(largest > 0.5, index + 1, 0)
+
+
+@torch.no_grad()
+def predicted_numbers(prediction_old: Tensor, labels: Tensor, old_classes: int, stride: int = 16) -> Tensor:
+    """Positions labelled background, by the class that the old network predicts there (STAR).
+
+    Args:
+        prediction_old: B×H×W, of :func:`old_prediction`.
+        labels: B×H×W.
+        old_classes: number of old classes, background included.
+        stride: pixels per position, in both directions; the middle one counts.
+
+    Returns:
+        ``old_classes`` numbers, float32.
+    """
+    middle = slice(stride // 2, None, stride)
+    predicted = torch.where(labels == 0, prediction_old, VOID)[:, middle, middle]
+    return _one_hot(predicted.flatten(1), old_classes).sum((0, 2))
+
+
+def replay_schedule(
+    prev_numbers: Tensor,
+    pred_numbers: Tensor,
+    numbers: Tensor,
+    iterations: int,
+    setting: str = "overlap",
+    new_classes: int = 1,
+) -> dict[str, Tensor]:
+    """How many features of each old class an iteration replays (STAR).
+
+    An epoch is to show an old class as often as its own step did; in the overlapped setting its images show
+    old classes already (``pred_numbers``).
+
+    Args:
+        prev_numbers: positions of background and the K old classes that the step before kept, 1 + K.
+        pred_numbers: of :func:`predicted_numbers` over one epoch, 1 + K.
+        numbers: positions labelled background and each new class in one epoch, 1 + N.
+        iterations: of an epoch.
+        setting: ``"overlap"`` or ``"disjoint"``.
+        new_classes: N.
+
+    Returns:
+        ``per_iteration`` K (whole numbers, float32), ``extra_background_ratio`` (scalar, 0 where no position
+        is predicted background), ``numbers`` 1 + K + N for the next step.
+    """
+    overlap = _check_choice("setting", setting, ("overlap", "disjoint")) == "overlap"
+    prev, pred, numbers = (values.float() for values in (prev_numbers, pred_numbers, numbers))
+    missing = (prev - pred).clamp(min=0) if overlap else prev
+    background = prev[0] * (1 - 0.01 * new_classes if overlap else 1.0)
+    share = 0.5 if overlap else 0.0
+    ratio = (background / pred[0].clamp(min=1) - share).clamp(min=0) * (pred[0] > 0)
+    kept = (1 - share) * pred[:1] + background
+    old = prev[1:] if overlap else prev[1:] + pred[1:]
+    return {
+        "per_iteration": (missing[1:] / max(iterations, 1)).trunc(),
+        "extra_background_ratio": ratio,
+        "numbers": torch.cat([kept, old, numbers[1:]]),
+    }
+
+
+def replay_features(
+    prototypes: Tensor,
+    noise: Tensor,
+    norms: Tensor,
+    counts: Sequence[int] | Tensor,
+    eps: Tensor | None = None,
+    eta: Tensor | None = None,
+    fidelity: str = "paper",
+) -> Tensor:
+    """Features of old classes drawn from their statistics (STAR): (r_c + ν_c ⊙ ε)·(m_c + s_c·η).
+
+    ``fidelity="released"``: η is drawn for each channel instead of each feature.
+
+    Args:
+        prototypes, noise: K×D.
+        norms: 2×K, mean and standard deviation.
+        counts: number of features of each class; on the CPU, since the result's size depends on it.
+        eps: normal noise n×D, drawn if None.
+        eta: normal noise, n×1 (paper) or n×D, drawn if None.
+
+    Returns:
+        n×D float32, class by class.
+    """
+    released = _check_choice("fidelity", fidelity, FIDELITIES) == "released"
+    counts = torch.as_tensor(counts).long()
+    classes = torch.arange(len(counts), device=counts.device).repeat_interleave(counts).to(prototypes.device)
+    shape = (len(classes), prototypes.shape[1])
+    if eps is None:
+        eps = torch.randn(shape, device=prototypes.device)
+    if eta is None:
+        eta = torch.randn(shape if released else (len(classes), 1), device=prototypes.device)
+    direction = prototypes.float()[classes] + noise.float()[classes] * eps
+    mean, deviation = norms.float()[:, classes, None]
+    return direction * (mean + deviation * eta)
+
+
+def replay_mbce(
+    real: Tensor,
+    fake: Tensor | float,
+    extra: Tensor,
+    weight_fake: Tensor | float,
+    weight_extra: Tensor | float,
+) -> Tensor:
+    """Weighted mean of the losses of real, replayed and extra background positions (STAR)."""
+    return (real + weight_fake * fake + weight_extra * extra) / (1.0 + weight_fake + weight_extra)
+
+
+class OldClassFeaturesMaintainingLoss(nn.Module):
+    """Distance of the features where the old network sees an old class in the background (STAR's OCFM).
+
+    Σ m·‖f − f'‖²/(D·Σ m) with the mask m = [label 0 and old prediction > 0], bilinearly reduced to h×w.
+    """
+
+    def forward(
+        self, features: Tensor, features_old: Tensor, labels: Tensor, prediction_old: Tensor
+    ) -> Tensor:
+        """features, features_old B×D×h×w, labels, prediction_old B×H×W → scalar, 0 if the mask is empty."""
+        mask = ((labels == 0) & (prediction_old > 0)).float()[:, None]
+        mask = F.interpolate(mask, size=features.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+        distance = (features.float() - features_old.detach().float()).square().mean(dim=1)
+        total = mask.sum()
+        return (distance * mask).sum() / torch.where(total > 0, total, 1.0)
+
+
+class SimilarityAwareDiscriminativeLoss(nn.Module):
+    """Mean over the new classes of 1/distance from the nearest old prototype (STAR's SAD).
+
+    A class's centre is normalise(Σ m_c·f/‖f‖), m_c = [y = c] bilinearly reduced to h×w.
+
+    ``fidelity="released"``: the mean is over all new classes; one without a pixel in the batch counts as 1.
+
+    Args:
+        old_classes: number of old classes, background included.
+        new_classes: number of new classes.
+    """
+
+    def __init__(self, old_classes: int, new_classes: int, fidelity: str = "paper") -> None:
+        super().__init__()
+        self.old_classes = old_classes
+        self.new_classes = new_classes
+        self.fidelity = _check_choice("fidelity", fidelity, FIDELITIES)
+
+    def forward(self, features: Tensor, labels: Tensor, prototypes: Tensor) -> Tensor:
+        """features B×D×h×w, labels B×H×W, prototypes K×D of the old classes → scalar."""
+        units = F.normalize(features.float(), dim=1).flatten(2)
+        labels = labels.long() - self.old_classes
+        masks = _bilinear_one_hot(labels, features.shape[-2:], self.new_classes).flatten(2)
+        centres = F.normalize(_class_sums(units, masks), dim=1)
+        prototypes = prototypes.float()
+        distances = torch.linalg.vector_norm(centres[:, None] - prototypes, dim=2)
+        # A class that no step showed has no prototype.
+        distances = distances.masked_fill((prototypes == 0).all(dim=1), math.inf)
+        present = masks.sum((0, 2)) > 0
+        inverse = 1.0 / distances.amin(dim=1).clamp(min=1e-6)
+        if self.fidelity == "released":
+            return torch.where(present, inverse, 1.0).mean()
+        return torch.where(present, inverse, 0.0).sum() / present.sum().clamp(min=1)
+
+
+def _bilinear_one_hot(labels: Tensor, size: Sequence[int], num_classes: int) -> Tensor:
+    """Each class's mask, bilinearly reduced as by ``F.interpolate``: B×H×W → B×C×h×w.
+
+    Reads the four labels around each position instead of C masks of H×W.
+    """
+    masks = torch.zeros((), device=labels.device)
+    taps = []
+    for length, positions in zip(labels.shape[-2:], size, strict=True):
+        at = (torch.arange(positions, device=labels.device) + 0.5) * (length / positions) - 0.5
+        at = at.clamp(0, length - 1)
+        low = at.long()
+        taps.append([(low, 1 - (at - low)), ((low + 1).clamp(max=length - 1), at - low)])
+    for rows, row_weight in taps[0]:
+        for columns, column_weight in taps[1]:
+            weight = row_weight[:, None] * column_weight
+            one_hot = _one_hot(labels[:, rows[:, None], columns].flatten(1), num_classes)
+            masks = masks + one_hot.unflatten(2, weight.shape) * weight
+    return masks

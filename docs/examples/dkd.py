@@ -1,9 +1,10 @@
 """A custom method: the losses of Decomposed Knowledge Distillation (Baek et al., NeurIPS 2022).
 
-    python run.py --method_file docs/examples/dkd.py --method DKD --step all ...
+    python run.py --method_file docs/examples/dkd.py --method DKD-EXAMPLE --step all ...
 
-As in DKD a pixel is background where no class has a sigmoid above 0.5: the background's logit stays 0. DKD's
-auxiliary classifier, which initialises new classes, its head, schedule and frozen norms are not included.
+An example of a loss in one file; the whole method is methods/dkd.py (``--method DKD``). As in DKD a pixel is
+background where no class has a sigmoid above 0.5: the background's logit stays 0. DKD's auxiliary classifier,
+which initialises new classes, its head, schedule and frozen norms are not included.
 """
 
 from typing import Any
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from methods import Batch, Context, Method
 from utils.option_types import loss_weight
 
-PRESETS = {"DKD": {"loss_dkd": 5.0}}
+PRESETS = {"DKD-EXAMPLE": {"example_dkd": 5.0}}
 
 
 def bce(logits: Tensor, targets: Tensor, pos_weight: float = 1.0) -> Tensor:
@@ -31,7 +32,7 @@ def reasoning_scores(features: Tensor, model: Any, steps: int) -> Tensor:
     return F.conv2d(features, torch.cat([weights.clamp(min=0), weights.clamp(max=0)]))
 
 
-class DecomposedDistillation(Method):
+class ReasoningScores(Method):
     """Binary cross entropy of new classes; distillation of old logits and reasoning scores."""
 
     needs = teacher_needs = frozenset({"pre_logits"})
@@ -42,11 +43,11 @@ class DecomposedDistillation(Method):
 
     @classmethod
     def add_options(cls, group: Any) -> None:
-        group.add_argument("--loss_dkd", type=loss_weight, default=0.0, metavar="W", help="weight of DKD")
+        group.add_argument("--example_dkd", type=loss_weight, default=0.0, metavar="W", help="weight of DKD")
 
     @classmethod
-    def from_options(cls, opts: Any) -> "DecomposedDistillation | None":
-        return cls(opts.loss_dkd) if opts.loss_dkd > 0 else None
+    def from_options(cls, opts: Any) -> "ReasoningScores | None":
+        return cls(opts.example_dkd) if opts.example_dkd > 0 else None
 
     def begin_step(self, context: Context) -> None:
         self.step, self.model, self.model_old = context.step, context.model, context.model_old

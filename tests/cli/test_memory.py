@@ -44,3 +44,26 @@ def test_lists_log_and_changed_choices(cli: Launch, shapes_root: Path, tmp_path:
     assert other.code == 0, other.err
     assert f"{list_2}: was made from another memory, seed; it is made again" in other.out
     assert len(json.loads(list_2.read_text(encoding="utf-8"))["exemplars"]) == 6
+
+
+def test_classes_that_the_network_predicts(cli: Launch, tmp_path: Path) -> None:
+    """The list says by which classes each image was chosen, and depends on the previous network and list."""
+    common = (*SMALL, "--task", "10-5-5", "--overlap", "--logdir", tmp_path, "--name", "DKD", "--lr", "0.001")
+    dkd = (*common, "--method", "DKD-M", "--memory", "8")
+    trained = cli(*dkd, "--step", "all")
+    assert trained.code == 0, trained.err
+    run_dir = tmp_path / "10-5-5-shapes_DKD"
+    contents = [json.loads((run_dir / f"exemplars_{step}.json").read_text("utf-8")) for step in (1, 2)]
+    for old, content in zip((11, 16), contents, strict=True):
+        assert len(content["exemplars"]) == 8
+        assert all(set(classes) <= set(range(1, old)) for _, _, classes in content["exemplars"])
+    assert [content["origin"]["network"] is None for content in contents] == [True, False]
+
+    again = cli(*dkd, "--step", "2", "--fresh")
+    assert again.code == 0 and f"exemplars: loaded from {run_dir / 'exemplars_2.json'}" in again.out
+    retrained = cli(*dkd, "--step", "1", "2", "--lr", "0.002", "--fresh")
+    assert retrained.code == 0 and "was made from another network; it is made again" in retrained.out
+    (run_dir / "exemplars_1.json").unlink()
+    outcome = cli(*dkd, "--step", "2", "--fresh")
+    assert outcome.code == 2
+    assert "exemplars_1.json: no exemplars of step 1" in outcome.last_error

@@ -44,6 +44,10 @@ RUNS = [
     ("LGKD", SEGFORMER, ["--opt_level", "O1", "--spp_scales", "1", "2"], 1),
     ("MIB+NeST", SEGFORMER, ["--opt_level", "O3", "--warm_epochs", "2"], 2),
     ("PLOP+NeST", SMALL, ["--fidelity", "released", "--warm_epochs", "2"], 1),
+    ("DKD", SMALL, ["--opt_level", "O1", "--lr", "0.001"], 2),
+    ("DKD-M", SEGFORMER, ["--memory", "6", "--lr", "0.001", "--fidelity", "released"], 1),
+    ("STAR", SEGFORMER, ["--opt_level", "O3", "--lr", "0.001"], 1),
+    ("STAR-M", SMALL, ["--memory", "6", "--lr", "0.001", "--fidelity", "released"], 2),
 ]
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dataset.exemplars import (
     Exemplar,
+    choose_listed,
     class_counts,
     exemplar_origin,
     load_exemplars,
@@ -210,3 +211,35 @@ def test_list_that_cannot_be_read_or_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         save_exemplars(tmp_path / "file" / "list.json", [], {})
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 50), memory=st.integers(0, 40))
+def test_choice_by_listed_classes(seed, memory):
+    rng = np.random.default_rng(seed)
+    listed = {int(i): rng.choice(9, rng.integers(0, 4), replace=False).tolist() for i in range(20, 50)}
+    kept = [Exemplar(i, 0, (i % 5 + 1,)) for i in range(0, 24, 2)]  # 20 and 22 are listed, too
+    chosen = choose_listed(kept, listed, 2, memory, seed)
+    assert chosen == choose_listed(kept, listed, 2, memory, seed), "the same for the same seed"
+    indices = [exemplar.index for exemplar in chosen]
+    assert indices == sorted(set(indices)) and len(chosen) <= memory
+    for exemplar in chosen:
+        of_memory = [before for before in kept if before.index == exemplar.index]
+        known = set(listed.get(exemplar.index, [])).union(*(before.classes for before in of_memory))
+        assert set(exemplar.classes) == known != set()
+        assert exemplar.step == (1 if exemplar.index in listed else 0)
+    showing = sum(bool(classes) for classes in listed.values()) + 10
+    showing += sum(not listed[i] for i in (20, 22))
+    assert len(chosen) == min(memory, showing), "all that show a class, if there is room"
+    if memory >= 9:
+        assert {c for exemplar in chosen for c in exemplar.classes} == {
+            c for classes in [*listed.values(), *(before.classes for before in kept)] for c in classes
+        }
+
+
+def test_a_list_with_classes_on_disk(tmp_path):
+    exemplars = [Exemplar(3, 0, (1, 7)), Exemplar(5, 1, (2,))]
+    save_exemplars(tmp_path / "list.json", exemplars, {"rule": "predicted", "network": "a"})
+    assert load_exemplars(tmp_path / "list.json", {"rule": "predicted"}) == exemplars
+    with pytest.raises(UserError, match="was made from another network"):
+        load_exemplars(tmp_path / "list.json", {"rule": "predicted", "network": "b"})

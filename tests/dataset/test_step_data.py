@@ -14,7 +14,8 @@ from small_data import make_ade, make_own
 
 from argparser import Options, parse_options
 from dataset import step_data as module
-from dataset.step_data import DataSpec, StepData, evaluation_data, step_data
+from dataset.exemplars import Exemplar
+from dataset.step_data import DataSpec, StepData, candidate_images, evaluation_data, step_data
 from dataset.transforms import ScaleCropFlip, whole_image
 from methods import build_methods
 from methods.base import Batch
@@ -136,6 +137,45 @@ def test_labels_of_ssuls_released_program(own: Path, saliency: bool) -> None:
             expected = torch.where((expected == 1) & salient, 0, expected)
         assert torch.equal(theirs, expected)
     assert of_this_step, "no exemplar shows a class of this step: the case is empty"
+
+
+def test_exemplars_chosen_elsewhere_and_labels_of_new_classes_only(own: Path) -> None:
+    words = (
+        "--task",
+        "4-4",
+        "--overlap",
+        "--memory",
+        "6",
+        "--memory_labels",
+        "new",
+        "--void_label",
+        "ignore",
+    )
+    spec = DataSpec.of(options("folder", own, *words))
+    chosen = [Exemplar(3, 0, (1,)), Exemplar(7, 1, (5, 6))]
+    data = step_data(spec, 2, exemplar_list=own / "none.json", chosen=chosen, is_main=True)
+    data.train.transform = whole_image
+    assert data.num_memory == 2 and not (own / "none.json").exists()
+    for place, exemplar in zip((-2, -1), chosen, strict=True):
+        entry = data.train.entries[place]
+        assert entry.index == exemplar.index
+        mask = data.train.dataset.read_mask(entry.index)[0]
+        target = data.train[len(data.train) + place][1]
+        shown = torch.where((mask > 8) | (mask == 255), mask, 0)  # classes are in the data set's order
+        assert torch.equal(target, shown)
+
+
+def test_candidates_are_whole_images_or_the_released_crops(own: Path) -> None:
+    words = ("--task", "4-4", "--overlap", "--crop_size", "32")
+    for fidelity, size in (("paper", (64, 64)), ("released", (32, 32))):
+        spec = DataSpec.of(options("folder", own, *words, "--fidelity", fidelity))
+        images = candidate_images(spec, 1, is_main=True)
+        trained = step_data(spec, 1, exemplar_list=own / "none.json", is_main=True).train
+        assert [entry.index for entry in images.entries] == [entry.index for entry in trained.entries]
+        for place in range(len(images)):
+            target = images[place][1]
+            assert target.shape == size
+            assert set(target.unique().tolist()) <= {0, 5, 6, 7, 8, 255}, "the classes of that step"
 
 
 def test_exemplar_list_is_kept_until_something_changes(own: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -46,7 +46,9 @@ def test_every_method_has_a_section_with_equation_reference_and_code() -> None:
     assert sorted(", ".join(SECTIONS).split(", ")) == sorted(METHODS)
     for title, body in SECTIONS.items():
         assert body.count("```math\n") == 1, title
-        assert title == "FT" or re.search(r"https://(arxiv\.org/abs|openaccess\.thecvf\.com/content)/", body)
+        assert title == "FT" or re.search(
+            r"https://(arxiv\.org/abs|openaccess\.thecvf\.com/content|papers\.nips\.cc)/", body
+        )
         assert len(body.strip().splitlines()) < 32
         for path in re.findall(r"`([\w/]+\.py)`", items(body, "Code")):
             assert (ROOT / path).is_file(), path
@@ -88,6 +90,9 @@ def test_presets_are_as_documented(method: str) -> None:
 def test_numbers_of_ade_and_of_one_by_one() -> None:
     ade = {method: preset(method, dataset="ade", task="100-50") for method in METHODS}
     assert (ade["PLOP"]["pod_factor"], ade["SSUL-M"]["memory"], ade["SATS-M"]["memory"]) == (1e-3, 300, 300)
+    assert (ade["DKD-M"]["memory"], ade["STAR-M"]["memory"]) == (300, 50)
+    assert [ade[method]["pos_weight"] for method in ("DKD", "DKD-M", "STAR-M")] == [[35], [35], [30]]
+    assert {ade[method]["unseen_label"] for method in ("DKD-M", "STAR-M")} == {"ignore"}
     factors = [preset("PLOP", dataset=d, task="x")["pod_options"] for d in ("voc", "ade")]
     assert [json.dumps(f).split('"factor": ')[1].split(",")[0] for f in factors] == ["0.0005", "1e-05"]
     assert preset("MIB", dataset="voc", task="15-5s")["loss_kd"] == 100

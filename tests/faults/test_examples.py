@@ -1,4 +1,4 @@
-"""The methods of docs/examples and some published ones: killed, resumed, on two processes, in the report."""
+"""Methods of docs/examples and others: trained, killed, resumed, tested, on two processes, in the report."""
 
 from __future__ import annotations
 
@@ -16,9 +16,16 @@ from faults import BOUND, ROOT, TINY, Fork, completed, differences, left_by, run
 from report.command import main as report
 from session.state import StepState
 
-EXAMPLES = {"weight_fusion": "FUSION", "dkd": "DKD", "contrastive": "CONTRAST", "mean_replay": "REPLAY"}
-# Published methods, with further options.
-PUBLISHED = {
+EXAMPLES = {
+    "weight_fusion": "FUSION",
+    "dkd": "DKD-EXAMPLE",
+    "contrastive": "CONTRAST",
+    "mean_replay": "REPLAY",
+}
+# Built-in methods with networks, classifiers or states of their own, in the same way; and further options.
+BUILT_IN: dict[str, tuple[str, ...]] = {
+    "DKD": ("--lr", "0.001"),
+    "STAR": ("--lr", "0.001"),
     "PLOP+EWF": (),
     "LGKD": (),
     "PLOP+NeST": ("--warm_epochs", "2", "--fidelity", "released"),
@@ -27,14 +34,11 @@ LINES = {"weight_fusion": 35, "dkd": 75, "contrastive": 55, "cosine_distillation
 
 
 def command(data: Path, logs: Path, name: str, example: str, *more: object) -> list[object]:
-    if example in PUBLISHED:
-        chosen: Sequence[object] = ("--method", example, *PUBLISHED[example])
-    else:
-        file = ROOT / "docs" / "examples" / f"{example}.py"
-        chosen = ("--method_file", file, "--method", EXAMPLES[example])
+    file = ROOT / "docs" / "examples" / f"{example}.py"
+    own = ("--method_file", file) if example in EXAMPLES else BUILT_IN[example]
     return [
         *(*TINY, "--data_root", data, "--logdir", logs, "--name", name, "--epochs", "1", "--step", "0", "1"),
-        *("--ckpt_minutes", "0.00001", *chosen, *more),
+        *("--ckpt_minutes", "0.00001", *own, "--method", EXAMPLES.get(example, example), *more),
     ]
 
 
@@ -64,7 +68,7 @@ def left(logs: Path, name: str) -> dict[str, Any]:
     return left_by(logs / f"15-5-shapes_{name}")
 
 
-@pytest.mark.parametrize("example", [*EXAMPLES, *PUBLISHED])
+@pytest.mark.parametrize("example", [*EXAMPLES, *BUILT_IN])
 def test_an_example_from_training_to_report(
     tiny_data: Path,
     tmp_path: Path,

@@ -11,6 +11,7 @@ from small_checkpoint import DEEPLAB, save_untrained
 
 from argparser import Options, parse_options
 from inference.load import _value, model_from_checkpoint
+from methods.foreground import ForegroundClassifier
 from methods.ssul import UnknownClassifier
 from runs.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UserError
@@ -40,6 +41,15 @@ def as_before(path: Path) -> None:
     ):
         manifest["options"].pop(name)
     save_checkpoint(path, {**content, "model_state": state})
+
+
+@pytest.mark.parametrize("words", ["--dkd", "--star --fidelity released"])
+def test_the_manifest_alone_says_how_sigmoids_decide(tmp_path: Path, words: str) -> None:
+    path = tmp_path / "a_1.pth"
+    model, _ = save_untrained(path, f"{DEEPLAB.replace('--pooling 4', '')} {words}")
+    found = model_from_checkpoint(path, predicting(path)).model
+    assert type(found.cls) is type(model.cls) and isinstance(found.cls, ForegroundClassifier)
+    assert found.cls.released == ("released" in words)
 
 
 @pytest.mark.parametrize("older", [False, True], ids=["today", "earlier version"])

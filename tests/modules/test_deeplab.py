@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torchvision.models.segmentation.deeplabv3 import ASPP
 
 from modules import NetworkSpec, build_network
-from modules.deeplab import ASPPHead, AtrousConv2d, DeepLabHead
+from modules.deeplab import ASPP_DILATIONS, ASPPHead, AtrousConv2d, DeepLabHead
 from modules.norm import NormAct
 from utils.errors import UserError
 
@@ -88,7 +88,7 @@ def test_aspp_head_is_torchvisions(output_stride, training):
     """Same names of the weights, same outputs, gradients and statistics, with the same dropout."""
     torch.manual_seed(0)
     theirs = ASPP(12, [6, 12, 18] if output_stride == 16 else [12, 24, 36]).double()
-    ours = ASPPHead(12, NormAct("std"), output_stride).double()
+    ours = ASPPHead(12, NormAct("std"), ASPP_DILATIONS[output_stride]).double()
     for layer in theirs.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
             for values in (layer.weight.data, layer.bias.data, layer.running_mean):

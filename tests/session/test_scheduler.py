@@ -42,6 +42,15 @@ def test_step():
     np.testing.assert_allclose(found, [0.01] * 4 + [0.001] * 4 + [0.0001] * 2)
 
 
+def test_golden_warm_up_times_poly():
+    """A share of 0.2 of 59 iterations is 11.8 of them."""
+    with np.load(GOLDEN / "dkd_warmup_poly-0.npz", allow_pickle=False) as archive:
+        meta, expected = json.loads(str(archive["meta"])), archive["lr"]
+    chosen = {"warmup": meta["warmup"], "warmup_form": "exact_factor"}
+    found = rates(chosen, meta["iterations"], meta["base_lr"])
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("policy", ["poly", "step"])
 def test_warm_up(policy):
     options = {"lr_policy": policy, "lr_decay_step": 3}

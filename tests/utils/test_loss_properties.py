@@ -73,6 +73,11 @@ def sparsity(normalization, function="ratio"):
     return lambda p: criterion(p.features, p.labels)
 
 
+def decomposed(sign):
+    criterion = L.DecomposedDistillationLoss(sign)
+    return lambda p: criterion(p.features, p.features_old, p.prototypes - 0.5, p.prototypes[:OLD] - 0.7)
+
+
 # name: (loss of a problem, the tensor that it trains)
 MEANS = {
     "ce": (lambda p: L.UnbiasedCrossEntropy(old_cl=OLD)(p.logits, p.labels), "logits"),
@@ -121,6 +126,24 @@ MEANS = {
         name: (attention(name), "features" if name.endswith("CNN") else "attention")
         for name in L.DISTILL_OBJECTS
     },
+    "mbce": (lambda p: L.MBCELoss(OLD, 2.0)(p.logits[:, OLD:], p.labels), "logits"),
+    "sigmoid kd": (lambda p: L.SigmoidDistillationLoss()(p.logits, p.teacher), "logits"),
+    "auxiliary": (lambda p: L.AuxiliaryLoss()(p.logits), "logits"),
+    "negatives": (lambda p: L.negatives_loss(p.logits, p.labels == 0), "logits"),
+    "dkd positive": (decomposed("positive"), "features"),
+    "dkd negative": (decomposed("negative"), "features"),
+    "ocfm": (
+        lambda p: L.OldClassFeaturesMaintainingLoss()(
+            p.features, p.features_old, p.labels, L.old_prediction(p.teacher)
+        ),
+        "features",
+    ),
+    "sad": (
+        lambda p: L.SimilarityAwareDiscriminativeLoss(OLD, CLASSES - OLD)(
+            p.features, p.labels, F.normalize(p.prototypes[1:OLD], dim=1)
+        ),
+        "features",
+    ),
 }  # fmt: skip
 SUMS = {
     "snnl": (lambda p: L.SNNL(temperature=3.0)(p.features, p.labels), "features"),
@@ -128,9 +151,11 @@ SUMS = {
 }
 ALL = {**MEANS, **SUMS}
 # Losses without labels, or in which void takes part by design (see their docstrings).
-VOID_COUNTS = {"icarl", "kd", "unkd", "cil", "encoder", "pod", "pod logits", "lasso"} | {
-    name for name in ALL if name.startswith(("sparsity", "sats-selfattn-"))
-}
+VOID_COUNTS = (
+    {"icarl", "kd", "unkd", "cil", "encoder", "pod", "pod logits", "lasso"}
+    | {name for name in ALL if name.startswith(("sparsity", "sats-selfattn-"))}
+    | {"mbce", "sigmoid kd", "auxiliary", "dkd positive", "dkd negative"}
+)
 RELABELLED = {"bce", "focal", "attraction", "attraction l2", "repulsion", "repulsion on prototypes",
               "orthogonality", "orthogonality max", "snnl"}  # fmt: skip
 
@@ -419,6 +444,9 @@ def test_bad_arguments_are_named():
         (lambda: L.FeaturesSparsificationLoss("L7"), "lfs_normalization"),
         (lambda: L.LocalPODLoss(pod="none"), "pod"),
         (lambda: L.entropy(torch.ones(1, 1, 1, 1), fidelity="book"), "fidelity"),
+        (lambda: L.MBCELoss(1, reduction="median"), "reduction"),
+        (lambda: L.reasoning_scores(torch.ones(1, 1, 1, 1), torch.ones(1, 1), "none"), "sign"),
+        (lambda: L.replay_schedule(*3 * [torch.ones(2)], 1, "other"), "setting"),
         (
             lambda: L.KnowledgeDistillationLoss()(torch.zeros(1, 2, 1, 1), torch.zeros(1, 3, 1, 1)),
             "3 classes",
