@@ -168,6 +168,10 @@ class RunFolder:
             resumed = Resumed(opts.ckpt, self.load(opts.ckpt, step), own=False)
         else:
             return None
+        if "epoch" not in resumed.content:
+            raise UserError(
+                f"--ckpt {resumed.path} does not say its epoch; give it to --step_ckpt, or --test"
+            )
         epoch = int(resumed.content["epoch"])
         trained = is_trained(resumed.content, opts.epochs)
         if not resumed.own and (trained or epoch >= opts.epochs):

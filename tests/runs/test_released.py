@@ -1,0 +1,102 @@
+"""Checkpoints of the released programs: every weight finds its place, and a wrong option is named."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from released_networks import NETWORKS, checkpoint, programs, shapes
+
+from argparser import parse_options
+from modules import NetworkSpec
+from modules.norm import norm_layers
+from runs.checkpoint import check_fits, model_state
+from segmentation_module import load_state, make_model
+from tasks import get_task
+from utils.errors import UserError
+
+
+def content(program: str) -> dict[str, Any]:
+    """Zeros that take no memory, of the shapes of a program's checkpoint."""
+    return checkpoint(
+        program, {name: torch.zeros((), dtype=d).expand(s) for name, (s, d) in shapes(program).items()}
+    )
+
+
+def spec_of(words: str) -> NetworkSpec:
+    return NetworkSpec.of(parse_options(shlex.split(f"--task 15-5 {words}")))
+
+
+def check(program: str, words: str, *, task: str = "15-5", step: int = 1) -> None:
+    task_ = get_task("voc", task)
+    check_fits(content(program), path=Path("a.pth"), task=task_, step=step, spec=spec_of(words))
+
+
+def test_every_program_has_a_network_here() -> None:
+    assert set(NETWORKS) == set(programs()) - {"DKD", "STAR", "RCIL"}
+
+
+@pytest.mark.parametrize("program", NETWORKS)
+def test_every_weight_has_its_place(program: str) -> None:
+    words = NETWORKS[program][0]
+    check(program, words)
+    with torch.device("meta"):
+        model = make_model(spec_of(words), [16, 5])
+    norms = {id(layer) for layer in norm_layers(model)}
+    counters = {f"{name}.num_batches_tracked" for name, part in model.named_modules() if id(part) in norms}
+    found = {name: tensor.shape for name, tensor in model_state(content(program)).items()}
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    assert found.keys() <= wanted.keys() and wanted.keys() - found.keys() <= counters
+    assert found == {name: wanted[name] for name in found}
+
+
+@pytest.mark.parametrize(
+    ("program", "words", "message"),
+    [
+        ("PLOP", "", "it has --norm_act iabn_sync, not std"),
+        ("PLOP", "--norm_act abn", "it has --norm_act iabn_sync, not abn"),
+        ("PLOP", "--norm_act iabn --backbone resnet50", "it has --backbone resnet101, not resnet50"),
+        ("PLOP", "--model segformer_b2", "it has --model deeplab, not segformer_b2"),
+        ("PLOP", "--norm_act iabn --head aspp", "it has --head mib, not aspp"),
+        ("SDR_net_pytorch", "--method SDR", "it has the network of --fidelity released, not paper"),
+        ("SATS", "", "it has --model segformer_b2, not deeplab"),
+        ("SATS", "--model segformer_b3", "it has --model segformer_b2, not segformer_b3"),
+        ("SATS", "--model segformer_b2 --decoder segformer", "it has --decoder sats, not segformer"),
+        ("SSUL", "--method SSUL", "it has --head aspp, not mib"),
+        (
+            "SSUL",
+            "--head aspp",
+            r"1 \+ 15 \+ 5 classes, step 1 has 16 \+ 5 .as many with --classifier unknown",
+        ),
+    ],
+)
+def test_a_wrong_or_missing_option_is_named(program: str, words: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        check(program, words)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("program", NETWORKS)
+def test_another_step_or_task_is_refused(program: str) -> None:
+    words = NETWORKS[program][0]
+    with pytest.raises(UserError, match="classes, step 0 has"):
+        check(program, words, step=0)
+    with pytest.raises(UserError, match="classes, step 1 has"):
+        check(program, words, task="15-1")
+
+
+@pytest.mark.parametrize("program", ["PLOP", "SATS"])
+def test_a_missing_or_strange_weight_is_refused(program: str) -> None:
+    with torch.device("meta"):
+        model = make_model(spec_of(NETWORKS[program][0]), [16, 5])
+    state = model_state(content(program))
+    name = next(iter(state))
+    for changed in (
+        {k: t for k, t in state.items() if k != name},
+        {**state, "network.body.more": state[name]},
+    ):
+        with pytest.raises(UserError, match=r"the checkpoint (lacks|has unknown) 1 weights"):
+            load_state(model, changed)
