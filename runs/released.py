@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
@@ -21,7 +22,7 @@ class Program:
     """Released programs whose weights have the same names.
 
     Attributes:
-        sign: a weight that only their checkpoints have.
+        sign: a weight that only their checkpoints have, and those of programs further down.
         renames: patterns in their names and what takes their place, in this order.
         network: what the weights belong to, by the fields of ``NetworkSpec``; ``model`` or ``backbone``
             follow from the number of blocks.
@@ -36,13 +37,13 @@ _BODY: Rename = (r"^(?:body|backbone)\.(.+)", lambda found: f"network.body.{rena
 _NETWORK: tuple[Rename, ...] = ((r"^(body|head)\.", r"network.\1."),)  # a backbone that is not of a release
 _HEAD: Rename = (r"^head\.", "network.head.")
 
+_IN_PLACE = {"model": "deeplab", "norm_act": "iabn_sync", "head": "mib"}
+
 PROGRAMS = (
+    # RCIL
+    Program("body.mod2.block1.convs.conv2_new.weight", (_BODY, _HEAD), {**_IN_PLACE, "two_branches": True}),
     # MiB, PLOP and its forks EWF, LGKD, NeST and RevisitingCSS (DFT*); SDR with its default --where_to_sim
-    Program(
-        "body.mod1.conv1.weight",
-        (_BODY, _HEAD),
-        {"model": "deeplab", "norm_act": "iabn_sync", "head": "mib"},
-    ),
+    Program("body.mod1.conv1.weight", (_BODY, _HEAD), _IN_PLACE),
     # SDR with another --where_to_sim
     Program(
         "body.layer1.0.conv1.weight",
@@ -58,6 +59,12 @@ PROGRAMS = (
             (r"^head\.to_segmentation\.", "network.head.fuse."),
         ),
         {"decoder": "sats"},
+    ),
+    # DKD, whose first classifier is the auxiliary one, and STAR
+    Program(
+        "aspp.last_conv.0.weight",
+        (_BODY, (r"^aspp\.", "network.head.")),
+        {"model": "deeplab", "norm_act": "sync", "head": "dkd"},
     ),
     # SSUL: the unknown class's classifier, the background's, then each step's
     Program(
@@ -84,6 +91,11 @@ def network_of(weights: Mapping[str, Tensor]) -> dict[str, str | bool]:
     """What weights of a released program belong to, by the fields of ``NetworkSpec``; empty for others'."""
     program = _program(weights)
     return {} if program is None else {**_size(our_names(weights)), **program.network}
+
+
+def companion(path: Path) -> Path:
+    """File beside a released checkpoint in which its program (STAR) keeps a method's state."""
+    return path.with_name(re.sub("^checkpoint-", "prototypes-", path.name))
 
 
 def _renamed(name: str, renames: Sequence[Rename]) -> str:

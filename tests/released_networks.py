@@ -118,7 +118,10 @@ class Released:
 
 
 def resnet101(net: Released, x: Tensor, body: str, *, first_dilation: int = 2) -> Tensor:
-    """B×3×H×W → B×2048×H/16×W/16; ``first_dilation``: of the last stage's first block."""
+    """B×3×H×W → B×2048×H/16×W/16, with one branch or RCIL's two, whose mean counts.
+
+    ``first_dilation``: of the last stage's first block.
+    """
     mods = net.get(f"{body}.mod1.conv1.weight") is not None
     stem = f"{body}.mod1" if mods else body
     x = net.act(net.norm(f"{stem}.bn1", net.conv(f"{stem}.conv1", x, stride=2)))
@@ -133,8 +136,10 @@ def resnet101(net: Released, x: Tensor, body: str, *, first_dilation: int = 2) -
             stride = 2 if stage in (1, 2) and number == 0 else 1
             dilation = (2 if number else first_dilation) if stage == 3 else 1
             y = net.act(net.norm(f"{layers}.bn1", net.conv(f"{layers}.conv1", x)))
-            y = net.conv(f"{layers}.conv2", y, stride=stride, dilation=dilation)
-            y = net.norm(f"{layers}.bn3", net.conv(f"{layers}.conv3", net.act(net.norm(f"{layers}.bn2", y))))
+            branches = [s for s in ("", "_new") if net.get(f"{layers}.conv2{s}.weight") is not None]
+            maps = [net.conv(f"{layers}.conv2{s}", y, stride=stride, dilation=dilation) for s in branches]
+            y = sum(net.norm(f"{layers}.bn2{s}", m) for s, m in zip(branches, maps, strict=True)) / len(maps)
+            y = net.norm(f"{layers}.bn3", net.conv(f"{layers}.conv3", net.act(y)))
             if number == 0:
                 x = net.norm(f"{block}.{shortcut[1]}", net.conv(f"{block}.{shortcut[0]}", x, stride=stride))
             x = net.act(x + y)
@@ -144,8 +149,13 @@ def resnet101(net: Released, x: Tensor, body: str, *, first_dilation: int = 2) -
 def mib_head(net: Released, x: Tensor, *, activated: bool = True) -> Tensor:
     """On maps of at most 32×32, whose pooling window is the whole map."""
     act = net.act if activated else torch.clone
-    maps = [net.conv(f"head.map_convs.{i}", x, dilation=d) for i, d in enumerate((1, 6, 12, 18))]
-    y = net.conv("head.red_conv", act(net.norm("head.map_bn", torch.cat(maps, dim=1))))
+    branches = [s for s in ("", "_new") if net.get(f"head.map_bn{s}.weight") is not None]
+    maps = [
+        [net.conv(f"head.map_convs{s}.{i}", x, dilation=d) for i, d in enumerate((1, 6, 12, 18))]
+        for s in branches
+    ]
+    normed = [net.norm(f"head.map_bn{s}", torch.cat(m, dim=1)) for s, m in zip(branches, maps, strict=True)]
+    y = net.conv("head.red_conv", act(sum(normed) / len(normed)))
     pooled = net.conv("head.global_pooling_conv", x.mean((2, 3), keepdim=True))
     y = y + net.conv("head.pool_red_conv", act(net.norm("head.global_pooling_bn", pooled)))
     return act(net.norm("head.red_bn", y))
@@ -224,6 +234,13 @@ def ssul_logits(state: Mapping[str, Tensor], images: Tensor) -> Tensor:
     return torch.cat([net.conv(f"{head}.3", maps) for head, maps in zip(heads, hidden, strict=True)], dim=1)
 
 
+def dkd_logits(state: Mapping[str, Tensor], images: Tensor) -> Tensor:
+    """DKD: the auxiliary channel, then the classes without the background; STAR: the latter alone."""
+    net = Released(state)
+    x = aspp_head(net, resnet101(net, images, "backbone", first_dilation=1), "aspp")
+    return net.classifiers(net.act(net.norm("aspp.last_conv.1", net.conv("aspp.last_conv.0", x))))
+
+
 def decide(logits: Tensor) -> Tensor:
     """Scores whose argmax is the prediction: the logits."""
     return logits
@@ -235,10 +252,20 @@ def decide_ssul(logits: Tensor) -> Tensor:
     return torch.cat([rest[:, :1] + unknown, rest[:, 1:]], dim=1)
 
 
+def decide_dkd(logits: Tensor) -> Tensor:
+    """The background where no logit of a class, from channel 1 on, is above 0."""
+    return torch.cat([torch.zeros_like(logits[:, :1]), logits[:, 1:]], dim=1)
+
+
+def decide_star(logits: Tensor) -> Tensor:
+    """The background where no logit is above 0."""
+    return torch.cat([torch.zeros_like(logits[:, :1]), logits], dim=1)
+
+
 # How a user names each network, and what it computes: small logits, and scores of the resized logits.
 _IN_PLACE = "--norm_act iabn_sync_test"
 NETWORKS: dict[str, tuple[str, Any, Any]] = {
-    "DFT": (f"--method FT {_IN_PLACE}", in_place_logits, decide),
+    "DFT": (f"--method DFT {_IN_PLACE}", in_place_logits, decide),
     "EWF": (f"--method MIB {_IN_PLACE}", in_place_logits, decide),
     "LGKD": (f"--method PLOP {_IN_PLACE}", in_place_logits, decide),
     "MiB": (f"--method MIB {_IN_PLACE}", in_place_logits, decide),
@@ -247,5 +274,8 @@ NETWORKS: dict[str, tuple[str, Any, Any]] = {
     "SDR": (f"--method SDR {_IN_PLACE}", in_place_logits, decide),
     "SDR_net_pytorch": ("--method SDR --fidelity released", sdr_logits, decide),
     "SATS": ("--method SATS --model segformer_b2", sats_logits, decide),
+    "RCIL": (f"--method RCIL {_IN_PLACE}", in_place_logits, decide),
+    "DKD": ("--method DKD", dkd_logits, decide_dkd),
+    "STAR": ("--method STAR", dkd_logits, decide_star),
     "SSUL": ("--method SSUL --fidelity released", ssul_logits, decide_ssul),
 }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from tasks import get_task
 from utils.labels import VOID
 
 # A program for each network.
-FAMILIES = ["PLOP", "SDR_net_pytorch", "SATS", "SSUL"]
+FAMILIES = ["PLOP", "SDR_net_pytorch", "SATS", "SSUL", "DKD", "STAR", "RCIL"]
 
 
 def draw_image(path: Path) -> Path:
@@ -39,6 +41,22 @@ def pixels(path: Path) -> Tensor:
 
 def run(path: Path, words: str, *more: str | Path) -> int:
     return main([*shlex.split(f"--dataset shapes --task 15-5 {words}"), "--ckpt", str(path), *map(str, more)])
+
+
+def first_step(program: str) -> dict[str, Tensor]:
+    """Weights of step 0 of a smaller network, ResNet-50."""
+    later = re.compile(r"cls\.1\.|layer3\.(?!\d\.)|layer3\.[6-9]\.")
+    return {name: weight for name, weight in draw(program).items() if not later.search(name)}
+
+
+def go_on(path: Path, words: str, shapes_root: Path, tmp_path: Path) -> dict[str, Any]:
+    """Train the next step for an epoch, from a checkpoint of ``first_step``; the saved checkpoint."""
+    options = f"--dataset shapes --task 15-5 --overlap --step 1 {words} --backbone resnet50 --epochs 1"
+    folders = ("--data_root", shapes_root, "--logdir", tmp_path, "--step_ckpt", path)
+    small = ("--crop_size", "32", "--batch_size", "4")
+    assert main([*shlex.split(options), *small, *map(str, folders)]) == 0
+    saved = tmp_path / "15-5-shapes_Experiment" / "15-5-shapes_Experiment_1.pth"
+    return dict(torch.load(saved, weights_only=True))
 
 
 @pytest.mark.parametrize("program", FAMILIES)
@@ -86,22 +104,30 @@ def test_evaluation(shapes_root: Path, tmp_path: Path) -> None:
 def test_the_next_step(shapes_root: Path, tmp_path: Path) -> None:
     """``--step_ckpt``: the teacher and the methods' states are the file's."""
     words, path = NETWORKS["SDR_net_pytorch"][0], tmp_path / "released.pth"
-    state = {name: weight for name, weight in draw("SDR_net_pytorch").items() if "cls.1." not in name}
     prototypes = {"prototypes": torch.rand(16, 2048), "count_features": torch.arange(16.0)}
-    torch.save({**checkpoint("SDR_net_pytorch", state), **prototypes}, path)
-    options = (
-        f"--dataset shapes --task 15-5 --overlap --step 1 {words} --epochs 1 --crop_size 32 --batch_size 4"
-    )
-    folders = ("--data_root", shapes_root, "--logdir", tmp_path, "--step_ckpt", path)
-    assert main([*shlex.split(options), *map(str, folders)]) == 0
-    saved = torch.load(
-        tmp_path / "15-5-shapes_Experiment" / "15-5-shapes_Experiment_1.pth", weights_only=True
-    )
+    torch.save({**checkpoint("SDR_net_pytorch", first_step("SDR_net_pytorch")), **prototypes}, path)
+    saved = go_on(path, words, shapes_root, tmp_path)
     (kept,) = (entry for entry in saved["method_state"].values() if "prototypes" in entry)
     assert torch.equal(kept["count_features"][:16], prototypes["count_features"].long())
     assert (
         torch.equal(kept["prototypes"][:16], prototypes["prototypes"]) and kept["count_features"][16:].any()
     )
+
+
+def test_statistics_beside_the_checkpoint(shapes_root: Path, tmp_path: Path) -> None:
+    """STAR's statistics are in a file of their own, and go on to the next step."""
+    words, path = NETWORKS["STAR"][0], tmp_path / "checkpoint-epoch60.pth"
+    torch.save(checkpoint("STAR", first_step("STAR")), path)
+    known = {
+        "numbers": 1000 * torch.rand(16),
+        "prototypes": F.normalize(torch.rand(15, 256)),
+        "norm_mean_and_std": torch.rand(2, 15),
+        "noise": torch.rand(15, 256),
+    }
+    torch.save(known, tmp_path / "prototypes-epoch60.pth")
+    saved = go_on(path, words, shapes_root, tmp_path)
+    (kept,) = (entry for entry in saved["method_state"].values() if "prototypes" in entry)
+    assert torch.equal(kept["prototypes"][:15], known["prototypes"]) and len(kept["prototypes"]) == 20
 
 
 def test_a_file_without_its_epoch_cannot_be_continued(
