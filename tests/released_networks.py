@@ -266,10 +266,10 @@ def decide_star(logits: Tensor) -> Tensor:
 _IN_PLACE = "--norm_act iabn_sync_test"
 NETWORKS: dict[str, tuple[str, Any, Any]] = {
     "DFT": (f"--method DFT {_IN_PLACE}", in_place_logits, decide),
-    "EWF": (f"--method MIB {_IN_PLACE}", in_place_logits, decide),
+    "EWF": (f"--method PLOP {_IN_PLACE}", in_place_logits, decide),
     "LGKD": (f"--method PLOP {_IN_PLACE}", in_place_logits, decide),
     "MiB": (f"--method MIB {_IN_PLACE}", in_place_logits, decide),
-    "NeST": (f"--method MIB {_IN_PLACE}", in_place_logits, decide),
+    "NeST": (f"--method PLOP {_IN_PLACE}", in_place_logits, decide),
     "PLOP": (f"--method PLOP {_IN_PLACE}", in_place_logits, decide),
     "SDR": (f"--method SDR {_IN_PLACE}", in_place_logits, decide),
     "SDR_net_pytorch": ("--method SDR --fidelity released", sdr_logits, decide),

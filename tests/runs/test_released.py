@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from argparser import parse_options
 from modules import NetworkSpec
 from modules.norm import norm_layers
 from runs.checkpoint import check_fits, model_state
-from segmentation_module import load_state, make_model
+from segmentation_module import IncrementalSegmentationModule, load_state, make_model
 from tasks import get_task
 from utils.errors import UserError
 
@@ -35,6 +37,11 @@ def check(program: str, words: str, *, task: str = "15-5", step: int = 1) -> Non
     check_fits(content(program), path=Path("a.pth"), task=task_, step=step, spec=spec_of(words))
 
 
+def network(spec: NetworkSpec, classes: Sequence[int] = (16, 5)) -> IncrementalSegmentationModule:
+    with torch.device("meta"):
+        return make_model(spec, classes)
+
+
 def test_every_program_has_a_network_here() -> None:
     assert set(NETWORKS) == set(programs())
 
@@ -43,8 +50,7 @@ def test_every_program_has_a_network_here() -> None:
 def test_every_weight_has_its_place(program: str) -> None:
     words = NETWORKS[program][0]
     check(program, words)
-    with torch.device("meta"):
-        model = make_model(spec_of(words), [16, 5])
+    model = network(spec_of(words))
     norms = {id(layer) for layer in norm_layers(model)}
     counters = {f"{name}.num_batches_tracked" for name, part in model.named_modules() if id(part) in norms}
     found = {name: tensor.shape for name, tensor in model_state(content(program)).items()}
@@ -89,10 +95,29 @@ def test_another_step_or_task_is_refused(program: str) -> None:
         check(program, words, task="15-1")
 
 
+def test_the_first_branches_have_biases_after_step_0_only() -> None:
+    """RCIL's run.py adds them when it merges the branches."""
+    name = re.compile(r"cls\.1\.|conv2\.bias|map_convs\.\d\.bias")
+    whole = content("RCIL")
+    whole["model_state"] = {k: tensor for k, tensor in whole["model_state"].items() if not name.search(k)}
+    spec, task = spec_of(NETWORKS["RCIL"][0]), get_task("voc", "15-5")
+    check_fits(whole, path=Path("a.pth"), task=task, step=0, spec=spec)
+    first, later = network(spec, [16]), network(spec, [16, 5])
+    assert model_state(whole).keys() == {
+        k for k in first.state_dict() if not k.endswith("num_batches_tracked")
+    }
+    later.load_previous(model_state(whole))
+
+
+@pytest.mark.parametrize("program", NETWORKS)
+def test_the_documented_options_are_the_tested_ones(program: str) -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert f"`{NETWORKS[program][0].replace('iabn_sync_test', 'iabn_sync')}`" in text
+
+
 @pytest.mark.parametrize("program", ["PLOP", "SATS"])
 def test_a_missing_or_strange_weight_is_refused(program: str) -> None:
-    with torch.device("meta"):
-        model = make_model(spec_of(NETWORKS[program][0]), [16, 5])
+    model = network(spec_of(NETWORKS[program][0]))
     state = model_state(content(program))
     name = next(iter(state))
     for changed in (
