@@ -22,6 +22,7 @@ from run import main
 from tasks import get_task
 from utils.labels import VOID
 
+PARTS = (".body.", ".head.", ".cls.")  # groups of the released optimisers
 # A program for each network.
 FAMILIES = ["PLOP", "SDR_net_pytorch", "SATS", "SSUL", "DKD", "STAR", "RCIL"]
 
@@ -128,6 +129,24 @@ def test_statistics_beside_the_checkpoint(shapes_root: Path, tmp_path: Path) -> 
     saved = go_on(path, words, shapes_root, tmp_path)
     (kept,) = (entry for entry in saved["method_state"].values() if "prototypes" in entry)
     assert torch.equal(kept["prototypes"][:15], known["prototypes"]) and len(kept["prototypes"]) == 20
+
+
+def test_a_step_is_continued(shapes_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """``--ckpt`` within the first step: its weights, and momentum that begins with zeros."""
+    words, path = NETWORKS["SATS"][0], tmp_path / "released.pth"
+    state = {name: weight for name, weight in draw("SATS").items() if "cls.1." not in name}
+    parts = [[torch.nn.Parameter(weight) for name, weight in state.items() if p in name] for p in PARTS]
+    optimizer = torch.optim.SGD([{"params": part} for part in parts], lr=0.01, momentum=0.9)
+    released = {**checkpoint("SATS", state), "epoch": 0, "optimizer_state": optimizer.state_dict()}
+    torch.save({**released, "best_score": np.float64(0.5)}, path)
+    folders = ("--data_root", shapes_root, "--logdir", tmp_path)
+    assert run(path, f"--step 0 {words} --no_pretrained --lr 1e-12 --epochs 2 --crop_size 32", *folders) == 0
+    assert "step 0 resumes at epoch 1 of 2" in caplog.text
+    saved = torch.load(
+        tmp_path / "15-5-shapes_Experiment" / "15-5-shapes_Experiment_0.pth", weights_only=True
+    )
+    kept = saved["model_state"]["network.head.fuse.weight"]
+    torch.testing.assert_close(kept, state["module.head.to_segmentation.weight"])
 
 
 def test_a_file_without_its_epoch_cannot_be_continued(
