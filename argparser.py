@@ -118,6 +118,13 @@ def _classifier(word: str) -> str:
         raise argparse.ArgumentTypeError(str(error).partition(": ")[2]) from None
 
 
+# Options of published command lines without a meaning here, and what to do instead.
+_ELSEWHERE = {
+    "--results_dir": "results are in the run's folder, below --logdir; drop it",
+    "--num_classes": "the task sets the number of classes; drop it",
+}
+
+
 def build_parser() -> OptionParser:
     """The parser with all groups: the general ones, then each method's own options."""
     parser = OptionParser(
@@ -217,6 +224,8 @@ def _add_task(group: OptionGroup) -> None:
     group.value("--task", str, "19-1", chooses_task=True,
         help="steps: a published name, e.g. 19-1, 15-5, 15-1 (folders name it 15-5s), 100-50, or "
         "A-B: A classes, then B per step")
+    group.value("--task_num", positive_int, None, compared_by_meaning=True, restored=False,
+        help="number of steps of the task; checked where it is given (DFT*)")
     group.value("--task_file", path_option, None, chooses_task=True,
         help="YAML or JSON file with own tasks")
     group.value("--class_order", path_option, None, metavar="FILE", chooses_task=True,
@@ -425,6 +434,8 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     opts, unknown = parser.parse_known_args(argv, namespace=Options())
     if unknown:
         word = unknown[0].split("=")[0]
+        if word in _ELSEWHERE:
+            raise UserError(f"{word} does not exist here: {_ELSEWHERE[word]}")
         known = [name for action in parser._actions for name in action.option_strings]
         raise UserError(f"unknown option {word}{_nearest(word, known)} (see python run.py --help)")
     opts.typed = _typed(argv)
@@ -635,6 +646,11 @@ def _check(opts: Options) -> None:
         raise UserError(f"{' and '.join(given)} exclude each other; give one")
     if "partition_seed" in opts.typed and not opts.partitioned:
         raise UserError("--partition_seed has an effect only with --partitioned; add that or drop it")
+    if opts.task_num not in (None, opts.task_.num_steps):
+        raise UserError(
+            f"--task_num {opts.task_num}: task {opts.task} of {opts.dataset} has {opts.task_.num_steps} "
+            "steps; drop it"
+        )
     if opts.step_ckpt is not None and opts.steps[0] == 0:
         raise UserError("--step_ckpt is the checkpoint of the previous step, but step 0 has none; drop it")
     if opts.ckpt is not None and len(opts.steps) > 1:

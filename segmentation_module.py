@@ -16,6 +16,7 @@ from modules.norm import norm_layers
 from utils.errors import UserError
 
 M = TypeVar("M", bound=nn.Module)
+_COUNTER = ".num_batches_tracked"
 
 
 def freeze(module: M) -> M:
@@ -131,12 +132,15 @@ class IncrementalSegmentationModule(nn.Module):
 def load_state(module: nn.Module, state: Mapping[str, Tensor], *, may_miss: str | None = None) -> None:
     """Load weights strictly, except for missing keys that begin with ``may_miss``.
 
+    The norm layers' counters of batches are no weights: nothing reads them, and inplace-abn's have none.
+
     Raises:
         UserError: a key is missing, unknown, or of another shape.
     """
     own = module.state_dict()
     missing = [k for k in own if k not in state and not (may_miss and k.startswith(may_miss))]
     unknown = [k for k in state if k not in own]
+    missing, unknown = ([k for k in keys if not k.endswith(_COUNTER)] for keys in (missing, unknown))
     shapes = [k for k in state if k in own and state[k].shape != own[k].shape]
     for what, keys in (("lacks", missing), ("has unknown", unknown), ("has another shape for", shapes)):
         if keys:

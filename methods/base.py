@@ -142,6 +142,7 @@ class Method:
             "focal"), whatever the options say; None: theirs.
         classifier: kind of classifier that it needs, for ``--classifier``; None: any.
         differs_between_processes: its state differs between processes, so that of each process is saved.
+        released_state: entries of its released program's checkpoints that are its ``state_dict()``.
     """
 
     needs: frozenset[str] = frozenset()
@@ -152,6 +153,7 @@ class Method:
     classification: str | None = None
     classifier: str | None = None
     differs_between_processes: bool = False
+    released_state: frozenset[str] = frozenset()
 
     @property
     def uses_teacher(self) -> bool:

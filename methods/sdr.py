@@ -25,6 +25,7 @@ class PrototypeLearning(Method):
     """Class prototypes over all batches; attraction, repulsion and matching of features (SDR)."""
 
     needs = frozenset({"body"})
+    released_state = frozenset({"prototypes", "count_features"})
 
     def __init__(self, opts: Any) -> None:
         self.attraction = opts.loss_fc

@@ -162,6 +162,7 @@ def _import_inplace_abn() -> ModuleType:
     except ImportError as error:
         raise UserError(
             "--norm_act iabn and iabn_sync need the package inplace-abn: "
-            "`pip install --no-build-isolation inplace-abn`, or use --norm_act std, sync or abn"
+            "`pip install --no-build-isolation inplace-abn`, or use --norm_act std, sync or abn; for a "
+            "checkpoint that was trained with them iabn_sync_test"
         ) from error
     return inplace_abn

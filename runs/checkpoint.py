@@ -28,6 +28,7 @@ from torch import Tensor
 
 from modules import NetworkSpec
 from modules.classifiers import classifier_kind, classifier_names
+from runs.released import network_of, our_names
 from tasks import Task
 from utils.errors import UserError
 from utils.files import atomic_write, atomic_write_text, cannot_write
@@ -250,20 +251,25 @@ def model_state(content: Mapping[str, Any]) -> dict[str, Tensor]:
     """Weights with this program's names, without the prefixes of wrapped models (``module.``).
 
     Args:
-        content: of a checkpoint; its ``model_state``, or the content itself if it is a plain state dict.
+        content: of a checkpoint; its ``model_state`` or ``state_dict``, or the content itself if it is a
+            plain state dict.
 
     Raises:
         UserError: it has no weights.
     """
-    state = content.get("model_state", content)
+    return our_names(_unwrapped(content))
+
+
+def _unwrapped(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Weights with the names in the checkpoint, without the prefixes of wrapped models."""
+    state = next((content[key] for key in ("model_state", "state_dict") if key in content), content)
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError("the checkpoint holds no 'model_state' with weights; give another file")
     weights = {str(name): tensor for name, tensor in state.items()}
     for prefix in _WRAPPERS * 2:  # DistributedDataParallel around torch.compile or vice versa
         if all(name.startswith(prefix) for name in weights):
             weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
-    # The released programs have no ``network.`` prefix of the backbone (``body.``) and the head.
-    return {f"network.{n}" if n.startswith(("body.", "head.")) else n: t for n, t in weights.items()}
+    return weights
 
 
 def with_current_names(content: Mapping[str, Any], spec: NetworkSpec) -> dict[str, Any]:
@@ -337,7 +343,8 @@ def _read(path: Path, file: BinaryIO, map_location: str | torch.device) -> Any:
             raise _damaged(path, "not a checkpoint's pickle") from error
         raise UserError(
             f"{path}: holds more than weights and numbers ({refused[1]}) and was not loaded, as that could "
-            "run code; give a checkpoint that torch.load reads with weights_only=True"
+            "run code; where you trust it, save its weights alone: torch.save({'model_state': "
+            "torch.load(FILE, weights_only=False)['model_state']}, NEW)"
         ) from error
     except Exception as error:  # damaged bytes can raise many exceptions
         raise _damaged(path, _first_line(error)) from error
@@ -367,8 +374,9 @@ def check_fits(
 ) -> None:
     """Check that a checkpoint is of this step of the task and of this network.
 
-    For a released checkpoint, which has no manifest, only the classifiers are compared. A task of another
-    name with the same steps up to this one (15-5 and 15-5s at step 0) fits.
+    Of a released checkpoint, which has no manifest, the classifiers are compared, and what the names of its
+    weights say about the network. A task of another name with the same steps up to this one (15-5 and 15-5s
+    at step 0) fits.
 
     Args:
         content: of ``load_checkpoint``.
@@ -382,14 +390,11 @@ def check_fits(
     """
     manifest = content.get("manifest")
     if manifest is None:
-        misfits = _classifier_misfits(model_state(content), task, step)
+        known = {**spec.shaping, "released_resnet": spec.released_resnet, **network_of(_unwrapped(content))}
+        misfits = _network_misfits(known, spec) + _classifier_misfits(model_state(content), task, step, spec)
     elif isinstance(manifest, Mapping):
         misfits = _task_misfits(manifest, task, step)
         misfits += _network_misfits(manifest, spec)
-        released = manifest.get("released_resnet", manifest.get("sdr_network", False))
-        if released != spec.released_resnet:
-            theirs, ours = ("released", "paper") if released else ("paper", "released")
-            misfits.append(f"it has the network of --fidelity {theirs}, not {ours}")
     else:
         misfits = ["its manifest is not a dictionary"]
     if misfits:
@@ -424,20 +429,32 @@ def _network_misfits(manifest: Mapping[str, Any], spec: NetworkSpec) -> list[str
             own = option == "classifier" and found not in classifier_names()
             brought = ", which a --method_file brings" if own else ""
             misfits.append(f"it has --{option} {found}{brought}, not {value}")
+    released = manifest.get("released_resnet", manifest.get("sdr_network", False))
+    if released != spec.released_resnet:
+        theirs, ours = ("released", "paper") if released else ("paper", "released")
+        misfits.append(f"it has the network of --fidelity {theirs}, not {ours}")
     return misfits
 
 
-def _classifier_misfits(state: Mapping[str, Tensor], task: Task, step: int) -> list[str]:
-    widths = {}
-    for name, tensor in state.items():
-        if match := re.fullmatch(r"cls\.(\d+)\.weight", name):
-            widths[int(match[1])] = tensor.shape[0]
-    found = [widths[index] for index in sorted(widths)]
-    wanted = task.classes_per_step(step)
+def _classifier_misfits(state: Mapping[str, Tensor], task: Task, step: int, spec: NetworkSpec) -> list[str]:
+    def widths_of(kind: str) -> dict[str, int]:
+        with torch.device("meta"):  # names and sizes only, without drawing weights
+            made = classifier_kind(kind)(1, task.classes_per_step(step), task.later_classes_per_step(step))
+        return _widths({f"cls.{name}": tensor for name, tensor in made.state_dict().items()})
+
+    found, wanted = _widths(state), widths_of(spec.classifier)
     if not found or found == wanted:
         return []
-    return [f"it has {_sum(found)} classes, step {step} has {_sum(wanted)}"]
+    alike = [kind for kind in classifier_names() if widths_of(kind) == found]
+    hint = f" (as many with --classifier {' or '.join(alike)})" if alike else ""
+    return [f"it has {_sum(found)} classes, step {step} has {_sum(wanted)}{hint}"]
 
 
-def _sum(widths: Sequence[int]) -> str:
-    return " + ".join(map(str, widths))
+def _widths(state: Mapping[str, Tensor]) -> dict[str, int]:
+    """Output channels of each part of the classifier, by its name: the size of its last weight."""
+    weights = ((re.match(r"cls\.(\w+)\.", name), tensor) for name, tensor in state.items())
+    return {found[1]: tensor.shape[0] for found, tensor in weights if found and tensor.dim()}
+
+
+def _sum(widths: Mapping[str, int]) -> str:
+    return " + ".join(str(widths[name]) for name in sorted(filter(str.isdigit, widths), key=int))

@@ -19,6 +19,7 @@ from runs.checkpoint import (
 )
 from runs.files import CHECKPOINT, RESULTS, run_folder, step_file
 from runs.options import read_run_options
+from runs.released import companion
 from session.resume import differences, is_trained, job_id, restarted
 from utils import distributed
 from utils.distributed import World
@@ -110,6 +111,8 @@ class RunFolder:
             UserError: it is damaged, or of another network, task or step.
         """
         content = load_checkpoint(path)
+        if (beside := companion(path)) != path and beside.is_file():
+            content = {**load_checkpoint(beside), **content}
         check_fits(content, path=path, task=self.opts.task_, step=step, spec=self.spec)
         return with_current_names(content, self.spec)
 
@@ -168,6 +171,10 @@ class RunFolder:
             resumed = Resumed(opts.ckpt, self.load(opts.ckpt, step), own=False)
         else:
             return None
+        if "epoch" not in resumed.content:
+            raise UserError(
+                f"--ckpt {resumed.path} does not say its epoch; give it to --step_ckpt, or --test"
+            )
         epoch = int(resumed.content["epoch"])
         trained = is_trained(resumed.content, opts.epochs)
         if not resumed.own and (trained or epoch >= opts.epochs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -134,7 +135,7 @@ class StepNetworks:
     def begin(self) -> None:
         """Pass the previous step's states to the methods, request intermediates, call ``begin_step``."""
         context, methods = self.context, self.methods
-        state = self.previous.get("method_state", {})
+        state = _method_states(self.previous, methods)
         for name, method in methods.items():
             if name in state:
                 call_hook(method, "from_previous_step", state[name])
@@ -160,7 +161,7 @@ class StepNetworks:
         content = resumed.content
         load_state(self.context.model, model_state(content))
         local = content.get("method_state_of_rank") or []
-        states = content.get("method_state", {})
+        states = _method_states(content, self.methods)
         states = states | (local[self.world.rank] if self.world.rank < len(local) else {})
         modules = content.get("modules", {})
         if resumed.own:
@@ -197,3 +198,13 @@ class StepNetworks:
     def optimizer(self, lr: float) -> torch.optim.Optimizer:
         """Optimiser of the student and the methods' own modules; see ``make_optimizer``."""
         return make_optimizer(self.opts, self.context.model, self.methods, lr, self.own_modules)
+
+
+def _method_states(content: Mapping[str, Any], methods: Mapping[str, Method]) -> dict[str, dict[str, Any]]:
+    """States of methods in a checkpoint, by name; a released one has them as entries of its own."""
+    released = {
+        name: {entry: content[entry] for entry in method.released_state}
+        for name, method in methods.items()
+        if method.released_state and method.released_state <= content.keys()
+    }
+    return {**released, **content.get("method_state", {})}

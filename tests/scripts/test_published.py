@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from argparser import Options, parse_options
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"
@@ -59,6 +60,92 @@ DEEPLAB = [
     *(("voc", "sdr", "deeplab", task) for task in ("19-1", "15-5", "15-1")),
 ]
 EXPERIMENTS = {f"{d}/{m}_{n}_{t}.sh": (d, m, n, t) for d, m, n, t in (*SEGFORMER, *DEEPLAB)}
+
+# Repositories in published_commands.txt, and words that tell methods of one apart.
+NEWER = {
+    ("DKD", ""): "DKD",
+    ("STAR", ""): "STAR",
+    ("EWF_official", "--name MiB+ours"): "MIB+EWF",
+    ("EWF_official", "--name PLOP+ours"): "PLOP+EWF",
+    ("LGKD", ""): "LGKD",
+    ("ECCV24_NeST", "--pod local"): "PLOP+NeST",
+    ("ECCV24_NeST", "--loss_kd"): "MIB+NeST",
+    ("RCIL", ""): "RCIL",
+    ("RevisitingCSS", ""): "DFT",
+}
+# Epochs in the configuration files of DKD and STAR.
+CONFIGURED_EPOCHS = {"voc": 60, "ade": 100}
+# Options of published lines that follow from other options here, or that their program does not use.
+NOT_COMPARED = {
+    "all": {"method", "name", "task", "step", "lr", "batch_size", "epochs", "checkpoint", "overlap", "test"},
+    "RCIL": {"pod", "pod_factor", "pod_logits", "pod_options", "classif_adaptive_factor", "init_balanced"},
+    "DFT": {"fix_pre_cls", "task_num"},  # --pre_allocate freezes old classifiers
+}
+
+
+# Options of published lines that mean nothing here, and the answer.
+REFUSED = {
+    "--backbone swin_b": "argument --backbone: invalid choice: 'swin_b'",
+    "--results_dir results": "--results_dir does not exist here: results are in the run's folder",
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A published command line, without the options of folders."""
+
+    method: str
+    processes: int
+    script: str
+    words: str
+
+    def value(self, *names: str) -> str:
+        """Value of the option with one of these names."""
+        (found,) = re.findall(rf"--(?:{'|'.join(names)}) (\S+)", self.words)
+        return str(found)
+
+    @property
+    def dataset(self) -> str:
+        return self.script[6:9] if self.script.startswith("train_") else self.value("dataset")
+
+    @property
+    def task(self) -> str:
+        return {"15-5s": "15-1", "50": "50-50"}.get(task := self.value("task", "task_name"), task)
+
+    @property
+    def protocol(self) -> str:
+        return "overlapped" if "--overlap" in self.words or "setting overlap" in self.words else "disjoint"
+
+    @property
+    def step(self) -> int:
+        return int(self.value("step", "task_step"))
+
+    @property
+    def schedule(self) -> tuple[int, float, int]:
+        """Total batch, rate and epochs."""
+        total = self.processes * int(self.value("batch_size", "bs"))
+        epochs = self.value("epochs") if "--epochs" in self.words else CONFIGURED_EPOCHS[self.dataset]
+        return total, float(self.value("lr")), int(epochs)
+
+
+def published_lines() -> list[Line]:
+    lines = []
+    for text in (Path(__file__).parent / "published_commands.txt").read_text(encoding="utf-8").splitlines():
+        if not text.startswith("#"):
+            repository, processes, script, words = text.removesuffix(" # off").split(" ", 3)
+            method = next(m for (name, part), m in NEWER.items() if name == repository and part in words)
+            lines.append(Line(method, int(processes), script, words))
+    return lines
+
+
+def newer_experiments() -> dict[tuple[str, str, str], list[Line]]:
+    """Published lines by data set, method and task, but for backbones that there are not here."""
+    found: dict[tuple[str, str, str], list[Line]] = {}
+    for line in published_lines():
+        if "swin_b" not in line.words:
+            found.setdefault((line.dataset, line.method, line.task), []).append(line)
+    return found
+
 
 RECORDER = """#!/usr/bin/env bash
 printf '%s\\0' "$@" >> "$RECORD"
@@ -166,7 +253,7 @@ def check_sdr(found: list[Options]) -> None:
 
 def test_there_is_a_script_for_every_published_experiment_and_no_other() -> None:
     found = {str(path.relative_to(SCRIPTS)) for path in SCRIPTS.glob("[av]*/*")}
-    assert found == set(EXPERIMENTS)
+    assert found == {*EXPERIMENTS, "voc/newer.sh", "ade/newer.sh"}
 
 
 @pytest.mark.parametrize("script", EXPERIMENTS)
@@ -186,6 +273,61 @@ def test_script_follows_the_recipe(script: str, stand_ins: Path) -> None:
         assert (opts.model, opts.decoder) == model
         assert opts.backbone == "resnet101"
         assert opts.data_root == ROOT / "data"
+
+
+@pytest.mark.parametrize(("dataset", "method", "task"), newer_experiments())
+def test_a_newer_method_has_its_published_settings(
+    dataset: str, method: str, task: str, stand_ins: Path
+) -> None:
+    """Schedule and every weight on the published command lines, by preset or by script."""
+    first, later = calls(SCRIPTS / dataset / "newer.sh", stand_ins, method, task)
+    assert first.options.steps == [0]
+    assert later.options.steps == list(range(1, len(CLASSES[dataset][task])))
+    for line in newer_experiments()[dataset, method, task]:
+        call = later if line.step else first
+        opts = call.options
+        assert opts.task_.classes_per_step(0) == [CLASSES[dataset][task][0] + 1]
+        assert (2 * opts.batch_size, *opts.lrs[:1], opts.epochs) == line.schedule
+        assert len(set(opts.lrs)) == 1 and (opts.opt_level, opts.protocol) == ("O1", "overlapped")
+        if line.script == "run.py":
+            published = parse_options(shlex.split(line.words.replace("--results_dir results", "")))
+            for name in published.typed - NOT_COMPARED["all"] - NOT_COMPARED.get(method, set()):
+                assert getattr(opts, name) == getattr(published, name), name
+        elif "--pos_weight" in line.words:
+            assert opts.pos_weight[0] == float(line.value("pos_weight"))
+
+
+def test_newer_methods_without_published_settings_start_nothing(stand_ins: Path) -> None:
+    script = SCRIPTS / "voc" / "newer.sh"
+    said = "published for LGKD are 19-1 15-5 15-1"
+    assert calls(script, stand_ins, "LGKD", "10-1", code=2, said=said) == []
+    assert calls(script, stand_ins, code=2, said="give DKD, DKD-M, STAR") == []
+    assert calls(script, stand_ins, "LGKD", "15-1", GPUS="3", code=2, said="a batch of 16") == []
+
+
+def test_variables_of_newer_methods(stand_ins: Path) -> None:
+    variables = {"GPUS": "4", "NAME": "mine", "PROTOCOL": "disjoint", "BATCH": "8"}
+    for call in calls(SCRIPTS / "voc" / "newer.sh", stand_ins, "RCIL", "15-1", "--test", **variables):
+        opts = call.options
+        assert (opts.batch_size, opts.name, opts.protocol, opts.test) == (2, "mine", "disjoint", True)
+
+
+@pytest.mark.parametrize(
+    "method", sorted({line.method for line in published_lines() if line.script == "run.py"})
+)
+def test_published_command_lines_are_understood(method: str) -> None:
+    """Those of PLOP's forks, but for two options that get an answer."""
+    for line in published_lines():
+        if line.method != method:
+            continue
+        words = line.words
+        for option, answer in REFUSED.items():
+            if option in words:
+                with pytest.raises(UserError) as caught:
+                    parse_options(shlex.split(words))
+                assert answer in str(caught.value) and "\n" not in str(caught.value)
+                words = words.replace(option, "")
+        assert parse_options(shlex.split(words)).task_.name == line.value("task")
 
 
 def test_variables_and_further_words_are_passed_on(stand_ins: Path) -> None:
@@ -273,6 +415,7 @@ def test_shellcheck_finds_nothing() -> None:
     scripts = [
         *SCRIPTS.glob("[av]*/*.sh"),
         *SCRIPTS.glob("slurm/*"),
+        SCRIPTS / "newer_methods.sh",
         SCRIPTS / "run_task.sh",
         SCRIPTS / "share_batch.sh",
     ]
