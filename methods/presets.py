@@ -84,6 +84,17 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "warm_lr_scale": 1.0,
         "fix_pre_cls": True,
     },
+    "RCIL": {
+        "two_branches": True,
+        "loss_pckd": 1e-2,
+        "loss_pckd_last": 5e-4,
+        "unce": True,
+        "unkd": True,
+        "loss_kd": 100.0,
+        "init_balanced": True,
+        **FAMILY_PLOP,
+    },
+    "DFT": {"pre_allocate": True, "fix_backbone": True, "fix_pre_cls": True, **FAMILY_PLOP},
 }
 
 METHODS = list(_PRESETS)
@@ -108,12 +119,14 @@ _VALUES: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
     ],
     "MIB+NeST": [("ade", "*", _NEST_ADE)],
     "PLOP+NeST": [("ade", "*", {**_NEST_ADE, "fix_pre_cls": False})],
+    "RCIL": [("ade", "*", {"loss_pckd": 5e-6, "loss_pckd_last": 5e-7})],
 }
 
 # Options that the released programs set and the papers do not mention.
 _WHEN_RELEASED: dict[str, dict[str, Any]] = {
     "SATS": {"keep": "best"},
     "SSUL": {"keep": "best", "unseen_label": "ignore"},
+    "RCIL": {"init_balanced": False},
 }
 _NO_EFFECT_WHEN_RELEASED = {"CIL": "loss_CIL is compared with 1 instead of being set to it"}
 

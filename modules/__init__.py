@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from modules.deeplab import DILATIONS, HEADS, ASPPHead, DeepLabHead, DeepLabV3
+from modules.branches import two_branch_layers
+from modules.deeplab import DILATIONS, HEADS, ASPPHead, DeepLabHead, DeepLabV3, TwoBranchHead
 from modules.mobilenet import MobileNetV2Backbone
 from modules.network import Network
 from modules.norm import NormAct
@@ -26,12 +27,18 @@ __all__ = [
 ]
 
 
-def build_network(spec: NetworkSpec) -> Network:
+def build_network(spec: NetworkSpec, *, later_step: bool = False) -> Network:
     """Build a network with random weights.
+
+    Args:
+        spec: its architecture.
+        later_step: whether it is that of a step after the first, whose first branches are merged.
 
     Raises:
         UserError: a value that is not among the choices, or inplace-abn is needed and not installed.
     """
+    if spec.two_branches and (spec.model, spec.head) != ("deeplab", HEADS[0]):
+        raise UserError(f"--two_branches needs --model deeplab and --head {HEADS[0]}")
     if spec.model in CONFIGS:
         return SegFormer(CONFIGS[spec.model], spec.decoder, checkpointing=spec.checkpointing)
     for name, choices in {"model": MODELS, "backbone": BACKBONES, "head": HEADS}.items():
@@ -44,9 +51,15 @@ def build_network(spec: NetworkSpec) -> Network:
     norms = NormAct(spec.norm_act)
     backbone: ResNetBackbone | MobileNetV2Backbone
     if spec.backbone == "mobilenet_v2":
-        backbone = MobileNetV2Backbone(norms, spec.output_stride)
+        backbone = MobileNetV2Backbone(norms, spec.output_stride, two_branches=spec.two_branches)
     else:
-        backbone = ResNetBackbone(spec.backbone, norms, spec.output_stride, released=spec.released_resnet)
+        backbone = ResNetBackbone(
+            spec.backbone,
+            norms,
+            spec.output_stride,
+            released=spec.released_resnet,
+            two_branches=spec.two_branches,
+        )
     if spec.checkpointing and norms.fused:
         raise UserError(
             f"--grad_checkpointing cannot be used with --norm_act {spec.norm_act}, whose layers overwrite "
@@ -56,4 +69,9 @@ def build_network(spec: NetworkSpec) -> Network:
     sizes = (backbone.out_channels, norms, spec.output_stride)
     if spec.head == "aspp":
         return DeepLabV3(backbone, ASPPHead(*sizes))
+    if spec.two_branches:
+        network = DeepLabV3(backbone, TwoBranchHead(*sizes, spec.pooling))
+        for _, layer in two_branch_layers(network) if later_step else ():
+            layer.keep_first()
+        return network
     return DeepLabV3(backbone, DeepLabHead(*sizes, spec.pooling, released=spec.released_resnet))

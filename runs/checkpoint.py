@@ -126,6 +126,7 @@ def make_manifest(
         "released_resnet": spec.released_resnet,
         "head": spec.head,
         "classifier": spec.classifier,
+        "two_branches": spec.two_branches,
         "options": {str(key): _plain(value) for key, value in options.items()},
         "precision": precision,
         "git_commit": _git_commit(),
@@ -368,7 +369,8 @@ def check_fits(
     """Check that a checkpoint is of this step of the task and of this network.
 
     For a released checkpoint, which has no manifest, only the classifiers are compared. A task of another
-    name with the same steps up to this one (15-5 and 15-5s at step 0) fits.
+    name with the same steps up to this one (15-5 and 15-5s at step 0) fits, unless the classifier has the
+    parts of all steps.
 
     Args:
         content: of ``load_checkpoint``.
@@ -381,10 +383,12 @@ def check_fits(
         UserError: lists every difference.
     """
     manifest = content.get("manifest")
+    whole = classifier_kind(spec.classifier).of_all_steps
     if manifest is None:
-        misfits = _classifier_misfits(model_state(content), task, step)
+        last = task.num_steps - 1 if whole else step
+        misfits = _classifier_misfits(model_state(content), task.classes_per_step(last), step)
     elif isinstance(manifest, Mapping):
-        misfits = _task_misfits(manifest, task, step)
+        misfits = _task_misfits(manifest, task, step, whole=whole)
         misfits += _network_misfits(manifest, spec)
         released = manifest.get("released_resnet", manifest.get("sdr_network", False))
         if released != spec.released_resnet:
@@ -398,7 +402,8 @@ def check_fits(
         )
 
 
-def _task_misfits(manifest: Mapping[str, Any], task: Task, step: int) -> list[str]:
+def _task_misfits(manifest: Mapping[str, Any], task: Task, step: int, *, whole: bool) -> list[str]:
+    """``whole``: the steps after this one count too."""
     misfits = []
     if manifest.get("dataset") != task.dataset:
         misfits.append(f"it is of --dataset {manifest.get('dataset')}, not {task.dataset}")
@@ -407,7 +412,8 @@ def _task_misfits(manifest: Mapping[str, Any], task: Task, step: int) -> list[st
     theirs = manifest.get("steps")
     ours = [list(classes) for classes in task.steps]
     name = manifest.get("task")
-    if not isinstance(theirs, list) or theirs[: step + 1] != ours[: step + 1]:
+    end = None if whole else step + 1
+    if not isinstance(theirs, list) or theirs[:end] != ours[:end]:
         what = "another class order" if name == task.name else f"--task {name}, not {task.name}"
         misfits.append(f"it is of {what}")
     elif name != task.name:
@@ -418,22 +424,23 @@ def _task_misfits(manifest: Mapping[str, Any], task: Task, step: int) -> list[st
 def _network_misfits(manifest: Mapping[str, Any], spec: NetworkSpec) -> list[str]:
     misfits = []
     for option, value in spec.shaping.items():
-        # Older checkpoints lack these two; loading their weights checks the kind of classifier.
-        found = manifest.get(option, {"head": "mib", "classifier": value}.get(option))
-        if found != value and not any(found in kinds and value in kinds for kinds in _SAME_WEIGHTS):
+        # Older checkpoints lack these; loading their weights checks the kind of classifier.
+        found = manifest.get(option, {"head": "mib", "classifier": value, "two_branches": False}.get(option))
+        if found != value and isinstance(value, bool):
+            misfits.append(f"it is of a network {'without' if value else 'with'} --{option}")
+        elif found != value and not any(found in kinds and value in kinds for kinds in _SAME_WEIGHTS):
             own = option == "classifier" and found not in classifier_names()
             brought = ", which a --method_file brings" if own else ""
             misfits.append(f"it has --{option} {found}{brought}, not {value}")
     return misfits
 
 
-def _classifier_misfits(state: Mapping[str, Tensor], task: Task, step: int) -> list[str]:
+def _classifier_misfits(state: Mapping[str, Tensor], wanted: list[int], step: int) -> list[str]:
     widths = {}
     for name, tensor in state.items():
         if match := re.fullmatch(r"cls\.(\d+)\.weight", name):
             widths[int(match[1])] = tensor.shape[0]
     found = [widths[index] for index in sorted(widths)]
-    wanted = task.classes_per_step(step)
     if not found or found == wanted:
         return []
     return [f"it has {_sum(found)} classes, step {step} has {_sum(wanted)}"]

@@ -140,6 +140,7 @@ METHOD_NAMES = {
     "ewf",
     "lgkd",
     "nest",
+    "rcil",
 }
 LONG_NAMES = ("icarl", "plop", "ssul", "sats")  # stand in no other word
 # Ordinary words: a method's where they are an attribute, a keyword or a whole string.

@@ -22,6 +22,8 @@ PUBLISHED = {
     "PLOP+EWF": (),
     "LGKD": (),
     "PLOP+NeST": ("--warm_epochs", "2", "--fidelity", "released"),
+    "RCIL": (),
+    "DFT": (),
 }
 LINES = {"weight_fusion": 35, "dkd": 75, "contrastive": 55, "cosine_distillation": 60, "mean_replay": 65}
 

@@ -73,6 +73,10 @@ def sparsity(normalization, function="ratio"):
     return lambda p: criterion(p.features, p.labels)
 
 
+def pckd_maps(problem):
+    return [problem.features_old, problem.teacher], [problem.features, problem.logits]
+
+
 # name: (loss of a problem, the tensor that it trains)
 MEANS = {
     "ce": (lambda p: L.UnbiasedCrossEntropy(old_cl=OLD)(p.logits, p.labels), "logits"),
@@ -117,6 +121,7 @@ MEANS = {
     "sparsity entropy": (sparsity("softmax", "entropy"), "features"),
     "pod": (lambda p: L.LocalPODLoss()([p.features_old], [p.features], 5, 2, OLD), "features"),
     "pod logits": (lambda p: L.LocalPODLoss()([p.teacher], [p.logits], 5, 2, OLD), "logits"),
+    "pckd": (lambda p: sum(L.PooledCubeDistillationLoss()(*pckd_maps(p), 5, 2, OLD)), "features"),
     **{
         name: (attention(name), "features" if name.endswith("CNN") else "attention")
         for name in L.DISTILL_OBJECTS
@@ -128,7 +133,7 @@ SUMS = {
 }
 ALL = {**MEANS, **SUMS}
 # Losses without labels, or in which void takes part by design (see their docstrings).
-VOID_COUNTS = {"icarl", "kd", "unkd", "cil", "encoder", "pod", "pod logits", "lasso"} | {
+VOID_COUNTS = {"icarl", "kd", "unkd", "cil", "encoder", "pod", "pod logits", "pckd", "lasso"} | {
     name for name in ALL if name.startswith(("sparsity", "sats-selfattn-"))
 }
 RELABELLED = {"bce", "focal", "attraction", "attraction l2", "repulsion", "repulsion on prototypes",
