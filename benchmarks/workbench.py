@@ -138,9 +138,7 @@ def bench(opts: Options, device: torch.device, *, step: int = 1, channels_last: 
     """Build networks with random weights, methods and optimiser of a step."""
     torch.manual_seed(0)
     precision = Precision.of(opts.opt_level, opts.norm_act, device)
-    student = _placed(
-        make_model(NetworkSpec.of(opts), opts.task_.classes_per_step(step)), precision, channels_last
-    )
+    student = _placed(_model(opts, step), precision, channels_last)
     context = Context(
         task=opts.task_,
         step=step,
@@ -154,9 +152,7 @@ def bench(opts: Options, device: torch.device, *, step: int = 1, channels_last: 
     context.batches = lambda epoch=0: [(to_device(sample[0], device), sample[1].to(device).long())]
     state: dict[str, Any] = {}
     if step:
-        teacher = _placed(
-            make_model(NetworkSpec.of(opts), opts.task_.classes_per_step(step - 1)), precision, channels_last
-        )
+        teacher = _placed(_model(opts, step - 1), precision, channels_last)
         state = _state_before(opts, replace(context, step=step - 1, model=teacher))
         context.model_old = freeze(teacher).eval()
     methods = _started(opts, context, state)
@@ -170,6 +166,11 @@ def bench(opts: Options, device: torch.device, *, step: int = 1, channels_last: 
     )
     trainer.model.train()
     return Bench(opts, trainer, sample)
+
+
+def _model(opts: Options, step: int) -> IncrementalSegmentationModule:
+    task = opts.task_
+    return make_model(NetworkSpec.of(opts), task.classes_per_step(step), task.later_classes_per_step(step))
 
 
 def _placed(
