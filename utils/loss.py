@@ -1420,8 +1420,6 @@ class PooledCubeDistillationLoss(nn.Module):
         factors: of all maps but the last, and of the last.
     """
 
-    windows = (4, 8, 12, 16, 20, 24)
-
     def __init__(self, factors: Sequence[float] = (0.01, 0.0005)) -> None:
         super().__init__()
         self.others, self.last = factors
@@ -1461,26 +1459,33 @@ class PooledCubeDistillationLoss(nn.Module):
         factors = [self.others] * (len(differences) - 1) + [self.last]
         return torch.stack([f * distance(d) for f, d in zip(factors, differences, strict=True)]).mean()
 
-    def _spatial(self, difference: Tensor) -> Tensor:
+    @staticmethod
+    def _spatial(difference: Tensor) -> Tensor:
         """Mean over images and windows; pooling is linear, so the difference is pooled."""
-        norms = [
-            # Rows, then columns: 2k instead of k² values per mean.
-            _image_norms(F.avg_pool2d(rows, (1, size), 1, (0, size // 2)))
-            for size in self.windows
-            for rows in [F.avg_pool2d(difference, (size, 1), 1, (size // 2, 0))]
-        ]
+        # Means over columns, then over rows, as products with matrices: on all devices faster than pooling.
+        with _without_autocast(difference):
+            maps = difference.permute(0, 2, 3, 1).contiguous()
+            rows, columns = (_window_means(length, maps) for length in maps.shape[1:3])
+            norms = [
+                torch.linalg.vector_norm(row @ (column @ maps).flatten(2), dim=(1, 2))
+                for row, column in zip(rows, columns, strict=True)
+            ]
         return _reduce(torch.stack(norms), "mean")
 
     @staticmethod
     def _channel(difference: Tensor) -> Tensor:
         """Mean over images."""
         padded = F.pad(difference, (0, 0, 0, 0, 1, 1))
-        return _reduce(_image_norms(padded[:, :-2] + padded[:, 1:-1] + padded[:, 2:]) / 3, "mean")
+        means = (padded[:, :-2] + padded[:, 1:-1] + padded[:, 2:]) / 3
+        return _reduce(torch.linalg.vector_norm(means, dim=(1, 2, 3)), "mean")
 
 
-def _image_norms(maps: Tensor) -> Tensor:
-    """L2 norm of each image's values: B×D×h×w → B."""
-    return torch.linalg.vector_norm(maps, dim=(1, 2, 3))
+def _window_means(length: int, like: Tensor) -> Tensor:
+    """Matrices of the means over windows of 4, 8, ..., 24 around each of n positions: 6×(n+1)×n."""
+    size = torch.arange(4, 25, 4, device=like.device)[:, None, None]
+    start = torch.arange(length + 1, device=like.device)[:, None] - size // 2
+    position = torch.arange(length, device=like.device)
+    return ((start <= position) & (position < start + size)).to(like.dtype) / size
 
 
 # ----------------------------------------------------------------------------------------------------------
