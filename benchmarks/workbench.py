@@ -31,7 +31,16 @@ MODELS = {
     "segformer_b0": ["--model", "segformer_b0"],
     "segformer_b2": ["--model", "segformer_b2"],
 }
-ALL_METHODS = ("FT", "LWF", "LWF-MC", "ILT", "EWC", "RW", "PI", "MIB", "CIL", "SDR", "PLOP", "SSUL", "SATS")
+ALL_METHODS = (
+    *("FT", "LWF", "LWF-MC", "ILT", "EWC", "RW", "PI", "MIB", "CIL", "SDR", "PLOP", "SSUL", "SATS"),
+    *("RCIL", "DFT"),
+)
+DEEPLAB_ONLY = ("RCIL",)
+
+
+def methods_of(model: str) -> list[str]:
+    """All methods that a network allows."""
+    return [name for name in ALL_METHODS if model.startswith("deeplab") or name not in DEEPLAB_ONLY]
 
 
 @dataclass
