@@ -31,30 +31,19 @@ class PreallocatedClassifier(LinearClassifier):
 
 
 class Preallocation(Method):
-    """Classifiers of all steps from step 0 on; from step 1 on those of older steps are frozen (DFT*)."""
+    """Classifiers of all steps from step 0 on (DFT*)."""
 
     classifier = PreallocatedClassifier.name
 
     @classmethod
     def add_options(cls, group: OptionGroup) -> None:
         """``--pre_allocate``."""
-        group.flag(
-            "--pre_allocate", role="network", help="classifiers of all steps from step 0; old ones are frozen"
-        )
+        group.flag("--pre_allocate", role="network", help="classifiers of all steps from step 0 on")
 
     @classmethod
     def from_options(cls, opts: Any) -> Preallocation | None:
         """Enabled with ``--pre_allocate``."""
         return cls() if opts.pre_allocate else None
-
-    def begin_step(self, context: Context) -> None:
-        """Freeze the classifiers of earlier steps."""
-        model = context.model
-        if isinstance(model, IncrementalSegmentationModule):
-            trained = trainable_parts(context.step, context.task.num_steps)["classifiers"]
-            for part, train in zip(model.cls.parts, trained, strict=True):
-                if not train:
-                    freeze(part)
 
 
 class FixedNetwork(Method):

@@ -14,6 +14,7 @@ from runs.checkpoint import check_fits, make_manifest
 from segmentation_module import IncrementalSegmentationModule, make_model
 from tasks import Task, get_task
 from utils.errors import UserError
+from utils.loss import trainable_parts
 
 SPEC = NetworkSpec(backbone="mobilenet_v2", classifier="preallocated")
 TASK = get_task("voc", "15-1")
@@ -26,6 +27,8 @@ def begun(step: int, task: Task = TASK) -> IncrementalSegmentationModule:
     for method in build_methods(opts, step).values():
         assert not method.uses_teacher
         method.begin_step(Context(task, step, model))
+    assert opts.fix_pre_cls
+    model.fix_older_classifiers()
     return model.train()
 
 
@@ -33,6 +36,8 @@ def begun(step: int, task: Task = TASK) -> IncrementalSegmentationModule:
 def test_what_a_step_trains(step: int) -> None:
     model = begun(step)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    parts = trainable_parts(step, TASK.num_steps)["classifiers"]
+    assert parts == [f"cls.{k}.weight" in trained for k in range(6)]
     if step == 0:
         assert trained == {name for name, _ in model.named_parameters()}
         assert all(module.training for module in model.modules())
