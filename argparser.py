@@ -303,6 +303,9 @@ def _add_model(group: OptionGroup) -> None:
         help="head of deeplab; mib: one norm over all branches (MiB, PLOP, SDR); aspp: five branches "
         "with norms of their own and dropout (SSUL, torchvision); dkd: aspp and a 3x3 convolution (DKD, "
         "STAR)")
+    group.flag("--two_branches",
+        help="deeplab's 3x3 convolutions and the maps of --head mib in two branches, merged into one before "
+        "every step (RCIL)")
     group.choice("--decoder", ("sats", "segformer"), "sats",
         help="head of the SegFormer models")
     group.value("--classifier", _classifier, "linear",

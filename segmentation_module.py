@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,19 +12,11 @@ from torchvision.ops import StochasticDepth
 
 from modules import Network, NetworkSpec, build_network
 from modules.classifiers import classifier_kind
+from modules.network import freeze
 from modules.norm import norm_layers
 from utils.errors import UserError
 
-M = TypeVar("M", bound=nn.Module)
 _COUNTER = ".num_batches_tracked"
-
-
-def freeze(module: M) -> M:
-    """Freeze a module: no gradients, and it stays in evaluation mode (norm layers, dropout)."""
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
-    module.frozen = True  # type: ignore[assignment]  # read by IncrementalSegmentationModule.train
-    return module
 
 
 class IncrementalSegmentationModule(nn.Module):
@@ -121,12 +113,13 @@ class IncrementalSegmentationModule(nn.Module):
         return self
 
     def load_previous(self, state: Mapping[str, Tensor]) -> None:
-        """Load the weights of the previous step's network; only the newest classifier may be missing.
+        """Load the weights of the previous step's network; only a part that this step adds may be missing.
 
         Raises:
             UserError: the state belongs to a network of another architecture.
         """
-        load_state(self, state, may_miss=f"cls.{self.cls.newest}.")
+        start = self.network.from_previous(state, "network.")
+        load_state(self, start, may_miss=None if self.cls.of_all_steps else f"cls.{self.cls.newest}.")
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor], *, may_miss: str | None = None) -> None:
@@ -146,8 +139,8 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], *, may_miss: str 
         if keys:
             raise UserError(
                 f"the checkpoint {what} {len(keys)} weights ({keys[0]}, ...): it belongs to another network; "
-                "give --model, --backbone, --norm_act, --head, --decoder, --classifier and --task as it was "
-                "trained with"
+                "give --model, --backbone, --norm_act, --head, --two_branches, --decoder, --classifier and "
+                "--task as it was trained with"
             )
     module.load_state_dict(state, strict=False)
 
@@ -165,7 +158,8 @@ def make_model(
     Raises:
         UserError: a value of ``spec`` is not among the choices.
     """
-    model = IncrementalSegmentationModule(build_network(spec), classes, later, classifier=spec.classifier)
+    network = build_network(spec, later_step=len(classes) > 1)
+    model = IncrementalSegmentationModule(network, classes, later, classifier=spec.classifier)
     model.cls.released = spec.released
     model.cls.initialise(spec.head)
     return model

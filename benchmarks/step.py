@@ -25,6 +25,7 @@ from benchmarks.workbench import (
     Bench,
     add_options,
     bench,
+    methods_of,
     options,
     prepare,
 )
@@ -123,7 +124,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     else:
         columns = COLUMNS
         for model in args.models:
-            for method in ALL_METHODS if "all" in args.methods else args.methods:
+            for method in methods_of(model) if "all" in args.methods else args.methods:
                 opts = options(method, model, batch=args.batch, crop=args.crop, opt_level=args.opt_level)
                 made = bench(opts, device)
                 rows.append({"model": model, "method": method, **measure(made, args.repeats)})

@@ -34,7 +34,14 @@ MODELS = {
 ALL_METHODS = (
     *("FT", "LWF", "LWF-MC", "ILT", "EWC", "RW", "PI", "MIB", "CIL", "SDR", "PLOP", "SSUL", "SATS"),
     *("DKD", "STAR"),
+    *("RCIL", "DFT"),
 )
+DEEPLAB_ONLY = ("RCIL",)
+
+
+def methods_of(model: str) -> list[str]:
+    """All methods that a network allows."""
+    return [name for name in ALL_METHODS if model.startswith("deeplab") or name not in DEEPLAB_ONLY]
 
 
 @dataclass
@@ -141,9 +148,7 @@ def bench(opts: Options, device: torch.device, *, step: int = 1, channels_last: 
     """Build networks with random weights, methods and optimiser of a step."""
     torch.manual_seed(0)
     precision = Precision.of(opts.opt_level, opts.norm_act, device)
-    student = _placed(
-        make_model(NetworkSpec.of(opts), opts.task_.classes_per_step(step)), precision, channels_last
-    )
+    student = _placed(_model(opts, step), precision, channels_last)
     context = Context(
         task=opts.task_,
         step=step,
@@ -157,9 +162,7 @@ def bench(opts: Options, device: torch.device, *, step: int = 1, channels_last: 
     context.batches = lambda epoch=0: [(to_device(sample[0], device), sample[1].to(device).long())]
     state: dict[str, Any] = {}
     if step:
-        teacher = _placed(
-            make_model(NetworkSpec.of(opts), opts.task_.classes_per_step(step - 1)), precision, channels_last
-        )
+        teacher = _placed(_model(opts, step - 1), precision, channels_last)
         state = _state_before(opts, replace(context, step=step - 1, model=teacher))
         context.model_old = freeze(teacher).eval()
     methods = _started(opts, context, state)
@@ -173,6 +176,11 @@ def bench(opts: Options, device: torch.device, *, step: int = 1, channels_last: 
     )
     trainer.model.train()
     return Bench(opts, trainer, sample)
+
+
+def _model(opts: Options, step: int) -> IncrementalSegmentationModule:
+    task = opts.task_
+    return make_model(NetworkSpec.of(opts), task.classes_per_step(step), task.later_classes_per_step(step))
 
 
 def _placed(

@@ -9,6 +9,7 @@ from methods.base import Batch, Context, Method
 from methods.checks import check_built, fault, shown
 from methods.cil import CIL
 from methods.classification import FORMS, Classification
+from methods.dft import FixedNetwork, Preallocation
 from methods.distillation import EncoderDistillation, OutputDistillation
 from methods.dkd import DecomposedDistillation
 from methods.ewf import EndpointWeightFusion
@@ -20,6 +21,7 @@ from methods.plop import PooledOutputDistillation
 from methods.plugin import read_method_file
 from methods.presets import METHODS, add_preset, preset
 from methods.pseudo_labels import PseudoLabels
+from methods.rcil import PooledCubeDistillation
 from methods.sats import AttentionTransfer
 from methods.sdr import FeatureSparsity, PrototypeLearning, SoftNearestNeighbours
 from methods.ssul import UnknownClass
@@ -40,10 +42,13 @@ REGISTRY: list[type[Method]] = [
     PseudoLabels,
     PooledOutputDistillation,
     LabelGuidedDistillation,
+    PooledCubeDistillation,
     UnknownClass,
     AttentionTransfer,
     DecomposedDistillation,
     FeatureReplay,
+    Preallocation,
+    FixedNetwork,
     Regularization,
     EndpointWeightFusion,  # end_step changes the weights, which others read
 ]

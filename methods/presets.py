@@ -89,6 +89,17 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "DKD-M": {"extends": "DKD", "memory": 100, **_MEMORY_DKD},
     "STAR": {"star": True, "pos_weight": [4.0], **FAMILY_PLOP},
     "STAR-M": {"extends": "STAR", "memory": 50, **_MEMORY_DKD},
+    "RCIL": {
+        "two_branches": True,
+        "loss_pckd": 1e-2,
+        "loss_pckd_last": 5e-4,
+        "unce": True,
+        "unkd": True,
+        "loss_kd": 100.0,
+        "init_balanced": True,
+        **FAMILY_PLOP,
+    },
+    "DFT": {"pre_allocate": True, "fix_backbone": True, "fix_pre_cls": True, **FAMILY_PLOP},
 }
 
 METHODS = list(_PRESETS)
@@ -116,12 +127,14 @@ _VALUES: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
     "DKD": [("ade", "*", {"pos_weight": [35.0], "unseen_label": "ignore"})],
     "DKD-M": [("ade", "*", {"memory": 300})],
     "STAR": [("ade", "*", {"pos_weight": [30.0], "unseen_label": "ignore"})],
+    "RCIL": [("ade", "*", {"loss_pckd": 5e-6, "loss_pckd_last": 5e-7})],
 }
 
 # Options that the released programs set and the papers do not mention.
 _WHEN_RELEASED: dict[str, dict[str, Any]] = {
     "SATS": {"keep": "best"},
     "SSUL": {"keep": "best", "unseen_label": "ignore"},
+    "RCIL": {"init_balanced": False},
 }
 _NO_EFFECT_WHEN_RELEASED = {"CIL": "loss_CIL is compared with 1 instead of being set to it"}
 

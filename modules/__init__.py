@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from torch import nn
 
-from modules.deeplab import ASPP_DILATIONS, DILATIONS, HEADS, ASPPHead, DeepLabHead, DeepLabV3
+from modules.branches import two_branch_layers
+from modules.deeplab import (
+    ASPP_DILATIONS,
+    DILATIONS,
+    HEADS,
+    ASPPHead,
+    DeepLabHead,
+    DeepLabV3,
+    TwoBranchHead,
+)
 from modules.dkd_head import DKDHead
 from modules.mobilenet import MobileNetV2Backbone
 from modules.network import Network
@@ -29,12 +38,18 @@ __all__ = [
 ]
 
 
-def build_network(spec: NetworkSpec) -> Network:
+def build_network(spec: NetworkSpec, *, later_step: bool = False) -> Network:
     """Build a network with random weights.
+
+    Args:
+        spec: its architecture.
+        later_step: whether it is that of a step after the first, whose first branches are merged.
 
     Raises:
         UserError: a value that is not among the choices, or inplace-abn is needed and not installed.
     """
+    if spec.two_branches and (spec.model, spec.head) != ("deeplab", HEADS[0]):
+        raise UserError(f"--two_branches needs --model deeplab and --head {HEADS[0]}")
     if spec.model in CONFIGS:
         return SegFormer(CONFIGS[spec.model], spec.decoder, checkpointing=spec.checkpointing)
     for name, choices in {"model": MODELS, "backbone": BACKBONES, "head": HEADS}.items():
@@ -47,9 +62,15 @@ def build_network(spec: NetworkSpec) -> Network:
     norms = NormAct(spec.norm_act)
     backbone: ResNetBackbone | MobileNetV2Backbone
     if spec.backbone == "mobilenet_v2":
-        backbone = MobileNetV2Backbone(norms, spec.output_stride)
+        backbone = MobileNetV2Backbone(norms, spec.output_stride, two_branches=spec.two_branches)
     else:
-        backbone = ResNetBackbone(spec.backbone, norms, spec.output_stride, released=spec.released_resnet)
+        backbone = ResNetBackbone(
+            spec.backbone,
+            norms,
+            spec.output_stride,
+            released=spec.released_resnet,
+            two_branches=spec.two_branches,
+        )
     if spec.checkpointing and norms.fused:
         raise UserError(
             f"--grad_checkpointing cannot be used with --norm_act {spec.norm_act}, whose layers overwrite "
@@ -62,6 +83,11 @@ def build_network(spec: NetworkSpec) -> Network:
         head = ASPPHead(channels, norms, rates)
     elif spec.head == "dkd":
         head = DKDHead(channels, rates=rates, norm_act=norms)
+    elif spec.two_branches:
+        head = TwoBranchHead(channels, norms, spec.output_stride, spec.pooling)
     else:
         head = DeepLabHead(channels, norms, spec.output_stride, spec.pooling, released=spec.released_resnet)
-    return DeepLabV3(backbone, head)
+    network = DeepLabV3(backbone, head)
+    for _, layer in two_branch_layers(network) if later_step else ():
+        layer.keep_first()
+    return network

@@ -33,12 +33,14 @@ class Classifier(nn.Module):
         needs_its_method: only a method with this ``classifier`` can train it: its logits mean something else.
         torchvision_resnet: its released program uses torchvision's ResNet (for ``--fidelity released``).
         released: decide as the method's released program, where that differs from the paper.
+        of_all_steps: it has the parts of all steps of the task from step 0 on, and none is added later.
     """
 
     name: ClassVar[str]
     former_names: ClassVar[Mapping[str, str]] = {}
     needs_its_method: ClassVar[bool] = False
     torchvision_resnet: ClassVar[bool] = False
+    of_all_steps: ClassVar[bool] = False
 
     def __init__(self, channels: int, classes: Sequence[int], later: Sequence[int] = ()) -> None:
         super().__init__()
@@ -49,7 +51,7 @@ class Classifier(nn.Module):
 
     def widths(self, classes: Sequence[int], later: Sequence[int]) -> list[int]:
         """Output channels of each part."""
-        return list(classes)
+        return [*classes, *later] if self.of_all_steps else list(classes)
 
     def make_part(self, channels: int, width: int) -> nn.Module:
         """A part with random weights, B×channels×h×w → B×width×h×w."""
@@ -62,8 +64,8 @@ class Classifier(nn.Module):
 
     @property
     def newest(self) -> int:
-        """Number of the part that this step adds."""
-        return len(self.parts) - 1
+        """Number of this step's part."""
+        return len(self.classes if self.of_all_steps else self.parts) - 1
 
     def part_of(self, weight: str) -> int | None:
         """Number of the part of a weight, named as in this module; None: of no part."""

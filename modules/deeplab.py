@@ -5,13 +5,14 @@ Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation", 20
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modules.branches import SECOND, TwoBranches, merge_branches
 from modules.network import Features, Network
 from modules.norm import NormAct
 
@@ -85,10 +86,14 @@ class DeepLabHead(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.xavier_normal_(module.weight, norm_act.gain)
 
+    def maps(self, features: Tensor) -> Tensor:
+        """The four branches, B×D×h×w → B×1024×h×w, activated (unless ``released``)."""
+        maps = torch.cat([conv(features) for conv in self.map_convs], dim=1)
+        return self.activation(self.map_bn(maps))
+
     def forward(self, features: Tensor) -> Tensor:
         """B×D×h×w → B×256×h×w, activated (unless ``released``)."""
-        maps = torch.cat([conv(features) for conv in self.map_convs], dim=1)
-        maps = self.red_conv(self.activation(self.map_bn(maps)))
+        maps = self.red_conv(self.maps(features))
         pooled, padding = self._pool(features)
         pooled = self.activation(self.global_pooling_bn(self.global_pooling_conv(pooled)))
         pooled = self.pool_red_conv(pooled)
@@ -106,6 +111,22 @@ class DeepLabHead(nn.Module):
         height, width = (min(self.pooling, size) for size in features.shape[2:])
         padding = [(width - 1) // 2, width // 2, (height - 1) // 2, height // 2]
         return F.avg_pool2d(features, (height, width), stride=1), padding
+
+
+class TwoBranchHead(DeepLabHead, TwoBranches):
+    """:class:`DeepLabHead` with second maps and a second norm, ``map_convs_new`` and ``map_bn_new``."""
+
+    def __init__(self, in_channels: int, norm_act: NormAct, *args: Any) -> None:
+        super().__init__(in_channels, norm_act, *args)
+        self.map_bn = norm_act.plain(self.red_conv.in_channels)
+        self.add_branch("map_convs", "map_bn")
+        for convolution in self.convolutions(SECOND).values():
+            nn.init.xavier_normal_(convolution.weight, norm_act.gain)
+        self.after_mix = norm_act.after_sum()
+
+    def maps(self, features: Tensor) -> Tensor:
+        """Both branches, mixed and activated, B×D×h×w → B×1024×h×w."""
+        return self.after_mix(self.mixed(features))
 
 
 class ASPPHead(nn.Module):
@@ -160,12 +181,12 @@ class DeepLabV3(Network):
     """A dilated backbone and one of the ``HEADS``.
 
     Args:
-        body: the backbone; returns features B×D×h×w and, with ``keep_stages``, a list of its stages'; has
-            ``out_channels``.
+        body: the backbone; returns features B×D×h×w and lists of its stages', with ``keep_stages`` before
+            their last activation and with ``keep_activated`` after it; has ``out_channels``.
         head: B×D×h×w → B×256×h×w; has ``out_channels``.
     """
 
-    intermediates = frozenset({"body", "pre_logits", "attentions"})
+    intermediates = frozenset({"body", "pre_logits", "attentions", "stages"})
 
     def __init__(self, body: Any, head: Any) -> None:
         super().__init__()
@@ -180,7 +201,8 @@ class DeepLabV3(Network):
         Args:
             images: B×3×H×W, normalised.
             needs: from ``body`` (last stage's features, activated), ``pre_logits`` and ``attentions`` (PLOP's
-                layers: the four stages' features before their last activation, then ``pre_logits``).
+                layers: the four stages' features before their last activation, then ``pre_logits``) and
+                ``stages`` (RCIL's: the four stages' features after it).
 
         Returns:
             ``pre_logits`` B×256×h×w and the intermediates named in ``needs``.
@@ -189,7 +211,18 @@ class DeepLabV3(Network):
             UserError: ``needs`` contains another name.
         """
         self.check_needs(needs)
-        features, stages = self.body(images, keep_stages="attentions" in needs)
+        features, stages, activated = self.body(
+            images, keep_stages="attentions" in needs, keep_activated="stages" in needs
+        )
         pre_logits = self.head(features)
-        found: Features = {"body": features, "pre_logits": pre_logits, "attentions": [*stages, pre_logits]}
+        found: Features = {
+            "body": features,
+            "pre_logits": pre_logits,
+            "attentions": [*stages, pre_logits],
+            "stages": activated,
+        }
         return pre_logits, {name: found[name] for name in needs}
+
+    def from_previous(self, state: Mapping[str, Tensor], prefix: str) -> Mapping[str, Tensor]:
+        """The previous step's weights, two branches merged."""
+        return merge_branches(self, state, prefix)

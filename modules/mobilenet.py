@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torchvision.models.mobilenetv2 import InvertedResidual, MobileNetV2
 from torchvision.ops.misc import Conv2dNormActivation
 
+from modules.branches import TwoBranches
 from modules.checkpointing import run_stage
 from modules.norm import NormAct
 
@@ -44,6 +45,27 @@ class AtrousDepthwiseConv2d(nn.Conv2d):
         return maps.permute(0, 3, 1, 2)[:, :, :height, :width]
 
 
+class TwoBranchDepthwise(TwoBranches):
+    """A block's depthwise convolution ``0``, norm ``1`` and activation ``2``, with ``0_new`` and ``1_new``.
+
+    Args:
+        layer: torchvision's convolution, norm and activation; the second convolution has random weights.
+        norm_act: norm layers and activations.
+    """
+
+    def __init__(self, layer: Conv2dNormActivation, norm_act: NormAct) -> None:
+        super().__init__()
+        self.add_module("0", layer[0])
+        self.add_module("1", norm_act.plain(layer.out_channels))
+        self.add_branch("0", "1")
+        self.add_module("2", norm_act.after_sum() if norm_act.leaky else layer[2])
+        nn.init.kaiming_normal_(self.get_parameter("0_new.weight"), mode="fan_out")
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Both branches, mixed and activated."""
+        return self.get_submodule("2")(self.mixed(features))
+
+
 class MobileNetV2Backbone(MobileNetV2):
     """MobileNetV2 without its classifier; state dict keys are torchvision's.
 
@@ -53,6 +75,7 @@ class MobileNetV2Backbone(MobileNetV2):
     Args:
         norm_act: norm layers and activations.
         output_stride: 16 or 8.
+        two_branches: with :class:`TwoBranchDepthwise`.
 
     Attributes:
         checkpointing: keep activations between stages only and recompute the others in the backward pass.
@@ -61,7 +84,7 @@ class MobileNetV2Backbone(MobileNetV2):
     out_channels = 1280
     checkpointing = False
 
-    def __init__(self, norm_act: NormAct, output_stride: int) -> None:
+    def __init__(self, norm_act: NormAct, output_stride: int, *, two_branches: bool = False) -> None:
         super().__init__(norm_layer=norm_act)
         del self.classifier
         for module in self.features.modules():
@@ -70,6 +93,9 @@ class MobileNetV2Backbone(MobileNetV2):
             elif isinstance(module, Conv2dNormActivation) and norm_act.leaky:
                 module[2] = norm_act.activation()
         self._dilate(output_stride)
+        for module in list(self.features.modules()) if two_branches else ():
+            if isinstance(module, InvertedResidual):
+                module.conv[-3] = TwoBranchDepthwise(module.conv[-3], norm_act)
 
     def _dilate(self, output_stride: int) -> None:
         """Replace strides beyond ``output_stride`` by dilation of the following blocks.
@@ -89,16 +115,19 @@ class MobileNetV2Backbone(MobileNetV2):
             if own > 1:
                 block[0] = _atrous(block[0], own)
 
-    def forward(self, images: Tensor, keep_stages: bool = False) -> tuple[Tensor, list[Tensor]]:
+    def forward(
+        self, images: Tensor, keep_stages: bool = False, keep_activated: bool = False
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Features of the last layer and optionally of the stages (linear bottlenecks, not activated).
 
         Args:
             images: B×3×H×W.
             keep_stages: whether to return the stages' features (for PLOP).
+            keep_activated: the same, since no activation follows them (for RCIL).
 
         Returns:
-            B×1280×h×w, h = H / output stride, and a list of four tensors (24, 32, 96, 320 channels) or an
-            empty one.
+            B×1280×h×w, h = H / output stride, and two lists of four tensors (24, 32, 96, 320 channels) or
+            empty ones.
         """
         recompute = self.checkpointing and torch.is_grad_enabled()
         x = images
@@ -106,9 +135,9 @@ class MobileNetV2Backbone(MobileNetV2):
         for start, end in pairwise((-1, *STAGE_ENDS, len(self.features) - 1)):
             stage = self.features[start + 1 : end + 1]
             x = run_stage(stage, stage, x, recompute=recompute)
-            if keep_stages and end in STAGE_ENDS:
+            if end in STAGE_ENDS:
                 stages.append(x)
-        return x, stages
+        return x, stages if keep_stages else [], stages if keep_activated else []
 
 
 def _atrous(depthwise: nn.Conv2d, dilation: int) -> AtrousDepthwiseConv2d:

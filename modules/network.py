@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import ClassVar, TypeVar
 
 from torch import Tensor, nn
 
 from utils.errors import UserError
 
 Features = dict[str, Tensor | list[Tensor]]
+M = TypeVar("M", bound=nn.Module)
+
+
+def freeze(module: M) -> M:
+    """Freeze a module: no gradients, and it stays in evaluation mode (norm layers, dropout)."""
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    module.frozen = True  # type: ignore[assignment]  # read by IncrementalSegmentationModule.train
+    return module
 
 
 class Network(nn.Module):
@@ -34,3 +44,12 @@ class Network(nn.Module):
                 f"{type(self).__name__} has no intermediate {', '.join(sorted(unknown))} "
                 f"(it has {', '.join(sorted(self.intermediates))}): choose another --model or --method"
             )
+
+    def from_previous(self, state: Mapping[str, Tensor], prefix: str) -> Mapping[str, Tensor]:
+        """The previous step's weights as those with which this step's network starts; by default the same.
+
+        Args:
+            state: its weights are named with ``prefix``.
+            prefix: of this network's weights.
+        """
+        return state

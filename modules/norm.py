@@ -120,6 +120,11 @@ def norm_layers(module: nn.Module) -> Iterator[nn.Module]:
             yield layer
 
 
+def scales_by_magnitude(norm: nn.Module) -> bool:
+    """Whether a norm layer scales by ``|weight| + eps``, as the in-place layers do."""
+    return isinstance(norm, AbsWeightBatchNorm2d) or hasattr(norm, "activation_param")
+
+
 def _has_nccl_group() -> bool:
     """Whether statistics can be synchronised: the kernels need CUDA tensors and an NCCL group."""
     return dist.is_available() and dist.is_initialized() and "nccl" in dist.get_backend()

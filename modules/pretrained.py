@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torchvision.models import get_weight
 
+from modules.branches import first_branch
 from modules.network import Network
 from modules.norm import NormAct
 from utils.errors import UserError
@@ -238,6 +239,9 @@ def _load_into_backbone(network: Network, state: dict[str, Tensor], source: str)
             joined = key.replace(".attn.k.", ".attn.kv.")
             tensors[joined] = torch.cat([tensors.pop(key), tensors.pop(value)])
             names[joined] = names[key]
+    for key in wanted:  # both branches of a layer start from the same weights
+        if key not in tensors and (first := first_branch(key)) in tensors:
+            tensors[key], names[key] = tensors[first], names[first]
     fitting = {key: tensor for key, tensor in tensors.items() if key in wanted}
     if not fitting:
         raise UserError(

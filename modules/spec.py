@@ -24,6 +24,7 @@ class NetworkSpec:
         decoder: of SegFormer: ``sats`` or ``segformer``.
         checkpointing: recompute the activations inside the backbone's stages in the backward pass.
         classifier: kind of classifier, see :mod:`modules.classifiers`.
+        two_branches: of DeepLab's ``mib`` head, see :mod:`modules.branches`.
         released_resnet: dilations, running statistics and activations of the ResNet as in SDR's program,
             with the same names and shapes of weights.
         released: the classifier's decision rule is the released program's, where that differs.
@@ -40,22 +41,23 @@ class NetworkSpec:
     classifier: str = "linear"
     released_resnet: bool = False
     released: bool = False
+    two_branches: bool = False
 
     @property
-    def shaping(self) -> dict[str, str]:
+    def shaping(self) -> dict[str, str | bool]:
         """Options that determine names and shapes of the weights, with their values."""
+        own: dict[str, str | bool] = {"decoder": self.decoder}
         if self.model == "deeplab":
             own = {"backbone": self.backbone, "norm_act": self.norm_act, "head": self.head}
-        else:
-            own = {"decoder": self.decoder}
+            own["two_branches"] = self.two_branches
         return {"model": self.model, **own, "classifier": self.classifier}
 
     @classmethod
     def of(cls, options: Mapping[str, Any] | Namespace) -> NetworkSpec:
         """Architecture from a run's options; missing options have the defaults of this class.
 
-        ``--fidelity released`` selects SDR's ResNet with ``std`` and ``sync``, unless the classifier's
-        released program uses torchvision's (docs/fidelity.md).
+        ``--fidelity released`` selects SDR's ResNet with ``std`` and ``sync``, unless the classifier's or the
+        branches' released program uses another (docs/fidelity.md).
 
         Raises:
             UserError: unknown kind of classifier.
@@ -73,6 +75,6 @@ class NetworkSpec:
             and spec.model == "deeplab"
             and spec.backbone.startswith("resnet")
             and spec.norm_act in ("std", "sync")
-            and not kind.torchvision_resnet
+            and not (kind.torchvision_resnet or spec.two_branches)
         )
         return replace(spec, released_resnet=released_resnet, released=released)

@@ -127,6 +127,7 @@ def make_manifest(
         "released_resnet": spec.released_resnet,
         "head": spec.head,
         "classifier": spec.classifier,
+        "two_branches": spec.two_branches,
         "options": {str(key): _plain(value) for key, value in options.items()},
         "precision": precision,
         "git_commit": _git_commit(),
@@ -376,7 +377,7 @@ def check_fits(
 
     Of a released checkpoint, which has no manifest, the classifiers are compared, and what the names of its
     weights say about the network. A task of another name with the same steps up to this one (15-5 and 15-5s
-    at step 0) fits.
+    at step 0) fits, unless the classifier has the parts of all steps.
 
     Args:
         content: of ``load_checkpoint``.
@@ -389,11 +390,12 @@ def check_fits(
         UserError: lists every difference.
     """
     manifest = content.get("manifest")
+    whole = classifier_kind(spec.classifier).of_all_steps
     if manifest is None:
         known = {**spec.shaping, "released_resnet": spec.released_resnet, **network_of(_unwrapped(content))}
         misfits = _network_misfits(known, spec) + _classifier_misfits(model_state(content), task, step, spec)
     elif isinstance(manifest, Mapping):
-        misfits = _task_misfits(manifest, task, step)
+        misfits = _task_misfits(manifest, task, step, whole=whole)
         misfits += _network_misfits(manifest, spec)
     else:
         misfits = ["its manifest is not a dictionary"]
@@ -403,7 +405,8 @@ def check_fits(
         )
 
 
-def _task_misfits(manifest: Mapping[str, Any], task: Task, step: int) -> list[str]:
+def _task_misfits(manifest: Mapping[str, Any], task: Task, step: int, *, whole: bool) -> list[str]:
+    """``whole``: the steps after this one count too."""
     misfits = []
     if manifest.get("dataset") != task.dataset:
         misfits.append(f"it is of --dataset {manifest.get('dataset')}, not {task.dataset}")
@@ -412,7 +415,8 @@ def _task_misfits(manifest: Mapping[str, Any], task: Task, step: int) -> list[st
     theirs = manifest.get("steps")
     ours = [list(classes) for classes in task.steps]
     name = manifest.get("task")
-    if not isinstance(theirs, list) or theirs[: step + 1] != ours[: step + 1]:
+    end = None if whole else step + 1
+    if not isinstance(theirs, list) or theirs[:end] != ours[:end]:
         what = "another class order" if name == task.name else f"--task {name}, not {task.name}"
         misfits.append(f"it is of {what}")
     elif name != task.name:
@@ -423,9 +427,11 @@ def _task_misfits(manifest: Mapping[str, Any], task: Task, step: int) -> list[st
 def _network_misfits(manifest: Mapping[str, Any], spec: NetworkSpec) -> list[str]:
     misfits = []
     for option, value in spec.shaping.items():
-        # Older checkpoints lack these two; loading their weights checks the kind of classifier.
-        found = manifest.get(option, {"head": "mib", "classifier": value}.get(option))
-        if found != value and not any(found in kinds and value in kinds for kinds in _SAME_WEIGHTS):
+        # Older checkpoints lack these; loading their weights checks the kind of classifier.
+        found = manifest.get(option, {"head": "mib", "classifier": value, "two_branches": False}.get(option))
+        if found != value and isinstance(value, bool):
+            misfits.append(f"it is of a network {'without' if value else 'with'} --{option}")
+        elif found != value and not any(found in kinds and value in kinds for kinds in _SAME_WEIGHTS):
             own = option == "classifier" and found not in classifier_names()
             brought = ", which a --method_file brings" if own else ""
             misfits.append(f"it has --{option} {found}{brought}, not {value}")

@@ -142,6 +142,7 @@ METHOD_NAMES = {
     "lgkd",
     "nest",
     "dkd",
+    "rcil",
 }
 LONG_NAMES = ("icarl", "plop", "ssul", "sats")  # stand in no other word
 # Ordinary words: a method's where they are an attribute, a keyword or a whole string.

@@ -12,6 +12,8 @@ Contents, by method:
                         ``DistillationEncoderPrototypesLoss``, ``FeaturesSparsificationLoss``, ``SNNL``
     PLOP                ``LocalPODLoss``, ``entropy``, pseudo-labels and their thresholds
     SSUL                ``sigmoid_pseudo_labels``
+    RCIL                ``fold_branches``, ``branch_weights``, ``PooledCubeDistillationLoss``
+    DFT*                ``trainable_parts``
     SATS                ``AttentionTransferLoss``
     EWF                 ``fuse_weights``
     LGKD                ``LabelGuidedKnowledgeDistillationLoss``
@@ -72,17 +74,20 @@ __all__ = [
     "LocalPODLoss",
     "MBCELoss",
     "OldClassFeaturesMaintainingLoss",
+    "PooledCubeDistillationLoss",
     "Prototypes",
     "SigmoidDistillationLoss",
     "SimilarityAwareDiscriminativeLoss",
     "UnbiasedCrossEntropy",
     "UnbiasedKnowledgeDistillationLoss",
+    "branch_weights",
     "class_median_thresholds",
     "confidence_pseudo_labels",
     "downsample_labels",
     "entropy",
     "entropy_pseudo_labels",
     "exemplar_labels",
+    "fold_branches",
     "fuse_weights",
     "initialise_from_auxiliary",
     "negatives_loss",
@@ -96,6 +101,7 @@ __all__ = [
     "replay_schedule",
     "sigmoid_prediction",
     "sigmoid_pseudo_labels",
+    "trainable_parts",
 ]
 
 VOID = 255
@@ -1375,6 +1381,152 @@ def sigmoid_pseudo_labels(
     classes = predicted >= reserved if end is None else (predicted >= reserved) & (predicted < end)
     accepted = (labels < reserved) & classes & (score >= threshold)
     return torch.where(accepted, predicted, labels.long())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# RCIL: two branches that become one, and pooled cube distillation (CVPR 2022)
+# ----------------------------------------------------------------------------------------------------------
+
+
+def fold_branches(
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    norms: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
+    eps: float = 1e-5,
+    absolute: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The convolution that equals the mean of convolutions, each followed by a norm in evaluation mode.
+
+    Args:
+        weights: of the convolutions, D×C×k×k.
+        biases: of the convolutions, D; None: none.
+        norms: γ, β, running mean and running variance of each norm, D.
+        eps: of the norms.
+        absolute: the norms scale by |γ| + eps (in-place ABN) instead of γ (batch norm).
+
+    Returns:
+        Weight D×C×k×k and bias D.
+    """
+    folded_weights, folded_biases = [], []
+    for weight, bias, (gamma, beta, mean, var) in zip(weights, biases, norms, strict=True):
+        scale = (gamma.abs() + eps if absolute else gamma) / (var + eps).sqrt()
+        folded_weights.append(weight * scale.view(-1, 1, 1, 1))
+        folded_biases.append(beta + scale * (-mean if bias is None else bias - mean))
+    return torch.stack(folded_weights).mean(0), torch.stack(folded_biases).mean(0)
+
+
+def branch_weights(draw: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights of two branches by a uniform draw: below 0.33 the first, below 0.66 the second, else both half.
+
+    Args:
+        draw: of any shape.
+
+    Returns:
+        Two tensors of the same shape, with sum 1.
+    """
+    first = torch.where(draw < 0.33, 1.0, torch.where(draw < 0.66, 0.0, 0.5))
+    return first, 1.0 - first
+
+
+class PooledCubeDistillationLoss(nn.Module):
+    """Distance between squared maps of teacher and student, averaged over windows and over channels (RCIL).
+
+    Spatial part: means over square windows of 4, 8, ..., 24 positions at every position, zeros around the
+    map. Channel part: means over three neighbouring channels, zeros beyond the first and last. Each is the L2
+    norm of the difference over an image, mean over the batch and over the windows, times a factor and
+    sqrt(classes now / new classes), mean over maps. The channel part leaves out the last map, the small
+    logits, so that the factor of the last map is that of the map before it.
+
+    Args:
+        factors: of all maps but the last, and of the last.
+    """
+
+    def __init__(self, factors: Sequence[float] = (0.01, 0.0005)) -> None:
+        super().__init__()
+        self.others, self.last = factors
+
+    def forward(
+        self,
+        old: Sequence[Tensor],
+        new: Sequence[Tensor],
+        nb_current_classes: int,
+        nb_new_classes: int,
+        index_new_class: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Lists of B×D_i×h_i×w_i maps; index_new_class: channel of the first new class.
+
+        New channels of the student are added to the background's.
+
+        Returns:
+            The spatial and the channel part, scalars.
+        """
+        if len(old) != len(new) or not new:
+            raise ValueError(f"{len(old)} maps of the teacher, {len(new)} of the student")
+        differences = []
+        for position, (before, now) in enumerate(zip(old, new, strict=True)):
+            before, now = before.detach().float(), now.float()
+            if before.shape[1] != now.shape[1]:
+                now = _fold_new_channels(now, index_new_class, "sum")
+            if before.shape != now.shape:
+                raise ValueError(f"map {position}: {tuple(before.shape)} against {tuple(now.shape)}")
+            differences.append(now.square() - before.square())
+        weight = math.sqrt(nb_current_classes / nb_new_classes)
+        spatial = self._mean(self._spatial, differences)
+        channel = self._mean(self._channel, differences[:-1]) if len(new) > 1 else spatial.new_zeros(())
+        return weight * spatial, weight * channel
+
+    def _mean(self, distance: Callable[[Tensor], Tensor], differences: Sequence[Tensor]) -> Tensor:
+        """Mean over maps of factor times distance."""
+        factors = [self.others] * (len(differences) - 1) + [self.last]
+        return torch.stack([f * distance(d) for f, d in zip(factors, differences, strict=True)]).mean()
+
+    @staticmethod
+    def _spatial(difference: Tensor) -> Tensor:
+        """Mean over images and windows; pooling is linear, so the difference is pooled."""
+        # Means over columns, then over rows, as products with matrices: on all devices faster than pooling.
+        with _without_autocast(difference):
+            maps = difference.permute(0, 2, 3, 1).contiguous()
+            rows, columns = (_window_means(length, maps) for length in maps.shape[1:3])
+            norms = [
+                torch.linalg.vector_norm(row @ (column @ maps).flatten(2), dim=(1, 2))
+                for row, column in zip(rows, columns, strict=True)
+            ]
+        return _reduce(torch.stack(norms), "mean")
+
+    @staticmethod
+    def _channel(difference: Tensor) -> Tensor:
+        """Mean over images."""
+        padded = F.pad(difference, (0, 0, 0, 0, 1, 1))
+        means = (padded[:, :-2] + padded[:, 1:-1] + padded[:, 2:]) / 3
+        return _reduce(torch.linalg.vector_norm(means, dim=(1, 2, 3)), "mean")
+
+
+def _window_means(length: int, like: Tensor) -> Tensor:
+    """Matrices of the means over windows of 4, 8, ..., 24 around each of n positions: 6×(n+1)×n."""
+    size = torch.arange(4, 25, 4, device=like.device)[:, None, None]
+    start = torch.arange(length + 1, device=like.device)[:, None] - size // 2
+    position = torch.arange(length, device=like.device)
+    return ((start <= position) & (position < start + size)).to(like.dtype) / size
+
+
+# ----------------------------------------------------------------------------------------------------------
+# DFT*: what each step trains, with the classifiers of all steps (arXiv 2508.04267)
+# ----------------------------------------------------------------------------------------------------------
+
+
+def trainable_parts(step: int, steps: int) -> dict[str, Any]:
+    """What DFT* trains at a step.
+
+    Args:
+        step: from 0.
+        steps: number of steps of the task.
+
+    Returns:
+        ``body`` and ``head``: whether they are trained (else they are in evaluation mode); ``classifiers``:
+        whether each step's classifier is.
+    """
+    first = step == 0
+    return {"body": first, "head": first, "classifiers": [number >= step for number in range(steps)]}
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -17,13 +17,7 @@ class AllSteps(LinearClassifier):
     """Classifiers of all steps from the first; those of steps to come are not chosen."""
 
     name = "all_steps"
-
-    def widths(self, classes, later):
-        return [*classes, *later]
-
-    @property
-    def newest(self):
-        return len(self.classes) - 1
+    of_all_steps = True
 
     def scores(self, logits):
         return logits[:, : sum(self.classes)]

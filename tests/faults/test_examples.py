@@ -29,6 +29,8 @@ BUILT_IN: dict[str, tuple[str, ...]] = {
     "PLOP+EWF": (),
     "LGKD": (),
     "PLOP+NeST": ("--warm_epochs", "2", "--fidelity", "released"),
+    "RCIL": (),
+    "DFT": (),
 }
 LINES = {"weight_fusion": 35, "dkd": 75, "contrastive": 55, "cosine_distillation": 60, "mean_replay": 65}
 

@@ -15,6 +15,7 @@ NETWORKS = [
     {"model": "deeplab", "backbone": "resnet50", "norm_act": "std"},
     {"model": "deeplab", "backbone": "mobilenet_v2", "norm_act": "std"},
     {"model": "deeplab", "backbone": "mobilenet_v2", "norm_act": "iabn_sync_test"},
+    {"model": "deeplab", "backbone": "mobilenet_v2", "norm_act": "std", "two_branches": True},
     {"model": "segformer_b0", "decoder": "segformer"},
 ]
 
@@ -44,7 +45,7 @@ def trained(choice, checkpointing, images):
     )
 
 
-@pytest.mark.parametrize("choice", NETWORKS, ids=lambda choice: "-".join(choice.values()))
+@pytest.mark.parametrize("choice", NETWORKS, ids=lambda choice: "-".join(map(str, choice.values())))
 def test_values_gradients_statistics_and_random_numbers_are_the_same(choice):
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     maps, gradients, state, kept, drawn = trained(choice, False, images)

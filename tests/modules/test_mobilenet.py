@@ -28,7 +28,7 @@ def test_undilated_network_at_more_places(output_stride, size):
     assert left.unexpected_keys == ["classifier.1.weight", "classifier.1.bias"]
 
     images = torch.randn(1, 3, *size)
-    features, stages = body(images, keep_stages=True)
+    features, stages, _ = body(images, keep_stages=True)
     assert features.shape == (1, 1280, *(-(-side // output_stride) for side in size))
     step = 32 // output_stride
     torch.testing.assert_close(features[:, :, ::step, ::step], theirs.features(images), rtol=1e-5, atol=1e-5)

@@ -44,7 +44,7 @@ def test_equals_torchvision(backbone, output_stride, train):
 
     images = torch.randn(2, 3, 65, 97)
     expected = torchvision_stages(theirs, images)
-    features, stages = body(images, keep_stages=True)
+    features, stages, _ = body(images, keep_stages=True)
     torch.testing.assert_close(features, expected[-1], rtol=1e-5, atol=1e-5)
     assert features.shape[1] == body.out_channels
     for stage, wanted in zip(stages, expected, strict=True):
@@ -55,7 +55,7 @@ def test_equals_torchvision(backbone, output_stride, train):
 def test_stages_only_when_asked():
     body = ResNetBackbone("resnet50", NormAct("std"), 16).eval()
     images = torch.randn(1, 3, 64, 64)
-    features, stages = body(images)
+    features, stages, _ = body(images)
     assert stages == []
     torch.testing.assert_close(features, body(images, keep_stages=True)[0], rtol=0, atol=0)
 
@@ -101,7 +101,7 @@ def test_leaky_kinds_are_the_network_of_mib(output_stride, dilations):
     body = randomise_norms(ResNetBackbone("resnet50", NormAct("abn"), output_stride)).eval()
     images = torch.randn(1, 3, 65, 65)
     expected, expected_stages = slow_leaky_resnet(body.state_dict(), (3, 4, 6, 3), dilations, images)
-    features, stages = body(images, keep_stages=True)
+    features, stages, _ = body(images, keep_stages=True)
     torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
     for stage, wanted in zip(stages, expected_stages, strict=True):
         torch.testing.assert_close(stage, wanted, rtol=1e-5, atol=1e-5)
@@ -112,7 +112,7 @@ def test_gradient_through_kept_stages():
     torch.manual_seed(0)
     body = ResNetBackbone("resnet50", NormAct("std"), 16).eval()
     images = torch.randn(1, 3, 64, 64)
-    _, stages = body(images, keep_stages=True)
+    _, stages, _ = body(images, keep_stages=True)
     sum(stage.square().mean() for stage in stages).backward()
     found = [body.conv1.weight.grad.clone(), body.layer4[2].bn3.bias.grad.clone()]
     body.zero_grad()

@@ -36,6 +36,7 @@ def test_every_option_that_shapes_the_network_counts() -> None:
         ("--backbone mobilenet_v2 --fidelity released", False),
         ("--model segformer_b0 --fidelity released", False),
         ("--fidelity released --method SSUL", False),
+        ("--fidelity released --method RCIL", False),
     ],
 )
 def test_released_resnet(words: str, released: bool) -> None:

@@ -431,6 +431,13 @@ def test_decoder_matters_to_segformer():
         fits(segformer, model="segformer_b0", decoder="segformer")
 
 
+def test_branches_matter_to_deeplab():
+    with pytest.raises(UserError, match="network without --two_branches"):
+        fits(content(), two_branches=True)
+    with pytest.raises(UserError, match="network with --two_branches"):
+        fits(content(manifest=manifest(two_branches=True)))
+
+
 def test_head_matters_to_deeplab():
     with pytest.raises(UserError, match="--head mib, not aspp"):
         fits(content(), head="aspp")
@@ -439,7 +446,7 @@ def test_head_matters_to_deeplab():
 
 
 def test_manifests_of_earlier_versions_fit():
-    younger = ("head", "released_resnet", "classifier")
+    younger = ("head", "released_resnet", "classifier", "two_branches")
     older = {key: value for key, value in manifest().items() if key not in younger}
     fits(content(manifest=older))
     fits(content(manifest=older), classifier="unknown")  # the weights' names tell

@@ -78,6 +78,10 @@ def decomposed(sign):
     return lambda p: criterion(p.features, p.features_old, p.prototypes - 0.5, p.prototypes[:OLD] - 0.7)
 
 
+def pckd_maps(problem):
+    return [problem.features_old, problem.teacher], [problem.features, problem.logits]
+
+
 # name: (loss of a problem, the tensor that it trains)
 MEANS = {
     "ce": (lambda p: L.UnbiasedCrossEntropy(old_cl=OLD)(p.logits, p.labels), "logits"),
@@ -122,6 +126,7 @@ MEANS = {
     "sparsity entropy": (sparsity("softmax", "entropy"), "features"),
     "pod": (lambda p: L.LocalPODLoss()([p.features_old], [p.features], 5, 2, OLD), "features"),
     "pod logits": (lambda p: L.LocalPODLoss()([p.teacher], [p.logits], 5, 2, OLD), "logits"),
+    "pckd": (lambda p: sum(L.PooledCubeDistillationLoss()(*pckd_maps(p), 5, 2, OLD)), "features"),
     **{
         name: (attention(name), "features" if name.endswith("CNN") else "attention")
         for name in L.DISTILL_OBJECTS
@@ -152,7 +157,7 @@ SUMS = {
 ALL = {**MEANS, **SUMS}
 # Losses without labels, or in which void takes part by design (see their docstrings).
 VOID_COUNTS = (
-    {"icarl", "kd", "unkd", "cil", "encoder", "pod", "pod logits", "lasso"}
+    {"icarl", "kd", "unkd", "cil", "encoder", "pod", "pod logits", "pckd", "lasso"}
     | {name for name in ALL if name.startswith(("sparsity", "sats-selfattn-"))}
     | {"mbce", "sigmoid kd", "auxiliary", "dkd positive", "dkd negative"}
 )
