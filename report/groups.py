@@ -379,7 +379,8 @@ def _differences(runs: Sequence[Run], others: Sequence[Run]) -> list[str]:
         for name, value in sorted(mine[step].items()):
             if value != theirs[step].get(name) and name not in found:
                 everywhere = all(options.get(name) == value for options in mine.values())
-                found[name] = f"{name}={value}" + ("" if everywhere else f" in step {step}")
+                said = f"no {name}" if value is None else f"{name}={value}"
+                found[name] = said + ("" if everywhere else f" in step {step}")
     return [found[name] for name in sorted(found)]
 
 

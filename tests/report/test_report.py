@@ -425,8 +425,8 @@ def test_other_data_are_another_method(tmp_path: Path) -> None:
         )
     ]
     assert methods(*folders) == {
-        "MIB (data_root=data, splits_dir=None)": ["15-5-voc_MIB_0", "15-5-voc_MIB_1"],
-        "MIB (data_root=subset, splits_dir=None)": ["15-5-voc_MIB_2"],
+        "MIB (data_root=data, no splits_dir)": ["15-5-voc_MIB_0", "15-5-voc_MIB_1"],
+        "MIB (data_root=subset, no splits_dir)": ["15-5-voc_MIB_2"],
         "MIB (data_root=data, splits_dir=few)": ["15-5-voc_MIB_3"],
     }
     assert "data_root" in deciding({}) and "num_workers" not in deciding({"num_workers": 3})
