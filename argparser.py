@@ -704,7 +704,10 @@ def _check_unused(opts: Options) -> None:
         raise UserError(
             f"--lr_old {opts.lr_old:g} has no effect: --fix_pre_cls freezes the old classifiers; drop one"
         )
-    unsure = classifier_kind(opts.classifier).confident_labels is Classifier.confident_labels
+    kind = classifier_kind(opts.classifier)
+    if "init_balanced" in opts.typed and not kind.starts_balanced and _trains(opts):
+        raise UserError(f"--classifier {kind.name} does not support --init_balanced; drop it")
+    unsure = kind.confident_labels is Classifier.confident_labels
     if opts.memory and opts.memory_choice == "predicted" and unsure and _trains(opts):
         raise UserError(
             f"--memory_choice predicted needs a classifier with a sigmoid per class, not --classifier "

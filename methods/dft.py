@@ -22,6 +22,7 @@ class PreallocatedClassifier(LinearClassifier):
 
     name = "preallocated"
     needs_its_method = True
+    starts_balanced = False
     of_all_steps = True
     start = Classifier.start  # this step's part has been trained already
 

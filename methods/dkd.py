@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from methods.base import Batch
 from methods.foreground import ForegroundClassifier, ForegroundMethod, checked_pos_weight, refuse_without
-from modules.classifiers import Classifier, add_classifier, convolve
+from modules.classifiers import add_classifier, convolve
 from utils.loss import (
     AuxiliaryLoss,
     DecomposedDistillationLoss,
@@ -38,7 +38,6 @@ class AuxiliaryClassifier(ForegroundClassifier):
     @torch.no_grad()
     def start(self, balanced: bool) -> None:
         """New classes: the auxiliary classifier's weights and biases."""
-        Classifier.start(self, balanced)
         auxiliary, new = (self.parts[number] for number in (0, self.newest))
         assert isinstance(auxiliary, nn.Conv2d) and isinstance(new, nn.Conv2d)
         assert auxiliary.bias is not None and new.bias is not None

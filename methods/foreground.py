@@ -27,6 +27,8 @@ class ForegroundClassifier(LinearClassifier):
     """
 
     name = "foreground"
+    starts_balanced = False  # there is no background to start from
+    start = Classifier.start
     needs_its_method = True
     torchvision_resnet = True
 
@@ -39,10 +41,6 @@ class ForegroundClassifier(LinearClassifier):
         for part in self.parts:
             assert isinstance(part, nn.Conv2d)
             nn.init.kaiming_normal_(part.weight)
-
-    def start(self, balanced: bool) -> None:
-        """Random; there is no background to start from."""
-        Classifier.start(self, balanced)
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits B×C×h×w."""

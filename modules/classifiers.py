@@ -30,6 +30,7 @@ class Classifier(nn.Module):
     Attributes:
         name: for ``--classifier``.
         former_names: key prefixes in checkpoints of earlier versions → today's prefixes.
+        starts_balanced: ``start`` knows ``balanced``; else ``--init_balanced`` is refused.
         needs_its_method: only a method with this ``classifier`` can train it: its logits mean something else.
         torchvision_resnet: its released program uses torchvision's ResNet (for ``--fidelity released``).
         released: decide as the method's released program, where that differs from the paper.
@@ -38,6 +39,7 @@ class Classifier(nn.Module):
 
     name: ClassVar[str]
     former_names: ClassVar[Mapping[str, str]] = {}
+    starts_balanced: ClassVar[bool] = False
     needs_its_method: ClassVar[bool] = False
     torchvision_resnet: ClassVar[bool] = False
     of_all_steps: ClassVar[bool] = False
@@ -79,13 +81,8 @@ class Classifier(nn.Module):
         """Initialise the newest part, after the older weights were loaded from the previous step.
 
         Args:
-            balanced: from the background's weights (``--init_balanced``).
-
-        Raises:
-            UserError: not supported by this kind.
+            balanced: from the background's weights (``--init_balanced``); only where ``starts_balanced``.
         """
-        if balanced:
-            raise UserError(f"--classifier {self.name} does not support --init_balanced; drop it")
 
     def forward(self, features: Tensor) -> Tensor:
         """Features B×channels×h×w → logits B×C×h×w, with at least one channel per seen class."""
@@ -119,6 +116,7 @@ class LinearClassifier(Classifier):
     """A 1×1 convolution per step."""
 
     name = "linear"
+    starts_balanced = True
 
     def forward(self, features: Tensor) -> Tensor:
         """One convolution with the concatenated weights."""

@@ -67,8 +67,6 @@ def test_the_next_step_starts_from_every_part() -> None:
     without = {name: value for name, value in state.items() if not name.startswith("cls.1.")}
     with pytest.raises(UserError, match=r"lacks 2 weights \(cls\.1\."):
         begun(1).load_previous(without)
-    with pytest.raises(UserError, match="--init_balanced"):
-        model.cls.start(balanced=True)
 
 
 def test_a_checkpoint_of_other_steps_is_refused() -> None:

@@ -90,8 +90,6 @@ def test_new_classes_start_from_the_auxiliary_classifier() -> None:
     assert auxiliary.bias is not None and new.bias is not None
     assert torch.equal(new.bias, auxiliary.bias.expand(5))
     assert torch.equal(auxiliary.weight, old.cls.parts[0].weight), "it goes on from its own values"  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="--init_balanced"):
-        grown.cls.start(balanced=True)
 
 
 def test_the_auxiliary_channel_sends_no_gradient_to_the_features() -> None:

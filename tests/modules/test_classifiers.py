@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from argparser import parse_options
 from modules import NetworkSpec
 from modules.classifiers import (
-    Classifier,
     LinearClassifier,
     add_classifier,
     classifier_kind,
@@ -36,15 +36,10 @@ def test_a_step_may_lack_the_newest_part_only() -> None:
         grown.load_previous(model([16]).state_dict())
 
 
-def test_a_kind_that_has_no_balanced_start_says_so() -> None:
-    class Plain(Classifier):
-        name = "plain"
-
-    plain = Plain(8, [3, 1])
-    assert plain(torch.zeros(2, 8, 4, 4)).shape == (2, 4, 4, 4)
-    plain.start(balanced=False)
-    with pytest.raises(UserError, match="--classifier plain does not support --init_balanced; drop it"):
-        plain.start(balanced=True)
+@pytest.mark.parametrize("method", ["SSUL", "DKD", "STAR", "DFT"])
+def test_a_kind_that_has_no_balanced_start_refuses_it(method: str) -> None:
+    with pytest.raises(UserError, match=r"--classifier \w+ does not support --init_balanced; drop it"):
+        parse_options(["--method", method, "--init_balanced"])
 
 
 def test_random_start_leaves_the_newest_part_as_it_was_drawn() -> None:
