@@ -13,8 +13,10 @@ from small_checkpoint import DEEPLAB, save_untrained
 import run
 from argparser import parse_options
 from inference import tsne
+from scripts import experiment
 
-TEXT = (Path(__file__).resolve().parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
 _TRAINING, _PREDICTION = TEXT.split("## Predictions and features")
 
 
@@ -27,12 +29,23 @@ def commands(text: str) -> list[str]:
     ]
 
 
-COMMANDS = commands(_TRAINING)
+COMMANDS = [command for command in commands(_TRAINING) if " run.py " in command]
 
 
 def test_all_commands_are_found() -> None:
     assert len(COMMANDS) == 6
     assert len(commands(_PREDICTION)) == 4
+
+
+def test_the_experiment_of_a_table_is_planned(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    (command,) = set(commands(_TRAINING)) - set(COMMANDS)
+    python, m, module, *words = shlex.split(command)
+    assert (python, m, module) == ("python", "-m", "scripts.experiment")
+    assert experiment.main([*words, "--dry-run"]) == 0
+    assert "--nproc_per_node=4" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", COMMANDS)
