@@ -11,14 +11,14 @@ from report.published import Published, of_method
 from report.reading import Run, read_results
 from utils.tables import csv_text, format_table, markdown_table
 
-# Of a results file; those of earlier versions have no first, later and average.
+# Of a results file; those of earlier versions have no first, later, harmonic and average.
 NUMBERS = {
     "first": "miou_first",
     "later": "miou_later",
     "old": "miou_old",
     "new": "miou_new",
     "all": "miou_all",
-    "harmonic": "harmonic_mean",
+    "harmonic": "harmonic_mean_first_later",
     "average": "average_miou_all",
 }
 

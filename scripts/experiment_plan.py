@@ -25,6 +25,7 @@ from utils.option_types import SEEDS
 _KEYS = ("logdir", "processes", "gpus", "seeds", "tasks", "common", "step_0", "runs", "slurm")
 # Entries of a run that are not options of run.py.
 _OF_A_RUN = ("from", "step_0", "tasks")
+_OF_A_TASK = ("step_0",)
 _TOTAL_BATCH = "total_batch"
 _Key = tuple[str, str, int]  # name of a run, its task, its seed
 
@@ -146,24 +147,37 @@ def read_experiment(
 
 
 def _with_given(content: dict[str, Any], given: Sequence[str]) -> dict[str, Any]:
-    """The content with options of ``--set`` in ``common`` and nowhere else."""
-    pairs = [word.removeprefix("--").partition("=") for word in given]
-    new = {name: yaml.safe_load(value) if equals else True for name, equals, value in pairs}
-    if "batch_size" in new or _TOTAL_BATCH in new:
-        replaced = new.keys() | {"batch_size", _TOTAL_BATCH}
-    else:
-        replaced = set(new)
+    """The content with options of ``--set`` in ``common`` and nowhere else.
+
+    Raises:
+        UserError: a value is not YAML.
+    """
+    new: dict[str, Any] = {}
+    for word in given:
+        name, equals, value = word.removeprefix("--").partition("=")
+        try:
+            new[name] = yaml.safe_load(value) if equals else True
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {word}: the value is not valid YAML; quote it") from error
+    both = {"batch_size", _TOTAL_BATCH}
+    replaced = new.keys() | both if both & new.keys() else set(new)
 
     def without(value: Any) -> Any:
         if isinstance(value, dict):
-            return {name: without(entry) for name, entry in value.items() if name not in replaced}
+            return {
+                name: without(entry)
+                for name, entry in value.items()
+                if str(name).removeprefix("--") not in replaced
+            }
         return [without(entry) for entry in value] if isinstance(value, list) else value
 
+    if not new:
+        return content
     kept = {
         key: without(value) if key in ("common", "step_0", "tasks", "runs") else value
         for key, value in content.items()
     }
-    return {**kept, "common": {**(kept.get("common") or {}), **new}} if new else content
+    return {**kept, "common": {**_mapping(kept, "common"), **new}}
 
 
 def check_content(content: object) -> Experiment:
@@ -181,23 +195,25 @@ def check_content(content: object) -> Experiment:
             raise UserError(f"unknown entry '{key}'; {hint}")
     if not isinstance(content.get("logdir"), str):
         raise UserError("logdir: give the folder of the runs (a lone ~ is null in YAML: write ~/)")
-    runs = {str(name): _options(own, f"runs: {name}") for name, own in _mapping(content, "runs").items()}
-    if not runs:
-        raise UserError("runs: give at least one, e.g. FT: {method: FT}")
     slurm = _slurm(content.get("slurm"))
     processes = _numbers(content.get("processes", 1), "processes", single=True, least=1, most=1024)[0]
     gpus = _numbers(content.get("gpus", []), "gpus", most=1023)
-    share = len(gpus) // processes if slurm is None else _tasks_of_job(slurm)
+    share = max(len(gpus) // processes, 1) if slurm is None else _tasks_of_job(slurm)
+    runs = {
+        str(name): _options(own, f"runs: {name}", share) for name, own in _mapping(content, "runs").items()
+    }
+    if not runs:
+        raise UserError("runs: give at least one, e.g. FT: {method: FT}")
     experiment = Experiment(
         logdir=given_path(content["logdir"]),
         processes=processes,
         gpus=gpus,
         seeds=_numbers(content.get("seeds", [42]), "seeds", required=True),
-        tasks=_tasks(content),
-        common=_options(content.get("common"), "common"),
-        step_0=_options(content.get("step_0"), "step_0"),
+        tasks=_tasks(content, share),
+        common=_options(content.get("common"), "common", share),
+        step_0=_options(content.get("step_0"), "step_0", share),
         runs=runs,
-        processes_per_run=max(share, 1),
+        processes_per_run=share,
         slurm=slurm,
     )
     if len(experiment.gpus) % experiment.processes:
@@ -220,23 +236,40 @@ def _mapping(content: Mapping[str, Any], key: str) -> dict[Any, Any]:
     return value
 
 
-def _options(value: object, where: str) -> dict[str, Any]:
-    """Check a mapping of options; a run may also have ``from``, ``step_0`` and ``tasks``."""
+def _options(value: object, where: str, processes: int) -> dict[str, Any]:
+    """Check a mapping of options; ``total_batch`` becomes the ``batch_size`` of each process.
+
+    A run may also have ``from``, ``step_0`` and ``tasks``, a task ``step_0``.
+    """
     if value is None:
         return {}
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected options of run.py, e.g. {{lr: 0.01}}, got {value!r}")
     options = {str(name).removeprefix("--"): entry for name, entry in value.items()}
-    if _TOTAL_BATCH in options and "batch_size" in options:
-        raise UserError(f"{where}: total_batch and batch_size exclude each other; give one")
     for name in options:
         if declared(name).set_by_experiment:
             raise UserError(f"{where}: {name} is set by the experiment; remove it")
-    if not where.startswith("runs"):
-        for name in _OF_A_RUN:
-            if name in options:
-                raise UserError(f"{where}: '{name}' is an entry of a run; move it below runs:")
+    allowed = _OF_A_RUN if where.startswith("runs") else _OF_A_TASK if where.startswith("tasks: ") else ()
+    for name in _OF_A_RUN:
+        if name in options and name not in allowed:
+            raise UserError(f"{where}: '{name}' is an entry of a run; move it below runs:")
+    if _TOTAL_BATCH in options:
+        if "batch_size" in options:
+            raise UserError(f"{where}: total_batch and batch_size exclude each other; give one")
+        options["batch_size"] = _share(options.pop(_TOTAL_BATCH), processes, where)
     return options
+
+
+def _share(total: object, processes: int, where: str) -> int:
+    """The batch size of each process."""
+    if processes == 0:
+        raise UserError(f"{where}: total_batch needs the job's number of processes; give ntasks in slurm:")
+    if type(total) is not int or total < 1 or total % processes:
+        raise UserError(
+            f"{where}: total_batch {total!r} cannot be divided among {processes} "
+            f"process{'es' if processes > 1 else ''}; give a multiple, or another number of gpus"
+        )
+    return total // processes
 
 
 def _numbers(
@@ -256,7 +289,7 @@ def _numbers(
     return tuple(numbers)
 
 
-def _tasks(content: Mapping[str, Any]) -> dict[str | None, dict[str, Any]]:
+def _tasks(content: Mapping[str, Any], processes: int) -> dict[str | None, dict[str, Any]]:
     """Options of every task by its name; a list entry is a name or ``{name: options}``."""
     tasks = content.get("tasks")
     if tasks is None:
@@ -274,7 +307,7 @@ def _tasks(content: Mapping[str, Any]) -> dict[str | None, dict[str, Any]]:
             name, options = entry, None
         if not isinstance(name, (str, int)) or str(name) in found:
             raise wrong
-        found[str(name)] = _options(options, f"tasks: {name}")
+        found[str(name)] = _options(options, f"tasks: {name}", processes)
     return found
 
 
@@ -290,8 +323,10 @@ def _slurm(value: object) -> dict[str, str] | None:
 
 
 def _tasks_of_job(slurm: Mapping[str, str]) -> int:
-    words = [slurm.get(name, "1") for name in ("nodes", "ntasks-per-node")]
-    return math.prod(int(word) if word.isdigit() else 1 for word in words)
+    """Processes of a job; 0 if its options do not say it as numbers."""
+    names = ("ntasks",) if "ntasks" in slurm else ("nodes", "ntasks-per-node")
+    words = [slurm.get(name, "1") for name in names]
+    return math.prod(int(word) if word.isdigit() else 0 for word in words)
 
 
 # ── the runs ─────────────────────────────────────────────────────────────────────────────────────────
@@ -327,7 +362,11 @@ def plan(experiment: Experiment) -> list[Run]:
         for seed in experiment.seeds:
             for method in experiment.runs:
                 entry = experiment.runs[method]
-                own = {**common, **entry, **_for_task(entry, name, f"runs: {method}")}
+                own = {**common, **entry, **_for_task(experiment, method, name)}
+                own["step_0"] = {
+                    **_step_0(experiment, of_task, f"step_0 of tasks: {name}"),
+                    **_step_0(experiment, entry, f"step_0 of runs: {method}"),
+                }
                 own_task = _task(own, f"runs: {method}")
                 key = (method, own_task.name, seed)
                 if key not in planned:
@@ -337,25 +376,29 @@ def plan(experiment: Experiment) -> list[Run]:
                     planned[key] = Run(method, seed, own_task, path.parent)
                     options[key] = own
                 planned[key].compared_in.append(task)
-    first = {key: _step_0_options(experiment, own, f"step_0 of {key[0]}") for key, own in options.items()}
+    first = {
+        key: {**_without_run_entries(own), **experiment.step_0, **own["step_0"]}
+        for key, own in options.items()
+    }
     for key, run in planned.items():
         begin = experiment.runs[run.method].get("from")
         base = key if begin is None else _base(experiment, planned, run, begin)
         origin = planned[_origin(planned, first, base)]
         run.starts_from = None if origin is run else origin
-        run.commands = _commands(run, options[key], first[key], experiment.processes_per_run)
+        run.commands = _commands(run, options[key], first[key])
     return list(planned.values())
 
 
-def _step_0_options(experiment: Experiment, own: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Options of step 0 of a run."""
-    return {**_without_run_entries(own), **experiment.step_0, **_options(own.get("step_0"), where)}
+def _step_0(experiment: Experiment, entry: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Options of step 0 of a run's or a task's entry."""
+    return _options(entry.get("step_0"), where, experiment.processes_per_run)
 
 
-def _for_task(run: Mapping[str, Any], task: str | None, where: str) -> dict[str, Any]:
+def _for_task(experiment: Experiment, method: str, task: str | None) -> dict[str, Any]:
     """Options of a run in one of the tasks."""
-    own = {str(name): options for name, options in _mapping(run, "tasks").items()}
-    return _options(own.get(str(task)), f"tasks of {where}")
+    of_tasks = _mapping(experiment.runs[method], "tasks")
+    own = {str(name): options for name, options in of_tasks.items()}
+    return _options(own.get(str(task)), f"tasks of runs: {method}", experiment.processes_per_run)
 
 
 def _without_run_entries(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -407,23 +450,7 @@ def _task(options: Mapping[str, Any], where: str) -> Task:
     return _parsed(words, where).task_
 
 
-def _divided(options: Mapping[str, Any], processes: int, method: str) -> dict[str, Any]:
-    """The options with ``total_batch`` as the ``batch_size`` of each process."""
-    found = dict(options)
-    total = found.pop(_TOTAL_BATCH, None)
-    if total is not None:
-        if type(total) is not int or total < 1 or total % processes:
-            raise UserError(
-                f"runs: {method}: total_batch {total!r} cannot be divided among {processes} "
-                f"process{'es' if processes > 1 else ''}; give a multiple, or another number of gpus"
-            )
-        found["batch_size"] = total // processes
-    return found
-
-
-def _commands(
-    run: Run, options: Mapping[str, Any], first: Mapping[str, Any], processes: int
-) -> list[list[str]]:
+def _commands(run: Run, options: Mapping[str, Any], first: Mapping[str, Any]) -> list[list[str]]:
     """Arguments of ``run.py`` for step 0 (unless another run trains it) and for the later steps."""
     given = {
         "random_seed": run.seed,
@@ -431,7 +458,6 @@ def _commands(
         "name": f"{run.method}_{run.seed}",
     }
     commands = []
-    first, options = (_divided(some, processes, run.method) for some in (first, options))
     later: dict[str, Any] = {"step": list(range(1, run.task.num_steps))}
     if run.starts_from is None:
         commands.append(arguments({**first, **given, "step": 0}))

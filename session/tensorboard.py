@@ -109,7 +109,10 @@ class RunLogger:
             return
         means = {"old": results.miou_old, "new": results.miou_new, "all": results.miou_all}
         means |= {"harmonic": results.harmonic_mean, "first": results.miou_first, "later": results.miou_later}
-        means["average"] = results.average_miou_all
+        means |= {
+            "harmonic_first_later": results.harmonic_mean_first_later,
+            "average": results.average_miou_all,
+        }
         self.scalars({f"miou/{name}": value for name, value in means.items()}, step)
         self.scalar("mean_forgetting", results.mean_forgetting, step)
         tags = _tags(results.class_iou)

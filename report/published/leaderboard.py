@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from report.groups import arrange, task_title
-from report.published import Published, table
+from report.published import Published, has_own_order, table
 from report.reading import canonical_task, find_runs, read_run
 from report.tables import summary
 from utils.command import run_command
@@ -73,7 +73,7 @@ def _is_chosen(row: Published, args: argparse.Namespace) -> bool:
 
 
 def measured(folders: Sequence[Path]) -> list[Published]:
-    """Finished runs as rows of the table.
+    """Finished runs as rows of the table, without those of another class order.
 
     Raises:
         UserError: a folder has no run, or a run cannot be read.
@@ -82,7 +82,7 @@ def measured(folders: Sequence[Path]) -> list[Published]:
     found = []
     for group in groups:
         for line in summary(group):
-            if line.complete:
+            if line.complete and not has_own_order(line.method):
                 first, later, over_all = (
                     None if number is None else 100 * number.mean for number in line.numbers.values()
                 )

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The newer methods on VOC, DeepLabV3 with ResNet-101, with the settings of their repositories:
 #   bash scripts/voc/newer.sh METHOD TASK [options of run.py]
-# All were published overlapped; STAR (15-5, 15-1, 19-1) and RCIL also with PROTOCOL=disjoint.
+# All were published overlapped; DKD, STAR (19-1, 15-5, 15-1) and RCIL also with PROTOCOL=disjoint.
 # DKD and STAR have the norm of --norm_act sync, the others inplace-abn's: add --norm_act iabn_sync where that is
 # installed. Variables: DATA, GPUS, NAME, PROTOCOL, BATCH (of all steps), LOGDIR (scripts/run_task.sh).
 set -euo pipefail

@@ -347,10 +347,39 @@ def test_the_total_batch_is_divided_among_the_processes(
     assert "total_batch 24 cannot be divided among 5 processes" in capsys.readouterr().err
 
 
+def test_a_later_batch_size_overrides_an_inherited_one(tmp_path: Path) -> None:
+    """``total_batch`` and ``batch_size`` at different levels, and of step 0 of a task."""
+    tasks = [{"10-5-5": {"step_0": {"total_batch": 16}}}, "15-5"]
+    common = {"dataset": "shapes", "total_batch": 24}
+    runs = {"A": {"batch_size": 6}, "B": {"step_0": {"batch_size": 4}}, "C": {}}
+    found = {
+        (run.method, run.task.name): [parse_options(words).batch_size for words in run.commands]
+        for run in planned(tmp_path, seeds=[1], gpus=[0, 1], common=common, tasks=tasks, runs=runs)
+    }
+    assert found["A", "10-5-5"] == [8, 6] and found["A", "15-5"] == [6, 6]
+    assert found["B", "10-5-5"] == [4, 12] and found["B", "15-5"] == [4, 12]
+    assert found["C", "10-5-5"] == [8, 12] and found["C", "15-5"] == [12, 12]
+
+
+@pytest.mark.parametrize(
+    ("slurm", "share"), [({"ntasks": "4"}, 6), ({"nodes": "2", "ntasks-per-node": "3"}, 4), ({}, 24)]
+)
+def test_the_total_batch_of_a_job_is_divided_among_its_tasks(
+    slurm: dict[str, str], share: int, tmp_path: Path
+) -> None:
+    common = {"dataset": "shapes", "task": "10-5-5", "total_batch": 24}
+    (run,) = planned(tmp_path, common=common, seeds=[1], runs={"MIB": {}}, slurm=slurm, tasks=None)
+    assert all(parse_options(command).batch_size == share for command in run.commands)
+    with pytest.raises(UserError, match="common: total_batch and batch_size exclude each other"):
+        planned(tmp_path, common={**common, "batch_size": 4})
+    with pytest.raises(UserError, match="total_batch needs the job's number of processes; give ntasks"):
+        planned(tmp_path, common=common, slurm={"nodes": "1-2"})
+
+
 def test_options_of_the_command_line_replace_those_of_the_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runs = {"MIB": {"method": "MIB", "epochs": 7, "step_0": {"epochs": 9, "method": "FT"}}}
+    runs = {"MIB": {"method": "MIB", "epochs": 7, "step_0": {"--epochs": 9, "method": "FT"}}}
     file = write(tmp_path, seeds=[1], runs=runs)
     assert (
         experiment.main([str(file), "--dry-run", "--set", "epochs=1", "no_pretrained", "batch_size=3"]) == 0
@@ -359,17 +388,9 @@ def test_options_of_the_command_line_replace_those_of_the_file(
     parsed = [parse_options(words[words.index(str(ROOT / "run.py")) + 1 :]) for words in commands]
     assert [(o.epochs, o.no_pretrained, o.batch_size) for o in parsed] == [(1, True, 3)] * 2
     assert [o.method for o in parsed] == ["FT", "MIB"]
-    assert experiment.main([str(file), "--dry-run", "--set", "epoch=1"]) == 2
-    assert "epoch" in capsys.readouterr().err
-
-
-def test_the_total_batch_of_a_job_is_divided_among_its_tasks(tmp_path: Path) -> None:
-    common = {"dataset": "shapes", "task": "10-5-5", "total_batch": 24}
-    slurm = {"nodes": "2", "ntasks-per-node": "3"}
-    (run,) = planned(tmp_path, common=common, seeds=[1], runs={"MIB": {}}, slurm=slurm, tasks=None)
-    assert all(parse_options(command).batch_size == 4 for command in run.commands)
-    with pytest.raises(UserError, match="common: total_batch and batch_size exclude each other"):
-        planned(tmp_path, common={**common, "batch_size": 4})
+    for word, said in (("epoch=1", "unknown option --epoch"), ("epochs=[1", "--set epochs=[1: the value is")):
+        assert experiment.main([str(file), "--dry-run", "--set", word]) == 2
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])

@@ -79,7 +79,7 @@ CONFIGURED_EPOCHS = {"voc": 60, "ade": 100}
 NOT_COMPARED = {
     "all": {"method", "name", "task", "step", "lr", "batch_size", "epochs", "checkpoint", "overlap", "test"},
     "RCIL": {"pod", "pod_factor", "pod_logits", "pod_options", "classif_adaptive_factor", "init_balanced"},
-    "DFT": {"fix_pre_cls", "task_num"},  # --pre_allocate freezes old classifiers
+    "DFT": {"task_num"},  # only checked here
 }
 
 
