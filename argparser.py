@@ -705,8 +705,10 @@ def _check_unused(opts: Options) -> None:
             f"--lr_old {opts.lr_old:g} has no effect: --fix_pre_cls freezes the old classifiers; drop one"
         )
     kind = classifier_kind(opts.classifier)
-    if "init_balanced" in opts.typed and not kind.starts_balanced and _trains(opts):
-        raise UserError(f"--classifier {kind.name} does not support --init_balanced; drop it")
+    if opts.init_balanced and not kind.starts_balanced and _trains(opts):
+        if "init_balanced" in opts.typed:
+            raise UserError(f"--classifier {kind.name} does not support --init_balanced; drop it")
+        opts.notes.append(f"--classifier {kind.name} starts in its own way: --init_balanced has no effect")
     unsure = kind.confident_labels is Classifier.confident_labels
     if opts.memory and opts.memory_choice == "predicted" and unsure and _trains(opts):
         raise UserError(

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.dropout import _DropoutNd
 from torchvision.ops import StochasticDepth
 
 from modules import Network, NetworkSpec, build_network
@@ -17,6 +16,7 @@ from modules.norm import norm_layers
 from utils.errors import UserError
 
 _COUNTER = ".num_batches_tracked"
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, StochasticDepth)
 
 
 class IncrementalSegmentationModule(nn.Module):
@@ -75,7 +75,9 @@ class IncrementalSegmentationModule(nn.Module):
 
     def is_older_classifier(self, weight: str) -> bool:
         """Whether a weight, named as in this module, belongs to the classifier of an earlier step."""
-        part = self.cls.part_of(weight.removeprefix("cls.")) if weight.startswith("cls.") else None
+        if len(self.classes) == 1 or not weight.startswith("cls."):
+            return False
+        part = self.cls.part_of(weight.removeprefix("cls."))
         return part is not None and part < self.cls.newest
 
     def fix_bn(self, *, statistics: bool = True) -> None:
@@ -100,7 +102,7 @@ class IncrementalSegmentationModule(nn.Module):
     def fix_dropout(self) -> None:
         """Switch off every dropout layer and stochastic depth."""
         for layer in self.modules():
-            if isinstance(layer, _DropoutNd | StochasticDepth):
+            if isinstance(layer, _DROPOUTS):
                 freeze(layer)
 
     def train(self, mode: bool = True) -> IncrementalSegmentationModule:

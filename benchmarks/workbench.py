@@ -33,7 +33,7 @@ MODELS = {
 }
 ALL_METHODS = (
     *("FT", "LWF", "LWF-MC", "ILT", "EWC", "RW", "PI", "MIB", "CIL", "SDR", "PLOP", "SSUL", "SATS"),
-    *("DKD", "STAR"),
+    *("DKD", "STAR", "MIB+EWF", "PLOP+EWF", "LGKD", "MIB+NeST", "PLOP+NeST"),
     *("RCIL", "DFT"),
 )
 DEEPLAB_ONLY = ("RCIL",)

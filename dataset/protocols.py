@@ -118,7 +118,11 @@ def why_empty(
     if not any(c in ids for ids in image_labels for c in new):
         return f"no training mask shows {named_classes(new, class_names)}; correct the masks or the task"
     if protocol == "partitioned" or (task.dataset == "ade" and protocol != "overlapped"):
-        return "every image with its classes belongs to another step; --overlap gives an image to several"
+        instead = " instead of --partitioned" if protocol == "partitioned" else ""
+        return (
+            "every image with its classes belongs to another step; "
+            f"--overlap{instead} gives an image to several"
+        )
     return (
         f"every image with its classes also shows one of a later step, which {protocol} leaves out; "
         "--overlap takes these images too"

@@ -130,8 +130,8 @@ def _task_and_step(opts: Options, content: Mapping[str, Any], path: Path) -> tup
         if typed_task is None or typed_step is None:
             raise UserError(
                 f"{path}: has no manifest; type --dataset, --task and --step, and "
-                "--model, --backbone, --norm_act, --head, --decoder and --classifier where they differ from "
-                "the defaults"
+                "--model, --backbone, --norm_act, --head, --two_branches, --decoder, --classifier and "
+                "--fidelity where they differ from the defaults"
             )
         return typed_task, typed_step
     if not isinstance(manifest, Mapping):

@@ -31,7 +31,6 @@ from utils.errors import UserError
 # In calling order. --method_file adds the methods of a user's file.
 REGISTRY: list[type[Method]] = [
     Classification,
-    ClassifierPreTuning,  # begin_step sets the student's classifiers, which others may read
     OutputDistillation,
     EncoderDistillation,
     ICaRL,
@@ -43,14 +42,15 @@ REGISTRY: list[type[Method]] = [
     PooledOutputDistillation,
     LabelGuidedDistillation,
     PooledCubeDistillation,
+    ClassifierPreTuning,  # begin_step sets the final start of the classifiers
     UnknownClass,
     AttentionTransfer,
+    EndpointWeightFusion,  # end_step changes the weights, which the next ones read
     DecomposedDistillation,
     FeatureReplay,
     Preallocation,
     FixedNetwork,
     Regularization,
-    EndpointWeightFusion,  # end_step changes the weights, which others read
 ]
 
 __all__ = [

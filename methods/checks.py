@@ -8,7 +8,7 @@ import inspect
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,6 +32,17 @@ def fault(owner: Method | type[Method], hook: str, what: str) -> UserError:
     kind = owner if isinstance(owner, type) else type(owner)
     file = getattr(sys.modules.get(kind.__module__), "__file__", None) or kind.__module__
     return UserError(f"{file}: {kind.__name__}.{hook}: {what}")
+
+
+def refuse_without(opts: Any, flags: Sequence[str], names: Sequence[str]) -> None:
+    """Refuse typed options of methods of which none is enabled.
+
+    Raises:
+        UserError: one of ``names`` was typed without one of ``flags``.
+    """
+    typed = [name for name in names if name in opts.typed]
+    if typed and not any(getattr(opts, flag) for flag in flags):
+        raise UserError(f"--{typed[0]} goes with --{' or --'.join(flags)}; give it, or drop this")
 
 
 # ── When a method file is loaded ─────────────────────────────────────────────────────────────────────

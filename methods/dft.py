@@ -26,9 +26,10 @@ class PreallocatedClassifier(LinearClassifier):
     of_all_steps = True
     start = Classifier.start  # this step's part has been trained already
 
-    def scores(self, logits: Tensor) -> Tensor:
-        """Logits of the seen classes."""
-        return logits[:, : sum(self.classes)]
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits of all classes, in evaluation mode (so also the teacher's) of the seen ones."""
+        logits = super().forward(features)
+        return logits if self.training else logits[:, : sum(self.classes)]
 
 
 class Preallocation(Method):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from methods.base import Batch
-from methods.foreground import ForegroundClassifier, ForegroundMethod, checked_pos_weight, refuse_without
+from methods.checks import refuse_without
+from methods.foreground import ForegroundClassifier, ForegroundMethod, checked_pos_weight
 from modules.classifiers import add_classifier, convolve
 from utils.loss import (
     AuxiliaryLoss,
@@ -34,6 +35,11 @@ class AuxiliaryClassifier(ForegroundClassifier):
     def widths(self, classes: Sequence[int], later: Sequence[int]) -> list[int]:
         """The auxiliary channel, then the classes of each step."""
         return [1, *super().widths(classes, later)]
+
+    def part_of(self, weight: str) -> int | None:
+        """None for the auxiliary classifier, which every step trains."""
+        part = super().part_of(weight)
+        return None if part == 0 else part
 
     @torch.no_grad()
     def start(self, balanced: bool) -> None:

@@ -27,5 +27,8 @@ class EndpointWeightFusion(Method):
     def end_step(self, context: Context) -> None:
         """Fuse the networks, running statistics included."""
         assert context.model_old is not None
-        old, new = context.model_old.state_dict(), context.model.state_dict()
-        context.model.load_state_dict(fuse_weights(old, new, context.classes_new, context.classes_old))
+        model: Any = context.model
+        # With two branches the teacher's are merged first, as the student's were.
+        old = model.network.from_previous(context.model_old.state_dict(), "network.")
+        new = model.state_dict()
+        model.load_state_dict(fuse_weights(dict(old), new, context.classes_new, context.classes_old))

@@ -113,14 +113,3 @@ def checked_pos_weight(values: Sequence[float]) -> Sequence[float]:
             f"--pos_weight has {len(values)} values; give one, or one for step 0 and one for later steps"
         )
     return values
-
-
-def refuse_without(opts: Any, flags: Sequence[str], names: Sequence[str]) -> None:
-    """Refuse typed options of methods of which none is enabled.
-
-    Raises:
-        UserError: one of ``names`` was typed without one of ``flags``.
-    """
-    typed = [name for name in names if name in opts.typed]
-    if typed and not any(getattr(opts, flag) for flag in flags):
-        raise UserError(f"--{typed[0]} goes with --{' or --'.join(flags)}; give it, or drop this")

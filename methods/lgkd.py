@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from methods.base import Batch, Method
-from utils.errors import UserError
+from methods.checks import refuse_without
 from utils.loss import LabelGuidedKnowledgeDistillationLoss
 from utils.option_roles import OptionGroup
 from utils.option_types import loss_weight
@@ -40,12 +40,8 @@ class LabelGuidedDistillation(Method):
         Raises:
             UserError: a weight is typed without it.
         """
-        if opts.lgkd:
-            return cls(opts.prev_kd, opts.novel_kd)
-        for name in ("prev_kd", "novel_kd"):
-            if name in opts.typed:
-                raise UserError(f"--{name} goes with --lgkd; give it, or drop this")
-        return None
+        refuse_without(opts, ["lgkd"], ["prev_kd", "novel_kd"])
+        return cls(opts.prev_kd, opts.novel_kd) if opts.lgkd else None
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Mean over the non-void positions."""

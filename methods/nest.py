@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from methods.base import Context, Method
+from methods.checks import options_of, refuse_without
 from modules.classifiers import LinearClassifier
 from utils.errors import UserError
 from utils.loss import VOID, ClassifierTransform, ImportanceMatrices, UnbiasedCrossEntropy
@@ -23,9 +24,9 @@ log = logging.getLogger(__name__)
 class ClassifierPreTuning(Method):
     """Before a step, a transformation of the old classifiers is trained; the new ones start as its result.
 
-    The network is not trained meanwhile. Paper: it is the previous step's, in evaluation mode. Released: it
-    is in training mode, so that running statistics move; the biases start at one random number, and the
-    learning rate falls before each update instead of after it.
+    The student is not trained meanwhile. Paper: it is in evaluation mode. Released: in training mode, so that
+    running statistics move; the biases start at one random number, and the learning rate falls before
+    each update instead of after it.
     """
 
     needs_teacher = True
@@ -59,11 +60,8 @@ class ClassifierPreTuning(Method):
         Raises:
             UserError: an option of it is typed without it.
         """
-        if opts.nest:
-            return cls(opts)
-        if typed := sorted(name for name in opts.typed if name.startswith("warm_")):
-            raise UserError(f"--{typed[0]} goes with --nest; give it, or drop this")
-        return None
+        refuse_without(opts, ["nest"], [option.dest for option in options_of(cls)])
+        return cls(opts) if opts.nest else None
 
     def begin_step(self, context: Context) -> None:
         """Compute the initial matrices, train the transformation, and write the classifiers.

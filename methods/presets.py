@@ -130,7 +130,7 @@ _VALUES: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
     "RCIL": [("ade", "*", {"loss_pckd": 5e-6, "loss_pckd_last": 5e-7})],
 }
 
-# Options that the released programs set and the papers do not mention.
+# Values in which the released programs differ from the papers.
 _WHEN_RELEASED: dict[str, dict[str, Any]] = {
     "SATS": {"keep": "best"},
     "SSUL": {"keep": "best", "unseen_label": "ignore"},
@@ -180,8 +180,8 @@ def preset(method: str, *, dataset: str, task: str, fidelity: str = "paper") -> 
     Args:
         method: one of ``METHODS``.
         dataset, task: some values depend on them; ``task`` is the canonical name.
-        fidelity: "paper" or "released"; see ``preset_note``. "released" adds options that the programs of
-            SATS and SSUL set.
+        fidelity: "paper" or "released"; see ``preset_note``. "released" adds values in which the programs of
+            SATS, SSUL and RCIL differ.
     """
     if preset_note(method, fidelity) is not None:
         return {}

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from methods.base import Batch, Context
-from methods.foreground import ForegroundClassifier, ForegroundMethod, checked_pos_weight, refuse_without
+from methods.checks import refuse_without
+from methods.foreground import ForegroundClassifier, ForegroundMethod, checked_pos_weight
 from utils import loss as L
 from utils.errors import UserError
 from utils.option_roles import OptionGroup

@@ -344,8 +344,9 @@ def _read(path: Path, file: BinaryIO, map_location: str | torch.device) -> Any:
             raise _damaged(path, "not a checkpoint's pickle") from error
         raise UserError(
             f"{path}: holds more than weights and numbers ({refused[1]}) and was not loaded, as that could "
-            "run code; where you trust it, save its weights alone: torch.save({'model_state': "
-            "torch.load(FILE, weights_only=False)['model_state']}, NEW)"
+            "run code; where you trust it, save its tensors alone: c = torch.load(FILE, weights_only=False); "
+            "torch.save({k: c[k] for k in ('model_state', 'state_dict', 'prototypes', 'count_features') "
+            "if k in c}, NEW)"
         ) from error
     except Exception as error:  # damaged bytes can raise many exceptions
         raise _damaged(path, _first_line(error)) from error
@@ -445,7 +446,7 @@ def _network_misfits(manifest: Mapping[str, Any], spec: NetworkSpec) -> list[str
 def _classifier_misfits(state: Mapping[str, Tensor], task: Task, step: int, spec: NetworkSpec) -> list[str]:
     def widths_of(kind: str) -> dict[str, int]:
         with torch.device("meta"):  # names and sizes only, without drawing weights
-            made = classifier_kind(kind)(1, task.classes_per_step(step), task.later_classes_per_step(step))
+            made = classifier_kind(kind)(256, task.classes_per_step(step), task.later_classes_per_step(step))
         return _widths({f"cls.{name}": tensor for name, tensor in made.state_dict().items()})
 
     found, wanted = _widths(state), widths_of(spec.classifier)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from dataset.exemplars import Exemplar, choose_listed, load_exemplars, save_exemplars
 from dataset.incremental import IncrementalDataset
-from dataset.loaders import make_eval_loader
+from dataset.loaders import EvalBatchSampler, make_eval_loader
 from dataset.step_data import DataSpec, candidate_images
 from inference.load import load_model
 from inference.multiscale import PaddedPrediction
@@ -31,65 +31,72 @@ def predicted_exemplars(run: Run, step: int) -> list[Exemplar] | None:
 
     Candidates are the exemplars of the step before, by the classes that they were chosen by, and that step's
     training images, by the classes of their labels and, from step 2 on, those that its network is certain
-    of where the label is background. Rank 0 chooses. Every process must call it.
+    of where the label is background. Every process lists a part of the images; rank 0 chooses.
 
     Raises:
         UserError: the exemplars or the network of the step before are missing.
+        Stopped: a signal was received.
     """
-    opts = run.opts
+    opts, is_main = run.opts, run.world.is_main
     if not opts.memory or step == 0 or opts.memory_choice != "predicted":
         return None
     exemplars: list[Exemplar] | None = None
     with distributed.shared_errors():
-        if run.world.is_main:
-            exemplars = _exemplars(run, step)
+        network = _network(run, step) if step > 1 else None
+        images = candidate_images(DataSpec.of(opts), step - 1, is_main=is_main)
+        names = [path.name for path in images.dataset.images]
+        kept = _kept(run, step, names) if step > 1 else []
+        origin = {
+            **_identity(names),
+            "step": step,
+            "memory": opts.memory,
+            "seed": opts.random_seed,
+            "candidates": images.digest(),
+            "exemplars of the step before": [[each.index, each.step, list(each.classes)] for each in kept],
+            "network": None if network is None else weights_digest(network),
+            "fidelity": opts.fidelity,
+        }
+        path = step_file(run.folder.path, EXEMPLARS, step)
+        if is_main and path.is_file():
+            try:
+                exemplars = load_exemplars(path, origin)
+                log.info("exemplars: loaded from %s", path)
+            except UserError as error:
+                log.info("%s; it is made again", error)
+    if (loaded := distributed.broadcast_object(exemplars)) is not None:
+        return list(loaded)
+    log.info("exemplars: listing the classes of %d images", len(images))
+    with distributed.shared_errors():
+        mine = _listed(run, images, network)
+    run.stop.raise_if_set()
+    parts = distributed.gather_objects(mine)
+    with distributed.shared_errors():
+        if is_main:
+            listed = {index: classes for part in parts for index, classes in part.items()}
+            exemplars = choose_listed(kept, listed, step, opts.memory, opts.random_seed)
+            save_exemplars(path, exemplars, origin)
     return list(distributed.broadcast_object(exemplars))
 
 
-def _exemplars(run: Run, step: int) -> list[Exemplar]:
-    opts, folder = run.opts, run.folder
-    kept = _kept(run, step) if step > 1 else []
-    network = _network(run, step) if step > 1 else None
-    images = candidate_images(DataSpec.of(opts), step - 1, is_main=True)
-    path = step_file(folder.path, EXEMPLARS, step)
-    origin = {
-        "rule": "predicted",
-        "step": step,
-        "memory": opts.memory,
-        "seed": opts.random_seed,
-        "candidates": images.digest(),
-        "exemplars of the step before": [[each.index, each.step, list(each.classes)] for each in kept],
-        "network": None if network is None else weights_digest(network),
-        "fidelity": opts.fidelity,
-    }
-    if path.is_file():
-        try:
-            exemplars = load_exemplars(path, origin)
-            log.info("exemplars: loaded from %s", path)
-            return exemplars
-        except UserError as error:
-            log.info("%s; it is made again", error)
-    log.info("exemplars: listing the classes of %d images", len(images))
-    classes = _listed(run, images, network)
-    listed = {entry.index: found for entry, found in zip(images.entries, classes, strict=True)}
-    exemplars = choose_listed(kept, listed, step, opts.memory, opts.random_seed)
-    save_exemplars(path, exemplars, origin)
-    return exemplars
+def _identity(names: list[str]) -> dict[str, str]:
+    """What lists of exemplars of successive steps have in common: the rule and the images."""
+    return {"rule": "predicted", "images": hashlib.sha256("\n".join(names).encode()).hexdigest()}
 
 
-def _kept(run: Run, step: int) -> list[Exemplar]:
-    """Exemplars of the step before, beside the checkpoint from which this step starts, or in this run."""
-    paths = [
-        step_file(folder, EXEMPLARS, step - 1)
-        for folder in (run.folder.previous(step).parent, run.folder.path)
-    ]
-    found = next((path for path in paths if path.is_file()), None)
-    if found is None:
+def _kept(run: Run, step: int, names: list[str]) -> list[Exemplar]:
+    """Exemplars of the step before, beside the checkpoint from which this step starts.
+
+    That may be in the folder of ``--checkpoint``; then they are in the run's own.
+    """
+    previous = run.folder.previous(step)
+    own = previous == run.folder.checkpoint(step - 1)
+    path = step_file(run.folder.path if own else previous.parent, EXEMPLARS, step - 1)
+    if not path.is_file():
         raise UserError(
-            f"{paths[0]}: no exemplars of step {step - 1}, among which --memory_choice predicted chooses; "
+            f"{path}: no exemplars of step {step - 1}, among which --memory_choice predicted chooses; "
             f"train step {step - 1} with it, or use --memory_choice in_turn"
         )
-    return load_exemplars(found, {"rule": "predicted"})
+    return load_exemplars(path, _identity(names))
 
 
 def _network(run: Run, step: int) -> IncrementalSegmentationModule:
@@ -104,22 +111,25 @@ def _network(run: Run, step: int) -> IncrementalSegmentationModule:
 @torch.inference_mode()
 def _listed(
     run: Run, images: IncrementalDataset, network: IncrementalSegmentationModule | None
-) -> Iterator[set[int]]:
-    """Classes of each image, by its labels and the network."""
+) -> dict[int, set[int]]:
+    """Classes of this process's part of the images, by their labels and the network."""
     opts, device = run.opts, run.world.device
     precision = Precision.of(opts.opt_level, opts.norm_act, device, run.world.bfloat16)
     logits_of = PaddedPrediction(lambda model, padded: model(padded)[0])
+    batch_size = opts.batch_size if opts.fidelity == "released" else 1
     loader = make_eval_loader(
-        images,
-        opts.batch_size if opts.fidelity == "released" else 1,
-        num_workers=opts.num_workers,
-        tolerance=run.tolerance,
+        images, batch_size, num_workers=opts.num_workers, world=run.world, tolerance=run.tolerance
     )
+    assert isinstance(loader.batch_sampler, EvalBatchSampler)
+    numbers = (key.index for batch in loader.batch_sampler for key in batch)
+    found: dict[int, set[int]] = {}
     with loader:
-        for pictures, targets in loader:
+        for pictures, targets in run.stop.until_set(loader):
             labels: Tensor = targets.to(device).long()
             if network is not None:
                 with precision.network():
                     logits = logits_of(network, to_device(pictures, device))
                 labels = network.cls.confident_labels(labels, logits)
-            yield from (set(image.unique().tolist()) - {0, VOID} for image in labels)
+            for image in labels:
+                found[images.entries[next(numbers)].index] = set(image.unique().tolist()) - {0, VOID}
+    return found

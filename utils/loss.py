@@ -1750,11 +1750,11 @@ class ImportanceMatrices:
         with _without_autocast(features):
             for number in range(len(self.counts)):
                 chosen = labels == self.old_classes + number
+                here, shares = features[:, chosen], teacher[:, chosen]
                 # f·w > 0 where both are positive or both are negative.
                 for sign in (1, -1):
-                    active = (sign * features[:, chosen] > 0).float()
-                    self.sums[number] += (teacher[:, chosen] @ active.T) * (sign * weight_old > 0)
-                self.counts[number] += chosen.sum()
+                    self.sums[number] += (shares @ (sign * here > 0).float().T) * (sign * weight_old > 0)
+                self.counts[number] += here.shape[1]
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """M (new_classes×old_classes×feat_dim) and P (new_classes×old_classes), float32.
@@ -1836,6 +1836,7 @@ def _ratio(length: Tensor, divisor: Tensor) -> Tensor:
     return torch.where(divisor > 0, length / divisor, 0.0)
 
 
+# ----------------------------------------------------------------------------------------------------------
 # DKD: decomposed knowledge distillation (Baek et al., NeurIPS 2022)
 # ----------------------------------------------------------------------------------------------------------
 # One sigmoid per foreground class. Channel 0 of the logits is no class (the auxiliary channel), so that a
@@ -2199,7 +2200,8 @@ def replay_features(
     """
     released = _check_choice("fidelity", fidelity, FIDELITIES) == "released"
     counts = torch.as_tensor(counts).long()
-    classes = torch.arange(len(counts), device=counts.device).repeat_interleave(counts).to(prototypes.device)
+    classes = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+    classes = classes.to(prototypes.device, non_blocking=True)
     shape = (len(classes), prototypes.shape[1])
     if eps is None:
         eps = torch.randn(shape, device=prototypes.device)

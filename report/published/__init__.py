@@ -9,7 +9,8 @@ The column ``background`` is the convention of a row's means, inferred from its 
     inconsistent  the three numbers fit none of these within 0.15 points
     (empty)       unknown: the row has no "first" and "later"
 
-``remark`` is what else a reader must know: a rerun by other authors, released weights, another name in print.
+``method`` is named as ``--method``; "A or B": the better of the two. ``remark`` is what else a reader must
+know: a rerun by other authors, released weights, another name in print.
 """
 
 from __future__ import annotations
@@ -22,8 +23,6 @@ from pathlib import Path
 from report.groups import Group, Method
 from report.reading import published_steps
 
-# Rows that a paper quotes as the better of a method on two hosts.
-_BETTER_OF_TWO = {"MIB+EWF": "EWF+MIB/PLOP", "PLOP+EWF": "EWF+MIB/PLOP"}
 TABLE = Path(__file__).parents[1] / "published.csv"
 
 
@@ -86,8 +85,7 @@ def of_method(group: Group, method: Method) -> list[Published]:
     if has_own_order(method):
         return []
     names = method.published_names()
-    names |= {_BETTER_OF_TWO[name].upper() for name in _BETTER_OF_TWO if name.upper() in names}
-    return [row for row in of_group(group) if row.method.upper() in names]
+    return [row for row in of_group(group) if names & set(row.method.upper().split(" OR "))]
 
 
 def has_own_order(method: Method) -> bool:

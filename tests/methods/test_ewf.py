@@ -10,8 +10,9 @@ from torch import nn
 
 from argparser import parse_options
 from methods import Context, build_methods
+from modules import NetworkSpec
 from modules.network import Network
-from segmentation_module import IncrementalSegmentationModule
+from segmentation_module import IncrementalSegmentationModule, make_model
 from session.optimizer import make_optimizer
 from tasks import get_task
 from utils.errors import UserError
@@ -88,3 +89,33 @@ def test_a_rate_for_frozen_classifiers_is_refused() -> None:
     with pytest.raises(UserError, match=r"--lr_old 0\.1 has no effect: --fix_pre_cls"):
         parse_options(["--lr_old", "0.1", "--method", "PLOP+EWF"])
     assert parse_options(["--lr_old", "0.1"]).lr_old == 0.1
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_merged_branches_are_fused_with_the_teacher_s_merged(step: int) -> None:
+    """A student that was not trained stays as it began, whatever form its teacher's branches have."""
+    task = get_task("voc", "15-1")
+    spec = NetworkSpec(backbone="mobilenet_v2", two_branches=True)
+    torch.manual_seed(0)
+    teacher = make_model(spec, task.classes_per_step(step - 1)).eval()
+    student = make_model(spec, task.classes_per_step(step)).eval()
+    student.load_previous(teacher.state_dict())
+    images = torch.randn(1, 3, 64, 64)
+    before = student(images)[0]
+    opts = parse_options(["--method", "MIB+EWF", "--task", "15-1", "--two_branches"])
+    methods = build_methods(opts, step)
+    methods["EndpointWeightFusion"].end_step(Context(task, step, student, teacher))
+    torch.testing.assert_close(student(images)[0], before, rtol=1e-5, atol=1e-5)
+
+
+def test_features_are_measured_after_the_fusion() -> None:
+    names = list(build_methods(parse_options(["--method", "STAR", "--ewf"]), 1))
+    assert names.index("EndpointWeightFusion") < names.index("FeatureReplay")
+
+
+def test_an_auxiliary_classifier_is_of_no_earlier_step() -> None:
+    opts = parse_options(["--method", "DKD", "--fix_pre_cls", "--backbone", "mobilenet_v2"])
+    for step, frozen in ((0, set()), (1, {"cls.1.weight", "cls.1.bias"})):
+        model = make_model(NetworkSpec.of(opts), get_task("voc", "15-5").classes_per_step(step))
+        model.fix_older_classifiers()
+        assert {name for name, p in model.named_parameters() if not p.requires_grad} == frozen

@@ -41,6 +41,11 @@ def test_released_new_classifiers_have_the_background_s_weights_and_random_biase
     assert not torch.isin(now["cls.1.bias"], state["cls.0.bias"]).any()
 
 
+def test_pre_tuning_sets_the_classifiers_last() -> None:
+    names = list(build_methods(parse_options([*WORDS, "--nest", "--fidelity", "released"]), 1))
+    assert names.index("ClassifierPreTuning") > names.index("PooledCubeDistillation")
+
+
 def test_paper_new_classifiers_are_balanced() -> None:
     model, state = student("paper")
     now = model.state_dict()

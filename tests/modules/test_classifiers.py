@@ -42,6 +42,13 @@ def test_a_kind_that_has_no_balanced_start_refuses_it(method: str) -> None:
         parse_options(["--method", method, "--init_balanced"])
 
 
+def test_a_preset_s_balanced_start_without_effect_is_noted() -> None:
+    assert any(
+        "--init_balanced has no effect" in note
+        for note in parse_options(["--method", "MIB", "--dkd", "--bce"]).notes
+    )
+
+
 def test_random_start_leaves_the_newest_part_as_it_was_drawn() -> None:
     linear = LinearClassifier(8, [3, 1])
     before = {name: value.clone() for name, value in linear.state_dict().items()}

@@ -262,7 +262,7 @@ def make_bad_file(kind, path, target):
         ("text", "damaged, truncated"),
         ("flipped", "checksum"),
         ("manifest kept", "checksum|sha256"),
-        ("hostile", "holds more than weights .* save its weights alone"),
+        ("hostile", "holds more than weights .* save its tensors alone"),
         ("hostile plain pickle", "holds more than weights|damaged"),
         ("no dict", "holds list"),
         ("newer", "newer than this code's"),
