@@ -271,6 +271,7 @@ def test_all_processes_agree_on_bfloat16():
     from utils import distributed as d
     d.fast_bfloat16 = lambda device: os.environ["RANK"] != "1"
     print("bfloat16", d.start("CPU").bfloat16)
+    d.stop()
     """
     for returncode, output in run_processes(2, f"import os\n{textwrap.dedent(code)}"):
         assert returncode == 0, output
