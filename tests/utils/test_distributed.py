@@ -270,8 +270,9 @@ def test_all_processes_agree_on_bfloat16():
     code = """
     from utils import distributed as d
     d.fast_bfloat16 = lambda device: os.environ["RANK"] != "1"
-    print("bfloat16", d.start("CPU").bfloat16)
+    print("bfloat16", d.start("CPU").bfloat16, flush=True)
     d.stop()
+    os._exit(0)  # as above
     """
     for returncode, output in run_processes(2, f"import os\n{textwrap.dedent(code)}"):
         assert returncode == 0, output
