@@ -12,6 +12,7 @@ import torch
 from benchmarks import profile, scaling, step
 from benchmarks.measure import interleaved, markdown, peak_bytes
 from benchmarks.workbench import ALL_METHODS, bench, methods_of, options
+from methods.presets import preset
 
 CPU = torch.device("cpu")
 TOY = ["--batch", "2", "--crop", "32", "--repeats", "1", "--threads", "1", "--device", "cpu"]
@@ -51,7 +52,8 @@ def test_the_bench_trains_every_method_as_its_options_say(method: str) -> None:
         if method in methods_of("segformer_b0") and method != "SATS"
         else "deeplab-mobilenet_v2"
     )
-    made = bench(options(method, model, batch=2, crop=128 if method == "PLOP" else 32), CPU)
+    pools = "pod" in preset(method, dataset="voc", task="15-5")  # PLOP's grids need maps of 4 × 4
+    made = bench(options(method, model, batch=2, crop=128 if pools else 32), CPU)
     needs = made.student.intermediates
     before = [p.detach().clone() for p in made.student.parameters() if p.requires_grad]
     made.bare(teacher=True)()
