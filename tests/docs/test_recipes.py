@@ -33,7 +33,7 @@ COMMANDS = [command for command in commands(_TRAINING) if " run.py " in command]
 
 
 def test_all_commands_are_found() -> None:
-    assert len(COMMANDS) == 6
+    assert len(COMMANDS) == 12
     assert len(commands(_PREDICTION)) == 4
 
 
@@ -52,16 +52,19 @@ def test_the_experiment_of_a_table_is_planned(
 def test_command_follows_the_table(command: str) -> None:
     launcher, options = command.split(" run.py ")
     opts = parse_options(shlex.split(options))
-    assert opts.dataset == "ade"
     if opts.check_data:
         return
     processes = int(launcher.split("=")[1])
-    first_lr = {0: 0.01, 1: 0.05 if opts.unknown else 0.001}
-    total, epochs, crop = (32, 100, 513) if opts.unknown else (24, 60, 512)
+    voc = opts.dataset == "voc"
+    total, epochs, crop, first, later = 24, 30 if voc else 60, 512, 0.01, 0.001
+    if opts.unknown:
+        total, epochs, crop, later = 32, 100, 513, 0.05
+    if opts.loss_de_prototypes:  # SDR
+        total, first, later = 8, 0.001, 0.0001
     assert (processes * opts.batch_size, opts.epochs, opts.crop_size) == (total, epochs, crop)
-    assert opts.lrs == [first_lr[min(step, 1)] for step in opts.steps]
+    assert opts.lrs == [later if step else first for step in opts.steps]
     assert (opts.momentum, opts.weight_decay, opts.lr_policy, opts.lr_power) == (0.9, 1e-4, "poly", 0.9)
-    assert opts.opt_level == ("O0" if opts.unknown else "O1")
+    assert opts.opt_level == ("O0" if opts.unknown or opts.loss_de_prototypes else "O1")
 
 
 @pytest.mark.parametrize("command", commands(_PREDICTION))

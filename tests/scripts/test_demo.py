@@ -29,8 +29,10 @@ def test_demo_ends_with_a_table_and_images(shapes_root: Path, tmp_path: Path) ->
     )
     assert done.returncode == 0, done.stderr[-3000:]
     end = done.stdout[done.stdout.rindex("mIoU first") :]
-    assert "15-5-shapes_FT" in end
-    assert "15-5-shapes_MIB" in end
+    assert all(f"15-5-shapes_{method} " in end for method in ("FT", "MIB", "SATS"))
+    assert "[4/4] step 1 with SATS: five more classes, about " in done.stdout
+    assert (tmp_path / "report" / "report.html").is_file()
+    assert f"--ckpt {tmp_path}/15-5-shapes_MIB/15-5-shapes_MIB_1.pth" in end
     pictures = [Path(line.removeprefix("image: ")) for line in end.splitlines() if line.startswith("image:")]
     assert pictures
     assert all((ROOT / path).is_file() for path in pictures)
