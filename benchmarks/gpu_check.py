@@ -88,11 +88,7 @@ def _real_runs(options: argparse.Namespace) -> tuple[str, ...]:
 
 
 class Report:
-    """The two report files, updated after every part.
-
-    Args:
-        folder: output folder.
-    """
+    """The two report files, updated after every part."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

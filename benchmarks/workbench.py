@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from argparser import Options, parse_options
+from benchmarks.measure import Column, Row, heading, markdown, write_report
 from methods import Context, Method, build_methods
 from methods.base import needs_of_teacher
 from modules import NetworkSpec
@@ -130,6 +131,19 @@ def prepare(args: argparse.Namespace) -> torch.device:
     return device
 
 
+def sizes(args: argparse.Namespace) -> dict[str, Any]:
+    """The keywords of ``options`` that ``add_options`` adds."""
+    return {"batch": args.batch, "crop": args.crop, "opt_level": args.opt_level}
+
+
+def show(args: argparse.Namespace, device: torch.device, columns: Sequence[Column], rows: list[Row]) -> str:
+    """Print the rows of ``--method`` on ``--model`` with a heading, and write them; returns the heading."""
+    title = f"{args.method}, {args.model}, B = {args.batch}, {args.crop}², {args.opt_level}"
+    print(f"{title}\n{heading(device)}\n{markdown(columns, rows)}")
+    write_report(args.out, device, step=title, rows=rows)
+    return title
+
+
 def options(
     method: str, model: str, *, batch: int, crop: int, opt_level: str = "O0", words: tuple[str, ...] = ()
 ) -> Options:
@@ -167,13 +181,9 @@ def bench(opts: Options, device: torch.device, *, step: int = 1, channels_last: 
         context.model_old = freeze(teacher).eval()
     methods = _started(opts, context, state)
     optimizer = make_optimizer(opts, student, methods, 1e-4)
-    trainer = Trainer(
-        context,
-        methods,
-        optimizer,
-        precision=precision,
-        compile=opts.compile,
-    )
+    trainer = Trainer(context, methods, optimizer, precision=precision)
+    if opts.compile:
+        trainer.compile()
     trainer.model.train()
     return Bench(opts, trainer, sample)
 

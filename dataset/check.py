@@ -152,12 +152,7 @@ def _nothing_shown(report: SplitReport, num_classes: int) -> str:
 
 
 def check_split(dataset: SegmentationDataset, *, progress: bool = True) -> SplitReport:
-    """Decode every image and mask of a split, in parallel.
-
-    Args:
-        dataset: images and masks on disk.
-        progress: show a progress bar.
-    """
+    """Decode every image and mask of a split, in parallel."""
     report = SplitReport()
     check = partial(check_pair, num_classes=dataset.num_classes)
     for pair in map_in_threads(
@@ -289,9 +284,7 @@ def check_task(
     valid, differs = True, False
     for step in range(task.num_steps):
         if splits_dir is None:
-            indices = task_indices(
-                task.dataset, task, step, protocol, image_labels, partition_seed=partition_seed
-            )
+            indices = task_indices(task, step, protocol, image_labels, partition_seed=partition_seed)
         else:
             indices = load_step_list(splits_dir, step, len(image_labels))
         published = published_list(task, step, protocol)

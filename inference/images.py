@@ -47,12 +47,7 @@ class ImageFile:
 
 
 class Predictor:
-    """Predicts images of any size as dataset class ids, the values in the data set's masks.
-
-    Args:
-        network: from its checkpoint; its model is moved to the device.
-        device: device of the computation.
-    """
+    """Predicts images of any size as dataset class ids, the values in the data set's masks."""
 
     def __init__(self, network: TrainedNetwork, device: torch.device) -> None:
         opts = network.opts

@@ -81,10 +81,6 @@ class Reservoir:
     """A uniform sample of bounded size of the positions of each class, from a stream of images.
 
     Every position gets a random key; the positions with the smallest keys are kept.
-
-    Args:
-        size: positions to keep per class.
-        rng: random generator.
     """
 
     size: int
@@ -121,13 +117,8 @@ def collect(
 ) -> Features:
     """Features of a layer on evaluation images, at up to ``args.per_class`` positions of each class.
 
-    A position has the label of the pixel at its centre; void positions are skipped.
-
-    Args:
-        network: its model is moved to the process's device.
-        data: evaluation images.
-        world: process group.
-        args: ``images``, ``per_class``, ``layer``, ``seed``.
+    A position has the label of the pixel at its centre; void positions are skipped. ``args`` has ``images``,
+    ``per_class``, ``layer`` and ``seed``.
     """
     reservoir = Reservoir(args.per_class, np.random.default_rng(args.seed))
     chosen = choose_samples(len(data.test), args.images, args.seed)

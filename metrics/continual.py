@@ -115,10 +115,6 @@ class Results:
         """CSV row as PLOP and SATS write it: step, IoU per network index, mean IoU.
 
         A class of a later step is "x", a class without IoU or not evaluated "X".
-
-        Args:
-            step: number of the step.
-            num_classes: number of classes of the whole task.
         """
         seen = max(self.indices.values(), default=-1) + 1
         cells = ["X"] * seen + ["x"] * (num_classes - seen)

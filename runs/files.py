@@ -20,11 +20,18 @@ EXEMPLARS = "exemplars_{step}.json"
 PREDICTIONS = "predictions_{step}.png"
 TENSORBOARD = "step_{step}"  # folder
 TENSORBOARD_TASK = "task"  # folder of the curves over the steps
+CACHED = "{name}_{step}.pth"  # tensors that methods compute before a step
+OUTPUT = "output.log"  # what a run of an experiment prints
 
 
 def run_folder(logdir: Path | str, task: str, dataset: str, name: str) -> Path:
     """``<logdir>/<task>-<dataset>_<name>``."""
     return Path(logdir) / f"{task}-{dataset}_{name}"
+
+
+def results_csv(date: str | None, dataset: str, task: str, name: str) -> str:
+    """Name of the CSV file of IoU by class and step, as the released programs write it."""
+    return "_".join(part for part in (date, dataset, task, f"{name}.csv") if part)
 
 
 def step_file(run_dir: Path, kind: str, step: int) -> Path:

@@ -139,14 +139,7 @@ class HistoryWriter:
         self._lap = time.perf_counter()
 
     def progress(self, iteration: int, epoch: int, losses: Mapping[str, float], lr: float) -> Entry:
-        """Write an entry and return it.
-
-        Args:
-            iteration: batches done in this step.
-            epoch: current epoch, from 1.
-            losses: mean of every loss term since the previous entry.
-            lr: learning rate.
-        """
+        """Write an entry and return it."""
         now = time.perf_counter()
         images = (iteration - self._iteration) * self._images
         speed = images / (now - self._lap) if images > 0 and now > self._lap else None

@@ -1,8 +1,7 @@
 """A run: its steps are trained or tested in order.
 
-``folder``: the run's files and the start of a step; ``networks``: student, teacher and methods;
-``optimizer``: optimiser and schedule; ``training``: epochs; ``state``: the checkpoint; ``monitor``: progress;
-``evaluation``: results.
+``networks``: student, teacher and methods; ``optimizer``: optimiser and schedule; ``training``: epochs;
+``state``: the checkpoint; ``monitor``: progress; ``evaluation``: results.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from argparser import Options
 from dataset.loaders import Tolerance
 from dataset.step_data import DataSpec, evaluation_data
 from inference.load import load_model
+from runs.folder import RunFolder
 from runs.options import write_run_options
 from session.evaluation import Evaluation
-from session.folder import RunFolder
 from session.run import Run
 from session.training import StepTraining
 from train import Precision
@@ -34,10 +33,6 @@ log = logging.getLogger(__name__)
 
 class Session:
     """The steps of one run on this process.
-
-    Args:
-        opts: checked options.
-        world: this process.
 
     Raises:
         UserError: the run's folder cannot be written or another run uses it.

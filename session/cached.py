@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from runs.checkpoint import load_checkpoint, save_checkpoint
-from session.folder import RunFolder
+from runs.files import CACHED
+from runs.folder import RunFolder
 from utils import distributed
 from utils.distributed import World
 from utils.randomness import rng_state, set_rng_state
@@ -43,7 +44,7 @@ class Cache:
         self, name: str, inputs: dict[str, Any], compute: Callable[[], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
         """The tensors of ``compute``, on this process's device. Every process must call it."""
-        path = self.folder.path / f"{name}_{self.step}.pth"
+        path = self.folder.path / CACHED.format(name=name, step=self.step)
         computed_from, values = "", None
         with distributed.shared_errors():
             if self.world.is_main:

@@ -8,7 +8,7 @@ import logging
 import torch
 from torch import Tensor
 
-from dataset.exemplars import Exemplar, choose_listed, load_exemplars, save_exemplars
+from dataset.exemplars import Exemplar, choose_listed, load_exemplars, save_exemplars, stored_exemplars
 from dataset.incremental import IncrementalDataset
 from dataset.loaders import EvalBatchSampler, make_eval_loader
 from dataset.step_data import DataSpec, candidate_images
@@ -40,7 +40,6 @@ def predicted_exemplars(run: Run, step: int) -> list[Exemplar] | None:
     opts, is_main = run.opts, run.world.is_main
     if not opts.memory or step == 0 or opts.memory_choice != "predicted":
         return None
-    exemplars: list[Exemplar] | None = None
     with distributed.shared_errors():
         network = _network(run, step) if step > 1 else None
         images = candidate_images(DataSpec.of(opts), step - 1, is_main=is_main)
@@ -57,12 +56,7 @@ def predicted_exemplars(run: Run, step: int) -> list[Exemplar] | None:
             "fidelity": opts.fidelity,
         }
         path = step_file(run.folder.path, EXEMPLARS, step)
-        if is_main and path.is_file():
-            try:
-                exemplars = load_exemplars(path, origin)
-                log.info("exemplars: loaded from %s", path)
-            except UserError as error:
-                log.info("%s; it is made again", error)
+        exemplars = stored_exemplars(path, origin) if is_main else None
     if (loaded := distributed.broadcast_object(exemplars)) is not None:
         return list(loaded)
     log.info("exemplars: listing the classes of %d images", len(images))
@@ -117,9 +111,7 @@ def _listed(
     precision = Precision.of(opts.opt_level, opts.norm_act, device, run.world.bfloat16)
     logits_of = PaddedPrediction(lambda model, padded: model(padded)[0])
     batch_size = opts.batch_size if opts.fidelity == "released" else 1
-    loader = make_eval_loader(
-        images, batch_size, num_workers=opts.num_workers, world=run.world, tolerance=run.tolerance
-    )
+    loader = make_eval_loader(images, batch_size, world=run.world, **run.reading)
     assert isinstance(loader.batch_sampler, EvalBatchSampler)
     numbers = (key.index for batch in loader.batch_sampler for key in batch)
     found: dict[int, set[int]] = {}

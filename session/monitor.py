@@ -65,12 +65,7 @@ class Monitor:
         self._opened.close()
 
     def begin_epoch(self, epoch: int, first_batch: int) -> None:
-        """Start an epoch.
-
-        Args:
-            epoch: its number, from 0.
-            first_batch: number of its batches done before.
-        """
+        """Start an epoch, counted from 0, of which ``first_batch`` batches are done."""
         self._epoch, self._first, self._batch = epoch, first_batch, first_batch
         self._epoch_means, self._interval_means = Means(), Means()
         self._started = time.perf_counter()

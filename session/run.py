@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from argparser import Options
 from dataset.loaders import Tolerance
-from session.folder import RunFolder
+from runs.folder import RunFolder
 from utils.distributed import World
 from utils.signals import StopRequest
 
@@ -28,3 +29,8 @@ class Run:
     folder: RunFolder
     stop: StopRequest
     tolerance: Tolerance
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How loaders read: ``num_workers`` and ``tolerance``."""
+        return {"num_workers": self.opts.num_workers, "tolerance": self.tolerance}

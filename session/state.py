@@ -14,11 +14,11 @@ from methods import Method
 from methods.checks import call_hook, fault
 from methods.own_modules import check_unchanged
 from runs.checkpoint import check_loadable, make_manifest, save_checkpoint
+from runs.folder import Resumed, Start
+from runs.resume import Progress, has_same_batches, is_trained, is_within_epoch, job_id, rng_of_rank
 from segmentation_module import load_state
-from session.folder import Resumed, Start
 from session.networks import StepNetworks
 from session.optimizer import advance, load_optimizer, take_momentum, weight_names
-from session.resume import Progress, has_same_batches, is_trained, is_within_epoch, job_id, rng_of_rank
 from session.run import Run
 from train import NonFiniteLoss, Trainer, map_tensors
 from utils import distributed

@@ -21,14 +21,14 @@ from dataset.step_data import EXTRAS, DataSpec, StepData, step_data
 from methods import Method, build_methods
 from methods.checks import fault
 from runs.files import EXEMPLARS, step_file
+from runs.folder import Start
+from runs.resume import deciding_options
 from session.cached import Cache, weights_digest
 from session.evaluation import Evaluation
 from session.exemplars import predicted_exemplars
-from session.folder import Start
 from session.monitor import Monitor
 from session.networks import StepNetworks
-from session.optimizer import Schedule
-from session.resume import deciding_options
+from session.optimizer import Schedule, make_optimizer
 from session.run import Run
 from session.state import StepState
 from train import Precision, Trainer, groups, to_device
@@ -43,10 +43,6 @@ _CONTINUE, _SAVE, _STOP = 0, 1, 2  # flags after an optimiser step; the maximum 
 
 class StepTraining:
     """Training of a step. ``close`` ends its loader processes and closes its files.
-
-    Args:
-        run: the run.
-        start: how the step starts.
 
     Attributes:
         data: images of the step.
@@ -98,8 +94,7 @@ class StepTraining:
             memory_overwrites=opts.memory_batches == "overwrite",
             seed=opts.random_seed,
             world=world,
-            num_workers=opts.num_workers,
-            tolerance=self.run.tolerance,
+            **self.run.reading,
         )
 
     @property
@@ -126,18 +121,21 @@ class StepTraining:
             self.networks.restore(self.start.resumed)
 
     def _trainer(self) -> Trainer:
-        networks, opts = self.networks, self.run.opts
-        forward, optimizer = networks.wrapped(), networks.optimizer(self.start.lr)
-        return Trainer(
+        networks, opts, model = self.networks, self.run.opts, self.networks.context.model
+        forward = networks.wrapped()
+        optimizer = make_optimizer(opts, model, self.methods, self.start.lr, networks.own_modules)
+        trainer = Trainer(
             networks.context,
-            networks.methods,
+            self.methods,
             optimizer,
             Schedule.of(opts).make(optimizer, self._updates),
             forward=forward,
             precision=networks.precision,
-            compile=opts.compile,
             own_modules=networks.own_modules,
         )
+        if opts.compile:
+            trainer.compile()
+        return trainer
 
     @property
     def _updates(self) -> int:
@@ -280,12 +278,6 @@ def load_data(
     run: Run, start: Start, methods: Mapping[str, Method], chosen: list[Exemplar] | None = None
 ) -> StepData:
     """Load a step's images and check that the checkpoint to resume from was trained on them.
-
-    Args:
-        run: the run.
-        start: how the step starts.
-        methods: of the step, by name.
-        chosen: of ``predicted_exemplars``.
 
     Raises:
         UserError: the data set is missing or faulty, or the checkpoint was trained on other images.

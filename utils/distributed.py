@@ -265,21 +265,16 @@ class AllReducedFlag:
         """
         if self._group is None:
             return flag
-        before = self.wait()
+        before = 0
+        if self._pending is not None:
+            work, reduced = self._pending
+            work.wait()
+            before = int(reduced)
         value = torch.tensor(flag)
-        work = dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
-        assert work is not None
-        self._pending = work, value
+        started = dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        assert started is not None
+        self._pending = started, value
         return before
-
-    def wait(self) -> int:
-        """Wait for the pending reduction and return the maximum (0 if none is pending)."""
-        if self._pending is None:
-            return 0
-        work, value = self._pending
-        self._pending = None
-        work.wait()
-        return int(value)
 
 
 def as_fault(error: BaseException) -> Fault | None:

@@ -55,9 +55,6 @@ def failure_is_a_warning(what: str) -> Iterator[None]:
     """Log an error in the ``with`` block, which draws, as a warning and continue.
 
     A ``UserError`` (a file that cannot be written) is raised.
-
-    Args:
-        what: what is drawn, for the message.
     """
     try:
         yield

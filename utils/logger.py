@@ -36,11 +36,6 @@ def setup_logging(world: World, run_dir: Path | None, debug: bool = False) -> lo
 
     Rank 0 logs to stdout and appends to ``<run_dir>/train.log``; other ranks log only warnings, to stderr.
 
-    Args:
-        world: this process.
-        run_dir: folder of the run, made if missing; None: no file.
-        debug: log debug lines too.
-
     Returns:
         The root logger, whose level and handlers are set.
 
@@ -84,14 +79,9 @@ def _file_handler(path: Path) -> logging.FileHandler:
 
 
 def progress(iterable: Iterable[T], *, total: int, desc: str, world: World, interval: int) -> Iterator[T]:
-    """Yield the items and show the progress on rank 0, as a bar if stderr is a terminal, else in log lines.
+    """Yield the items and show the progress on rank 0.
 
-    Args:
-        iterable: the items.
-        total: number of items.
-        desc: description of the items.
-        world: this process.
-        interval: items between two log lines.
+    It is a bar if stderr is a terminal, else a log line every ``interval`` items.
     """
     if not world.is_main:
         yield from iterable

@@ -12,7 +12,7 @@ import torch
 
 from argparser import parse_options
 from dataset.loaders import Tolerance
-from session.folder import RunFolder
+from runs.folder import RunFolder
 from session.monitor import Monitor
 from session.run import Run
 from train import NonFiniteLoss

@@ -20,7 +20,7 @@ from runs.checkpoint import (
 from runs.files import CHECKPOINT, RESULTS, run_folder, step_file
 from runs.options import read_run_options
 from runs.released import companion
-from session.resume import differences, is_trained, job_id, restarted
+from runs.resume import differences, is_trained, job_id, restarted
 from utils import distributed
 from utils.distributed import World
 from utils.errors import UserError
@@ -71,10 +71,6 @@ class Start:
 
 class RunFolder:
     """Files of a run.
-
-    Args:
-        opts: checked options.
-        world: this process.
 
     Attributes:
         path: ``<logdir>/<task>-<dataset>_<name>``.
