@@ -176,7 +176,7 @@ class Trainer:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def train_step(
-        self, images: Tensor, targets: Tensor, extras: dict[str, Tensor] | None = None, *, epoch: int = 0
+        self, images: Tensor, targets: Tensor, extras: dict[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
         """One optimiser step on one batch.
 
@@ -184,12 +184,11 @@ class Trainer:
             images: B×3×H×W, uint8 (normalised here) or float32 (already normalised).
             targets: B×H×W, network indices and 255, any integer type.
             extras: further tensors of the samples, by name.
-            epoch: number of the epoch, from 0.
 
         Returns:
             The loss terms, detached, on the device.
         """
-        return self.train_group([(images, targets, extras)], epoch=epoch)
+        return self.train_group([(images, targets, extras)])
 
     def train_group(self, samples: Sequence[Sequence[Any]], *, epoch: int = 0) -> dict[str, Tensor]:
         """One optimiser step on the mean gradient of several batches.

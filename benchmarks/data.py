@@ -70,14 +70,11 @@ def run(dataset: SegmentationDataset, crop: int, count: int, repeats: int) -> di
         "whole sample": lambda i: samples[SampleKey(i, 0, i)],
         "normalise (on the device)": lambda i: normalize(batch[i]),
     }
-    passes = {name: partial(_each, part, count) for name, part in parts.items()}
+    passes = {
+        name: partial(lambda part: [part(i) for i in range(count)], part) for name, part in parts.items()
+    }
     times = interleaved(passes, torch.device("cpu"), repeats)
     return {name: 1000 * seconds / count for name, seconds in times.items()}
-
-
-def _each(part: Callable[[int], object], count: int) -> None:
-    for number in range(count):
-        part(number)
 
 
 def main() -> None:

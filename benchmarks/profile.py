@@ -134,10 +134,10 @@ def draw(path: Path, title: str, rows: list[Row]) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    from matplotlib.figure import Figure
+    from utils.drawing import new_figure  # imports matplotlib, which only this needs
 
     shown = [row for row in rows if row["share"] >= 0.001][::-1]
-    figure = Figure(figsize=(7, 0.6 + 0.3 * len(shown)), layout="constrained")
+    figure = new_figure(7, 0.6 + 0.3 * len(shown))
     axes = figure.add_subplot()
     colours = ["#777777" if row["part"] in (*NETWORK, "rest") else "#c44e52" for row in shown]
     bars = axes.barh([row["part"] for row in shown], [100 * row["share"] for row in shown], color=colours)

@@ -46,15 +46,8 @@ class Runs:
         self.dataset = options.dataset
         crop, batch = (64, 4) if options.small else (192, 8)
         self.words = [
-            *(
-                "--dataset",
-                options.dataset,
-                "--data_root",
-                str(options.data_root),
-                "--task",
-                TASK,
-                "--overlap",
-            ),
+            *("--dataset", options.dataset, "--data_root", str(options.data_root)),
+            *("--task", TASK, "--overlap"),
             *("--logdir", str(logs), "--epochs", "1", "--crop_size", str(crop)),
             *("--batch_size", str(batch), "--step", "0", "1", "--lr", "0.01", "0.001", "--opt_level", "O1"),
             *("--num_workers", str(options.num_workers), "--ckpt_minutes", "0.01", "--print_interval", "1"),

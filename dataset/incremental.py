@@ -45,7 +45,7 @@ class SampleKey:
 
 @dataclass(frozen=True)
 class Substitute:
-    """A replacement of an unreadable sample (``--skip_corrupt``), and the reasons."""
+    """A replacement of an unreadable sample (``--skip_corrupt``), or a batch with such, and the reasons."""
 
     sample: Sample
     reasons: tuple[str, ...]

@@ -14,7 +14,6 @@ import logging
 import signal
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from multiprocessing.sharedctypes import RawValue
 from typing import Any
 
@@ -206,14 +205,6 @@ class Tolerance:
             log.warning("skipped (%d of at most %d): %s", len(self.reasons), self.limit, reason)
 
 
-@dataclass(frozen=True)
-class _Patched:
-    """A batch with substitutes in it."""
-
-    batch: Any
-    reasons: tuple[str, ...]
-
-
 class Loader(DataLoader[Sample]):
     """A DataLoader that owns its worker processes and reports their errors in one line.
 
@@ -281,9 +272,9 @@ class Loader(DataLoader[Sample]):
             Fault: a worker process failed, was lost or could not be started.
         """
         for batch in self._received():
-            if isinstance(batch, _Patched):
+            if isinstance(batch, Substitute):
                 self.tolerance.note(batch.reasons)
-                batch = batch.batch
+                batch = batch.sample
             if isinstance(batch, DataError):
                 # A new one: raising `batch` itself would tie it to this frame in a cycle, and workers that
                 # the garbage collector finds in a cycle take five seconds each to end.
@@ -381,7 +372,7 @@ def collate(samples: list[Any]) -> Any:
         return error
     reasons = tuple(r for sample in samples if isinstance(sample, Substitute) for r in sample.reasons)
     batch = default_collate([s.sample if isinstance(s, Substitute) else s for s in samples])
-    return _Patched(batch, reasons) if reasons else batch
+    return Substitute(batch, reasons) if reasons else batch
 
 
 def _check_half(total_batch: int) -> None:

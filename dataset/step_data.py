@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -157,18 +158,10 @@ def step_data(
         _log_classes(stored, lists, spec.task)
         exemplars = [exemplar for exemplar in stored if exemplar.index not in kept_back]
     entries = [Entry(i) for i in indices] + [Entry(e.index, 1 + e.step) for e in exemplars]
-    # Look-up 0 is the step's own; 1 + s shows the classes that were known when step s stored an exemplar.
-    lookups = [_train_table(spec, step, spec.data_masking)]
-    # With --memory_labels current they show the classes of this step too, with new only these.
-    if spec.memory_labels == "new":
-        lookups *= 1 + step
-    else:
-        current = spec.memory_labels == "current"
-        lookups += [_train_table(spec, step if current else s, "current+old") for s in range(step)]
     train = IncrementalDataset(
         dataset,
         entries,
-        lookups,
+        _train_tables(spec, step),
         train_transform(spec.crop_size, spec.augmentation, released=spec.fidelity == "released"),
         spec.random_seed,
         saliency=_saliency_maps(dataset) if "saliency" in extras else None,
@@ -185,14 +178,11 @@ class _StepLists:
         self.spec = spec
         self.dataset = dataset
         self.is_main = is_main
-        self._image_labels: Sequence[frozenset[int]] | None = None
 
-    @property
+    @cached_property
     def image_labels(self) -> Sequence[frozenset[int]]:
         """Class ids of every training image."""
-        if self._image_labels is None:
-            self._image_labels = _image_labels(self.dataset, progress=self.is_main)
-        return self._image_labels
+        return _image_labels(self.dataset, progress=self.is_main)
 
     def indices(self, step: int) -> list[int]:
         """Places in the training list of a step's images."""
@@ -261,6 +251,18 @@ def _evaluation(
         skip_corrupt=spec.skip_corrupt,
         void_instead=True,
     )
+
+
+def _train_tables(spec: DataSpec, step: int) -> list[Tensor]:
+    """Look-up 0 is the step's own; 1 + s shows the classes that were known when step s stored an exemplar.
+
+    With ``--memory_labels current`` they show the classes of this step too, with ``new`` only these.
+    """
+    own = [_train_table(spec, step, spec.data_masking)]
+    if spec.memory_labels == "new":
+        return own * (1 + step)
+    current = spec.memory_labels == "current"
+    return own + [_train_table(spec, step if current else s, "current+old") for s in range(step)]
 
 
 def _train_table(spec: DataSpec, step: int, data_masking: str) -> Tensor:

@@ -45,8 +45,3 @@ def step_files(run_dir: Path, kind: str) -> dict[int, Path]:
     pattern = re.compile(rf"{before}(\d+){re.escape(after)}")
     found = ((pattern.fullmatch(path.name), path) for path in run_dir.iterdir())
     return dict(sorted((int(match[1]), path) for match, path in found if match))
-
-
-def checkpoint_path(logdir: Path | str, task: str, dataset: str, name: str, step: int) -> Path:
-    """``<logdir>/<task>-<dataset>_<name>/<task>-<dataset>_<name>_<step>.pth``."""
-    return step_file(run_folder(logdir, task, dataset, name), CHECKPOINT, step)

@@ -192,11 +192,8 @@ class RunFolder:
         content = self.load(path, step)
         if self.opts.resume == "fresh":
             return content if content.get("job") == job_id() != "" else None
-        return content if self._is_own(content) else None
-
-    def _is_own(self, content: dict[str, Any]) -> bool:
-        """Whether a run with the same ``--ckpt`` wrote it."""
-        return bool(saved_options(content).get("ckpt") == self.options["ckpt"])
+        # Of a run with another --ckpt it is not this run's.
+        return content if saved_options(content).get("ckpt") == self.options["ckpt"] else None
 
     def differences(self, content: dict[str, Any], fingerprint: dict[str, Any]) -> list[str]:
         """Differences between a checkpoint's options and fingerprint and this run's; see ``differences``."""

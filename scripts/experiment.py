@@ -300,18 +300,8 @@ def _experiment(options: argparse.Namespace) -> int:
         _print_plan(experiment, runs, sbatch)
         return 0
     if sbatch is not None:
-        return _submit(experiment, runs, sbatch)
-    return _run_here(experiment, runs)
-
-
-def _submit(experiment: Experiment, runs: Sequence[Run], sbatch: dict[str, str]) -> int:
-    for line in submit(runs, sbatch, experiment.logdir / "slurm"):
-        print(line)
-    print(table(runs))
-    return _report(runs, experiment.logdir)
-
-
-def _run_here(experiment: Experiment, runs: Sequence[Run]) -> int:
+        print("\n".join([*submit(runs, sbatch, experiment.logdir / "slurm"), table(runs)]))
+        return _report(runs, experiment.logdir)
     runner = Runner(experiment.processes, experiment.gpus)
     missing = runner.execute(runs)
     print(table(runs))

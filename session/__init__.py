@@ -20,7 +20,6 @@ from runs.options import write_run_options
 from session.evaluation import Evaluation
 from session.run import Run
 from session.training import StepTraining
-from train import Precision
 from utils import distributed
 from utils.distributed import World
 from utils.files import FolderLock
@@ -56,7 +55,7 @@ class Session:
         log.info("%s", opts.summary())
         log.info("%s", world.description)
         if world.is_main:
-            self._precision().log_choice("opt_level" in opts.typed)
+            self.run.precision().log_choice("opt_level" in opts.typed)
         for note in opts.notes:
             log.info(note)
 
@@ -91,12 +90,8 @@ class Session:
         opts, folder = self.run.opts, self.run.folder
         path = opts.ckpt or folder.checkpoint(step)
         model = load_model(folder.spec, folder.load(path, step), path, opts.task_, step)
-        precision = self._precision()
+        precision = self.run.precision()
         data, evaluation = evaluation_data(DataSpec.of(opts), step), Evaluation(self.run)
         log.info("testing %s on %d images", path, len(data.test))
         metrics = evaluation.run(precision.place(model), data.test, len(data.class_names), precision)
         evaluation.report(step, data, metrics)
-
-    def _precision(self) -> Precision:
-        opts, world = self.run.opts, self.run.world
-        return Precision.of(opts.opt_level, opts.norm_act, world.device, world.bfloat16)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,10 +22,11 @@ from utils.randomness import rng_state, set_rng_state
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
 class Cache:
     """``Context.cached``: loads tensors that an earlier start computed from the same inputs, else computes.
 
-    Args:
+    Attributes:
         folder: of the run; it gets a file ``<name>_<step>.pth``.
         world: this process.
         step: number of the step.
@@ -32,13 +34,10 @@ class Cache:
             options. Called on rank 0 only.
     """
 
-    def __init__(
-        self, folder: RunFolder, world: World, step: int, origin: Callable[[], dict[str, Any]]
-    ) -> None:
-        self.folder = folder
-        self.world = world
-        self.step = step
-        self.origin = origin
+    folder: RunFolder
+    world: World
+    step: int
+    origin: Callable[[], dict[str, Any]]
 
     def __call__(
         self, name: str, inputs: dict[str, Any], compute: Callable[[], dict[str, Tensor]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -101,19 +101,14 @@ class Evaluation:
                 evaluation={name: getattr(opts, name) for name in named if name in opts.typed},
             )
             log.info("results: %s", ", ".join(map(str, (*written, matrix))))
-            with self._task_writer() as writer:
+            with contextlib.closing(self._task_writer()) as writer:
                 writer.options(self.folder.options)
                 writer.results(results, step, metrics.confusion_matrix)
         return results
 
-    @contextlib.contextmanager
-    def _task_writer(self) -> Iterator[RunLogger]:
+    def _task_writer(self) -> RunLogger:
         """TensorBoard writer of the whole task: a point and an image per step."""
-        writer = RunLogger(self.world, self.folder.path / TENSORBOARD_TASK, enabled=self.opts.visualize)
-        try:
-            yield writer
-        finally:
-            writer.close()
+        return RunLogger(self.world, self.folder.path / TENSORBOARD_TASK, enabled=self.opts.visualize)
 
     def images(
         self,
@@ -153,7 +148,7 @@ class Evaluation:
             write_samples(self.folder.path / SAMPLES, images, truth, found, step)
             grid = prediction_grid(images, truth, found, names, old_predictions=before, path=path)
             writer.image("predictions", grid, self.opts.epochs)
-            with self._task_writer() as whole:
+            with contextlib.closing(self._task_writer()) as whole:
                 whole.image("predictions", grid, step)
             log.info("images of predictions: %s", path)
 

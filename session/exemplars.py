@@ -18,7 +18,7 @@ from runs.files import EXEMPLARS, step_file
 from segmentation_module import IncrementalSegmentationModule
 from session.cached import weights_digest
 from session.run import Run
-from train import Precision, to_device
+from train import to_device
 from utils import distributed
 from utils.errors import UserError
 from utils.labels import VOID
@@ -95,11 +95,9 @@ def _kept(run: Run, step: int, names: list[str]) -> list[Exemplar]:
 
 def _network(run: Run, step: int) -> IncrementalSegmentationModule:
     """The previous step's network."""
-    opts, folder, device = run.opts, run.folder, run.world.device
-    content = folder.load_previous(step)
-    model = load_model(folder.spec, content, folder.previous(step), opts.task_, step - 1)
-    precision = Precision.of(opts.opt_level, opts.norm_act, device, run.world.bfloat16)
-    return precision.place(model).eval()
+    folder, content = run.folder, run.folder.load_previous(step)
+    model = load_model(folder.spec, content, folder.previous(step), run.opts.task_, step - 1)
+    return run.precision().place(model).eval()
 
 
 @torch.inference_mode()
@@ -108,7 +106,7 @@ def _listed(
 ) -> dict[int, set[int]]:
     """Classes of this process's part of the images, by their labels and the network."""
     opts, device = run.opts, run.world.device
-    precision = Precision.of(opts.opt_level, opts.norm_act, device, run.world.bfloat16)
+    precision = run.precision()
     logits_of = PaddedPrediction(lambda model, padded: model(padded)[0])
     batch_size = opts.batch_size if opts.fidelity == "released" else 1
     loader = make_eval_loader(images, batch_size, world=run.world, **run.reading)

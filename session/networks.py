@@ -117,21 +117,9 @@ class StepNetworks:
     # ── methods ──────────────────────────────────────────────────────────────────────────────────
 
     def begin(self) -> None:
-        """Pass the previous step's states to the methods, request intermediates, call ``begin_step``."""
+        """Begin the methods and collect their own modules."""
         context, methods = self.context, self.methods
-        state = _method_states(self.previous, methods)
-        for name, method in methods.items():
-            if name in state:
-                call_hook(method, "from_previous_step", state[name])
-        needs = frozenset().union(*(method.needs for method in methods.values()))
-        teacher = frozenset().union(*(needs_of_teacher(method) for method in methods.values()))
-        context.model.intermediates = needs  # type: ignore[assignment]
-        if context.model_old is not None:
-            context.model_old.intermediates = teacher  # type: ignore[assignment]
-            if not any(method.uses_teacher for method in methods.values()):
-                context.model_old = None  # no method uses it: save its forward pass
-        for method in methods.values():
-            call_hook(method, "begin_step", context)
+        begin_methods(context, methods, _method_states(self.previous, methods))
         self.own_modules = self.precision.cast(collect_modules(methods, context).to(context.device))
         take_over(self.own_modules, self.previous.get("modules", {}))
         distributed.broadcast_weights(self.own_modules)
@@ -178,6 +166,31 @@ class StepNetworks:
             # which gradients are summed depends on the buckets.
             find_unused_parameters=self.opts.deterministic,
         )
+
+
+def begin_methods(
+    context: Context,
+    methods: Mapping[str, Method],
+    state: Mapping[str, Mapping[str, Any]],
+    *,
+    keep_teacher: bool = False,
+) -> None:
+    """Pass the previous step's states to the methods, request intermediates, call ``begin_step``.
+
+    A teacher that no method uses is dropped, which saves its forward pass, unless ``keep_teacher``.
+    """
+    for name, method in methods.items():
+        if name in state:
+            call_hook(method, "from_previous_step", state[name])
+    needs = frozenset().union(*(method.needs for method in methods.values()))
+    teacher = frozenset().union(*(needs_of_teacher(method) for method in methods.values()))
+    context.model.intermediates = needs  # type: ignore[assignment]
+    if context.model_old is not None:
+        context.model_old.intermediates = teacher  # type: ignore[assignment]
+        if not (keep_teacher or any(method.uses_teacher for method in methods.values())):
+            context.model_old = None
+    for method in methods.values():
+        call_hook(method, "begin_step", context)
 
 
 def _method_states(content: Mapping[str, Any], methods: Mapping[str, Method]) -> dict[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Any
 from argparser import Options
 from dataset.loaders import Tolerance
 from runs.folder import RunFolder
+from train import Precision
 from utils.distributed import World
 from utils.signals import StopRequest
 
@@ -29,6 +30,11 @@ class Run:
     folder: RunFolder
     stop: StopRequest
     tolerance: Tolerance
+
+    def precision(self) -> Precision:
+        """Number formats of the networks, with a loss scaling of their own."""
+        opts, world = self.opts, self.world
+        return Precision.of(opts.opt_level, opts.norm_act, world.device, world.bfloat16)
 
     @property
     def reading(self) -> dict[str, Any]:

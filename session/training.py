@@ -31,7 +31,7 @@ from session.networks import StepNetworks
 from session.optimizer import Schedule, make_optimizer
 from session.run import Run
 from session.state import StepState
-from train import Precision, Trainer, groups, to_device
+from train import Trainer, groups, to_device
 from utils import distributed
 from utils.randomness import rng_state, set_rng_state
 from utils.signals import Stopped
@@ -67,13 +67,15 @@ class StepTraining:
         with contextlib.ExitStack() as opened:
             self.loader = opened.enter_context(self._loader())
             self.networks = self._networks()
-            self._begin_methods()
+            self.networks.begin()
+            if start.resumed is not None:
+                self.networks.restore(start.resumed)
             self.trainer = self._trainer()
             self.state = StepState(run, start, self.networks, self.trainer, self.sampler)
             iteration = None if start.resumed is None else self.state.iteration
             batches = self.sampler.batches_per_epoch
             self.monitor = Monitor(run, self.step, batches_per_epoch=batches, iteration=iteration)
-            opened.callback(self.monitor.close)
+            opened.callback(self.monitor.writer.close)
             self._opened = opened.pop_all()  # closed by ``close``
         self._flag = distributed.AllReducedFlag(run.opts.timeout)
         self._last_save = time.monotonic()
@@ -106,19 +108,12 @@ class StepTraining:
     def _networks(self) -> StepNetworks:
         """Student, teacher and methods, and the ``Context`` of the methods."""
         run, opts = self.run, self.run.opts
-        precision = Precision.of(opts.opt_level, opts.norm_act, run.world.device, run.world.bfloat16)
-        networks = StepNetworks(run, self.step, precision, self.methods)
+        networks = StepNetworks(run, self.step, run.precision(), self.methods)
         context = networks.context
         context.batches = self._training_pass
         context.cached = Cache(run.folder, run.world, self.step, self._origin)
         context.epochs, context.updates, context.lr = opts.epochs, self._updates, self.start.lr
         return networks
-
-    def _begin_methods(self) -> None:
-        """Call the methods' ``begin_step``; if the step is resumed, restore weights and methods' states."""
-        self.networks.begin()
-        if self.start.resumed is not None:
-            self.networks.restore(self.start.resumed)
 
     def _trainer(self) -> Trainer:
         networks, opts, model = self.networks, self.run.opts, self.networks.context.model
@@ -239,7 +234,8 @@ class StepTraining:
                 self.state.model, data.val, len(data.class_names), self.trainer.precision
             )
         except Stopped:
-            self.state.save_if_unsaved()
+            if not self.state.is_saved:
+                self.state.save()
             raise
         results = self.evaluation.summarise(self.step, data, metrics)
         self.monitor.validation(results, self.state.progress.epoch)

@@ -58,7 +58,6 @@ def _train(folder: Path, step: int, rng: np.random.Generator, epochs: int) -> No
         history.progress(iteration, 1 + (iteration - 1) // 40, losses, lr=0.01 * (1 - iteration / 200))
         if iteration % 40 == 0:
             history.validation(iteration // 40, 0.5)
-    history.close()
 
 
 def _evaluate(folder: Path, order, step: int, rng: np.random.Generator, pictures: int) -> None:

@@ -326,12 +326,9 @@ def loader_fault(error: BaseException, signals: Sequence[str] = ()) -> Fault:
             f"a loader process was lost ({reason}): it was killed, or memory is too short for another one; "
             "start again to resume, with fewer --num_workers if it happens again"
         )
-    remedy = "give fewer --num_workers" if _lacks_memory(error) else "--num_workers 0 shows where"
+    lacks_memory = isinstance(error, MemoryError) or is_out_of_memory(error)
+    remedy = "give fewer --num_workers" if lacks_memory else "--num_workers 0 shows where"
     return Fault(f"a loader process failed ({reason}); {remedy}, and start again to resume")
-
-
-def _lacks_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or is_out_of_memory(error)
 
 
 def _one_line(text: str) -> str:

@@ -135,7 +135,6 @@ def test_a_signal_leaves_a_note_and_a_second_ctrl_c_ends(monkeypatch: pytest.Mon
 def test_alone_flags_and_errors_are_ones_own() -> None:
     flag = AllReducedFlag()
     assert [flag.reduce(value) for value in (0, 2, 1)] == [0, 2, 1]
-    assert flag.wait() == 0
     with pytest.raises(UserError, match="mine"), shared_errors():
         raise UserError("mine")
 
