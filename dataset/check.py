@@ -66,7 +66,9 @@ class SplitReport:
     def add(self, other: SplitReport) -> None:
         """Add the results of further images."""
         for name in ("images", "masks", "image_labels", "pixels", "as_stored", "turned", "wide"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+            total = getattr(self, name)
+            total += getattr(other, name)  # in place for the list and the array
+            setattr(self, name, total)
         for kind, files in other.faults.items():
             self.faults.setdefault(kind, []).extend(files)
 

@@ -117,7 +117,7 @@ def _file_state(path: Path) -> str:
     return f"{path.name!r} {stat.st_size} {stat.st_mtime_ns}"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class IncrementalDataset(Dataset[Sample]):
     """Samples ``(image uint8 3×H×W, target uint8 H×W)`` of one step; targets are network indices and 255.
 
