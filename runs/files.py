@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 OPTIONS = "run.json"  # options of the latest start and of every step
+LOG = "train.log"
 SAMPLES = "samples"  # folder of the sample images
 # One per step; {run} is the folder's name.
 CHECKPOINT = "{run}_{step}.pth"

@@ -15,6 +15,7 @@ from argparser import Options
 from dataset.loaders import Tolerance
 from dataset.step_data import DataSpec, evaluation_data
 from inference.load import load_model
+from runs.files import LOG
 from runs.folder import RunFolder
 from runs.options import write_run_options
 from session.evaluation import Evaluation
@@ -47,7 +48,7 @@ class Session:
             torch.backends.cudnn.benchmark = True
         with distributed.shared_errors():
             self._lock = FolderLock(folder.path, "choose another --logdir") if world.is_main else None
-            setup_logging(world, folder.path, debug=opts.debug)
+            setup_logging(world, folder.path / LOG, debug=opts.debug)
             if world.is_main and not opts.test:
                 write_run_options(folder.path, folder.options, opts.task_.steps)
         if self._lock is not None and self._lock.warning is not None:

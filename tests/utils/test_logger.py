@@ -36,7 +36,7 @@ def plain_logging():
 
 def test_rank_0_writes_to_stdout_and_appends_to_the_file(tmp_path, capsys):
     for word in ("first", "second"):
-        setup_logging(MAIN, tmp_path / "run")
+        setup_logging(MAIN, tmp_path / "run" / "train.log")
         log = logging.getLogger("dataset.voc")
         log.info("%s line", word)
         log.debug("hidden")
@@ -50,7 +50,7 @@ def test_rank_0_writes_to_stdout_and_appends_to_the_file(tmp_path, capsys):
 
 
 def test_debug_lines_and_warnings(tmp_path, capsys):
-    setup_logging(MAIN, tmp_path, debug=True)
+    setup_logging(MAIN, tmp_path / "train.log", debug=True)
     logging.getLogger("train").debug("shown")
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -61,7 +61,7 @@ def test_debug_lines_and_warnings(tmp_path, capsys):
 
 
 def test_other_ranks_only_warn_on_stderr(tmp_path, capsys):
-    setup_logging(OTHER, tmp_path / "run")
+    setup_logging(OTHER, tmp_path / "run" / "train.log")
     logging.getLogger("train").info("hidden")
     logging.getLogger("train").warning("seen")
     captured = capsys.readouterr()
@@ -74,7 +74,7 @@ def test_other_ranks_only_warn_on_stderr(tmp_path, capsys):
 def test_log_file_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"train\.log: cannot be written .*--logdir"):
-        setup_logging(MAIN, tmp_path / "file")
+        setup_logging(MAIN, tmp_path / "file" / "train.log")
     with pytest.raises(UserError, match="cannot be written"):
         RunLogger(MAIN, tmp_path / "file" / "step_0")
 
