@@ -130,12 +130,7 @@ class Trainer:
         scheduler: stepped once per optimiser step, or None.
         forward: the student wrapped for several processes; None: the student itself.
         precision: O0 if None.
-        compile: use ``torch.compile`` for both networks in training. Weights keep their names; evaluation,
-            with images of any size, uses the networks without it.
         own_modules: modules of the methods (``collect_modules``), trained with the student.
-
-    Raises:
-        UserError: ``compile`` without an installed compiler.
     """
 
     def __init__(
@@ -147,7 +142,6 @@ class Trainer:
         *,
         forward: nn.Module | None = None,
         precision: Precision | None = None,
-        compile: bool = False,
         own_modules: nn.Module | None = None,
     ) -> None:
         self.context = context
@@ -159,9 +153,17 @@ class Trainer:
         self.precision = precision or Precision("O0", context.device)
         self.own_modules = own_modules if own_modules is not None else nn.Module()
         self._loss_terms = LossTerms()
-        if compile:
-            self.model = compiled(self.model)
-            self.teacher = None if self.teacher is None else compiled(self.teacher)
+
+    def compile(self) -> None:
+        """Use ``torch.compile`` for both networks in training; weights keep their names.
+
+        Evaluation, with images of any size, uses the networks without it.
+
+        Raises:
+            UserError: no compiler is installed.
+        """
+        self.model = compiled(self.model)
+        self.teacher = None if self.teacher is None else compiled(self.teacher)
 
     def set_training(self) -> None:
         """Put the student and the methods' own modules into training mode."""
@@ -174,7 +176,7 @@ class Trainer:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def train_step(
-        self, images: Tensor, targets: Tensor, extras: dict[str, Tensor] | None = None, *, epoch: int = 0
+        self, images: Tensor, targets: Tensor, extras: dict[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
         """One optimiser step on one batch.
 
@@ -182,12 +184,11 @@ class Trainer:
             images: B×3×H×W, uint8 (normalised here) or float32 (already normalised).
             targets: B×H×W, network indices and 255, any integer type.
             extras: further tensors of the samples, by name.
-            epoch: number of the epoch, from 0.
 
         Returns:
             The loss terms, detached, on the device.
         """
-        return self.train_group([(images, targets, extras)], epoch=epoch)
+        return self.train_group([(images, targets, extras)])
 
     def train_group(self, samples: Sequence[Sequence[Any]], *, epoch: int = 0) -> dict[str, Tensor]:
         """One optimiser step on the mean gradient of several batches.

@@ -9,7 +9,6 @@ cache, so that the disk is not measured. The target is 7 ms per sample and core.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.measure import interleaved, write_report
+from benchmarks.measure import command_line, interleaved, write_report
 from dataset import open_dataset
 from dataset.base import SegmentationDataset
 from dataset.decoding import read_image
@@ -71,24 +70,20 @@ def run(dataset: SegmentationDataset, crop: int, count: int, repeats: int) -> di
         "whole sample": lambda i: samples[SampleKey(i, 0, i)],
         "normalise (on the device)": lambda i: normalize(batch[i]),
     }
-    passes = {name: partial(_each, part, count) for name, part in parts.items()}
+    passes = {
+        name: partial(lambda part: [part(i) for i in range(count)], part) for name, part in parts.items()
+    }
     times = interleaved(passes, torch.device("cpu"), repeats)
     return {name: 1000 * seconds / count for name, seconds in times.items()}
 
 
-def _each(part: Callable[[int], object], count: int) -> None:
-    for number in range(count):
-        part(number)
-
-
 def main() -> None:
     """Measure and print a table."""
-    parser = argparse.ArgumentParser(description="CPU time of one training sample on one core.")
+    parser = command_line(__doc__)
     parser.add_argument("--data_root", type=path_option, help="folder of VOC; default: generated images")
     parser.add_argument("--crop", type=whole_number(32, 16384), default=512)
     parser.add_argument("--samples", type=positive_int, default=200)
     parser.add_argument("--repeats", type=positive_int, default=5)
-    parser.add_argument("--out", type=path_option, help="write the figures as JSON")
     args = parser.parse_args()
     torch.set_num_threads(1)  # as in a loader's worker
     with tempfile.TemporaryDirectory() as folder:

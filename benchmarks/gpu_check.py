@@ -16,16 +16,14 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks.measure import device_name, write_report
+from benchmarks.measure import Row, device_name, write_report
 from utils.command import run_command
 from utils.option_types import Number, path_option
 
@@ -87,46 +85,10 @@ def _real_runs(options: argparse.Namespace) -> tuple[str, ...]:
     return tuple(words)
 
 
-class Report:
-    """The two report files, updated after every part.
-
-    Args:
-        folder: output folder.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.rows: list[dict[str, Any]] = []
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._began = time.monotonic()
-        self._lock = threading.Lock()
-
-    def add(self, part: Part, code: int, seconds: float, printed: str) -> None:
-        """Record a part that ended."""
-        with self._lock:
-            verdict = "ok" if code == 0 else "over its time" if code < 0 else f"exit code {code}"
-            self.rows.append({"part": part.name, "verdict": verdict, "seconds": round(seconds, 1)})
-            print(f"{part.name}: {verdict} after {seconds:.0f} s", flush=True)
-            print("\n".join(printed.splitlines()[-_lines_shown(code) :]), flush=True)
-            with (self.folder / "gpu_check.txt").open("a", encoding="utf-8") as file:
-                file.write(f"\n=== {part.name}: {verdict} after {seconds:.0f} s\n{printed}")
-            write_report(
-                self.folder / "gpu_check.json",
-                self.device,
-                seconds=round(time.monotonic() - self._began, 1),
-                parts=self.rows,
-            )
-
-
-def _lines_shown(code: int) -> int:
-    """Number of lines of a part's output to print: more if it failed."""
-    return 12 if code == 0 else 30
-
-
-def run_part(part: Part, report: Report, left: float) -> bool:
-    """Run a part within its limit and the time left; True if it succeeded."""
+def run_part(part: Part, folder: Path, left: float) -> tuple[int, float, str]:
+    """Run a part within its limit and the time left: exit code (-1: over its time), seconds, output."""
     began = time.monotonic()
-    output = report.folder / f".{part.name.replace(' ', '_')}.log"
+    output = folder / f".{part.name.replace(' ', '_')}.log"
     with output.open("wb") as file:
         process = subprocess.Popen(
             [sys.executable, *part.words],
@@ -143,9 +105,19 @@ def run_part(part: Part, report: Report, left: float) -> bool:
         with contextlib.suppress(ProcessLookupError):  # all processes have ended
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    report.add(part, code, time.monotonic() - began, output.read_text(encoding="utf-8", errors="replace"))
+    printed = output.read_text(encoding="utf-8", errors="replace")
     output.unlink()
-    return code == 0
+    return code, time.monotonic() - began, printed
+
+
+def record(part: Part, folder: Path, code: int, seconds: float, printed: str) -> Row:
+    """Print the end of a part's output and add all of it to ``gpu_check.txt``; returns its row."""
+    verdict = "ok" if code == 0 else "over its time" if code < 0 else f"exit code {code}"
+    print(f"{part.name}: {verdict} after {seconds:.0f} s", flush=True)
+    print("\n".join(printed.splitlines()[-12 if code == 0 else -30 :]), flush=True)
+    with (folder / "gpu_check.txt").open("a", encoding="utf-8") as file:
+        file.write(f"\n=== {part.name}: {verdict} after {seconds:.0f} s\n{printed}")
+    return {"part": part.name, "verdict": verdict, "seconds": round(seconds, 1)}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -164,17 +136,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", default=[""], help="parts whose name contains one of these")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
-    report = Report(options.out)
-    print(device_name(report.device), "torch", torch.__version__, flush=True)
-    end = time.monotonic() + 60 * options.minutes
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(device_name(device), "torch", torch.__version__, flush=True)
+    began, rows = time.monotonic(), list[Row]()
+    end = began + 60 * options.minutes
     chosen = [part for part in parts(options) if any(word in part.name for word in options.only)]
-    good = True
     for stage in sorted({part.stage for part in chosen}):
         now = [part for part in chosen if part.stage == stage]
         with ThreadPoolExecutor(len(now)) as pool:
-            ended = [pool.submit(run_part, part, report, end - time.monotonic()) for part in now]
-        good = all(future.result() for future in ended) and good
-    return 0 if good else 1
+            left = end - time.monotonic()
+            running = {pool.submit(run_part, part, options.out, left): part for part in now}
+            for ended in as_completed(running):
+                rows.append(record(running[ended], options.out, *ended.result()))
+                seconds = round(time.monotonic() - began, 1)
+                write_report(options.out / "gpu_check.json", device, seconds=seconds, parts=rows)
+    return int(any(row["verdict"] != "ok" for row in rows))
 
 
 if __name__ == "__main__":

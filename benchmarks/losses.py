@@ -12,28 +12,29 @@ without a kernel, and on CUDA, where the formulas are used.
 
 from __future__ import annotations
 
-import argparse
+import copy
 import gc
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.measure import Row, heading, interleaved, markdown, write_report
+from benchmarks.measure import Row, command_line, heading, interleaved, markdown, write_report
 from utils import loss as L
 from utils import loss_kernels
 from utils.command import run_command
-from utils.option_types import path_option, positive_int
+from utils.option_types import positive_int
 
 
 class Case(NamedTuple):
-    """A benchmark: ``make(device)`` returns the function to time; ``released`` and ``target`` are in CE."""
+    """A benchmark: ``make(device, of)`` returns the function to time; other numbers are in CE."""
 
     name: str
-    make: Callable[[torch.device], Callable[[], object]]
+    make: Callable[..., Callable[[], object]]
+    of: Any
     released: float | None = None
     target: float | None = None
 
@@ -64,131 +65,99 @@ def _backward(inputs: list[Tensor], function: Callable[[], Tensor]) -> Callable[
     return run
 
 
-def _classification(criterion: torch.nn.Module) -> Callable[[torch.device], Callable[[], object]]:
-    def make(device: torch.device) -> Callable[[], object]:
-        x, y = _logits(device), _blobs(device, 8, 21)
-        return _backward([x], lambda: criterion(x, y))
-
-    return make
+def _classification(device: torch.device, criterion: torch.nn.Module) -> Callable[[], object]:
+    x, y = _logits(device), _blobs(device, 8, 21)
+    return _backward([x], lambda: criterion(x, y))
 
 
-def _distillation(criterion: torch.nn.Module) -> Callable[[torch.device], Callable[[], object]]:
-    def make(device: torch.device) -> Callable[[], object]:
-        x, t = _logits(device), _logits(device, 16, grad=False)
-        return _backward([x], lambda: criterion(x, t))
-
-    return make
+def _distillation(device: torch.device, criterion: torch.nn.Module) -> Callable[[], object]:
+    x, t = _logits(device), _logits(device, 16, grad=False)
+    return _backward([x], lambda: criterion(x, t))
 
 
-class _Features(NamedTuple):
-    features: Tensor
-    labels: Tensor
-    prototypes: Tensor
-
-
-def _sdr(device: torch.device) -> _Features:
-    """Features after a ReLU, 6 classes in the labels."""
+def _sdr(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Features after a ReLU, labels of 6 classes, prototypes."""
     features = torch.randn(8, 2048, 32, 32, device=device).relu_().requires_grad_()
-    return _Features(features, _blobs(device, 8, 6), torch.rand(21, 2048, device=device))
+    return features, _blobs(device, 8, 6), torch.rand(21, 2048, device=device)
 
 
-def _contrastive(fidelity: str) -> Callable[[torch.device], Callable[[], object]]:
-    def make(device: torch.device) -> Callable[[], object]:
-        f, y, p = _sdr(device)
-        criterion = L.FeaturesClusteringSeparationLoss(fidelity=fidelity)
-        return _backward([f], lambda: torch.stack(criterion(f, y, p)).sum())
-
-    return make
+def _contrastive(device: torch.device, criterion: torch.nn.Module) -> Callable[[], object]:
+    f, y, p = _sdr(device)
+    return _backward([f], lambda: torch.stack(criterion(f, y, p)).sum())
 
 
-def _matching(fidelity: str, sumafter: bool = True) -> Callable[[torch.device], Callable[[], object]]:
-    def make(device: torch.device) -> Callable[[], object]:
-        f, y, p = _sdr(device)
-        outputs_old = F.interpolate(torch.randn(8, 16, 32, 32, device=device), size=(512, 512))
-        criterion = L.DistillationEncoderPrototypesLoss(sumafter=sumafter, fidelity=fidelity)
-        return _backward([f], lambda: criterion(f, y, outputs_old, p, 16))
-
-    return make
+def _matching(device: torch.device, criterion: torch.nn.Module) -> Callable[[], object]:
+    f, y, p = _sdr(device)
+    outputs_old = F.interpolate(torch.randn(8, 16, 32, 32, device=device), size=(512, 512))
+    return _backward([f], lambda: criterion(f, y, outputs_old, p, 16))
 
 
-def _sparsity(device: torch.device) -> Callable[[], object]:
+def _of_features(device: torch.device, criterion: torch.nn.Module) -> Callable[[], object]:
     f, y, _ = _sdr(device)
-    criterion = L.FeaturesSparsificationLoss("max_maskedforclass", "exponential", "ratio")
     return _backward([f], lambda: criterion(f, y))
 
 
-def _update(fidelity: str) -> Callable[[torch.device], Callable[[], object]]:
-    def make(device: torch.device) -> Callable[[], object]:
-        f, y, _ = _sdr(device)
-        table = L.Prototypes(21, 2048, fidelity=fidelity).to(device)
-        return lambda: table.update(f, y)
-
-    return make
-
-
-def _attention(fidelity: str) -> Callable[[torch.device], Callable[[], object]]:
-    def make(device: torch.device) -> Callable[[], object]:
-        shapes = [(4, heads, side * side, 256) for heads, side in ((1, 128), (2, 64), (5, 32), (8, 16))]
-        old = [torch.rand(shape, device=device).softmax(-1) for shape in shapes]
-        new = [torch.rand(shape, device=device).softmax(-1).requires_grad_() for shape in shapes]
-        labels = _blobs(device, 4, 21)
-        criterion = L.AttentionTransferLoss(fidelity=fidelity)
-        return _backward(new, lambda: criterion(old, new, labels))
-
-    return make
-
-
-def _local_pod(
-    memory_format: torch.memory_format, crop: int = 512
-) -> Callable[[torch.device], Callable[[], object]]:
-    def make(device: torch.device) -> Callable[[], object]:
-        shapes = [(256, 4), (512, 8), (1024, 16), (2048, 16), (256, 16), (21, 16)]
-        sides = [(depth, -(-crop // stride)) for depth, stride in shapes]
-        new = [torch.randn(4, depth, side, side, device=device) for depth, side in sides]
-        old = [torch.randn_like(maps)[:, : 16 if maps.shape[1] == 21 else None] for maps in new]
-        new = [maps.contiguous(memory_format=memory_format).requires_grad_() for maps in new]
-        old = [maps.contiguous(memory_format=memory_format) for maps in old]
-        criterion = L.LocalPODLoss(pod_factor=0.01, pod_options={"switch": {"after": {"factor": 0.0005}}})
-        return _backward(new, lambda: criterion(old, new, 21, 5, 16))
-
-    return make
-
-
-def _snnl(device: torch.device) -> Callable[[], object]:
+def _update(device: torch.device, table: L.Prototypes) -> Callable[[], object]:
     f, y, _ = _sdr(device)
-    criterion = L.SNNL(temperature=2048.0)
-    return _backward([f], lambda: criterion(f, y))
+    own = copy.deepcopy(table).to(device)
+    return lambda: own.update(f, y)
 
 
-def _pseudo_labels(device: torch.device) -> Callable[[], object]:
+def _attention(device: torch.device, criterion: torch.nn.Module) -> Callable[[], object]:
+    shapes = [(4, heads, side * side, 256) for heads, side in ((1, 128), (2, 64), (5, 32), (8, 16))]
+    old = [torch.rand(shape, device=device).softmax(-1) for shape in shapes]
+    new = [torch.rand(shape, device=device).softmax(-1).requires_grad_() for shape in shapes]
+    labels = _blobs(device, 4, 21)
+    return _backward(new, lambda: criterion(old, new, labels))
+
+
+def _local_pod(device: torch.device, form: tuple[torch.memory_format, int]) -> Callable[[], object]:
+    memory_format, crop = form
+    shapes = [(256, 4), (512, 8), (1024, 16), (2048, 16), (256, 16), (21, 16)]
+    sides = [(depth, -(-crop // stride)) for depth, stride in shapes]
+    new = [torch.randn(4, depth, side, side, device=device) for depth, side in sides]
+    old = [torch.randn_like(maps)[:, : 16 if maps.shape[1] == 21 else None] for maps in new]
+    new = [maps.contiguous(memory_format=memory_format).requires_grad_() for maps in new]
+    old = [maps.contiguous(memory_format=memory_format) for maps in old]
+    criterion = L.LocalPODLoss(pod_factor=0.01, pod_options={"switch": {"after": {"factor": 0.0005}}})
+    return _backward(new, lambda: criterion(old, new, 21, 5, 16))
+
+
+def _pseudo_labels(device: torch.device, threshold: float) -> Callable[[], object]:
     outputs_old, labels = _logits(device, 16, grad=False), _blobs(device, 8, 21)
-    thresholds = torch.full((21,), 0.3, device=device)
+    thresholds = torch.full((21,), threshold, device=device)
     return lambda: L.entropy_pseudo_labels(outputs_old, labels, thresholds, nb_current_classes=21)
 
 
+_SPARSITY = L.FeaturesSparsificationLoss("max_maskedforclass", "exponential", "ratio")
+_RELEASED: dict[str, Any] = {"fidelity": "released"}
 CASES = [
-    Case("unbiased CE, 8×21×512²", _classification(L.UnbiasedCrossEntropy(old_cl=16)), 4.4, 1.5),
-    Case("unbiased KD, 8×21×512², 16 old", _distillation(L.UnbiasedKnowledgeDistillationLoss()), 3.8, 1.8),
-    Case("SDR attraction + repulsion", _contrastive("paper"), 4.2, 0.4),
-    Case("SDR matching", _matching("paper"), 5.9, 0.3),
-    Case("SDR matching, each feature", _matching("paper", sumafter=False)),
-    Case("SDR sparsity", _sparsity, 10.1, 0.8),
-    Case("SDR prototype update", _update("paper"), 1.6, 0.15),
-    Case("SATS attention transfer, B = 4", _attention("paper"), 3.9, 0.4),
-    Case("PLOP local POD, B = 4", _local_pod(torch.contiguous_format), 6.8, 1.0),
-    Case("PLOP local POD, channels last", _local_pod(torch.channels_last)),
-    Case("PLOP local POD, crop 513", _local_pod(torch.channels_last, 513)),
-    Case("KD, 8×21×512², 16 old", _distillation(L.KnowledgeDistillationLoss())),
-    Case("BCE with ignore, 8×21×512²", _classification(L.BCEWithLogitsLossWithIgnoreIndex())),
-    Case("focal, 8×21×512²", _classification(L.FocalLoss())),
-    Case("entropy pseudo-labels, 8×16×512²", _pseudo_labels),
-    Case("SDR attraction + repulsion, released", _contrastive("released"), 4.2),
-    Case("SDR matching, released", _matching("released"), 5.9),
-    Case("SDR prototype update, released", _update("released"), 1.6),
-    Case("SATS attention transfer, released", _attention("released"), 3.9),
-    Case("SNNL, 8192 positions", _snnl),
+    Case("unbiased CE, 8×21×512²", _classification, L.UnbiasedCrossEntropy(old_cl=16), 4.4, 1.5),
+    Case("unbiased KD, 8×21×512², 16 old", _distillation, L.UnbiasedKnowledgeDistillationLoss(), 3.8, 1.8),
+    Case("SDR attraction + repulsion", _contrastive, L.FeaturesClusteringSeparationLoss(), 4.2, 0.4),
+    Case("SDR matching", _matching, L.DistillationEncoderPrototypesLoss(sumafter=True), 5.9, 0.3),
+    Case("SDR matching, each feature", _matching, L.DistillationEncoderPrototypesLoss(sumafter=False)),
+    Case("SDR sparsity", _of_features, _SPARSITY, 10.1, 0.8),
+    Case("SDR prototype update", _update, L.Prototypes(21, 2048), 1.6, 0.15),
+    Case("SATS attention transfer, B = 4", _attention, L.AttentionTransferLoss(), 3.9, 0.4),
+    Case("PLOP local POD, B = 4", _local_pod, (torch.contiguous_format, 512), 6.8, 1.0),
+    Case("PLOP local POD, channels last", _local_pod, (torch.channels_last, 512)),
+    Case("PLOP local POD, crop 513", _local_pod, (torch.channels_last, 513)),
+    Case("KD, 8×21×512², 16 old", _distillation, L.KnowledgeDistillationLoss()),
+    Case("BCE with ignore, 8×21×512²", _classification, L.BCEWithLogitsLossWithIgnoreIndex()),
+    Case("focal, 8×21×512²", _classification, L.FocalLoss()),
+    Case("entropy pseudo-labels, 8×16×512²", _pseudo_labels, 0.3),
+    Case(
+        "SDR attraction + repulsion, released",
+        _contrastive,
+        L.FeaturesClusteringSeparationLoss(**_RELEASED),
+        4.2,
+    ),
+    Case("SDR matching, released", _matching, L.DistillationEncoderPrototypesLoss(True, **_RELEASED), 5.9),
+    Case("SDR prototype update, released", _update, L.Prototypes(21, 2048, **_RELEASED), 1.6),
+    Case("SATS attention transfer, released", _attention, L.AttentionTransferLoss(**_RELEASED), 3.9),
+    Case("SNNL, 8192 positions", _of_features, L.SNNL(temperature=2048.0)),
 ]
-
 
 COLUMNS = [
     ("forward + backward", "case", ""),
@@ -210,7 +179,7 @@ def measure(cases: list[Case], device: torch.device, repeats: int, plain: bool =
     rows: list[Row] = []
     for case in cases:
         torch.manual_seed(0)
-        contenders = {"unit": unit, "case": case.make(device)}
+        contenders = {"unit": unit, "case": case.make(device, case.of)}
         if plain:
             contenders["plain"] = _as_formula(contenders["case"])
         times = interleaved(contenders, device, repeats)
@@ -226,8 +195,7 @@ def measure(cases: list[Case], device: torch.device, repeats: int, plain: bool =
 
 def main() -> None:
     """Parse the options, measure, print, and write JSON if ``--out`` is given."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", type=path_option, help="write the figures as JSON")
+    parser = command_line(__doc__)
     parser.add_argument("--threads", type=positive_int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--repeats", type=positive_int, default=7, help="timed repeats of each case")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")

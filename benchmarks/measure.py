@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from utils.files import atomic_write
+from utils.files import atomic_write_text
+from utils.option_types import path_option
+from utils.processor import model_name
 
 Row = dict[str, Any]
+Column = tuple[str, str, str]  # heading, key and format
 
 
 def processor_time(device: torch.device) -> bool:
@@ -73,14 +76,7 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
 
 def device_name(device: torch.device) -> str:
     """Model of the GPU or of the processor."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else model_name()
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -98,7 +94,7 @@ def heading(device: torch.device) -> str:
     return "{device}, threads: {threads}, {clock}, torch {torch}".format(**machine(device))
 
 
-def markdown(columns: Sequence[tuple[str, str, str]], rows: Sequence[Row]) -> str:
+def markdown(columns: Sequence[Column], rows: Sequence[Row]) -> str:
     """A Markdown table for the screen and the documentation.
 
     Args:
@@ -115,8 +111,16 @@ def markdown(columns: Sequence[tuple[str, str, str]], rows: Sequence[Row]) -> st
     return "\n".join(lines)
 
 
+def command_line(description: str | None) -> argparse.ArgumentParser:
+    """The parser of a benchmark, with its ``--out``."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=path_option, help="write the figures as JSON")
+    return parser
+
+
 def write_report(path: Path | None, device: torch.device, **content: Any) -> None:
     """Write figures and machine as JSON, if a path is given."""
     if path is not None:
-        with atomic_write(path) as file:
-            file.write((json.dumps({**machine(device), **content}, indent=2) + "\n").encode())
+        atomic_write_text(path, json.dumps({**machine(device), **content}, indent=2) + "\n")

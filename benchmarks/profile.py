@@ -10,7 +10,6 @@ step for chrome://tracing or Perfetto, and prints the slowest operators.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
@@ -22,8 +21,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.measure import Row, heading, markdown, synchronise, write_report
-from benchmarks.workbench import ALL_METHODS, MODELS, Bench, add_options, bench, options, prepare
+from benchmarks.measure import Row, command_line, heading, synchronise
+from benchmarks.workbench import ALL_METHODS, MODELS, Bench, add_options, bench, options, prepare, show, sizes
 from utils.command import run_command
 from utils.files import atomic_write
 from utils.option_types import path_option
@@ -135,10 +134,10 @@ def draw(path: Path, title: str, rows: list[Row]) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    from matplotlib.figure import Figure
+    from utils.drawing import new_figure  # imports matplotlib, which only this needs
 
     shown = [row for row in rows if row["share"] >= 0.001][::-1]
-    figure = Figure(figsize=(7, 0.6 + 0.3 * len(shown)), layout="constrained")
+    figure = new_figure(7, 0.6 + 0.3 * len(shown))
     axes = figure.add_subplot()
     colours = ["#777777" if row["part"] in (*NETWORK, "rest") else "#c44e52" for row in shown]
     bars = axes.barh([row["part"] for row in shown], [100 * row["share"] for row in shown], color=colours)
@@ -168,18 +167,15 @@ def trace(made: Bench, path: Path, *, operators: int = 20) -> str:
 
 def main(argv: list[str] | None = None) -> list[Row]:
     """Parse the options, measure, print, and write the requested files; returns the rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--method", choices=ALL_METHODS, default="SDR")
     parser.add_argument("--model", choices=MODELS, default="deeplab-resnet101")
     parser.add_argument("--trace", type=path_option, help="write a trace of one step")
     parser.add_argument("--picture", type=path_option, help="draw the shares as PNG")
-    parser.add_argument("--out", type=path_option, help="write the figures as JSON")
     add_options(parser)
     args = parser.parse_args(argv)
     device = prepare(args)
-    made = bench(
-        options(args.method, args.model, batch=args.batch, crop=args.crop, opt_level=args.opt_level), device
-    )
+    made = bench(options(args.method, args.model, **sizes(args)), device)
     made.run()  # warms up
     if args.trace is not None:
         print(trace(made, args.trace))
@@ -187,11 +183,9 @@ def main(argv: list[str] | None = None) -> list[Row]:
     for _ in range(args.repeats):
         parts.run()
     rows = parts.rows()
-    title = f"{args.method}, {args.model}, B = {args.batch}, {args.crop}², {args.opt_level}"
-    print(f"{title}\n{heading(device)}\n{markdown(COLUMNS, rows)}")
+    title = show(args, device, COLUMNS, rows)
     if args.picture is not None:
         draw(args.picture, f"{title}\n{heading(device)}", rows)
-    write_report(args.out, device, step=title, rows=rows)
     return rows
 
 

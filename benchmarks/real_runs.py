@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import write_report
+from benchmarks.measure import command_line, write_report
 from runs.checkpoint import load_checkpoint
 from runs.files import CHECKPOINT, PREDICTIONS, RESULTS, step_file
 from utils.command import run_command
@@ -39,27 +39,15 @@ class Failed(Exception):
 
 
 class Runs:
-    """Commands of ``run.py`` with the same data and network.
-
-    Args:
-        options: command-line options.
-        logs: folder for runs and their output.
-    """
+    """Commands of ``run.py`` with the same data and network."""
 
     def __init__(self, options: argparse.Namespace, logs: Path) -> None:
         self.logs = logs
         self.dataset = options.dataset
         crop, batch = (64, 4) if options.small else (192, 8)
         self.words = [
-            *(
-                "--dataset",
-                options.dataset,
-                "--data_root",
-                str(options.data_root),
-                "--task",
-                TASK,
-                "--overlap",
-            ),
+            *("--dataset", options.dataset, "--data_root", str(options.data_root)),
+            *("--task", TASK, "--overlap"),
             *("--logdir", str(logs), "--epochs", "1", "--crop_size", str(crop)),
             *("--batch_size", str(batch), "--step", "0", "1", "--lr", "0.01", "0.001", "--opt_level", "O1"),
             *("--num_workers", str(options.num_workers), "--ckpt_minutes", "0.01", "--print_interval", "1"),
@@ -177,7 +165,7 @@ def measure(case: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the cases, print and write the outcomes; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--data_root", type=path_option, required=True)
     parser.add_argument("--dataset", default="voc", choices=("voc", "shapes"))
     parser.add_argument("--weights", type=path_option, help="weights of MobileNetV2; default: random")
@@ -188,7 +176,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--side_by_side", type=positive_int, default=7, help="concurrent cases")
     parser.add_argument("--only", default="", help="cases whose name contains this text")
     parser.add_argument("--small", action="store_true", help="small crops and batches")
-    parser.add_argument("--out", type=path_option, help="write the outcome as JSON")
     options = parser.parse_args(argv)
     options.logs.mkdir(parents=True, exist_ok=True)
     cases = {k: v for k, v in Runs(options, options.logs).cases().items() if options.only in k}

@@ -22,12 +22,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.measure import Row, heading, interleaved, markdown, write_report
-from benchmarks.workbench import ALL_METHODS, MODELS, Bench, add_options, bench, options, prepare
+from benchmarks.measure import Row, command_line, interleaved
+from benchmarks.workbench import ALL_METHODS, MODELS, Bench, add_options, bench, options, prepare, show, sizes
 from train import Trainer
 from utils.command import run_command
 from utils.memory import keep_freed_memory
-from utils.option_types import path_option
 
 COLUMNS = [
     ("case", "case", ""),
@@ -111,26 +110,22 @@ def compare(made: dict[str, Bench], device: torch.device, repeats: int) -> list[
 
 def main(argv: list[str] | None = None) -> list[Row]:
     """Parse the options, measure, print, and write JSON if ``--out`` is given; returns the rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--method", choices=ALL_METHODS, default="FT", help="FT: no teacher at any step")
     parser.add_argument("--model", choices=MODELS, default="deeplab-mobilenet_v2")
     parser.add_argument("--compile", action="store_true", help="only compare with torch.compile (minutes)")
-    parser.add_argument("--out", type=path_option, help="write the figures as JSON")
     add_options(parser)
     args = parser.parse_args(argv)
     device = prepare(args)
     rows = compilation(args, device) if args.compile else growth(args, device)
-    title = f"{args.method}, {args.model}, B = {args.batch}, {args.crop}², {args.opt_level}"
-    print(f"{title}\n{heading(device)}\n{markdown(COLUMNS, rows)}")
-    write_report(args.out, device, step=title, rows=rows)
+    show(args, device, COLUMNS, rows)
     return rows
 
 
 def compilation(args: argparse.Namespace, device: torch.device) -> list[Row]:
     """The step without and with ``--compile``; the time of compiling is not included."""
-    sizes = {"batch": args.batch, "crop": args.crop, "opt_level": args.opt_level}
     made = {
-        name: bench(options(args.method, args.model, words=words, **sizes), device)
+        name: bench(options(args.method, args.model, words=words, **sizes(args)), device)
         for name, words in (("as it is", ()), ("compiled", ("--compile",)))
     }
     return compare(made, device, args.repeats)
@@ -138,15 +133,14 @@ def compilation(args: argparse.Namespace, device: torch.device) -> list[Row]:
 
 def growth(args: argparse.Namespace, device: torch.device) -> list[Row]:
     """Classes, steps and crop sizes; on the CPU also processes."""
-    sizes = {"batch": args.batch, "crop": args.crop, "opt_level": args.opt_level}
     by_classes = {
-        name: bench(options(args.method, args.model, words=words, **sizes), device, step=step)
+        name: bench(options(args.method, args.model, words=words, **sizes(args)), device, step=step)
         for name, words, step in CLASSES
     }
     rows = compare(by_classes, device, args.repeats)
     del by_classes
     by_crop = {
-        f"crop {crop}²": bench(options(args.method, args.model, **{**sizes, "crop": crop}), device)
+        f"crop {crop}²": bench(options(args.method, args.model, **{**sizes(args), "crop": crop}), device)
         for crop in (args.crop, args.crop * 3 // 2, args.crop * 2)
     }
     rows += compare(by_crop, device, args.repeats)

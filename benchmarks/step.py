@@ -18,7 +18,7 @@ import sys
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import Row, heading, interleaved, markdown, peak_bytes, write_report
+from benchmarks.measure import Row, command_line, heading, interleaved, markdown, peak_bytes, write_report
 from benchmarks.workbench import (
     ALL_METHODS,
     MODELS,
@@ -28,9 +28,9 @@ from benchmarks.workbench import (
     methods_of,
     options,
     prepare,
+    sizes,
 )
 from utils.command import run_command
-from utils.option_types import path_option
 
 METHODS = ("FT", "MIB", "SDR", "PLOP", "SATS")
 TARGET = 0.10
@@ -86,7 +86,7 @@ def measure_peak(args: argparse.Namespace, device: torch.device) -> list[Row]:
     peak = matrix_peak(device, size, args.repeats)
     rows: list[Row] = [{"step": f"bf16 matrix product {size}³", "tflops": peak / 1e12, "share": 1.0}]
     for name, level in (("as it is, --opt_level O1", "O1"), ("fp32, not channels-last", "O0")):
-        opts = options("MIB", args.models[0], batch=args.batch, crop=args.crop, opt_level=level)
+        opts = options("MIB", args.models[0], **{**sizes(args), "opt_level": level})
         made = bench(opts, device, channels_last=level != "O0")
         made.run()
         with FlopCounterMode(display=False) as counter:
@@ -107,11 +107,10 @@ def measure_peak(args: argparse.Namespace, device: torch.device) -> list[Row]:
 
 def main(argv: list[str] | None = None) -> list[Row]:
     """Parse the options, measure, print, and write JSON if ``--out`` is given; returns the rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["deeplab-resnet101", "segformer_b2"])
     parser.add_argument("--methods", nargs="+", choices=(*ALL_METHODS, "all"), default=METHODS)
     parser.add_argument("--peak", action="store_true", help="share of the matrix peak instead; B = 24")
-    parser.add_argument("--out", type=path_option, help="write the figures as JSON")
     add_options(parser)
     args = parser.parse_args(argv)
     if args.peak and args.batch is None:
@@ -125,16 +124,13 @@ def main(argv: list[str] | None = None) -> list[Row]:
         columns = COLUMNS
         for model in args.models:
             for method in methods_of(model) if "all" in args.methods else args.methods:
-                opts = options(method, model, batch=args.batch, crop=args.crop, opt_level=args.opt_level)
-                made = bench(opts, device)
+                made = bench(options(method, model, **sizes(args)), device)
                 rows.append({"model": model, "method": method, **measure(made, args.repeats)})
                 print(markdown(columns, rows[-1:]).splitlines()[-1], flush=True)
                 del made
         print(f"B = {args.batch}, {args.crop}², {args.opt_level}; target: overhead at most {TARGET:.0%}")
     print(markdown(columns, rows))
-    write_report(
-        args.out, device, batch=args.batch, crop=args.crop, opt_level=args.opt_level, target=TARGET, rows=rows
-    )
+    write_report(args.out, device, **sizes(args), target=TARGET, rows=rows)
     return rows
 
 

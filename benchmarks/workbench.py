@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from argparser import Options, parse_options
-from methods import Context, Method, build_methods
-from methods.base import needs_of_teacher
+from benchmarks.measure import Column, Row, heading, markdown, write_report
+from methods import Context, build_methods
 from modules import NetworkSpec
 from segmentation_module import IncrementalSegmentationModule, freeze, make_model
+from session.networks import begin_methods
 from session.optimizer import make_optimizer
 from train import Precision, Trainer, to_device
 from utils.labels import VOID
@@ -130,6 +131,19 @@ def prepare(args: argparse.Namespace) -> torch.device:
     return device
 
 
+def sizes(args: argparse.Namespace) -> dict[str, Any]:
+    """The keywords of ``options`` that ``add_options`` adds."""
+    return {"batch": args.batch, "crop": args.crop, "opt_level": args.opt_level}
+
+
+def show(args: argparse.Namespace, device: torch.device, columns: Sequence[Column], rows: list[Row]) -> str:
+    """Print the rows of ``--method`` on ``--model`` with a heading, and write them; returns the heading."""
+    title = f"{args.method}, {args.model}, B = {args.batch}, {args.crop}², {args.opt_level}"
+    print(f"{title}\n{heading(device)}\n{markdown(columns, rows)}")
+    write_report(args.out, device, step=title, rows=rows)
+    return title
+
+
 def options(
     method: str, model: str, *, batch: int, crop: int, opt_level: str = "O0", words: tuple[str, ...] = ()
 ) -> Options:
@@ -165,15 +179,12 @@ def bench(opts: Options, device: torch.device, *, step: int = 1, channels_last: 
         teacher = _placed(_model(opts, step - 1), precision, channels_last)
         state = _state_before(opts, replace(context, step=step - 1, model=teacher))
         context.model_old = freeze(teacher).eval()
-    methods = _started(opts, context, state)
+    methods = build_methods(opts, step)
+    begin_methods(context, methods, state, keep_teacher=True)
     optimizer = make_optimizer(opts, student, methods, 1e-4)
-    trainer = Trainer(
-        context,
-        methods,
-        optimizer,
-        precision=precision,
-        compile=opts.compile,
-    )
+    trainer = Trainer(context, methods, optimizer, precision=precision)
+    if opts.compile:
+        trainer.compile()
     trainer.model.train()
     return Bench(opts, trainer, sample)
 
@@ -201,21 +212,6 @@ def _state_before(opts: Options, context: Context) -> dict[str, Any]:
         method.begin_step(context)
         method.end_step(context)
     return {name: method.state_dict() for name, method in methods.items()}
-
-
-def _started(opts: Options, context: Context, state: dict[str, Any]) -> dict[str, Method]:
-    """Build and start the step's methods, and set the networks' intermediates that they need."""
-    methods = build_methods(opts, context.step)
-    teachers: set[str] = set()
-    for name, method in methods.items():
-        method.from_previous_step(state.get(name, {}))
-        teachers |= needs_of_teacher(method)
-    context.model.intermediates = frozenset().union(*(m.needs for m in methods.values()))  # type: ignore[assignment]
-    if context.model_old is not None:
-        context.model_old.intermediates = frozenset(teachers)  # type: ignore[assignment]
-    for method in methods.values():
-        method.begin_step(context)
-    return methods
 
 
 def make_sample(opts: Options, context: Context) -> Sample:

@@ -102,10 +102,7 @@ def pair_by_stem(
 ) -> tuple[list[Path], list[Path]]:
     """Images and PNG masks of two folders, paired by stem, sorted by name.
 
-    Args:
-        image_folder: folder of the images.
-        mask_folder: folder of the masks.
-        unpaired: include unpaired files, with the expected path of the missing one.
+    ``unpaired``: include unpaired files, with the expected path of the missing one.
 
     Raises:
         UserError: a folder is missing or empty.

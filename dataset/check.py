@@ -63,6 +63,19 @@ class SplitReport:
     turned: int = 0
     wide: int = 0
 
+    def add(self, other: SplitReport) -> None:
+        """Add the results of further images."""
+        for name in ("images", "masks", "image_labels", "pixels", "as_stored", "turned", "wide"):
+            total = getattr(self, name)
+            total += getattr(other, name)  # in place for the list and the array
+            setattr(self, name, total)
+        for kind, files in other.faults.items():
+            self.faults.setdefault(kind, []).extend(files)
+
+    def fault(self, kind: str, file: str) -> None:
+        """Add a fault, with the file and a detail."""
+        self.faults.setdefault(kind, []).append(file)
+
     def fault_lines(self) -> Iterator[str]:
         """One line per kind of fault, with its first files."""
         for kind, files in self.faults.items():
@@ -152,78 +165,52 @@ def _nothing_shown(report: SplitReport, num_classes: int) -> str:
 
 
 def check_split(dataset: SegmentationDataset, *, progress: bool = True) -> SplitReport:
-    """Decode every image and mask of a split, in parallel.
-
-    Args:
-        dataset: images and masks on disk.
-        progress: show a progress bar.
-    """
+    """Decode every image and mask of a split, in parallel."""
     report = SplitReport()
     check = partial(check_pair, num_classes=dataset.num_classes)
     for pair in map_in_threads(
         check, dataset.images, dataset.masks, desc="checking", unit="image", progress=progress
     ):
-        report.images += pair.image_exists
-        report.masks += pair.mask_exists
-        report.image_labels.append(pair.classes)
-        if pair.pixels is not None:
-            report.pixels += pair.pixels
-        report.wide += pair.wide
-        report.turned += pair.turned
-        report.as_stored += pair.has_orientation and not pair.turned
-        for kind, file in pair.faults:
-            report.faults.setdefault(kind, []).append(file)
+        report.add(pair)
     return report
 
 
-@dataclass
-class Pair:
-    """Result of the check of an image and its mask; faults: (kind, file with detail)."""
-
-    image_exists: bool
-    mask_exists: bool
-    classes: frozenset[int] = frozenset()
-    pixels: npt.NDArray[np.int64] | None = None  # per value, of a valid mask
-    has_orientation: bool = False
-    turned: bool = False
-    wide: bool = False
-    faults: list[tuple[str, str]] = field(default_factory=list)
-
-
-def check_pair(image: Path, mask: Path, num_classes: int) -> Pair:
+def check_pair(image: Path, mask: Path, num_classes: int) -> SplitReport:
     """Decode an image and its mask; reports exactly the faults at which training would stop."""
-    pair = Pair(image.is_file(), mask.is_file())
-    stored = _check_image(image, pair) if pair.image_exists else None
-    mask_size = _check_mask(mask, pair, num_classes) if pair.mask_exists else None
-    if not pair.image_exists:
-        pair.faults.append(("missing images", str(image)))
-    if not pair.mask_exists:
-        pair.faults.append(("missing masks", str(mask)))
+    pair = SplitReport(int(image.is_file()), int(mask.is_file()))
+    stored = _check_image(image, pair) if pair.images else None
+    mask_size = _check_mask(mask, pair, num_classes) if pair.masks else None
+    pair.image_labels = pair.image_labels or [frozenset()]
+    if not pair.images:
+        pair.fault("missing images", str(image))
+    if not pair.masks:
+        pair.fault("missing masks", str(mask))
     if stored is None:
         return pair
-    pair.wide, pair.has_orientation = stored.bits > 8, stored.orientation != 1
+    pair.wide, turned = int(stored.bits > 8), False
     if mask_size is not None and mask_size != (size := stored.image.size):
-        pair.turned = stored.orientation in _QUARTER_TURNS and mask_size == size[::-1]
-        if not pair.turned:
+        turned = stored.orientation in _QUARTER_TURNS and mask_size == size[::-1]
+        if not turned:
             detail = f"{image} ({size[0]}×{size[1]}, its mask {mask_size[0]}×{mask_size[1]})"
-            pair.faults.append(("images of another size than their masks", detail))
+            pair.fault("images of another size than their masks", detail)
+    pair.turned, pair.as_stored = int(turned), int(stored.orientation != 1 and not turned)
     return pair
 
 
-def _check_image(path: Path, pair: Pair) -> StoredImage | None:
+def _check_image(path: Path, pair: SplitReport) -> StoredImage | None:
     try:
         data = path.read_bytes()
         with Image.open(io.BytesIO(data)) as image:
             image.verify()  # checksums of PNG; damage of other formats is found by load()
         return load_image(path, data)
     except DataError as error:
-        pair.faults.append(("images without a defined black and white", _named(path, error)))
+        pair.fault("images without a defined black and white", _named(path, error))
     except _DAMAGE as error:
-        pair.faults.append(("unreadable images", _named(path, error)))
+        pair.fault("unreadable images", _named(path, error))
     return None
 
 
-def _check_mask(path: Path, pair: Pair, num_classes: int) -> tuple[int, int] | None:
+def _check_mask(path: Path, pair: SplitReport, num_classes: int) -> tuple[int, int] | None:
     """Size of the mask (width, height), or None."""
     try:
         with Image.open(path) as mask:
@@ -232,23 +219,21 @@ def _check_mask(path: Path, pair: Pair, num_classes: int) -> tuple[int, int] | N
             mask.load()
             size, kind = mask.size, f"{mask.format}, {mask.mode}"
     except _DAMAGE as error:
-        pair.faults.append(("unreadable masks", _named(path, error)))
+        pair.fault("unreadable masks", _named(path, error))
         return None
     try:
         pixels = np.bincount(read_mask(path).numpy().reshape(-1), minlength=256)
     except DataError as error:
-        reason = _reason(path, error)
-        pair.faults.append(("wrongly coded masks", f"{path} ({kind}; {reason})"))
+        pair.fault("wrongly coded masks", f"{path} ({kind}; {_reason(path, error)})")
         return size
     values = np.flatnonzero(pixels)
     unknown = values[(values >= num_classes) & (values != VOID)]
     if unknown.size:
         ids = ", ".join(str(c) for c in unknown[:5])
-        pair.faults.append(
-            ("wrongly coded masks", f"{path} (unknown class id {ids}; 0 to {num_classes - 1} or {VOID})")
-        )
-        return size
-    pair.classes, pair.pixels = frozenset(values.tolist()) - {0, VOID}, pixels
+        detail = f"unknown class id {ids}; 0 to {num_classes - 1} or {VOID}"
+        pair.fault("wrongly coded masks", f"{path} ({detail})")
+    else:
+        pair.image_labels, pair.pixels = [frozenset(values.tolist()) - {0, VOID}], pixels
     return size
 
 
@@ -289,9 +274,7 @@ def check_task(
     valid, differs = True, False
     for step in range(task.num_steps):
         if splits_dir is None:
-            indices = task_indices(
-                task.dataset, task, step, protocol, image_labels, partition_seed=partition_seed
-            )
+            indices = task_indices(task, step, protocol, image_labels, partition_seed=partition_seed)
         else:
             indices = load_step_list(splits_dir, step, len(image_labels))
         published = published_list(task, step, protocol)

@@ -151,17 +151,13 @@ def load_image(path: Path, data: bytes | bytearray) -> StoredImage:
         OSError, ValueError, SyntaxError, Image.DecompressionBombError: the file is damaged.
     """
     with PILImage.open(io.BytesIO(data)) as image:
-        orientation, bits = _orientation(image), _bits(image, data)
+        value, bits = image.getexif().get(_ORIENTATION), _bits(image, data)
+        orientation = value if value in _UPRIGHT else 1
         image.load()
         # load() has applied the orientation of a TIFF, and of no other format.
         back = _BACK.get(orientation) if image.format == "TIFF" else None
         rgb = _rgb(path, image, bits)
     return StoredImage(rgb if back is None else rgb.transpose(back), orientation, bits)
-
-
-def _orientation(image: PILImage.Image) -> int:
-    value = image.getexif().get(_ORIENTATION)
-    return value if value in _UPRIGHT else 1
 
 
 def _bits(image: PILImage.Image, data: bytes | bytearray) -> int:

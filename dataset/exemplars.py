@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from tasks import Task, check_step
 from utils.errors import UserError
 from utils.files import atomic_write_text
 from utils.labels import VOID
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,43 +37,62 @@ class Exemplar:
     classes: tuple[int, ...] = ()
 
 
-def select_exemplars(
-    image_labels: Sequence[Collection[int]],
-    task: Task,
-    step: int,
-    memory: int,
-    seed: int,
-    candidates: Sequence[Sequence[int]],
-    *,
-    in_turn: bool = False,
-) -> list[Exemplar]:
-    """Choose at most ``memory`` images for a step, deterministically.
+@dataclass(frozen=True)
+class Selection:
+    """The exemplars of a step, chosen deterministically from the memory and images of the steps before.
 
-    Args:
+    Attributes:
         image_labels: class ids of every training image (background and void are ignored).
         task: class order.
         step: the step that trains on the exemplars; none at step 0.
-        memory: number of images.
+        memory: largest number of images.
         seed: seed of the run.
         candidates: training images of the steps 0, 1, ..., at least up to ``step - 1``.
         in_turn: choose a random image of each class in turn (SSUL-M's released code); else an image of the
             class with the fewest exemplars.
-
-    Raises:
-        UserError: unknown step, or a negative ``memory``.
     """
-    check_step(task, step)
-    if memory < 0:
-        raise UserError(f"--memory {memory}: give the number of images to keep, or 0 for none")
-    kept: dict[int, int] = {}
-    for current in range(1, step + 1):
-        # An exemplar that the previous step trained on has that step's labels.
-        pool = kept | dict.fromkeys(candidates[current - 1], current - 1)
-        known = {i: _known(image_labels[i], task, stored) for i, stored in pool.items()}
-        pick = _pick_in_turn if in_turn else _pick_balanced
-        chosen = pick(known, memory, np.random.RandomState([seed % 2**32, current]))
-        kept = {i: pool[i] for i in chosen}
-    return [Exemplar(i, stored) for i, stored in sorted(kept.items())]
+
+    image_labels: Sequence[Collection[int]]
+    task: Task
+    step: int
+    memory: int
+    seed: int
+    candidates: Sequence[Sequence[int]]
+    in_turn: bool = False
+
+    def choose(self) -> list[Exemplar]:
+        """The exemplars, in order of their images.
+
+        Raises:
+            UserError: unknown step, or a negative ``memory``.
+        """
+        check_step(self.task, self.step)
+        if self.memory < 0:
+            raise UserError(f"--memory {self.memory}: give the number of images to keep, or 0 for none")
+        pick = _pick_in_turn if self.in_turn else _pick_balanced
+        kept: dict[int, int] = {}
+        for current in range(1, self.step + 1):
+            # An exemplar that the previous step trained on has that step's labels.
+            pool = kept | dict.fromkeys(self.candidates[current - 1], current - 1)
+            known = {i: _known(self.image_labels[i], self.task, stored) for i, stored in pool.items()}
+            chosen = pick(known, self.memory, np.random.RandomState([self.seed % 2**32, current]))
+            kept = {i: pool[i] for i in chosen}
+        return [Exemplar(i, stored) for i, stored in sorted(kept.items())]
+
+    def origin(self) -> dict[str, Any]:
+        """The inputs as plain values: equal origins mean equal lists."""
+        shown = json.dumps([sorted(ids) for ids in self.image_labels])
+        return {
+            "dataset": self.task.dataset,
+            "task": self.task.name,
+            "steps": [list(classes) for classes in self.task.steps],
+            "step": self.step,
+            "memory": self.memory,
+            "seed": self.seed,
+            "rule": "in turn" if self.in_turn else "fewest first",
+            "candidates": [list_digest(indices) for indices in self.candidates[: self.step]],
+            "presence": hashlib.sha256(shown.encode()).hexdigest(),
+        }
 
 
 def class_counts(
@@ -116,16 +138,9 @@ def _pick_balanced(known: Mapping[int, set[int]], memory: int, rng: np.random.Ra
 
 def _pick_in_turn(known: Mapping[int, set[int]], memory: int, rng: np.random.RandomState) -> list[int]:
     """Choose a random image for each class in turn, in a random order of classes."""
-    left = [images for images in rng.permutation(sorted(known)).tolist() if known[images]]
+    images = [(image, known[image]) for image in rng.permutation(sorted(known)).tolist()]
     classes = rng.permutation(sorted(set().union(*known.values()))).tolist()
-    chosen: list[int] = []
-    while left and len(chosen) < memory:
-        for c in classes:
-            found = next((image for image in left if c in known[image]), None)
-            if found is not None and len(chosen) < memory:
-                left.remove(found)
-                chosen.append(found)
-    return chosen
+    return [image for image, _ in balanced_choice(images, classes, memory)]
 
 
 def choose_listed(
@@ -175,30 +190,6 @@ def balanced_choice(
     return [candidate for _, candidate in sorted(chosen, key=lambda pair: pair[0])]
 
 
-def exemplar_origin(
-    image_labels: Sequence[Collection[int]],
-    task: Task,
-    step: int,
-    memory: int,
-    seed: int,
-    candidates: Sequence[Sequence[int]],
-    *,
-    in_turn: bool = False,
-) -> dict[str, Any]:
-    """The inputs of ``select_exemplars`` as plain values: equal origins mean equal lists."""
-    return {
-        "dataset": task.dataset,
-        "task": task.name,
-        "steps": [list(classes) for classes in task.steps],
-        "step": step,
-        "memory": memory,
-        "seed": seed,
-        "rule": "in turn" if in_turn else "fewest first",
-        "candidates": [list_digest(indices) for indices in candidates[:step]],
-        "presence": hashlib.sha256(json.dumps([sorted(ids) for ids in image_labels]).encode()).hexdigest(),
-    }
-
-
 def save_exemplars(path: Path, exemplars: Sequence[Exemplar], origin: Mapping[str, Any]) -> None:
     """Write a list and its origin as JSON, atomically."""
     pairs = [[each.index, each.step, *([each.classes] if each.classes else [])] for each in exemplars]
@@ -227,4 +218,17 @@ def load_exemplars(path: Path, origin: Mapping[str, Any]) -> list[Exemplar]:
     ]
     if differing:
         raise UserError(f"exemplar list {path}: was made from another {', '.join(differing)}")
+    return exemplars
+
+
+def stored_exemplars(path: Path, origin: Mapping[str, Any]) -> list[Exemplar] | None:
+    """The list on disk; None, with a log line, if it is not one of this origin."""
+    if not path.is_file():
+        return None
+    try:
+        exemplars = load_exemplars(path, origin)
+    except UserError as error:
+        log.info("%s; it is made again", error)
+        return None
+    log.info("exemplars: loaded from %s", path)
     return exemplars

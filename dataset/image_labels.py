@@ -25,6 +25,7 @@ from dataset.decoding import read_mask
 from utils.errors import DataError, UserError
 from utils.files import atomic_write, queue_lock
 from utils.labels import VOID
+from utils.processor import available_cores
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +93,7 @@ def map_in_threads(
 
     For decoding, which releases the GIL. An error or an interrupt cancels the rest.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    pool = ThreadPoolExecutor(cores)
+    pool = ThreadPoolExecutor(available_cores())
     try:
         results = pool.map(function, *inputs)
         return list(tqdm(results, total=len(inputs[0]), desc=desc, unit=unit, disable=not progress))

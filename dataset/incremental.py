@@ -45,7 +45,7 @@ class SampleKey:
 
 @dataclass(frozen=True)
 class Substitute:
-    """A replacement of an unreadable sample (``--skip_corrupt``), and the reasons."""
+    """A replacement of an unreadable sample (``--skip_corrupt``), or a batch with such, and the reasons."""
 
     sample: Sample
     reasons: tuple[str, ...]
@@ -117,13 +117,14 @@ def _file_state(path: Path) -> str:
     return f"{path.name!r} {stat.st_size} {stat.st_mtime_ns}"
 
 
+@dataclass(eq=False, repr=False)
 class IncrementalDataset(Dataset[Sample]):
     """Samples ``(image uint8 3×H×W, target uint8 H×W)`` of one step; targets are network indices and 255.
 
     The random augmentation of a sample depends only on the seed and its :class:`SampleKey`, not on the number
     of workers or processes or on resuming.
 
-    Args:
+    Attributes:
         dataset: images and masks on disk.
         entries: the samples; ``entries[key.index].index`` is the image's index in ``dataset``.
         lookups: uint8[256] tables to which entries refer.
@@ -137,28 +138,15 @@ class IncrementalDataset(Dataset[Sample]):
         void_instead: replace them by a black image labelled void, which evaluation ignores.
     """
 
-    def __init__(
-        self,
-        dataset: SegmentationDataset,
-        entries: Sequence[Entry],
-        lookups: Sequence[Tensor],
-        transform: PairTransform,
-        seed: int = 0,
-        saliency: Sequence[Path] | None = None,
-        *,
-        flag_exemplars: bool = False,
-        skip_corrupt: int = 0,
-        void_instead: bool = False,
-    ) -> None:
-        self.dataset = dataset
-        self.entries = list(entries)
-        self.transform = transform
-        self.seed = seed
-        self.saliency = saliency
-        self.flag_exemplars = flag_exemplars
-        self.skip_corrupt = skip_corrupt
-        self.void_instead = void_instead
-        self._tables = [lookup.numpy() for lookup in lookups]
+    dataset: SegmentationDataset
+    entries: Sequence[Entry]
+    lookups: Sequence[Tensor]
+    transform: PairTransform
+    seed: int = 0
+    saliency: Sequence[Path] | None = None
+    flag_exemplars: bool = False
+    skip_corrupt: int = 0
+    void_instead: bool = False
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -169,8 +157,8 @@ class IncrementalDataset(Dataset[Sample]):
         kind = getattr(transform, "__qualname__", type(transform).__qualname__)
         plain = (kind, vars(transform), self.seed, self.skip_corrupt, self.void_instead)
         digest = hashlib.sha256(repr(plain).encode())
-        for table in self._tables:
-            digest.update(table.tobytes())
+        for table in self.lookups:
+            digest.update(table.numpy().tobytes())
         for entry in self.entries:
             paths = [self.dataset.images[entry.index], self.dataset.masks[entry.index]]
             if self.saliency is not None:
@@ -196,24 +184,23 @@ class IncrementalDataset(Dataset[Sample]):
 
     def _readable(self, key: SampleKey) -> Sample | Substitute:
         reasons: list[str] = []
-        for offset in range(self.skip_corrupt + 1):
+        while True:
             # The substitute depends on the entries only: it is the same in a resumed run.
-            tried = SampleKey((key.index + offset) % len(self.entries), key.epoch, key.position)
+            place = (key.index + len(reasons)) % len(self.entries)
             try:
-                sample = self._sample(tried)
+                sample = self._sample(SampleKey(place, key.epoch, key.position))
             except DataError as error:
-                reasons.append(str(error))
                 if not self.skip_corrupt:
                     raise
-                if len(reasons) > self.skip_corrupt:
+                if len(reasons) == self.skip_corrupt:
                     raise DataError(
                         f"{error}; it is one more than the {self.skip_corrupt} of --skip_corrupt"
                     ) from error
+                reasons.append(str(error))
                 if self.void_instead:
                     return Substitute(self._void_sample(), tuple(reasons))
             else:
                 return Substitute(sample, tuple(reasons)) if reasons else sample
-        raise AssertionError("the last attempt returns or raises")
 
     def _void_sample(self) -> Sample:
         mask = torch.full((1, 64, 64), VOID, dtype=torch.uint8)
@@ -224,7 +211,7 @@ class IncrementalDataset(Dataset[Sample]):
         entry = self.entries[key.index]
         image, mask = self.dataset.read(entry.index)
         # numpy's take, because torch's needs int64 indices.
-        target = torch.from_numpy(self._tables[entry.lookup].take(mask.numpy()))
+        target = torch.from_numpy(self.lookups[entry.lookup].numpy().take(mask.numpy()))
         if self.saliency is not None:
             # As a second channel it is cropped like the mask.
             target = torch.cat([target, self._saliency(entry.index, target.shape[-2:])])

@@ -13,14 +13,11 @@ import functools
 import logging
 import signal
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.sharedctypes import RawValue
-from types import TracebackType
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from dataset.incremental import Sample, SampleKey, Substitute
@@ -84,9 +81,8 @@ class EpochSampler(Sampler[SampleKey]):
 
     def _epoch_order(self) -> list[int]:
         """Entries in the order of the whole epoch, over all ranks."""
-        return (
-            self._permutation(self.num_samples, stream=0) if self.shuffle else list(range(self.num_samples))
-        )
+        number = self.num_samples
+        return self._permutation(number, stream=0) if self.shuffle else list(range(number))
 
     def _permutation(self, count: int, stream: int) -> list[int]:
         generator = np.random.default_rng((self.seed, self.epoch, stream))
@@ -142,11 +138,6 @@ class MemoryOverwriteSampler(EpochSampler):
     So an epoch has as many batches as without exemplars, and every second own sample is skipped. The
     places are drawn for each batch. Exemplars are drawn in batches too, of which only those at these places
     are used; a memory smaller than a batch is repeated until it fills one.
-
-    Args:
-        num_samples: number of the step's own entries, which come first in the dataset's ``entries``.
-        num_memory: number of exemplar entries, which follow.
-        kwargs: as for :class:`EpochSampler`.
 
     Raises:
         UserError: too few samples for one batch, or a total batch of 1, which has no second half.
@@ -214,14 +205,6 @@ class Tolerance:
             log.warning("skipped (%d of at most %d): %s", len(self.reasons), self.limit, reason)
 
 
-@dataclass(frozen=True)
-class _Patched:
-    """A batch with substitutes in it."""
-
-    batch: Any
-    reasons: tuple[str, ...]
-
-
 class Loader(DataLoader[Sample]):
     """A DataLoader that owns its worker processes and reports their errors in one line.
 
@@ -230,22 +213,19 @@ class Loader(DataLoader[Sample]):
 
     Args:
         dataset: what to read.
+        world: this process. On CUDA the batches are pinned, so that copies overlap.
         num_workers: reading processes; 0: this process reads.
-        device: on CUDA the batches are pinned, so that copies overlap.
-        tolerance: counts unreadable images; by default none is allowed.
+        tolerance: counts the images that samples were substituted for; None: none is allowed.
         sampling: batches and their order, as for ``DataLoader``.
-
-    Attributes:
-        tolerance: where the images that samples were substituted for are counted.
     """
 
     def __init__(
         self,
         dataset: Dataset[Sample],
+        world: World,
         *,
-        num_workers: int,
-        device: torch.device | str,
-        tolerance: Tolerance | None,
+        num_workers: int = 1,
+        tolerance: Tolerance | None = None,
         **sampling: Any,
     ) -> None:
         self._unwanted = RawValue(ctypes.c_bool, False)
@@ -253,7 +233,7 @@ class Loader(DataLoader[Sample]):
             dataset,
             num_workers=num_workers,
             collate_fn=collate,
-            pin_memory=torch.device(device).type == "cuda",
+            pin_memory=world.device.type == "cuda",
             persistent_workers=num_workers > 0,
             worker_init_fn=functools.partial(outlive_signals, self._unwanted),
             **sampling,
@@ -266,9 +246,7 @@ class Loader(DataLoader[Sample]):
     def __enter__(self) -> Loader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -294,9 +272,9 @@ class Loader(DataLoader[Sample]):
             Fault: a worker process failed, was lost or could not be started.
         """
         for batch in self._received():
-            if isinstance(batch, _Patched):
+            if isinstance(batch, Substitute):
                 self.tolerance.note(batch.reasons)
-                batch = batch.batch
+                batch = batch.sample
             if isinstance(batch, DataError):
                 # A new one: raising `batch` itself would tie it to this frame in a cycle, and workers that
                 # the garbage collector finds in a cycle take five seconds each to end.
@@ -350,8 +328,7 @@ def make_train_loader(
     memory_overwrites: bool = False,
     seed: int = 0,
     world: World = ONE_PROCESS,
-    num_workers: int = 1,
-    tolerance: Tolerance | None = None,
+    **reading: Any,
 ) -> Loader:
     """Loader of training batches, whole ones only; call ``loader.sampler.set_epoch`` before each epoch.
 
@@ -361,43 +338,23 @@ def make_train_loader(
         num_memory: how many of the dataset's last entries are exemplars; they fill half of each batch.
         memory_overwrites: they take the place of own samples there (:class:`MemoryOverwriteSampler`).
         seed: seed of the order.
-        world: this process among the others. On CUDA the batches are pinned, so that copies overlap.
-        num_workers: reading processes; they live through all epochs, until the loader is closed.
-        tolerance: counts unreadable images; by default none is allowed.
+        world: this process among the others.
+        reading: ``num_workers`` and ``tolerance`` of :class:`Loader`.
 
     Raises:
         UserError: too few samples for one batch.
     """
     num_samples = len(dataset) - num_memory  # type: ignore[arg-type]
-    settings: dict[str, Any] = {
-        "batch_size": batch_size,
-        "seed": seed,
-        "rank": world.rank,
-        "world_size": world.size,
-    }
+    kind: Callable[..., EpochSampler] = EpochSampler
     if num_memory:
-        kind = MemoryOverwriteSampler if memory_overwrites else MemoryMixSampler
-        sampler: EpochSampler = kind(num_samples, num_memory, **settings)
-    else:
-        sampler = EpochSampler(num_samples, **settings)
-    return Loader(
-        dataset,
-        num_workers=num_workers,
-        device=world.device,
-        tolerance=tolerance,
-        batch_size=batch_size,
-        sampler=sampler,
-        drop_last=True,
-    )
+        sampler_of = MemoryOverwriteSampler if memory_overwrites else MemoryMixSampler
+        kind = functools.partial(sampler_of, num_memory=num_memory)
+    sampler = kind(num_samples, batch_size=batch_size, seed=seed, rank=world.rank, world_size=world.size)
+    return Loader(dataset, world, batch_size=batch_size, sampler=sampler, drop_last=True, **reading)
 
 
 def make_eval_loader(
-    dataset: Dataset[Sample],
-    batch_size: int,
-    *,
-    num_workers: int = 1,
-    world: World = ONE_PROCESS,
-    tolerance: Tolerance | None = None,
+    dataset: Dataset[Sample], batch_size: int, *, world: World = ONE_PROCESS, **reading: Any
 ) -> Loader:
     """Loader over each sample exactly once over all processes, in order; the last batch may be smaller.
 
@@ -405,9 +362,7 @@ def make_eval_loader(
     """
     number = len(dataset)  # type: ignore[arg-type]
     batches = EvalBatchSampler(number, batch_size, rank=world.rank, world_size=world.size)
-    return Loader(
-        dataset, num_workers=num_workers, device=world.device, tolerance=tolerance, batch_sampler=batches
-    )
+    return Loader(dataset, world, batch_sampler=batches, **reading)
 
 
 def collate(samples: list[Any]) -> Any:
@@ -417,7 +372,7 @@ def collate(samples: list[Any]) -> Any:
         return error
     reasons = tuple(r for sample in samples if isinstance(sample, Substitute) for r in sample.reasons)
     batch = default_collate([s.sample if isinstance(s, Substitute) else s for s in samples])
-    return _Patched(batch, reasons) if reasons else batch
+    return Substitute(batch, reasons) if reasons else batch
 
 
 def _check_half(total_batch: int) -> None:

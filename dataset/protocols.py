@@ -69,8 +69,7 @@ def step_indices(
 
 
 def task_indices(
-    dataset: str,
-    task: str | Task,
+    task: Task,
     step: int,
     protocol: Protocol,
     image_labels: Sequence[Collection[int]],
@@ -84,12 +83,10 @@ def task_indices(
     follow ``step_indices``.
 
     Raises:
-        UserError: unknown task, step or protocol.
+        UserError: unknown step or protocol.
     """
-    if isinstance(task, str):
-        task = get_task(dataset, task)
     check_step(task, step)
-    if dataset != "ade" or protocol in ("overlapped", "partitioned"):
+    if task.dataset != "ade" or protocol in ("overlapped", "partitioned"):
         return step_indices(image_labels, task.steps, step, protocol, partition_seed=partition_seed)
     finer = _finer_steps(task)
     owner = _greedy_partition(label_matrix(image_labels), task.steps if finer is None else finer)
@@ -238,9 +235,7 @@ def published_list(task: Task, step: int, protocol: Protocol) -> tuple[int, str]
     """
     if task.dataset not in ("voc", "ade") or task.name not in task_names(task.dataset):
         return None
-    if task.steps != get_task(task.dataset, task.name).steps:
-        return None
-    if protocol == "partitioned":
+    if task.steps != get_task(task.dataset, task.name).steps or protocol == "partitioned":
         return None
     wanted = "overlapped" if protocol == "overlapped" else "disjoint"
     key = (task.dataset, task.name, step, wanted)

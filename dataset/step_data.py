@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,7 @@ from torch import Tensor
 
 from dataset import open_dataset
 from dataset.base import SegmentationDataset
-from dataset.exemplars import (
-    Exemplar,
-    class_counts,
-    exemplar_origin,
-    load_exemplars,
-    save_exemplars,
-    select_exemplars,
-)
+from dataset.exemplars import Exemplar, Selection, class_counts, save_exemplars, stored_exemplars
 from dataset.image_labels import scan_image_labels
 from dataset.incremental import Entry, IncrementalDataset, eval_lookup, train_lookup
 from dataset.loaders import cross_val_split
@@ -113,9 +107,7 @@ def evaluation_data(spec: DataSpec, step: int) -> EvaluationData:
     chosen = _held_out(len(dataset))[1] if spec.test_on_val else range(len(dataset))
     seen = spec.task.seen_classes(step)
     if spec.eval_images == "seen":
-        image_labels = scan_image_labels(
-            dataset.masks, cache_dir=CACHE, num_classes=dataset.num_classes, progress=False
-        )
+        image_labels = _image_labels(dataset, progress=False)
         chosen = [i for i in chosen if image_labels[i].intersection(seen)]
     return EvaluationData(
         test=_evaluation(spec, step, dataset, chosen),
@@ -162,22 +154,14 @@ def step_data(
     if spec.memory and step:
         # An earlier step may have had an image that this one validates on.
         kept_back = set(held_out)
-        stored = _exemplars(spec, step, lists, exemplar_list, is_main) if chosen is None else chosen
+        stored = _exemplars(spec, step, lists, exemplar_list) if chosen is None else chosen
         _log_classes(stored, lists, spec.task)
         exemplars = [exemplar for exemplar in stored if exemplar.index not in kept_back]
     entries = [Entry(i) for i in indices] + [Entry(e.index, 1 + e.step) for e in exemplars]
-    # Look-up 0 is the step's own; 1 + s shows the classes that were known when step s stored an exemplar.
-    lookups = [_train_table(spec, step, spec.data_masking)]
-    # With --memory_labels current they show the classes of this step too, with new only these.
-    if spec.memory_labels == "new":
-        lookups *= 1 + step
-    else:
-        current = spec.memory_labels == "current"
-        lookups += [_train_table(spec, step if current else s, "current+old") for s in range(step)]
     train = IncrementalDataset(
         dataset,
         entries,
-        lookups,
+        _train_tables(spec, step),
         train_transform(spec.crop_size, spec.augmentation, released=spec.fidelity == "released"),
         spec.random_seed,
         saliency=_saliency_maps(dataset) if "saliency" in extras else None,
@@ -194,19 +178,11 @@ class _StepLists:
         self.spec = spec
         self.dataset = dataset
         self.is_main = is_main
-        self._image_labels: Sequence[frozenset[int]] | None = None
 
-    @property
+    @cached_property
     def image_labels(self) -> Sequence[frozenset[int]]:
         """Class ids of every training image."""
-        if self._image_labels is None:
-            self._image_labels = scan_image_labels(
-                self.dataset.masks,
-                cache_dir=CACHE,
-                num_classes=self.dataset.num_classes,
-                progress=self.is_main,
-            )
-        return self._image_labels
+        return _image_labels(self.dataset, progress=self.is_main)
 
     def indices(self, step: int) -> list[int]:
         """Places in the training list of a step's images."""
@@ -221,8 +197,7 @@ class _StepLists:
 
     def _by_protocol(self, step: int) -> list[int]:
         spec, labels = self.spec, self.image_labels
-        seed = spec.partition_seed
-        return task_indices(spec.dataset, spec.task, step, spec.protocol, labels, partition_seed=seed)
+        return task_indices(spec.task, step, spec.protocol, labels, partition_seed=spec.partition_seed)
 
     def none_left(self, step: int) -> UserError:
         """The error for a step without training images."""
@@ -238,6 +213,11 @@ class _StepLists:
             f"step {step} of task {spec.task.name} ({rule}) has no training image: {reason} "
             "(--check_data shows the images of every class and step)"
         )
+
+
+def _image_labels(dataset: SegmentationDataset, *, progress: bool) -> list[frozenset[int]]:
+    classes = dataset.num_classes
+    return scan_image_labels(dataset.masks, cache_dir=CACHE, num_classes=classes, progress=progress)
 
 
 def _saliency_maps(dataset: SegmentationDataset) -> list[Path] | None:
@@ -262,45 +242,46 @@ def _held_out(number: int) -> tuple[list[int], list[int]]:
 def _evaluation(
     spec: DataSpec, step: int, dataset: SegmentationDataset, chosen: Sequence[int]
 ) -> IncrementalDataset:
-    lookup = eval_lookup(spec.task, step, unseen_label=spec.unseen_label, ignore_ids=dataset.ignore_at_eval)
-    transform = eval_transform(spec.crop_size if spec.crop_val else None)
     return IncrementalDataset(
         dataset,
         [Entry(i) for i in chosen],
-        [lookup],
-        transform,
+        [eval_lookup(spec.task, step, unseen_label=spec.unseen_label, ignore_ids=dataset.ignore_at_eval)],
+        eval_transform(spec.crop_size if spec.crop_val else None),
         spec.random_seed,
         skip_corrupt=spec.skip_corrupt,
         void_instead=True,
     )
 
 
+def _train_tables(spec: DataSpec, step: int) -> list[Tensor]:
+    """Look-up 0 is the step's own; 1 + s shows the classes that were known when step s stored an exemplar.
+
+    With ``--memory_labels current`` they show the classes of this step too, with ``new`` only these.
+    """
+    own = [_train_table(spec, step, spec.data_masking)]
+    if spec.memory_labels == "new":
+        return own * (1 + step)
+    current = spec.memory_labels == "current"
+    return own + [_train_table(spec, step if current else s, "current+old") for s in range(step)]
+
+
 def _train_table(spec: DataSpec, step: int, data_masking: str) -> Tensor:
-    return train_lookup(
-        spec.task,
-        step,
-        data_masking=data_masking,
-        protocol=spec.protocol,
-        void_label=spec.void_label,
-    )
+    words = {"protocol": spec.protocol, "void_label": spec.void_label}
+    return train_lookup(spec.task, step, data_masking=data_masking, **words)
 
 
-def _exemplars(spec: DataSpec, step: int, lists: _StepLists, path: Path, is_main: bool) -> list[Exemplar]:
+def _exemplars(spec: DataSpec, step: int, lists: _StepLists, path: Path) -> list[Exemplar]:
     """Exemplars of the earlier steps: the list on disk if it was made from the same choices, or a new one."""
     candidates = [lists.indices(earlier) for earlier in range(step)]
-    choices = (lists.image_labels, spec.task, step, spec.memory, spec.random_seed, candidates)
     in_turn = spec.memory_choice == "in_turn"
-    origin = exemplar_origin(*choices, in_turn=in_turn)
-    exemplars: list[Exemplar] | None = None
-    if path.is_file():
-        try:
-            exemplars = load_exemplars(path, origin)
-            log.info("exemplars: loaded from %s", path)
-        except UserError as error:
-            log.info("%s; it is made again", error)
+    selection = Selection(
+        lists.image_labels, spec.task, step, spec.memory, spec.random_seed, candidates, in_turn
+    )
+    origin = selection.origin()
+    exemplars = stored_exemplars(path, origin)
     if exemplars is None:
-        exemplars = select_exemplars(*choices, in_turn=in_turn)
-        if is_main:
+        exemplars = selection.choose()
+        if lists.is_main:
             save_exemplars(path, exemplars, origin)
     return exemplars
 

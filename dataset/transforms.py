@@ -20,6 +20,8 @@ from utils.labels import VOID
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+_SCALE = (0.5, 2.0)  # of a random crop: its share of the area, or the factor on both sides
+_FLIP = 0.5  # share of flipped samples
 _LONGEST = 16  # largest aspect ratio at which the whole image is resized
 _EXACT = InterpolationMode.NEAREST_EXACT
 
@@ -29,48 +31,39 @@ PairTransform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 class RandomCropFlip:
     """Training: random resized crop, then a horizontal flip of every second sample.
 
-    The crop has ``scale`` of the image's area and an aspect ratio of 3/4 to 4/3. A crop larger than the image
-    is drawn again, at most ten times; then the whole image is used (v2.RandomResizedCrop). All random numbers
-    come from torch's global generator.
+    The crop has 0.5 to 2 times the image's area and an aspect ratio of 3/4 to 4/3. A crop larger than the
+    image is drawn again, at most ten times; then the whole image is used (v2.RandomResizedCrop). All random
+    numbers come from torch's global generator.
     """
 
-    def __init__(self, crop: int, scale: tuple[float, float] = (0.5, 2.0), flip: float = 0.5) -> None:
+    def __init__(self, crop: int) -> None:
         self.crop = [crop, crop]
-        self.flip = flip
-        self._draw = v2.RandomResizedCrop(crop, scale=scale)
+        self.flip = _FLIP
+        self._draw = v2.RandomResizedCrop(crop, scale=_SCALE)
 
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """(3×H×W, 1×H×W) → (3×crop×crop, 1×crop×crop), uint8."""
         box = self._draw.make_params([image])
         image = F.resized_crop_image(image, **box, size=self.crop, antialias=True)
         mask = F.resized_crop_image(mask, **box, size=self.crop, interpolation=_EXACT)
-        if torch.rand(()) < self.flip:
-            image, mask = image.flip(-1), mask.flip(-1)
-        return image, mask
+        return _sometimes_flipped(image, mask, self.flip)
 
 
 class ScaleCropFlip:
     """Training as in SSUL: random scale, random crop, then a horizontal flip of every second sample.
 
-    Height and width are multiplied by one factor, uniform in ``scale``. If a side is shorter than the crop,
+    Height and width are multiplied by one factor, uniform in 0.5 to 2. If a side is shorter than the crop,
     it is padded at both ends with black and void. The crop's position is uniform. All random numbers come
     from torch's global generator.
 
     Args:
         crop: side of the crop in pixels.
-        scale: smallest and largest factor.
-        flip: fraction of flipped samples.
         released: as in SSUL's program: a short side pads all four sides, and padding is background instead of
             void.
     """
 
-    def __init__(
-        self, crop: int, scale: tuple[float, float] = (0.5, 2.0), flip: float = 0.5, *, released: bool = False
-    ) -> None:
-        self.crop = crop
-        self.scale = scale
-        self.flip = flip
-        self.released = released
+    def __init__(self, crop: int, *, released: bool = False) -> None:
+        self.crop, self.scale, self.flip, self.released = crop, _SCALE, _FLIP, released
 
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """(3×H×W, C×H×W) → (3×crop×crop, C×crop×crop), uint8; channel 0 of the mask has the labels."""
@@ -83,10 +76,7 @@ class ScaleCropFlip:
         mask = _padded(mask, rows, columns, first=0 if self.released else VOID)
         top, left = (int(torch.randint(side - self.crop + 1, ())) for side in image.shape[-2:])
         inside = (..., slice(top, top + self.crop), slice(left, left + self.crop))
-        image, mask = image[inside], mask[inside]
-        if torch.rand(()) < self.flip:
-            image, mask = image.flip(-1), mask.flip(-1)
-        return image, mask
+        return _sometimes_flipped(image[inside], mask[inside], self.flip)
 
     def _padding(self, height: int, width: int) -> tuple[int, int]:
         """Rows of padding above and below, columns left and right."""
@@ -98,6 +88,10 @@ class ScaleCropFlip:
 
     def _half_missing(self, side: int) -> int:
         return max(self.crop - side + 1, 0) // 2
+
+
+def _sometimes_flipped(image: Tensor, mask: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    return (image.flip(-1), mask.flip(-1)) if torch.rand(()) < share else (image, mask)
 
 
 def _padded(pixels: Tensor, rows: int, columns: int, first: int = 0) -> Tensor:

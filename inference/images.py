@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -38,21 +37,8 @@ PREDICTIONS, OVERLAYS = "predictions", "overlays"
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class ImageFile:
-    """An image file to predict, and the path of its results relative to the result folders."""
-
-    path: Path
-    name: Path
-
-
 class Predictor:
-    """Predicts images of any size as dataset class ids, the values in the data set's masks.
-
-    Args:
-        network: from its checkpoint; its model is moved to the device.
-        device: device of the computation.
-    """
+    """Predicts images of any size as dataset class ids, the values in the data set's masks."""
 
     def __init__(self, network: TrainedNetwork, device: torch.device) -> None:
         opts = network.opts
@@ -89,12 +75,12 @@ def predict(opts: Options, world: World) -> int:
     log.info("%s: %s; %d images", opts.ckpt, what, len(files))
     began = time.perf_counter()
     with distributed.shared_errors():
-        own = files[world.rank :: world.size]
+        own = list(files.items())[world.rank :: world.size]
         shown = progress(own, total=len(own), desc="images", world=world, interval=opts.print_interval)
         predictor = Predictor(network, world.device)
         if world.is_main:
             predictor.precision.log_choice("opt_level" in opts.typed)
-        failed = sum(not _predict_one(file, predictor, network, opts) for file in shown)
+        failed = sum(not _predict_one(path, name, predictor, network) for name, path in shown)
     failed = sum(distributed.gather_objects(failed))
     seconds = time.perf_counter() - began
     left_out = f", {failed} skipped" if failed else ""
@@ -106,18 +92,20 @@ def predict(opts: Options, world: World) -> int:
     return 2 if failed else 0
 
 
-def find_images(path: Path, out: Path) -> list[ImageFile]:
+def find_images(path: Path, out: Path) -> dict[Path, Path]:
     """The image, or all images in a folder and its subfolders, sorted, without hidden files and results.
+
+    The keys are the paths of their results, relative to the result folders.
 
     Raises:
         UserError: no such file or folder, no image in it, or two images would get the same name.
     """
     if path.is_file():
-        return [ImageFile(path, Path(f"{path.stem}.png"))]
+        return {Path(f"{path.stem}.png"): path}
     if not path.is_dir():
         raise UserError(f"--predict {path}: no such file or folder; check the path")
     results = [(out / name).resolve() for name in (PREDICTIONS, OVERLAYS)]
-    files: dict[Path, ImageFile] = {}
+    files: dict[Path, Path] = {}
     for file in sorted(path.rglob("*")):
         relative = file.relative_to(path)
         hidden = any(part.startswith(".") for part in relative.parts)
@@ -127,27 +115,28 @@ def find_images(path: Path, out: Path) -> list[ImageFile]:
             continue
         name = relative.with_suffix(".png")
         if name in files:
-            raise UserError(f"{file}: {files[name].path.name} would get the same name; rename one of them")
-        files[name] = ImageFile(file, name)
+            raise UserError(f"{file}: {files[name].name} would get the same name; rename one of them")
+        files[name] = file
     if not files:
         raise UserError(f"--predict {path}: contains no image ({', '.join(IMAGE_SUFFIXES)}); check the path")
-    return list(files.values())
+    return files
 
 
-def _predict_one(file: ImageFile, predictor: Predictor, network: TrainedNetwork, opts: Options) -> bool:
+def _predict_one(path: Path, name: Path, predictor: Predictor, network: TrainedNetwork) -> bool:
     """Predict one image and write its results; on failure print the reason and return False."""
+    opts = network.opts
     try:
-        image = read_image(file.path)
-        ids = _within_memory(file.path, predictor, image).numpy()
+        image = read_image(path)
+        ids = _within_memory(path, predictor, image).numpy()
     except DataError as error:
         print(f"run.py: error: {error}", file=sys.stderr, flush=True)
         return False
     mask = Image.fromarray(ids)
     if not opts.raw:
         mask.putpalette(palette().tobytes())
-    _save(mask, opts.out / PREDICTIONS / file.name)
+    _save(mask, opts.out / PREDICTIONS / name)
     shown = with_legend(overlay(image, ids), ids, network.class_names)
-    _save(Image.fromarray(shown), opts.out / OVERLAYS / file.name)
+    _save(Image.fromarray(shown), opts.out / OVERLAYS / name)
     return True
 
 

@@ -35,7 +35,10 @@ class FusedPrediction:
         for scale in self.scales:
             for mirrored in (False, True) if self.flip else (False,):
                 view = self._view(model, images, scale, mirrored)
-                fused = view if fused is None else self._fuse(fused, view)
+                if fused is None:
+                    fused = view
+                else:
+                    fused = torch.maximum(fused, view) if self.mode == "max" else fused + view
         assert fused is not None
         return fused
 
@@ -55,9 +58,6 @@ class FusedPrediction:
         if self.mode != "voting":
             return probabilities
         return F.one_hot(probabilities.argmax(dim=1), scores.shape[1]).movedim(-1, 1).float()
-
-    def _fuse(self, fused: Tensor, view: Tensor) -> Tensor:
-        return torch.maximum(fused, view) if self.mode == "max" else fused + view
 
 
 class PaddedPrediction:

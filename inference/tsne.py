@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from sklearn.decomposition import PCA
@@ -40,7 +39,7 @@ from train import Precision, to_device
 from utils import distributed
 from utils.command import run_command
 from utils.distributed import World
-from utils.drawing import drawable
+from utils.drawing import drawable, new_figure
 from utils.errors import UserError
 from utils.files import atomic_write, atomic_write_text
 from utils.labels import VOID
@@ -55,7 +54,6 @@ Array = np.ndarray[Any, np.dtype[Any]]
 _PER_IMAGE = 20  # most positions of a class in one image, so that points show classes rather than objects
 _PCA = 50  # input dimensions of t-SNE, as its authors advise
 _REMEDY = "free some space or choose another --out"
-_OLD, _NEW = "o", "^"  # markers
 _LEGEND_LINES = 38
 
 log = logging.getLogger(__name__)
@@ -81,10 +79,6 @@ class Reservoir:
     """A uniform sample of bounded size of the positions of each class, from a stream of images.
 
     Every position gets a random key; the positions with the smallest keys are kept.
-
-    Args:
-        size: positions to keep per class.
-        rng: random generator.
     """
 
     size: int
@@ -121,13 +115,8 @@ def collect(
 ) -> Features:
     """Features of a layer on evaluation images, at up to ``args.per_class`` positions of each class.
 
-    A position has the label of the pixel at its centre; void positions are skipped.
-
-    Args:
-        network: its model is moved to the process's device.
-        data: evaluation images.
-        world: process group.
-        args: ``images``, ``per_class``, ``layer``, ``seed``.
+    A position has the label of the pixel at its centre; void positions are skipped. ``args`` has ``images``,
+    ``per_class``, ``layer`` and ``seed``.
     """
     reservoir = Reservoir(args.per_class, np.random.default_rng(args.seed))
     chosen = choose_samples(len(data.test), args.images, args.seed)
@@ -189,34 +178,25 @@ def draw(
     """
     shown = sorted(set(classes.tolist()))
     columns = -(-(len(shown) + 2) // _LEGEND_LINES)
-    figure = Figure(figsize=(8 + 1.9 * columns, 7.5), dpi=120, layout="constrained")
+    figure = new_figure(8 + 1.9 * columns, 7.5, dpi=120)
     axes = figure.add_subplot()
     axes.set_title(drawable(title), fontsize=11)
     axes.set_xticks([])
     axes.set_yticks([])
     colours = palette() / 255
-    for index in shown:
-        marker = _NEW if index >= old > 0 else _OLD
-        xy = points[classes == index]
-        look = {"color": colours[ids[index]], "edgecolors": "white", "linewidths": 0.3}
-        axes.scatter(xy[:, 0], xy[:, 1], s=26 if marker == _NEW else 20, marker=marker, **look)
-    _add_legend(axes, shown, [drawable(name) for name in names], [colours[c] for c in ids], old)
-    return figure
-
-
-def _add_legend(axes: Axes, shown: Sequence[int], names: Sequence[str], colours: Any, old: int) -> None:
-    """Add a legend at the right, with titles for old and new classes."""
-    groups = [("classes", _OLD, shown)]
+    groups = [("classes", "o", 20, shown)]
     if old:
-        groups = [
-            ("old classes", _OLD, [i for i in shown if i < old]),
-            ("new classes", _NEW, [i for i in shown if i >= old]),
-        ]
+        new = [index for index in shown if index >= old]
+        groups = [("old classes", "o", 20, [i for i in shown if i < old]), ("new classes", "^", 26, new)]
     handles = []
-    for title, marker, members in groups:
-        handles.append(Line2D([], [], linestyle="", label=title))
-        for i in members:
-            handles.append(Line2D([], [], linestyle="", marker=marker, color=colours[i], label=names[i]))
+    for heading, marker, size, members in groups:
+        handles.append(Line2D([], [], linestyle="", label=heading))
+        for index in members:
+            xy, colour = points[classes == index], colours[ids[index]]
+            look = {"color": colour, "edgecolors": "white", "linewidths": 0.3}
+            axes.scatter(xy[:, 0], xy[:, 1], s=size, marker=marker, **look)
+            name = drawable(names[index])
+            handles.append(Line2D([], [], linestyle="", marker=marker, color=colour, label=name))
     legend = axes.legend(
         handles=handles,
         loc="upper left",
@@ -227,8 +207,9 @@ def _add_legend(axes: Axes, shown: Sequence[int], names: Sequence[str], colours:
         handletextpad=0.3,
     )
     for text in legend.get_texts():
-        if text.get_text() in {title for title, *_ in groups}:
+        if text.get_text() in {heading for heading, *_ in groups}:
             text.set_fontweight("bold")
+    return figure
 
 
 def write(path: Path, figure: Figure, rows: Sequence[Sequence[object]]) -> Path:

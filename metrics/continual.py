@@ -115,10 +115,6 @@ class Results:
         """CSV row as PLOP and SATS write it: step, IoU per network index, mean IoU.
 
         A class of a later step is "x", a class without IoU or not evaluated "X".
-
-        Args:
-            step: number of the step.
-            num_classes: number of classes of the whole task.
         """
         seen = max(self.indices.values(), default=-1) + 1
         cells = ["X"] * seen + ["x"] * (num_classes - seen)
@@ -156,47 +152,57 @@ def summarise(
     right, labelled, predicted = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
     iou = _ratio(right, labelled + predicted - right)
     accuracy = _ratio(right, labelled)
-    kept = [index for index in range(len(class_names)) if index not in ignore]
-    first, *_ = classes_per_step or [len(class_names)]
+    place = np.arange(len(class_names))
+    kept = ~np.isin(place, list(ignore))
+    named = {class_names[index]: index for index in np.flatnonzero(kept).tolist()}
+    first = place < (classes_per_step or [len(class_names)])[0]
     classes_old = sum(classes_per_step[:-1])
-    old = [index for index in kept if index < classes_old]
-    new = [index for index in kept if index >= classes_old]
+    old, foreground = place < classes_old, place > 0
+
+    def mean_iou(*chosen: Array) -> float:
+        return _mean(iou[np.logical_and.reduce([kept, *chosen])])
+
     earlier = earlier or {}
-    learnt: dict[str, float] = {}
-    for _, result in sorted(earlier.items()):
-        learnt = {name: value for name, value in result["class_iou"].items() if value is not None} | learnt
+    learnt = _learnt(earlier)
     forgetting = {
-        class_names[index]: learnt[class_names[index]] - float(iou[index])
-        for index in old
-        if class_names[index] in learnt
+        name: learnt[name] - float(iou[index])
+        for name, index in named.items()
+        if index < classes_old and name in learnt
     }
-    miou_all, miou_old, miou_new = _mean(iou[kept]), _mean(iou[old]), _mean(iou[new])
-    miou_first = _mean(iou[[index for index in kept if index < first]])
-    miou_later = _mean(iou[[index for index in kept if index >= first]])
+    miou_all, miou_old, miou_new = mean_iou(), mean_iou(old), mean_iou(~old)
+    miou_first, miou_later = mean_iou(first), mean_iou(~first)
     complete = all(step in earlier for step in range(len(classes_per_step) - 1))
-    before = [_number(result["miou_all"]) for result in earlier.values()]
+    before = [math.nan if (miou := result["miou_all"]) is None else miou for result in earlier.values()]
     return Results(
         miou_all=miou_all,
         miou_first=miou_first,
-        miou_first_no_background=_mean(iou[[index for index in kept if 0 < index < first]]),
+        miou_first_no_background=mean_iou(first, foreground),
         miou_later=miou_later,
         average_miou_all=math.fsum([*before, miou_all]) / (len(before) + 1) if complete else math.nan,
         miou_old=miou_old,
-        miou_old_no_background=_mean(iou[[index for index in old if index > 0]]),
+        miou_old_no_background=mean_iou(old, foreground),
         miou_new=miou_new,
-        miou_new_no_background=_mean(iou[[index for index in new if index > 0]]),
+        miou_new_no_background=mean_iou(~old, foreground),
         harmonic_mean=_harmonic_mean(miou_old, miou_new),
         harmonic_mean_first_later=_harmonic_mean(miou_first, miou_later),
         pixel_accuracy=float(right.sum() / labelled.sum()) if labelled.any() else math.nan,
         mean_accuracy=_mean(accuracy[kept]),
-        mean_forgetting=_mean(np.array(list(forgetting.values()))),
-        class_iou={class_names[index]: float(iou[index]) for index in kept},
-        class_accuracy={class_names[index]: float(accuracy[index]) for index in kept},
-        class_pixels={class_names[index]: int(labelled[index]) for index in kept},
+        mean_forgetting=_mean(forgetting.values()),
+        class_iou={name: float(iou[index]) for name, index in named.items()},
+        class_accuracy={name: float(accuracy[index]) for name, index in named.items()},
+        class_pixels={name: int(labelled[index]) for name, index in named.items()},
         forgetting=forgetting,
         old_classes=classes_old,
-        indices={class_names[index]: index for index in kept},
+        indices=named,
     )
+
+
+def _learnt(earlier: Mapping[int, Mapping[str, Any]]) -> dict[str, float]:
+    """IoU of each class after the first of the earlier steps that has one."""
+    found: dict[str, float] = {}
+    for _, result in sorted(earlier.items()):
+        found = {name: value for name, value in result["class_iou"].items() if value is not None} | found
+    return found
 
 
 def _ratio(numerator: Array, denominator: Array) -> Array:
@@ -215,11 +221,6 @@ def _mean(values: Iterable[float] | Array) -> float:
 def _harmonic_mean(a: float, b: float) -> float:
     """2ab/(a+b); 0 if both are 0, NaN if either is NaN."""
     return 2 * a * b / (a + b) if a + b != 0 else 0.0
-
-
-def _number(value: float | None) -> float:
-    """A number of ``to_json``, where None stands for NaN."""
-    return math.nan if value is None else value
 
 
 def _percent(value: float) -> str:

@@ -23,17 +23,13 @@ class StreamSegMetrics(Metric):
     """
 
     full_state_update = False
-    higher_is_better = True
-    is_differentiable = False
     counts: Tensor
-    images: Tensor
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
         super().__init__(sync_on_compute=False)  # ``synchronise`` sums over processes
         self.num_classes = num_classes
         # C² cells, then void, then labels that are neither a class nor void.
         self.add_state("counts", torch.zeros(num_classes**2 + 2, dtype=torch.long), dist_reduce_fx="sum")
-        self.add_state("images", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
         self.to(torch.device(device))
 
     def update(self, preds: Tensor, targets: Tensor) -> None:
@@ -56,7 +52,6 @@ class StreamSegMetrics(Metric):
         self.counts.scatter_add_(
             0, cell, torch.ones((), dtype=torch.long, device=cell.device).expand_as(cell)
         )
-        self.images += preds.shape[0]
 
     def synchronise(self) -> None:
         """Sum the counts over all processes; every process must call it. Further calls do nothing."""

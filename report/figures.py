@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from metrics.continual import Array
 from report.groups import MEANS, Group, Method, Stat, stat
 from report.reading import Run
 from report.tables import Line
-from utils.drawing import drawable
+from utils.drawing import drawable, new_figure
 from utils.errors import UserError
 from utils.visualize import confusion_figure
 
@@ -43,6 +44,7 @@ _TITLES = {
 _HATCHED: dict[str, Any] = {"facecolor": "#f2f2f2", "edgecolor": "#9a9a9a", "hatch": "////", "linewidth": 0}
 
 Style = dict[str, Any]
+_figure = partial(new_figure, dpi=130)
 
 
 def styles(group: Group) -> dict[str, Style]:
@@ -293,7 +295,8 @@ def confusion(method: Method) -> Figure | None:
 
 def total_losses(group: Group) -> Figure | None:
     """Total loss of every run, one panel per step."""
-    steps = sorted({step for run in _runs(group) for step, read in run.histories.items() if read.entries})
+    runs = (run for method in group.methods for run in method.runs)
+    steps = sorted({step for run in runs for step, read in run.histories.items() if read.entries})
     if not steps:
         return None
     look = styles(group)
@@ -489,9 +492,8 @@ def _smooth(x: Sequence[float], y: Sequence[float]) -> tuple[Array, Array]:
 
 def _thinned(items: Sequence[int], most: int) -> list[int]:
     """At most ``most`` items, evenly spaced, with the first and the last."""
-    if len(items) <= most:
-        return list(items)
-    return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]
+    places = np.linspace(0, len(items) - 1, min(most, len(items))).round()
+    return [items[int(place)] for place in places]
 
 
 def _wrapped(widths: Sequence[int], most: int) -> Iterator[list[int]]:
@@ -503,10 +505,6 @@ def _wrapped(widths: Sequence[int], most: int) -> Iterator[list[int]]:
             row = []
         row.append(place)
     yield row
-
-
-def _runs(group: Group) -> list[Run]:
-    return [run for method in group.methods for run in method.runs]
 
 
 def _subfigures(figure: Figure, rows: int) -> Sequence[Any]:
@@ -539,8 +537,3 @@ def _tidy(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
     axes.title.set_fontsize(10)
-
-
-def _figure(width: float, height: float) -> Figure:
-    """A figure that is not registered with pyplot."""
-    return Figure(figsize=(width, height), dpi=130, layout="constrained")

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from argparser import option_defaults
 from report.reading import Run
@@ -19,6 +19,8 @@ from tasks import DATASETS, get_task
 from utils.errors import UserError
 
 MEANS = ("first", "later", "all")  # classes of step 0, of all later steps, and all of them
+Item = TypeVar("Item")
+
 JOINT = "offline"  # joint training of all classes in one step, shown beside every task
 
 _ORDER = {"class_order", "class_order_seed"}
@@ -189,14 +191,18 @@ def orders_of(group: Group) -> list[Orders]:
         run = method.latest()[0] if method.latest() else None
         if run is None or method.joint or not run.finished:
             continue
-        for others in found:
-            if all(_differs_by_order(run, other.latest()[0]) for other in others):
-                others.append(method)
-                break
-        else:
-            found.append([method])
+        _join(found, method, lambda one, other: _differs_by_order(one.latest()[0], other.latest()[0]))
     several = [methods for methods in found if len(methods) > 1]
     return [Orders(_label([run for method in one for run in method.runs]), one) for one in several]
+
+
+def _join(sets: list[list[Item]], item: Item, fits: Callable[[Item, Item], bool]) -> None:
+    """Add an item to the first set all of whose items it fits, or to a new one."""
+    for members in sets:
+        if all(fits(item, member) for member in members):
+            members.append(item)
+            return
+    sets.append([item])
 
 
 def _differs_by_order(one: Run, other: Run) -> bool:
@@ -278,12 +284,7 @@ def _alike(runs: Sequence[Run]) -> list[list[Run]]:
     found: list[list[Run]] = []
     # Most steps first: a run still in its first step may fit several sets, and joins the first of them.
     for run in sorted(runs, key=lambda run: -len(run.options_by_step)):
-        for others in found:
-            if all(_same_method(run, other) for other in others):
-                others.append(run)
-                break
-        else:
-            found.append([run])
+        _join(found, run, _same_method)
     place = {run.folder: number for number, run in enumerate(runs)}
     ordered = [sorted(others, key=lambda run: place[run.folder]) for others in found]
     return sorted(ordered, key=lambda others: place[others[0].folder])
@@ -335,13 +336,12 @@ def _without_repeated_seeds(runs: list[Run]) -> list[list[Run]]:
         parts: dict[Hashable, list[Run]] = {}
         for run in runs:
             parts.setdefault(way(run), []).append(run)
-        if all(len({_seed(run) for run in part}) == len(part) for part in parts.values()):
+        if all(
+            len({run.folder.name if run.seed is None else run.seed for run in part}) == len(part)
+            for part in parts.values()
+        ):
             return list(parts.values())
     return [[run] for run in runs]
-
-
-def _seed(run: Run) -> Hashable:
-    return run.folder.name if run.seed is None else run.seed
 
 
 def _bare_name(run: Run) -> str:

@@ -139,10 +139,6 @@ def write_report(runs: Sequence[Run], out: Path) -> Path:
 
     Removes the files of the previous report (listed in ``report_files.txt``) that this one does not have.
 
-    Args:
-        runs: at least one.
-        out: folder, created if missing.
-
     Returns:
         The path of the page.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import filecmp
+import itertools
 import json
 import re
 import time
@@ -126,17 +128,12 @@ class Run:
     @cached_property
     def introduced(self) -> dict[str, int]:
         """Step that introduces each class with results; class names in network order."""
-        bounds = [0]
-        for ids in self.steps:
-            bounds.append(bounds[-1] + len(ids))
+        ends = list(itertools.accumulate(map(len, self.steps)))
         found: dict[str, int] = {}
         for step, results in self.results.items():
             for name, index in sorted(results.get("indices", {}).items(), key=lambda item: item[1]):
-                if self.steps:
-                    brought = max(number for number, bound in enumerate(bounds) if bound <= index)
-                else:
-                    brought = step if index >= results.get("old_classes", 0) else 0
-                found.setdefault(name, brought)
+                guess = step if index >= results.get("old_classes", 0) else 0
+                found.setdefault(name, bisect.bisect_right(ends, index) if ends else guess)
         return found
 
     @cached_property

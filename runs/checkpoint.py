@@ -106,15 +106,7 @@ def make_manifest(
     options: Mapping[str, Any],
     precision: str = "float32",
 ) -> dict[str, Any]:
-    """Description of a checkpoint in JSON types: task, network, options, git commit, library versions.
-
-    Args:
-        task: class order.
-        step: number of the step whose network it is.
-        spec: of the network.
-        options: all options of the run.
-        precision: of the training, which ``--opt_level`` alone does not determine on every device.
-    """
+    """Description of a checkpoint in JSON types: task, network, options, git commit, library versions."""
     return {
         "task": task.name,
         "dataset": task.dataset,
@@ -129,7 +121,7 @@ def make_manifest(
         "classifier": spec.classifier,
         "two_branches": spec.two_branches,
         "options": {str(key): _plain(value) for key, value in options.items()},
-        "precision": precision,
+        "precision": precision,  # which --opt_level alone does not determine on every device
         "git_commit": _git_commit(),
         "versions": {
             "python": platform.python_version(),
@@ -146,10 +138,6 @@ def _manifest_path(path: Path) -> Path:
 
 def check_loadable(value: object, where: str) -> None:
     """Check that ``load_checkpoint`` can read a value.
-
-    Args:
-        value: part of a checkpoint's content.
-        where: its place in the checkpoint, for the message.
 
     Raises:
         TypeError: naming type and place.
@@ -198,12 +186,8 @@ def _git_commit() -> str | None:
 # ── reading ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def load_checkpoint(path: Path | str, *, map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """Read a checkpoint of this program or of a released one, without running code from it.
-
-    Args:
-        path: file.
-        map_location: device of the tensors.
+def load_checkpoint(path: Path | str) -> dict[str, Any]:
+    """Read a checkpoint of this program or of a released one to the CPU, without running code from it.
 
     Raises:
         UserError: the file does not exist, is damaged, is not a checkpoint, or contains more than data.
@@ -216,7 +200,7 @@ def load_checkpoint(path: Path | str, *, map_location: str | torch.device = "cpu
             manifest = _read_manifest(path)
             if digest != manifest.get("sha256"):
                 _check_archive(path, file)
-            content = _read(path, file, map_location)
+            content = _read(path, file)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such checkpoint; train the step first or give its file") from error
     except OSError as error:
@@ -331,11 +315,11 @@ def _check_archive(path: Path, file: BinaryIO) -> None:
         raise _damaged(path, f"attributes of {folders[0]}")
 
 
-def _read(path: Path, file: BinaryIO, map_location: str | torch.device) -> Any:
+def _read(path: Path, file: BinaryIO) -> Any:
     file.seek(0)
     try:
         with torch.serialization.safe_globals(_NUMPY_NUMBERS):
-            return torch.load(file, map_location=map_location, weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except torch.OutOfMemoryError:
         raise
     except pickle.UnpicklingError as error:
@@ -379,13 +363,6 @@ def check_fits(
     Of a released checkpoint, which has no manifest, the classifiers are compared, and what the names of its
     weights say about the network. A task of another name with the same steps up to this one (15-5 and 15-5s
     at step 0) fits, unless the classifier has the parts of all steps.
-
-    Args:
-        content: of ``load_checkpoint``.
-        path: for the message.
-        task: class order.
-        step: required step of the checkpoint.
-        spec: of the network.
 
     Raises:
         UserError: lists every difference.

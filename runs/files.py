@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 OPTIONS = "run.json"  # options of the latest start and of every step
+LOG = "train.log"
 SAMPLES = "samples"  # folder of the sample images
 # One per step; {run} is the folder's name.
 CHECKPOINT = "{run}_{step}.pth"
@@ -20,11 +21,18 @@ EXEMPLARS = "exemplars_{step}.json"
 PREDICTIONS = "predictions_{step}.png"
 TENSORBOARD = "step_{step}"  # folder
 TENSORBOARD_TASK = "task"  # folder of the curves over the steps
+CACHED = "{name}_{step}.pth"  # tensors that methods compute before a step
+OUTPUT = "output.log"  # what a run of an experiment prints
 
 
 def run_folder(logdir: Path | str, task: str, dataset: str, name: str) -> Path:
     """``<logdir>/<task>-<dataset>_<name>``."""
     return Path(logdir) / f"{task}-{dataset}_{name}"
+
+
+def results_csv(date: str | None, dataset: str, task: str, name: str) -> str:
+    """Name of the CSV file of IoU by class and step, as the released programs write it."""
+    return "_".join(part for part in (date, dataset, task, f"{name}.csv") if part)
 
 
 def step_file(run_dir: Path, kind: str, step: int) -> Path:
@@ -38,8 +46,3 @@ def step_files(run_dir: Path, kind: str) -> dict[int, Path]:
     pattern = re.compile(rf"{before}(\d+){re.escape(after)}")
     found = ((pattern.fullmatch(path.name), path) for path in run_dir.iterdir())
     return dict(sorted((int(match[1]), path) for match, path in found if match))
-
-
-def checkpoint_path(logdir: Path | str, task: str, dataset: str, name: str, step: int) -> Path:
-    """``<logdir>/<task>-<dataset>_<name>/<task>-<dataset>_<name>_<step>.pth``."""
-    return step_file(run_folder(logdir, task, dataset, name), CHECKPOINT, step)

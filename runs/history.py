@@ -7,7 +7,6 @@ that an unfinished run can be reported and a killed run loses at most one line.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
@@ -16,7 +15,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
@@ -110,43 +109,22 @@ class HistoryWriter:
         self._images = images
         self._device = device or torch.device("cpu")
         self._iteration = iteration
-        self._file: TextIO | None = None
+        self._enabled = enabled
         before = 0.0
         if enabled:
             history = read_history(self._path)
             history.discard_after(iteration)
             before = history.seconds
-            self._file = self._open()
             self._append({"begin": iteration})
         self._start = time.perf_counter() - before
         self._lap = time.perf_counter()
-
-    def _open(self) -> TextIO | None:
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            content = self._path.read_bytes() if self._path.is_file() else b""
-            torn = bool(content) and not content.endswith(b"\n")
-            file = self._path.open("a", encoding="utf-8", buffering=1)
-            if torn:
-                file.write("\n")
-            return file
-        except OSError as error:
-            self._give_up(error)
-            return None
 
     def lap(self) -> None:
         """Restart the clock of the images per second, e.g. after a validation."""
         self._lap = time.perf_counter()
 
     def progress(self, iteration: int, epoch: int, losses: Mapping[str, float], lr: float) -> Entry:
-        """Write an entry and return it.
-
-        Args:
-            iteration: batches done in this step.
-            epoch: current epoch, from 1.
-            losses: mean of every loss term since the previous entry.
-            lr: learning rate.
-        """
+        """Write an entry and return it."""
         now = time.perf_counter()
         images = (iteration - self._iteration) * self._images
         speed = images / (now - self._lap) if images > 0 and now > self._lap else None
@@ -161,28 +139,19 @@ class HistoryWriter:
             seconds = time.perf_counter() - self._start
             self._append(asdict(Validation(self._iteration, epoch, seconds, miou)))
 
-    def close(self) -> None:
-        """Close the file."""
-        file, self._file = self._file, None
-        if file is not None:
-            try:
-                file.close()
-            except OSError as error:
-                self._give_up(error)
-
     def _append(self, content: Mapping[str, Any]) -> None:
-        if self._file is not None:
-            try:
-                self._file.write(json.dumps(content) + "\n")
-            except OSError as error:
-                self._give_up(error)
-
-    def _give_up(self, error: OSError) -> None:
-        file, self._file = self._file, None
-        if file is not None:
-            with contextlib.suppress(OSError):  # flushing the buffer fails as the write did
-                file.close()
-        _log.warning("%s cannot be written (%s); continuing without it", self._path, error.strerror)
+        """Append a line, on a line of its own even if a kill cut the last one."""
+        if not self._enabled:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("ab+") as file:
+                file.seek(max(file.tell() - 1, 0))
+                cut = file.read() not in (b"", b"\n")
+                file.write(("\n" * cut + json.dumps(content) + "\n").encode())
+        except OSError as error:
+            self._enabled = False
+            _log.warning("%s cannot be written (%s); continuing without it", self._path, error.strerror)
 
 
 def read_history(path: Path) -> StepHistory:

@@ -118,9 +118,6 @@ def deciding(options: Mapping[str, Any]) -> dict[str, Any]:
     Options missing in a run of an earlier version get the value that its other options imply, else their
     default. Options about folders, speed and the seed are excluded. The data folder counts, by its path as
     given: runs on two folders are different methods, as the folders may hold different images.
-
-    Args:
-        options: of a run, or of one of its steps, as JSON types.
     """
     kept = {
         name: value for name, value in with_implied(options).items() if declared(name).tells_methods_apart
@@ -148,10 +145,6 @@ def same_group(
 
     Their written keys are compared. Where a version wrote none, both are computed here, so that options of a
     ``--method_file`` that is not loaded count alike on both sides.
-
-    Args:
-        key, other_key: as written by ``write_run_options``; None: not written.
-        options, other_options: of the runs or steps.
     """
     if key is None or other_key is None:
         return group_key(options) == group_key(other_options)

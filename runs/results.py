@@ -28,8 +28,6 @@ def write_results(
     step: int,
     num_classes: int,
     csv_name: str,
-    confusion: Tensor | Array | None = None,
-    class_names: Sequence[str] = (),
     evaluation: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Write ``results_<step>.json`` and the step's row of the CSV file into the run's folder.
@@ -42,9 +40,6 @@ def write_results(
         step: number of the step.
         num_classes: number of classes of the whole task.
         csv_name: name of the CSV file, published as ``<date>_<dataset>_<task>_<name>.csv``.
-        confusion: C×C counts, rows are labels, columns predictions; also written, as
-            ``confusion_<step>.csv`` with the class names as its first row and column.
-        class_names: C names for it.
         evaluation: options of the evaluation that the user typed, as JSON types; saved with the results.
 
     Returns:
@@ -54,9 +49,6 @@ def write_results(
         UserError: a file cannot be written, or the existing CSV file cannot be read.
     """
     json_path, csv_path = step_file(run_dir, RESULTS, step), run_dir / csv_name
-    written = [json_path, csv_path]
-    if confusion is not None:
-        written.append(_write_confusion(step_file(run_dir, CONFUSION, step), confusion, class_names))
     content = {"step": step, **results.to_json()} | ({"evaluation": dict(evaluation)} if evaluation else {})
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
     atomic_write_text(json_path, f"{text}\n")
@@ -64,11 +56,11 @@ def write_results(
     rows.append(results.csv_row(step, num_classes))
     rows.sort(key=lambda row: int(row[0]))
     atomic_write_text(csv_path, csv_text(rows))
-    return written
+    return [json_path, csv_path]
 
 
 def read_confusion(path: Path) -> tuple[Array, list[str]]:
-    """Read counts (C×C, int64, rows are labels) and class names written by ``write_results``.
+    """Read counts (C×C, int64, rows are labels) and class names written by ``write_confusion``.
 
     Raises:
         UserError: the file cannot be read as such.
@@ -84,7 +76,13 @@ def read_confusion(path: Path) -> tuple[Array, list[str]]:
     return counts, names
 
 
-def _write_confusion(path: Path, confusion: Tensor | Array, class_names: Sequence[str]) -> Path:
+def write_confusion(run_dir: Path, step: int, confusion: Tensor | Array, class_names: Sequence[str]) -> Path:
+    """Write ``confusion_<step>.csv``: C×C counts, rows are labels, columns predictions; C class names.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    path = step_file(run_dir, CONFUSION, step)
     counts = torch.as_tensor(confusion).cpu().long().tolist()
     if len(counts) != len(class_names):
         raise ValueError(f"{len(class_names)} class names for a confusion matrix of {len(counts)} rows")

@@ -1,4 +1,4 @@
-"""Experiments and project checks."""
+"""Experiments."""
 
 from utils.command import interrupts_in_one_line
 

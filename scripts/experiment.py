@@ -51,6 +51,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from runs.files import OUTPUT
 from scripts.experiment_plan import Experiment, Run, check_existing_steps, plan, read_experiment
 from scripts.experiment_slurm import job_script, submit
 from tasks import Task
@@ -109,7 +110,7 @@ class Runner:
         return self.failed + unfinished + waiting
 
     def _start(self, run: Run, commands: list[list[str]], place: list[int]) -> None:
-        log = run.folder / "output.log"
+        log = run.folder / OUTPUT
         log.parent.mkdir(parents=True, exist_ok=True)
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
         if place:
@@ -160,7 +161,7 @@ def _command(words: Sequence[str], gpus: int) -> list[str]:
 
 def _last_line(run: Run) -> str:
     """The last line of the run's output, and the path of its log."""
-    log = run.folder / "output.log"
+    log = run.folder / OUTPUT
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
     said = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
     return f"{said} ({log})"
@@ -299,18 +300,8 @@ def _experiment(options: argparse.Namespace) -> int:
         _print_plan(experiment, runs, sbatch)
         return 0
     if sbatch is not None:
-        return _submit(experiment, runs, sbatch)
-    return _run_here(experiment, runs)
-
-
-def _submit(experiment: Experiment, runs: Sequence[Run], sbatch: dict[str, str]) -> int:
-    for line in submit(runs, sbatch, experiment.logdir / "slurm"):
-        print(line)
-    print(table(runs))
-    return _report(runs, experiment.logdir)
-
-
-def _run_here(experiment: Experiment, runs: Sequence[Run]) -> int:
+        print("\n".join([*submit(runs, sbatch, experiment.logdir / "slurm"), table(runs)]))
+        return _report(runs, experiment.logdir)
     runner = Runner(experiment.processes, experiment.gpus)
     missing = runner.execute(runs)
     print(table(runs))

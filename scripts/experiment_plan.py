@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import math
 import shlex
@@ -14,7 +15,7 @@ from typing import Any
 import yaml
 
 from argparser import Options, build_parser, declared, parse_options
-from runs.files import CHECKPOINT, RESULTS, checkpoint_path, step_file
+from runs.files import CHECKPOINT, RESULTS, run_folder, step_file
 from runs.options import deciding, read_run_options
 from tasks import Task
 from utils.errors import UserError
@@ -70,6 +71,7 @@ class Run:
         seed: random seed.
         task: class order.
         folder: folder of its results.
+        options, first: options of ``run.py`` for the later steps and for step 0.
         compared_in: tasks of the experiment whose tables include it; joint training is in all.
         commands: arguments of ``run.py``, one list per call, in order.
         starts_from: the run whose step 0 it starts from; None if it trains step 0 itself.
@@ -79,6 +81,8 @@ class Run:
     seed: int
     task: Task
     folder: Path
+    options: dict[str, Any]
+    first: dict[str, Any]
     compared_in: list[Task] = field(default_factory=list)
     commands: list[list[str]] = field(default_factory=list)
     starts_from: Run | None = None
@@ -355,37 +359,30 @@ def plan(experiment: Experiment) -> list[Run]:
         UserError: an option is wrong, or the run named by ``from`` has no such step 0.
     """
     planned: dict[_Key, Run] = {}
-    options: dict[_Key, dict[str, Any]] = {}
     for name, of_task in experiment.tasks.items():
         common = {**experiment.common, **of_task, **({} if name is None else {"task": name})}
         task = _task(common, "common")
-        for seed in experiment.seeds:
-            for method in experiment.runs:
-                entry = experiment.runs[method]
-                own = {**common, **entry, **_for_task(experiment, method, name)}
-                own["step_0"] = {
-                    **_step_0(experiment, of_task, f"step_0 of tasks: {name}"),
-                    **_step_0(experiment, entry, f"step_0 of runs: {method}"),
-                }
-                own_task = _task(own, f"runs: {method}")
-                key = (method, own_task.name, seed)
-                if key not in planned:
-                    path = checkpoint_path(
-                        experiment.logdir, own_task.name, own_task.dataset, f"{method}_{seed}", 0
-                    )
-                    planned[key] = Run(method, seed, own_task, path.parent)
-                    options[key] = own
-                planned[key].compared_in.append(task)
-    first = {
-        key: {**_without_run_entries(own), **experiment.step_0, **own["step_0"]}
-        for key, own in options.items()
-    }
-    for key, run in planned.items():
+        for seed, (method, entry) in itertools.product(experiment.seeds, experiment.runs.items()):
+            own = {**common, **entry, **_for_task(experiment, method, name)}
+            step_0 = {
+                **experiment.step_0,
+                **_step_0(experiment, of_task, f"step_0 of tasks: {name}"),
+                **_step_0(experiment, entry, f"step_0 of runs: {method}"),
+            }
+            own_task = _task(own, f"runs: {method}")
+            key = (method, own_task.name, seed)
+            if key not in planned:
+                place = own_task.name, own_task.dataset, f"{method}_{seed}"
+                folder = run_folder(experiment.logdir, *place)
+                options = {name: value for name, value in own.items() if name not in _OF_A_RUN}
+                planned[key] = Run(method, seed, own_task, folder, options, {**options, **step_0})
+            planned[key].compared_in.append(task)
+    for run in planned.values():
         begin = experiment.runs[run.method].get("from")
-        base = key if begin is None else _base(experiment, planned, run, begin)
-        origin = planned[_origin(planned, first, base)]
+        base = run if begin is None else _base(experiment, planned, run, begin)
+        origin = _origin(planned.values(), base)
         run.starts_from = None if origin is run else origin
-        run.commands = _commands(run, options[key], first[key])
+        run.commands = _commands(run)
     return list(planned.values())
 
 
@@ -401,40 +398,33 @@ def _for_task(experiment: Experiment, method: str, task: str | None) -> dict[str
     return _options(own.get(str(task)), f"tasks of runs: {method}", experiment.processes_per_run)
 
 
-def _without_run_entries(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of ``run.py`` among a run's entries."""
-    return {name: value for name, value in options.items() if name not in _OF_A_RUN}
-
-
-def _base(experiment: Experiment, planned: Mapping[_Key, Run], run: Run, begin: str) -> _Key:
-    """Key of the run named by ``from``, with the same task and seed."""
-    wanted = (begin, run.task.name, run.seed)
-    reason = None
+def _base(experiment: Experiment, planned: Mapping[_Key, Run], run: Run, begin: str) -> Run:
+    """The run named by ``from``, with the same task and seed."""
+    base = planned.get((begin, run.task.name, run.seed))
     if begin not in experiment.runs:
         reason = "is not a run of the file"
     elif experiment.runs[begin].get("from") is not None:
         reason = "has no step 0 of its own"
-    elif wanted not in planned or run.task.num_steps == 1:
+    elif base is None or run.task.num_steps == 1:
         reason = f"has no step 0 of task {run.task.name}"
-    if reason is not None:
-        raise UserError(f"runs: {run.method} starts from '{begin}', which {reason}")
-    return wanted
+    else:
+        return base
+    raise UserError(f"runs: {run.method} starts from '{begin}', which {reason}")
 
 
-def _origin(planned: Mapping[_Key, Run], first: Mapping[_Key, dict[str, Any]], key: _Key) -> _Key:
+def _origin(planned: Iterable[Run], run: Run) -> Run:
     """The first run with the same method, seed and step 0: the run itself, or that of another task."""
-    run, options = planned[key], {**first[key], "task": None}
     # Without overlap, each ADE20K image is in the list of one step, so that lists differ between tasks.
-    if run.task.num_steps == 1 or (run.task.dataset == "ade" and not options.get("overlap")):
-        return key
+    if run.task.num_steps == 1 or (run.task.dataset == "ade" and not run.first.get("overlap")):
+        return run
     return next(
         other
-        for other, its in planned.items()
-        if (its.method, its.seed) == (run.method, run.seed)
-        and its.task.num_steps > 1
-        and its.task.steps[0] == run.task.steps[0]
-        and set(its.task.order) == set(run.task.order)
-        and {**first[other], "task": None} == options
+        for other in planned
+        if (other.method, other.seed) == (run.method, run.seed)
+        and other.task.num_steps > 1
+        and other.task.steps[0] == run.task.steps[0]
+        and set(other.task.order) == set(run.task.order)
+        and {**other.first, "task": None} == {**run.first, "task": None}
     )
 
 
@@ -450,21 +440,18 @@ def _task(options: Mapping[str, Any], where: str) -> Task:
     return _parsed(words, where).task_
 
 
-def _commands(run: Run, options: Mapping[str, Any], first: Mapping[str, Any]) -> list[list[str]]:
+def _commands(run: Run) -> list[list[str]]:
     """Arguments of ``run.py`` for step 0 (unless another run trains it) and for the later steps."""
-    given = {
-        "random_seed": run.seed,
-        "logdir": run.folder.parent,
-        "name": f"{run.method}_{run.seed}",
-    }
+    name = f"{run.method}_{run.seed}"
+    given = {"random_seed": run.seed, "logdir": run.folder.parent, "name": name}
     commands = []
     later: dict[str, Any] = {"step": list(range(1, run.task.num_steps))}
     if run.starts_from is None:
-        commands.append(arguments({**first, **given, "step": 0}))
+        commands.append(arguments({**run.first, **given, "step": 0}))
     else:
         later["step_ckpt"] = step_file(run.starts_from.folder, CHECKPOINT, 0)
     if run.task.num_steps > 1:
-        commands.append(arguments({**_without_run_entries(options), **given, **later}))
+        commands.append(arguments({**run.options, **given, **later}))
     for command in commands:
         _parsed(command, f"runs: {run.method}")
     return commands

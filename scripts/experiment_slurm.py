@@ -21,10 +21,7 @@ _DEFAULTS = {"requeue": "true", "signal": "USR1@180", "open-mode": "append"}
 def job_script(run: Run, options: Mapping[str, str], folder: Path) -> str:
     """The job script of a run.
 
-    Args:
-        run: the run.
-        options: of ``sbatch``, without dashes; ``true`` sets a flag, ``false`` removes a default.
-        folder: folder for the job's output.
+    ``options``: of ``sbatch``, without dashes; ``true`` sets a flag, ``false`` removes a default.
     """
     merged = {"job-name": run.folder.name, "output": f"{folder.absolute()}/%x-%j.out", **_DEFAULTS, **options}
     header = [

@@ -11,7 +11,6 @@ if [ "${REQUIREMENTS:-newest}" = newest ]; then  # linter and type checker are f
     ruff check .
     ruff format --check .
     mypy
-    python -m scripts.check_collected
 fi
 # The test of the report's page needs a browser; it is skipped without one.
 if ! command -v chromium chromium-browser google-chrome >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then

@@ -1,8 +1,7 @@
 """A run: its steps are trained or tested in order.
 
-``folder``: the run's files and the start of a step; ``networks``: student, teacher and methods;
-``optimizer``: optimiser and schedule; ``training``: epochs; ``state``: the checkpoint; ``monitor``: progress;
-``evaluation``: results.
+``networks``: student, teacher and methods; ``optimizer``: optimiser and schedule; ``training``: epochs;
+``state``: the checkpoint; ``monitor``: progress; ``evaluation``: results.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from argparser import Options
 from dataset.loaders import Tolerance
 from dataset.step_data import DataSpec, evaluation_data
 from inference.load import load_model
+from runs.files import LOG
+from runs.folder import RunFolder
 from runs.options import write_run_options
 from session.evaluation import Evaluation
-from session.folder import RunFolder
 from session.run import Run
 from session.training import StepTraining
-from train import Precision
 from utils import distributed
 from utils.distributed import World
 from utils.files import FolderLock
@@ -34,10 +33,6 @@ log = logging.getLogger(__name__)
 
 class Session:
     """The steps of one run on this process.
-
-    Args:
-        opts: checked options.
-        world: this process.
 
     Raises:
         UserError: the run's folder cannot be written or another run uses it.
@@ -53,7 +48,7 @@ class Session:
             torch.backends.cudnn.benchmark = True
         with distributed.shared_errors():
             self._lock = FolderLock(folder.path, "choose another --logdir") if world.is_main else None
-            setup_logging(world, folder.path, debug=opts.debug)
+            setup_logging(world, folder.path / LOG, debug=opts.debug)
             if world.is_main and not opts.test:
                 write_run_options(folder.path, folder.options, opts.task_.steps)
         if self._lock is not None and self._lock.warning is not None:
@@ -61,7 +56,7 @@ class Session:
         log.info("%s", opts.summary())
         log.info("%s", world.description)
         if world.is_main:
-            self._precision().log_choice("opt_level" in opts.typed)
+            self.run.precision().log_choice("opt_level" in opts.typed)
         for note in opts.notes:
             log.info(note)
 
@@ -96,12 +91,8 @@ class Session:
         opts, folder = self.run.opts, self.run.folder
         path = opts.ckpt or folder.checkpoint(step)
         model = load_model(folder.spec, folder.load(path, step), path, opts.task_, step)
-        precision = self._precision()
+        precision = self.run.precision()
         data, evaluation = evaluation_data(DataSpec.of(opts), step), Evaluation(self.run)
         log.info("testing %s on %d images", path, len(data.test))
         metrics = evaluation.run(precision.place(model), data.test, len(data.class_names), precision)
         evaluation.report(step, data, metrics)
-
-    def _precision(self) -> Precision:
-        opts, world = self.run.opts, self.run.world
-        return Precision.of(opts.opt_level, opts.norm_act, world.device, world.bfloat16)

@@ -6,13 +6,15 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from runs.checkpoint import load_checkpoint, save_checkpoint
-from session.folder import RunFolder
+from runs.files import CACHED
+from runs.folder import RunFolder
 from utils import distributed
 from utils.distributed import World
 from utils.randomness import rng_state, set_rng_state
@@ -20,10 +22,11 @@ from utils.randomness import rng_state, set_rng_state
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
 class Cache:
     """``Context.cached``: loads tensors that an earlier start computed from the same inputs, else computes.
 
-    Args:
+    Attributes:
         folder: of the run; it gets a file ``<name>_<step>.pth``.
         world: this process.
         step: number of the step.
@@ -31,19 +34,16 @@ class Cache:
             options. Called on rank 0 only.
     """
 
-    def __init__(
-        self, folder: RunFolder, world: World, step: int, origin: Callable[[], dict[str, Any]]
-    ) -> None:
-        self.folder = folder
-        self.world = world
-        self.step = step
-        self.origin = origin
+    folder: RunFolder
+    world: World
+    step: int
+    origin: Callable[[], dict[str, Any]]
 
     def __call__(
         self, name: str, inputs: dict[str, Any], compute: Callable[[], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
         """The tensors of ``compute``, on this process's device. Every process must call it."""
-        path = self.folder.path / f"{name}_{self.step}.pth"
+        path = self.folder.path / CACHED.format(name=name, step=self.step)
         computed_from, values = "", None
         with distributed.shared_errors():
             if self.world.is_main:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from dataset.step_data import EvaluationData
 from inference.multiscale import predict_classes, predictor
 from metrics.continual import Results, summarise
 from metrics.stream_metrics import StreamSegMetrics
-from runs.files import PREDICTIONS, SAMPLES, TENSORBOARD_TASK, step_file
-from runs.results import write_results
+from runs.files import PREDICTIONS, SAMPLES, TENSORBOARD_TASK, results_csv, step_file
+from runs.results import write_confusion, write_results
 from session.run import Run
 from session.tensorboard import RunLogger
 from train import Precision, evaluate
@@ -32,15 +32,11 @@ log = logging.getLogger(__name__)
 
 
 class Evaluation:
-    """Evaluates networks and writes the results.
-
-    Args:
-        run: the run.
-    """
+    """Evaluates networks and writes the results."""
 
     def __init__(self, run: Run) -> None:
         self.opts, self.world, self.folder = run.opts, run.world, run.folder
-        self.stop, self.tolerance = run.stop, run.tolerance
+        self.stop, self.reading = run.stop, run.reading
         self.predict = predictor(run.opts.test_scales, run.opts.test_flip, run.opts.fusion_mode)
 
     def run(
@@ -52,13 +48,8 @@ class Evaluation:
             Stopped: a signal was received.
         """
         opts = self.opts
-        loader = make_eval_loader(
-            images,
-            opts.batch_size if opts.crop_val else 1,
-            num_workers=opts.num_workers,
-            world=self.world,
-            tolerance=self.tolerance,
-        )
+        batch_size = opts.batch_size if opts.crop_val else 1
+        loader = make_eval_loader(images, batch_size, world=self.world, **self.reading)
         batches = progress(
             loader, total=len(loader), desc="evaluation", world=self.world, interval=opts.print_interval * 10
         )
@@ -98,35 +89,26 @@ class Evaluation:
         results = self.summarise(step, data, metrics, self.folder.earlier_results(step))
         log.info("step %d, %s protocol\n%s", step, opts.protocol, results.table())
         if self.world.is_main:
-            prefix = f"{opts.date}_" if opts.date else ""
+            named = (option.name for option in declarations() if option.is_named_with_results)
+            # First, since the results mark the step as done.
+            matrix = write_confusion(self.folder.path, step, metrics.confusion_matrix, data.class_names)
             written = write_results(
                 self.folder.path,
                 results,
                 step=step,
                 num_classes=len(opts.task_.order),
-                csv_name=f"{prefix}{opts.dataset}_{opts.task}_{opts.name}.csv",
-                confusion=metrics.confusion_matrix,
-                class_names=data.class_names,
-                evaluation={
-                    option.name: getattr(opts, option.name)
-                    for option in declarations()
-                    if option.is_named_with_results and option.name in opts.typed
-                },
+                csv_name=results_csv(opts.date, opts.dataset, opts.task, opts.name),
+                evaluation={name: getattr(opts, name) for name in named if name in opts.typed},
             )
-            log.info("results: %s", ", ".join(str(path) for path in written))
-            with self._task_writer() as writer:
+            log.info("results: %s", ", ".join(map(str, (*written, matrix))))
+            with contextlib.closing(self._task_writer()) as writer:
                 writer.options(self.folder.options)
                 writer.results(results, step, metrics.confusion_matrix)
         return results
 
-    @contextlib.contextmanager
-    def _task_writer(self) -> Iterator[RunLogger]:
+    def _task_writer(self) -> RunLogger:
         """TensorBoard writer of the whole task: a point and an image per step."""
-        writer = RunLogger(self.world, self.folder.path / TENSORBOARD_TASK, enabled=self.opts.visualize)
-        try:
-            yield writer
-        finally:
-            writer.close()
+        return RunLogger(self.world, self.folder.path / TENSORBOARD_TASK, enabled=self.opts.visualize)
 
     def images(
         self,
@@ -138,12 +120,7 @@ class Evaluation:
     ) -> None:
         """Write ``--sample_num`` images, the same in every step, with their labels and predictions.
 
-        Args:
-            step: number of the step.
-            data: images to choose from.
-            networks: of this step and of the previous one.
-            precision: of the networks.
-            writer: TensorBoard writer of the step.
+        ``networks`` are those of this step and of the previous one.
         """
         images, targets = self._samples(data)
         if not images:
@@ -171,7 +148,7 @@ class Evaluation:
             write_samples(self.folder.path / SAMPLES, images, truth, found, step)
             grid = prediction_grid(images, truth, found, names, old_predictions=before, path=path)
             writer.image("predictions", grid, self.opts.epochs)
-            with self._task_writer() as whole:
+            with contextlib.closing(self._task_writer()) as whole:
                 whole.image("predictions", grid, step)
             log.info("images of predictions: %s", path)
 

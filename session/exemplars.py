@@ -8,7 +8,7 @@ import logging
 import torch
 from torch import Tensor
 
-from dataset.exemplars import Exemplar, choose_listed, load_exemplars, save_exemplars
+from dataset.exemplars import Exemplar, choose_listed, load_exemplars, save_exemplars, stored_exemplars
 from dataset.incremental import IncrementalDataset
 from dataset.loaders import EvalBatchSampler, make_eval_loader
 from dataset.step_data import DataSpec, candidate_images
@@ -18,7 +18,7 @@ from runs.files import EXEMPLARS, step_file
 from segmentation_module import IncrementalSegmentationModule
 from session.cached import weights_digest
 from session.run import Run
-from train import Precision, to_device
+from train import to_device
 from utils import distributed
 from utils.errors import UserError
 from utils.labels import VOID
@@ -40,7 +40,6 @@ def predicted_exemplars(run: Run, step: int) -> list[Exemplar] | None:
     opts, is_main = run.opts, run.world.is_main
     if not opts.memory or step == 0 or opts.memory_choice != "predicted":
         return None
-    exemplars: list[Exemplar] | None = None
     with distributed.shared_errors():
         network = _network(run, step) if step > 1 else None
         images = candidate_images(DataSpec.of(opts), step - 1, is_main=is_main)
@@ -57,12 +56,7 @@ def predicted_exemplars(run: Run, step: int) -> list[Exemplar] | None:
             "fidelity": opts.fidelity,
         }
         path = step_file(run.folder.path, EXEMPLARS, step)
-        if is_main and path.is_file():
-            try:
-                exemplars = load_exemplars(path, origin)
-                log.info("exemplars: loaded from %s", path)
-            except UserError as error:
-                log.info("%s; it is made again", error)
+        exemplars = stored_exemplars(path, origin) if is_main else None
     if (loaded := distributed.broadcast_object(exemplars)) is not None:
         return list(loaded)
     log.info("exemplars: listing the classes of %d images", len(images))
@@ -101,11 +95,9 @@ def _kept(run: Run, step: int, names: list[str]) -> list[Exemplar]:
 
 def _network(run: Run, step: int) -> IncrementalSegmentationModule:
     """The previous step's network."""
-    opts, folder, device = run.opts, run.folder, run.world.device
-    content = folder.load_previous(step)
-    model = load_model(folder.spec, content, folder.previous(step), opts.task_, step - 1)
-    precision = Precision.of(opts.opt_level, opts.norm_act, device, run.world.bfloat16)
-    return precision.place(model).eval()
+    folder, content = run.folder, run.folder.load_previous(step)
+    model = load_model(folder.spec, content, folder.previous(step), run.opts.task_, step - 1)
+    return run.precision().place(model).eval()
 
 
 @torch.inference_mode()
@@ -114,12 +106,10 @@ def _listed(
 ) -> dict[int, set[int]]:
     """Classes of this process's part of the images, by their labels and the network."""
     opts, device = run.opts, run.world.device
-    precision = Precision.of(opts.opt_level, opts.norm_act, device, run.world.bfloat16)
+    precision = run.precision()
     logits_of = PaddedPrediction(lambda model, padded: model(padded)[0])
     batch_size = opts.batch_size if opts.fidelity == "released" else 1
-    loader = make_eval_loader(
-        images, batch_size, num_workers=opts.num_workers, world=run.world, tolerance=run.tolerance
-    )
+    loader = make_eval_loader(images, batch_size, world=run.world, **run.reading)
     assert isinstance(loader.batch_sampler, EvalBatchSampler)
     numbers = (key.index for batch in loader.batch_sampler for key in batch)
     found: dict[int, set[int]] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -42,35 +41,22 @@ class Monitor:
         self.batches_per_epoch = batches_per_epoch
         self.total_batch = opts.batch_size * world.size
         self._lr = 0.0
-        with contextlib.ExitStack() as opened:
-            purge_step = 0 if iteration is None else iteration + 1
-            self.writer = RunLogger(
-                world, step_file(path, TENSORBOARD, step), enabled=opts.visualize, purge_step=purge_step
-            )
-            opened.callback(self.writer.close)
-            self.writer.options(run.folder.options)
-            self.history = HistoryWriter(
-                path,
-                step,
-                enabled=world.is_main,
-                iteration=iteration or 0,
-                images=self.total_batch,
-                device=world.device,
-            )
-            opened.callback(self.history.close)
-            self._opened = opened.pop_all()
-
-    def close(self) -> None:
-        """Close the files."""
-        self._opened.close()
+        purge_step = 0 if iteration is None else iteration + 1
+        self.writer = RunLogger(
+            world, step_file(path, TENSORBOARD, step), enabled=opts.visualize, purge_step=purge_step
+        )
+        self.writer.options(run.folder.options)
+        self.history = HistoryWriter(
+            path,
+            step,
+            enabled=world.is_main,
+            iteration=iteration or 0,
+            images=self.total_batch,
+            device=world.device,
+        )
 
     def begin_epoch(self, epoch: int, first_batch: int) -> None:
-        """Start an epoch.
-
-        Args:
-            epoch: its number, from 0.
-            first_batch: number of its batches done before.
-        """
+        """Start an epoch, counted from 0, of which ``first_batch`` batches are done."""
         self._epoch, self._first, self._batch = epoch, first_batch, first_batch
         self._epoch_means, self._interval_means = Means(), Means()
         self._started = time.perf_counter()

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,9 +16,8 @@ from methods.checks import call_hook
 from methods.own_modules import collect_modules, load_modules, take_over
 from modules.pretrained import LoadReport, load_default_pretrained, load_pretrained
 from runs.checkpoint import model_state
+from runs.folder import Resumed
 from segmentation_module import IncrementalSegmentationModule, freeze, load_state, make_model
-from session.folder import Resumed
-from session.optimizer import make_optimizer
 from session.run import Run
 from train import Precision
 from utils import distributed
@@ -30,12 +28,6 @@ log = logging.getLogger(__name__)
 
 class StepNetworks:
     """Student, teacher and methods at the start of a step.
-
-    Args:
-        run: the run.
-        step: number of the step.
-        precision: of the networks.
-        methods: of the step, by name.
 
     Attributes:
         context: networks, classes and device for the methods.
@@ -59,8 +51,8 @@ class StepNetworks:
         self.context = Context(
             task=opts.task_,
             step=step,
-            model=self.place(model),
-            model_old=self.place(self.teacher()) if step else None,
+            model=precision.place(model),
+            model_old=precision.place(self.teacher()) if step else None,
             device=world.device,
             protocol=opts.protocol,
             fidelity=opts.fidelity,
@@ -101,12 +93,8 @@ class StepNetworks:
         # Rank 0 downloads the file; the others wait and then load it.
         if not self.world.is_main:
             distributed.barrier()
-        report = load_default_pretrained(
-            model.network,
-            model=opts.model,
-            backbone=opts.backbone,
-            norm_act=opts.norm_act,
-        )
+        kind = {"model": opts.model, "backbone": opts.backbone, "norm_act": opts.norm_act}
+        report = load_default_pretrained(model.network, **kind)
         if self.world.is_main:
             distributed.barrier()
         return report
@@ -124,30 +112,14 @@ class StepNetworks:
         """The previous step's network, loaded if no method uses a teacher; None at step 0."""
         if self.step == 0 or self.context.model_old is not None:
             return self.context.model_old  # type: ignore[return-value]
-        return self.place(self.teacher())
-
-    def place(self, model: IncrementalSegmentationModule) -> IncrementalSegmentationModule:
-        """Move a network to this process's device, in its precision and memory format."""
-        return self.precision.place(model)
+        return self.precision.place(self.teacher())
 
     # ── methods ──────────────────────────────────────────────────────────────────────────────────
 
     def begin(self) -> None:
-        """Pass the previous step's states to the methods, request intermediates, call ``begin_step``."""
+        """Begin the methods and collect their own modules."""
         context, methods = self.context, self.methods
-        state = _method_states(self.previous, methods)
-        for name, method in methods.items():
-            if name in state:
-                call_hook(method, "from_previous_step", state[name])
-        needs = frozenset().union(*(method.needs for method in methods.values()))
-        teacher = frozenset().union(*(needs_of_teacher(method) for method in methods.values()))
-        context.model.intermediates = needs  # type: ignore[assignment]
-        if context.model_old is not None:
-            context.model_old.intermediates = teacher  # type: ignore[assignment]
-            if not any(method.uses_teacher for method in methods.values()):
-                context.model_old = None  # no method uses it: save its forward pass
-        for method in methods.values():
-            call_hook(method, "begin_step", context)
+        begin_methods(context, methods, _method_states(self.previous, methods))
         self.own_modules = self.precision.cast(collect_modules(methods, context).to(context.device))
         take_over(self.own_modules, self.previous.get("modules", {}))
         distributed.broadcast_weights(self.own_modules)
@@ -195,9 +167,30 @@ class StepNetworks:
             find_unused_parameters=self.opts.deterministic,
         )
 
-    def optimizer(self, lr: float) -> torch.optim.Optimizer:
-        """Optimiser of the student and the methods' own modules; see ``make_optimizer``."""
-        return make_optimizer(self.opts, self.context.model, self.methods, lr, self.own_modules)
+
+def begin_methods(
+    context: Context,
+    methods: Mapping[str, Method],
+    state: Mapping[str, Mapping[str, Any]],
+    *,
+    keep_teacher: bool = False,
+) -> None:
+    """Pass the previous step's states to the methods, request intermediates, call ``begin_step``.
+
+    A teacher that no method uses is dropped, which saves its forward pass, unless ``keep_teacher``.
+    """
+    for name, method in methods.items():
+        if name in state:
+            call_hook(method, "from_previous_step", state[name])
+    needs = frozenset().union(*(method.needs for method in methods.values()))
+    teacher = frozenset().union(*(needs_of_teacher(method) for method in methods.values()))
+    context.model.intermediates = needs  # type: ignore[assignment]
+    if context.model_old is not None:
+        context.model_old.intermediates = teacher  # type: ignore[assignment]
+        if not (keep_teacher or any(method.uses_teacher for method in methods.values())):
+            context.model_old = None
+    for method in methods.values():
+        call_hook(method, "begin_step", context)
 
 
 def _method_states(content: Mapping[str, Any], methods: Mapping[str, Method]) -> dict[str, dict[str, Any]]:

@@ -158,12 +158,7 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum; one group of parameters per learning rate and weight decay.
 
-    Args:
-        opts: options.
-        model: the student.
-        methods: by name; asked for factors.
-        lr: learning rate before any factor.
-        own_modules: the methods' (``collect_modules``).
+    ``lr`` is the rate before any factor; ``own_modules`` are the methods' (``collect_modules``).
 
     Raises:
         UserError: no weight is left to train.
@@ -221,12 +216,7 @@ def _named(networks: Sequence[nn.Module]) -> Iterable[tuple[str, nn.Parameter]]:
 
 
 def weight_names(optimizer: torch.optim.Optimizer, networks: Sequence[nn.Module]) -> list[str]:
-    """Names of the weights in the order in which the optimiser's state counts them.
-
-    Args:
-        optimizer: of ``make_optimizer``.
-        networks: what it trains: the student and the methods' own modules.
-    """
+    """Names of the weights in the order in which the optimiser's state counts them."""
     names = {id(parameter): name for name, parameter in _named(networks)}
     return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 

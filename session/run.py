@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from argparser import Options
 from dataset.loaders import Tolerance
-from session.folder import RunFolder
+from runs.folder import RunFolder
+from train import Precision
 from utils.distributed import World
 from utils.signals import StopRequest
 
@@ -28,3 +30,13 @@ class Run:
     folder: RunFolder
     stop: StopRequest
     tolerance: Tolerance
+
+    def precision(self) -> Precision:
+        """Number formats of the networks, with a loss scaling of their own."""
+        opts, world = self.opts, self.world
+        return Precision.of(opts.opt_level, opts.norm_act, world.device, world.bfloat16)
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How loaders read: ``num_workers`` and ``tolerance``."""
+        return {"num_workers": self.opts.num_workers, "tolerance": self.tolerance}

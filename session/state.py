@@ -14,11 +14,11 @@ from methods import Method
 from methods.checks import call_hook, fault
 from methods.own_modules import check_unchanged
 from runs.checkpoint import check_loadable, make_manifest, save_checkpoint
+from runs.folder import Resumed, Start
+from runs.resume import Progress, has_same_batches, is_trained, is_within_epoch, job_id, rng_of_rank
 from segmentation_module import load_state
-from session.folder import Resumed, Start
 from session.networks import StepNetworks
 from session.optimizer import advance, load_optimizer, take_momentum, weight_names
-from session.resume import Progress, has_same_batches, is_trained, is_within_epoch, job_id, rng_of_rank
 from session.run import Run
 from train import NonFiniteLoss, Trainer, map_tensors
 from utils import distributed
@@ -176,10 +176,10 @@ class StepState:
         self._write({**self._result(), **self._for_resuming(), **gathered, "method_state": methods})
         self._saved_at = self.progress.epoch, self.progress.batch
 
-    def save_if_unsaved(self) -> None:
-        """Write the checkpoint unless this progress is already saved."""
-        if self._saved_at != (self.progress.epoch, self.progress.batch):
-            self.save()
+    @property
+    def is_saved(self) -> bool:
+        """Whether the checkpoint has this progress."""
+        return self._saved_at == (self.progress.epoch, self.progress.batch)
 
     def _write(self, content: dict[str, Any]) -> None:
         with distributed.shared_errors():
@@ -254,7 +254,8 @@ class StepState:
                 "modules": self.networks.own_modules.state_dict(),
                 "method_state": self.method_states(),
             }
-            self._best = {"epoch": progress.epoch, **map_tensors(_copied, state)}
+            copied = map_tensors(lambda tensor: tensor.detach().to("cpu", copy=True), state)
+            self._best = {"epoch": progress.epoch, **copied}
 
     def keep_best(self) -> None:
         """Make the best epoch's state the result of the step, in the model and in the checkpoint.
@@ -297,11 +298,6 @@ class StepState:
         for trained in self.networks.trained:
             distributed.broadcast_weights(trained)
         _check_finite(self.networks.trained)
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    """A copy on the CPU."""
-    return tensor.detach().to("cpu", copy=True)
 
 
 def _check_finite(networks: Sequence[nn.Module]) -> None:

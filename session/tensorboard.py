@@ -58,44 +58,31 @@ class RunLogger:
             self._writer = None
         return self._writer
 
-    def scalar(self, tag: str, value: float, step: int) -> None:
-        """One point of a curve; NaN is skipped."""
-        if not math.isnan(value) and (writer := self._open()) is not None:
-            writer.add_scalar(tag, value, step)
+    def _add(self, kind: str, tag: str, value: Any, step: int, **words: Any) -> None:
+        if (writer := self._open()) is not None:
+            getattr(writer, f"add_{kind}")(tag, value, step, **words)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """One point of several curves, by tag."""
+        """One point of several curves, by tag; NaN is skipped."""
         for tag, value in values.items():
-            self.scalar(tag, value, step)
-
-    def text(self, tag: str, text: str, step: int = 0) -> None:
-        """A text in Markdown."""
-        if (writer := self._open()) is not None:
-            writer.add_text(tag, text, step)
-
-    def figure(self, tag: str, figure: Any, step: int) -> None:
-        """A matplotlib figure."""
-        if (writer := self._open()) is not None:
-            writer.add_figure(tag, figure, step)
+            if not math.isnan(value):
+                self._add("scalar", tag, value, step)
 
     def image(self, tag: str, image: Any, step: int) -> None:
         """An image, H×W×3, uint8."""
-        if (writer := self._open()) is not None:
-            writer.add_image(tag, image, step, dataformats="HWC")
+        self._add("image", tag, image, step, dataformats="HWC")
 
     def progress(self, entry: Entry) -> None:
         """A point of a step's curves: every loss term by name, learning rate, speed, memory."""
-        values = {f"loss/{name}": value for name, value in entry.losses.items()}
-        values["lr"] = entry.lr
-        for tag, value in (("images_per_second", entry.images_per_second), ("memory_MiB", entry.memory)):
-            if value is not None:
-                values[tag] = value
-        self.scalars(values, entry.iteration)
+        values: dict[str, float | None] = {f"loss/{name}": value for name, value in entry.losses.items()}
+        values |= {"lr": entry.lr, "images_per_second": entry.images_per_second, "memory_MiB": entry.memory}
+        known = {tag: value for tag, value in values.items() if value is not None}
+        self.scalars(known, entry.iteration)
 
     def options(self, options: Mapping[str, Any]) -> None:
         """The options of a run as a table."""
         rows = [[name, str(value)] for name, value in sorted(options.items())]
-        self.text("options", markdown_table(["option", "value"], rows))
+        self._add("text", "options", markdown_table(["option", "value"], rows), 0)
 
     def results(self, results: Results, step: int, confusion: Any = None) -> None:
         """Results of an evaluation: curves of means and of every class, the tables, the confusion matrix.
@@ -107,22 +94,26 @@ class RunLogger:
         """
         if self._open() is None:  # a figure of 151 classes takes a second
             return
-        means = {"old": results.miou_old, "new": results.miou_new, "all": results.miou_all}
-        means |= {"harmonic": results.harmonic_mean, "first": results.miou_first, "later": results.miou_later}
-        means |= {
-            "harmonic_first_later": results.harmonic_mean_first_later,
-            "average": results.average_miou_all,
+        means = {
+            "miou/old": results.miou_old,
+            "miou/new": results.miou_new,
+            "miou/all": results.miou_all,
+            "miou/harmonic": results.harmonic_mean,
+            "miou/first": results.miou_first,
+            "miou/later": results.miou_later,
+            "miou/harmonic_first_later": results.harmonic_mean_first_later,
+            "miou/average": results.average_miou_all,
+            "mean_forgetting": results.mean_forgetting,
         }
-        self.scalars({f"miou/{name}": value for name, value in means.items()}, step)
-        self.scalar("mean_forgetting", results.mean_forgetting, step)
         tags = _tags(results.class_iou)
-        self.scalars({f"iou/{tags[name]}": value for name, value in results.class_iou.items()}, step)
-        self.text("results", "\n\n".join(markdown_table(*table) for table in results.tables()), step)
+        self.scalars(means | {f"iou/{tags[name]}": iou for name, iou in results.class_iou.items()}, step)
+        text = "\n\n".join(markdown_table(*table) for table in results.tables())
+        self._add("text", "results", text, step)
         if confusion is not None:
             names = {index: name for name, index in results.indices.items()}
             class_names = [names.get(index, "not evaluated") for index in range(len(confusion))]
             with failure_is_a_warning("the confusion matrix in TensorBoard"):
-                self.figure("confusion", confusion_figure(confusion, class_names), step)
+                self._add("figure", "confusion", confusion_figure(confusion, class_names), step)
 
     def close(self) -> None:
         """Flush and close the file."""

@@ -21,17 +21,17 @@ from dataset.step_data import EXTRAS, DataSpec, StepData, step_data
 from methods import Method, build_methods
 from methods.checks import fault
 from runs.files import EXEMPLARS, step_file
+from runs.folder import Start
+from runs.resume import deciding_options
 from session.cached import Cache, weights_digest
 from session.evaluation import Evaluation
 from session.exemplars import predicted_exemplars
-from session.folder import Start
 from session.monitor import Monitor
 from session.networks import StepNetworks
-from session.optimizer import Schedule
-from session.resume import deciding_options
+from session.optimizer import Schedule, make_optimizer
 from session.run import Run
 from session.state import StepState
-from train import Precision, Trainer, groups, to_device
+from train import Trainer, groups, to_device
 from utils import distributed
 from utils.randomness import rng_state, set_rng_state
 from utils.signals import Stopped
@@ -43,10 +43,6 @@ _CONTINUE, _SAVE, _STOP = 0, 1, 2  # flags after an optimiser step; the maximum 
 
 class StepTraining:
     """Training of a step. ``close`` ends its loader processes and closes its files.
-
-    Args:
-        run: the run.
-        start: how the step starts.
 
     Attributes:
         data: images of the step.
@@ -71,13 +67,15 @@ class StepTraining:
         with contextlib.ExitStack() as opened:
             self.loader = opened.enter_context(self._loader())
             self.networks = self._networks()
-            self._begin_methods()
+            self.networks.begin()
+            if start.resumed is not None:
+                self.networks.restore(start.resumed)
             self.trainer = self._trainer()
             self.state = StepState(run, start, self.networks, self.trainer, self.sampler)
             iteration = None if start.resumed is None else self.state.iteration
             batches = self.sampler.batches_per_epoch
             self.monitor = Monitor(run, self.step, batches_per_epoch=batches, iteration=iteration)
-            opened.callback(self.monitor.close)
+            opened.callback(self.monitor.writer.close)
             self._opened = opened.pop_all()  # closed by ``close``
         self._flag = distributed.AllReducedFlag(run.opts.timeout)
         self._last_save = time.monotonic()
@@ -98,8 +96,7 @@ class StepTraining:
             memory_overwrites=opts.memory_batches == "overwrite",
             seed=opts.random_seed,
             world=world,
-            num_workers=opts.num_workers,
-            tolerance=self.run.tolerance,
+            **self.run.reading,
         )
 
     @property
@@ -111,33 +108,29 @@ class StepTraining:
     def _networks(self) -> StepNetworks:
         """Student, teacher and methods, and the ``Context`` of the methods."""
         run, opts = self.run, self.run.opts
-        precision = Precision.of(opts.opt_level, opts.norm_act, run.world.device, run.world.bfloat16)
-        networks = StepNetworks(run, self.step, precision, self.methods)
+        networks = StepNetworks(run, self.step, run.precision(), self.methods)
         context = networks.context
         context.batches = self._training_pass
         context.cached = Cache(run.folder, run.world, self.step, self._origin)
         context.epochs, context.updates, context.lr = opts.epochs, self._updates, self.start.lr
         return networks
 
-    def _begin_methods(self) -> None:
-        """Call the methods' ``begin_step``; if the step is resumed, restore weights and methods' states."""
-        self.networks.begin()
-        if self.start.resumed is not None:
-            self.networks.restore(self.start.resumed)
-
     def _trainer(self) -> Trainer:
-        networks, opts = self.networks, self.run.opts
-        forward, optimizer = networks.wrapped(), networks.optimizer(self.start.lr)
-        return Trainer(
+        networks, opts, model = self.networks, self.run.opts, self.networks.context.model
+        forward = networks.wrapped()
+        optimizer = make_optimizer(opts, model, self.methods, self.start.lr, networks.own_modules)
+        trainer = Trainer(
             networks.context,
-            networks.methods,
+            self.methods,
             optimizer,
             Schedule.of(opts).make(optimizer, self._updates),
             forward=forward,
             precision=networks.precision,
-            compile=opts.compile,
             own_modules=networks.own_modules,
         )
+        if opts.compile:
+            trainer.compile()
+        return trainer
 
     @property
     def _updates(self) -> int:
@@ -241,7 +234,8 @@ class StepTraining:
                 self.state.model, data.val, len(data.class_names), self.trainer.precision
             )
         except Stopped:
-            self.state.save_if_unsaved()
+            if not self.state.is_saved:
+                self.state.save()
             raise
         results = self.evaluation.summarise(self.step, data, metrics)
         self.monitor.validation(results, self.state.progress.epoch)
@@ -280,12 +274,6 @@ def load_data(
     run: Run, start: Start, methods: Mapping[str, Method], chosen: list[Exemplar] | None = None
 ) -> StepData:
     """Load a step's images and check that the checkpoint to resume from was trained on them.
-
-    Args:
-        run: the run.
-        start: how the step starts.
-        methods: of the step, by name.
-        chosen: of ``predicted_exemplars``.
 
     Raises:
         UserError: the data set is missing or faulty, or the checkpoint was trained on other images.

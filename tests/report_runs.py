@@ -11,7 +11,7 @@ import numpy as np
 from metrics.continual import summarise
 from runs.history import HistoryWriter
 from runs.options import write_run_options
-from runs.results import write_results
+from runs.results import write_confusion, write_results
 from tasks import get_task
 from utils.visualize import write_samples
 
@@ -58,7 +58,6 @@ def _train(folder: Path, step: int, rng: np.random.Generator, epochs: int) -> No
         history.progress(iteration, 1 + (iteration - 1) // 40, losses, lr=0.01 * (1 - iteration / 200))
         if iteration % 40 == 0:
             history.validation(iteration // 40, 0.5)
-    history.close()
 
 
 def _evaluate(folder: Path, order, step: int, rng: np.random.Generator, pictures: int) -> None:
@@ -69,15 +68,8 @@ def _evaluate(folder: Path, order, step: int, rng: np.random.Generator, pictures
     paths = [folder / f"results_{number}.json" for number in range(step)]
     earlier = {number: json.loads(path.read_text()) for number, path in enumerate(paths) if path.is_file()}
     results = summarise(confusion, names, classes, earlier=earlier)
-    write_results(
-        folder,
-        results,
-        step=step,
-        num_classes=len(order.order),
-        csv_name="iou.csv",
-        confusion=confusion,
-        class_names=names,
-    )
+    write_results(folder, results, step=step, num_classes=len(order.order), csv_name="iou.csv")
+    write_confusion(folder, step, confusion, names)
     shown = [picture(index, len(names)) for index in range(pictures)]
     images, truths = [image for image, _ in shown], [truth for _, truth in shown]
     predictions = [np.where(rng.random(truth.shape) < 0.2, 0, truth) for truth in truths]

@@ -124,6 +124,20 @@ def test_no_list_of_options_beside_their_declaration() -> None:
     assert not lists, "\n".join(lists)
 
 
+def test_every_test_is_collected() -> None:
+    """pytest passes over a file or class of another name, and over all but the last of one name."""
+    lost = []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        inside = [("", ast.parse(path.read_text(encoding="utf-8")).body)]
+        inside += [(node.name, node.body) for node in inside[0][1] if isinstance(node, ast.ClassDef)]
+        for owner, body in inside:
+            names = [node.name for node in body if isinstance(node, ast.FunctionDef)]
+            tests = [name for name in names if name.startswith("test")]
+            seen = path.name.startswith("test_") and (not owner or owner.startswith("Test"))
+            lost += [f"{path.name}: {name}" for name in tests if not seen or tests.count(name) > 1]
+    assert not lost, "\n".join(lost)
+
+
 # ── methods by name ──────────────────────────────────────────────────────────────────────────────────
 
 # STAR is not among them: a shape, too.

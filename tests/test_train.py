@@ -455,7 +455,9 @@ def test_compiled_networks_train_alike_under_the_same_names() -> None:
         torch.manual_seed(0)
         teacher, student = Tiny(16).requires_grad_(False).eval(), Tiny(21)
         made = Context(task=get_task("voc", "15-5"), step=1, model=student, model_old=teacher)
-        trainer = Trainer(made, kd(made), sgd(student), compile=compile)
+        trainer = Trainer(made, kd(made), sgd(student))
+        if compile:
+            trainer.compile()
         means = train_epoch(trainer, batches(2))
         metrics = evaluated(student, batches(1), StreamSegMetrics(21))
         states.append((student.state_dict(), means, metrics.confusion_matrix))
@@ -471,7 +473,7 @@ def test_without_a_compiler_compile_says_what_is_missing(monkeypatch: pytest.Mon
     monkeypatch.setenv("CXX", "no-such-compiler")
     made = context()
     with pytest.raises(UserError, match="--compile needs the C\\+\\+ compiler no-such-compiler"):
-        Trainer(made, {}, sgd(made.model), compile=True)
+        Trainer(made, {}, sgd(made.model)).compile()
 
 
 # ── input ────────────────────────────────────────────────────────────────────────────────────────

@@ -27,10 +27,6 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells return it
 def run_command(name: str, body: Callable[[], object]) -> int:
     """Run the main function of a program; report errors and Ctrl-C in one line.
 
-    Args:
-        name: of the program, the first word of that line.
-        body: the main function.
-
     Returns:
         The exit code: the result of ``body`` if it is an int, else 0; 1 after a ``Fault``, 2 after a
         ``UserError``, 130 after Ctrl-C.

@@ -265,21 +265,16 @@ class AllReducedFlag:
         """
         if self._group is None:
             return flag
-        before = self.wait()
+        before = 0
+        if self._pending is not None:
+            work, reduced = self._pending
+            work.wait()
+            before = int(reduced)
         value = torch.tensor(flag)
-        work = dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
-        assert work is not None
-        self._pending = work, value
+        started = dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        assert started is not None
+        self._pending = started, value
         return before
-
-    def wait(self) -> int:
-        """Wait for the pending reduction and return the maximum (0 if none is pending)."""
-        if self._pending is None:
-            return 0
-        work, value = self._pending
-        self._pending = None
-        work.wait()
-        return int(value)
 
 
 def as_fault(error: BaseException) -> Fault | None:
@@ -331,12 +326,9 @@ def loader_fault(error: BaseException, signals: Sequence[str] = ()) -> Fault:
             f"a loader process was lost ({reason}): it was killed, or memory is too short for another one; "
             "start again to resume, with fewer --num_workers if it happens again"
         )
-    remedy = "give fewer --num_workers" if _lacks_memory(error) else "--num_workers 0 shows where"
+    lacks_memory = isinstance(error, MemoryError) or is_out_of_memory(error)
+    remedy = "give fewer --num_workers" if lacks_memory else "--num_workers 0 shows where"
     return Fault(f"a loader process failed ({reason}); {remedy}, and start again to resume")
-
-
-def _lacks_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or is_out_of_memory(error)
 
 
 def _one_line(text: str) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from functools import cache
 
 import matplotlib
+from matplotlib.figure import Figure
 from matplotlib.font_manager import FontEntry, findfont, findSystemFonts, fontManager
 from matplotlib.ft2font import FT2Font
 
@@ -24,6 +25,11 @@ matplotlib.rcParams.update({"text.parse_math": False, "text.usetex": False, "fon
 
 _fallbacks: dict[str, str] = {}  # fallback fonts in use: family → file
 _warned: list[str] = []  # the first text with characters that no font has
+
+
+def new_figure(width: float, height: float, dpi: int = 100) -> Figure:
+    """A figure of a size in inches that pyplot does not register: no need to close it, no display needed."""
+    return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
 
 
 def drawable(text: str) -> str:
@@ -55,9 +61,6 @@ def failure_is_a_warning(what: str) -> Iterator[None]:
     """Log an error in the ``with`` block, which draws, as a warning and continue.
 
     A ``UserError`` (a file that cannot be written) is raised.
-
-    Args:
-        what: what is drawn, for the message.
     """
     try:
         yield

@@ -202,10 +202,6 @@ class FolderLock:
                 return name
         return "an unknown process"
 
-    def release(self) -> None:
-        """Release the lock before the process ends."""
-        self._file.close()
-
 
 @contextlib.contextmanager
 def queue_lock(path: Path) -> Iterator[None]:

@@ -31,18 +31,11 @@ class _ConsoleHandler(logging.Handler):
             self.handleError(record)
 
 
-def setup_logging(world: World, run_dir: Path | None, debug: bool = False) -> logging.Logger:
+def setup_logging(world: World, log_file: Path | None, debug: bool = False) -> None:
     """Set up the root logger; a second call replaces the handlers of the first.
 
-    Rank 0 logs to stdout and appends to ``<run_dir>/train.log``; other ranks log only warnings, to stderr.
-
-    Args:
-        world: this process.
-        run_dir: folder of the run, made if missing; None: no file.
-        debug: log debug lines too.
-
-    Returns:
-        The root logger, whose level and handlers are set.
+    Rank 0 logs to stdout and appends to ``log_file``, if there is one; other ranks log only warnings, to
+    stderr.
 
     Raises:
         UserError: the log file cannot be written.
@@ -54,9 +47,9 @@ def setup_logging(world: World, run_dir: Path | None, debug: bool = False) -> lo
     level = logging.DEBUG if debug else logging.INFO
     if world.is_main:
         _add(root, "console", _ConsoleHandler(), level, "%(asctime)s %(message)s")
-        if run_dir is not None:
+        if log_file is not None:
             file_format = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-            _add(root, "file", _file_handler(run_dir / "train.log"), level, file_format)
+            _add(root, "file", _file_handler(log_file), level, file_format)
     else:
         line = f"%(asctime)s rank {world.rank} %(levelname)s: %(message)s"
         _add(root, "console", logging.StreamHandler(sys.stderr), logging.WARNING, line)
@@ -64,7 +57,6 @@ def setup_logging(world: World, run_dir: Path | None, debug: bool = False) -> lo
     for chatty in ("matplotlib", "PIL", "urllib3", "fsspec", "filelock"):
         logging.getLogger(chatty).setLevel(logging.INFO)
     logging.captureWarnings(True)
-    return root
 
 
 def _add(root: logging.Logger, name: str, handler: logging.Handler, level: int, line: str) -> None:
@@ -84,14 +76,9 @@ def _file_handler(path: Path) -> logging.FileHandler:
 
 
 def progress(iterable: Iterable[T], *, total: int, desc: str, world: World, interval: int) -> Iterator[T]:
-    """Yield the items and show the progress on rank 0, as a bar if stderr is a terminal, else in log lines.
+    """Yield the items and show the progress on rank 0.
 
-    Args:
-        iterable: the items.
-        total: number of items.
-        desc: description of the items.
-        world: this process.
-        interval: items between two log lines.
+    It is a bar if stderr is a terminal, else a log line every ``interval`` items.
     """
     if not world.is_main:
         yield from iterable

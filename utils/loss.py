@@ -53,63 +53,10 @@ from torch.utils.checkpoint import checkpoint
 
 from utils import loss_kernels
 
-__all__ = [
-    "SNNL",
-    "AttentionTransferLoss",
-    "AuxiliaryLoss",
-    "BCEWithLogitsLossWithIgnoreIndex",
-    "CILDistillationLoss",
-    "ClassifierTransform",
-    "DecomposedDistillationLoss",
-    "DistillationEncoderLoss",
-    "DistillationEncoderPrototypesLoss",
-    "FeatureStatistics",
-    "FeaturesClusteringSeparationLoss",
-    "FeaturesSparsificationLoss",
-    "FocalLoss",
-    "IcarlLoss",
-    "ImportanceMatrices",
-    "KnowledgeDistillationLoss",
-    "LabelGuidedKnowledgeDistillationLoss",
-    "LocalPODLoss",
-    "MBCELoss",
-    "OldClassFeaturesMaintainingLoss",
-    "PooledCubeDistillationLoss",
-    "Prototypes",
-    "SigmoidDistillationLoss",
-    "SimilarityAwareDiscriminativeLoss",
-    "UnbiasedCrossEntropy",
-    "UnbiasedKnowledgeDistillationLoss",
-    "branch_weights",
-    "class_median_thresholds",
-    "confidence_pseudo_labels",
-    "downsample_labels",
-    "entropy",
-    "entropy_pseudo_labels",
-    "exemplar_labels",
-    "fold_branches",
-    "fuse_weights",
-    "initialise_from_auxiliary",
-    "negatives_loss",
-    "old_prediction",
-    "predicted_numbers",
-    "probability_pseudo_labels",
-    "pseudo_label_histogram",
-    "reasoning_scores",
-    "replay_features",
-    "replay_mbce",
-    "replay_schedule",
-    "sigmoid_prediction",
-    "sigmoid_pseudo_labels",
-    "trainable_parts",
-]
-
 VOID = 255
 FIDELITIES = ("paper", "released")
 
-# ----------------------------------------------------------------------------------------------------------
-# Shared parts
-# ----------------------------------------------------------------------------------------------------------
+# ── Shared parts ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> str:
@@ -177,9 +124,7 @@ def _class_sums(features: Tensor, one_hot: Tensor, dtype: torch.dtype | None = N
         return torch.bmm(one_hot, features.transpose(1, 2)).sum(0, dtype=dtype)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Classification
-# ----------------------------------------------------------------------------------------------------------
+# ── Classification ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def _one_hot_targets(inputs: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -236,9 +181,7 @@ class FocalLoss(nn.Module):
         return _reduce(loss, self.reduction)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# iCaRL (arXiv 1611.07725)
-# ----------------------------------------------------------------------------------------------------------
+# ── iCaRL (arXiv 1611.07725) ────────────────────────────────────────────────────────────────────────────
 
 
 class IcarlLoss(nn.Module):
@@ -268,9 +211,7 @@ class IcarlLoss(nn.Module):
         return _reduce(loss, self.reduction)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# LwF (arXiv 1606.09282)
-# ----------------------------------------------------------------------------------------------------------
+# ── LwF (arXiv 1606.09282) ──────────────────────────────────────────────────────────────────────────────
 
 
 def _distillation(student: Tensor, teacher: Tensor, alpha: float, unbiased: bool) -> Tensor:
@@ -318,9 +259,7 @@ class KnowledgeDistillationLoss(nn.Module):
         return _reduce(loss, self.reduction)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# ILT (arXiv 1907.13372)
-# ----------------------------------------------------------------------------------------------------------
+# ── ILT (arXiv 1907.13372) ──────────────────────────────────────────────────────────────────────────────
 
 
 class DistillationEncoderLoss(nn.Module):
@@ -352,9 +291,7 @@ class DistillationEncoderLoss(nn.Module):
         return _reduce(loss * chosen, "mean", chosen.sum())
 
 
-# ----------------------------------------------------------------------------------------------------------
-# CIL (arXiv 2005.06050)
-# ----------------------------------------------------------------------------------------------------------
+# ── CIL (arXiv 2005.06050) ──────────────────────────────────────────────────────────────────────────────
 
 
 class CILDistillationLoss(nn.Module):
@@ -396,9 +333,7 @@ class CILDistillationLoss(nn.Module):
         return self.temp**2 * (weight * match).sum() / unlabelled.sum().clamp(min=1)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# MiB (arXiv 2002.00718)
-# ----------------------------------------------------------------------------------------------------------
+# ── MiB (arXiv 2002.00718) ──────────────────────────────────────────────────────────────────────────────
 
 
 def _unbiased_cross_entropy(logits: Tensor, targets: Tensor, classes_old: int, ignore_index: int) -> Tensor:
@@ -452,9 +387,7 @@ class UnbiasedKnowledgeDistillationLoss(KnowledgeDistillationLoss):
     unbiased = True
 
 
-# ----------------------------------------------------------------------------------------------------------
-# SDR: prototypes, attraction and repulsion, matching, sparsity (arXiv 2103.06342)
-# ----------------------------------------------------------------------------------------------------------
+# ── SDR: prototypes, attraction and repulsion, matching, sparsity (arXiv 2103.06342) ────────────────────
 
 
 class _MixedClassFeatures:
@@ -944,9 +877,7 @@ class SNNL(nn.Module):
         return ((log_all - log_same) * usable).sum(), usable.sum()
 
 
-# ----------------------------------------------------------------------------------------------------------
-# PLOP: local POD and pseudo-labels (arXiv 2011.11390)
-# ----------------------------------------------------------------------------------------------------------
+# ── PLOP: local POD and pseudo-labels (arXiv 2011.11390) ────────────────────────────────────────────────
 
 
 _POD_PREPROS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -1354,9 +1285,7 @@ def confidence_pseudo_labels(
     return torch.where(candidates, predicted, labels.long()), torch.where(candidates, highest, 1.0)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# SSUL (arXiv 2106.11562)
-# ----------------------------------------------------------------------------------------------------------
+# ── SSUL (arXiv 2106.11562) ─────────────────────────────────────────────────────────────────────────────
 
 
 @torch.no_grad()
@@ -1383,9 +1312,7 @@ def sigmoid_pseudo_labels(
     return torch.where(accepted, predicted, labels.long())
 
 
-# ----------------------------------------------------------------------------------------------------------
-# RCIL: two branches that become one, and pooled cube distillation (CVPR 2022)
-# ----------------------------------------------------------------------------------------------------------
+# ── RCIL: two branches that become one, and pooled cube distillation (CVPR 2022) ────────────────────────
 
 
 def fold_branches(
@@ -1509,9 +1436,7 @@ def _window_means(length: int, like: Tensor) -> Tensor:
     return ((start <= position) & (position < start + size)).to(like.dtype) / size
 
 
-# ----------------------------------------------------------------------------------------------------------
-# DFT*: what each step trains, with the classifiers of all steps (arXiv 2508.04267)
-# ----------------------------------------------------------------------------------------------------------
+# ── DFT*: what each step trains, with the classifiers of all steps (arXiv 2508.04267) ───────────────────
 
 
 def trainable_parts(step: int, steps: int) -> dict[str, Any]:
@@ -1529,9 +1454,7 @@ def trainable_parts(step: int, steps: int) -> dict[str, Any]:
     return {"body": first, "head": first, "classifiers": [number >= step for number in range(steps)]}
 
 
-# ----------------------------------------------------------------------------------------------------------
-# SATS: transfer of self-attention (arXiv 2203.07667)
-# ----------------------------------------------------------------------------------------------------------
+# ── SATS: transfer of self-attention (arXiv 2203.07667) ─────────────────────────────────────────────────
 
 
 DISTILL_OBJECTS = ("sats-selfattn", "sats-selfattn-GP", "sats-selfattn-NP", "sats-feature-CNN")
@@ -1621,9 +1544,7 @@ def _query_grid(length: int, label_size: Sequence[int]) -> tuple[int, int]:
     return height, length // height
 
 
-# ----------------------------------------------------------------------------------------------------------
-# EWF: fusion of old and new weights (Xiao et al., CVPR 2023)
-# ----------------------------------------------------------------------------------------------------------
+# ── EWF: fusion of old and new weights (Xiao et al., CVPR 2023) ─────────────────────────────────────────
 
 
 @torch.no_grad()
@@ -1661,9 +1582,7 @@ def fuse_weights(
     return fused | {n: torch.where(c >= least, fused[n], new_state[n]) for n, c in changes.items()}
 
 
-# ----------------------------------------------------------------------------------------------------------
-# LGKD: label-guided distillation (Yang et al., ICCV 2023)
-# ----------------------------------------------------------------------------------------------------------
+# ── LGKD: label-guided distillation (Yang et al., ICCV 2023) ────────────────────────────────────────────
 
 
 class LabelGuidedKnowledgeDistillationLoss(nn.Module):
@@ -1700,9 +1619,7 @@ class LabelGuidedKnowledgeDistillationLoss(nn.Module):
         return _reduce(loss, self.reduction, valid.sum())
 
 
-# ----------------------------------------------------------------------------------------------------------
-# NeST: new classifiers as a learnt transformation of the old ones (arXiv 2407.14142)
-# ----------------------------------------------------------------------------------------------------------
+# ── NeST: new classifiers as a learnt transformation of the old ones (arXiv 2407.14142) ─────────────────
 
 
 class ImportanceMatrices:
@@ -1836,9 +1753,7 @@ def _ratio(length: Tensor, divisor: Tensor) -> Tensor:
     return torch.where(divisor > 0, length / divisor, 0.0)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# DKD: decomposed knowledge distillation (Baek et al., NeurIPS 2022)
-# ----------------------------------------------------------------------------------------------------------
+# ── DKD: decomposed knowledge distillation (Baek et al., NeurIPS 2022) ──────────────────────────────────
 # One sigmoid per foreground class. Channel 0 of the logits is no class (the auxiliary channel), so that a
 # class's channel is its index; a pixel is background where no sigmoid is above 0.5.
 
@@ -2028,9 +1943,7 @@ def exemplar_labels(
     return torch.where((labels == 0) & (largest >= threshold), index + 1, labels.long())
 
 
-# ----------------------------------------------------------------------------------------------------------
-# STAR: replay of features from statistics (Chen et al., NeurIPS 2023)
-# ----------------------------------------------------------------------------------------------------------
+# ── STAR: replay of features from statistics (Chen et al., NeurIPS 2023) ────────────────────────────────
 # One sigmoid per foreground class, as in DKD; channel c of the logits is class c + 1.
 
 

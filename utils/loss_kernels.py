@@ -63,19 +63,14 @@ def _without_autocast() -> torch.autocast:
     return torch.autocast(device_type="cpu", enabled=False)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# MiB and LwF
-# ----------------------------------------------------------------------------------------------------------
-
-
-def unbiased_cross_entropy(inputs: Tensor, targets: Tensor, classes_old: int, ignore_index: int) -> Tensor:
-    """B×C×H×W float32, B×H×W int64 → B×H×W."""
-    loss: Tensor = _UnbiasedCrossEntropy.apply(inputs, targets, classes_old, ignore_index)
-    return loss
+# ── MiB and LwF ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 class _UnbiasedCrossEntropy(torch.autograd.Function):
-    """Map of the unbiased cross-entropy, block by block; the backward pass recomputes the softmax."""
+    """Map of the unbiased cross-entropy, block by block: B×C×H×W float32, B×H×W int64 → B×H×W.
+
+    The backward pass recomputes the softmax.
+    """
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, targets: Tensor, classes_old: int, ignore_index: int) -> Tensor:
@@ -124,14 +119,11 @@ class _UnbiasedCrossEntropy(torch.autograd.Function):
         return grad_inputs, None, None, None
 
 
-def distillation(inputs: Tensor, targets: Tensor, alpha: float, unbiased: bool) -> Tensor:
-    """B×C×H×W and B×C_old×H×W float32 → B×H×W."""
-    loss: Tensor = _Distillation.apply(inputs, targets, alpha, unbiased)
-    return loss
+unbiased_cross_entropy = _UnbiasedCrossEntropy.apply
 
 
 class _Distillation(torch.autograd.Function):
-    """Map of −Σ_c softmax(αt)_c · log q_c / C_old, block by block.
+    """Map of −Σ_c softmax(αt)_c · log q_c / C_old, block by block: B×C×H×W, B×C_old×H×W float32 → B×H×W.
 
     ``unbiased=False``: q is the student's softmax over the old classes. ``unbiased=True``: over all classes,
     and q_0 is the probability of the background and the new classes together.
@@ -184,6 +176,9 @@ class _Distillation(torch.autograd.Function):
         return grad_inputs, None, None, None
 
 
+distillation = _Distillation.apply
+
+
 def _sharpened_softmax(logits: Tensor, alpha: float) -> Tensor:
     return F.softmax(logits if alpha == 1.0 else logits * alpha, dim=1)
 
@@ -195,17 +190,7 @@ def _log_background_and_new(logits: Tensor, old: int) -> Tensor:
     return torch.logaddexp(logits[:, 0], torch.logsumexp(logits[:, old:], dim=1))
 
 
-# ----------------------------------------------------------------------------------------------------------
-# SDR
-# ----------------------------------------------------------------------------------------------------------
-
-
-def class_statistics(
-    features: Tensor, prototypes: Tensor, one_hot: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor]:
-    """B×D×N, C×D, B×C×N, C → scalar, C×D."""
-    distances, sums = _ClassStatistics.apply(features, prototypes, one_hot, weights)
-    return distances, sums
+# ── SDR ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class _ClassStatistics(torch.autograd.Function):
@@ -243,18 +228,14 @@ class _ClassStatistics(torch.autograd.Function):
         return grad, None, None, None
 
 
-def max_ratio(
-    features: Tensor, groups: Tensor, number: int, shrinking: str, eps: float
-) -> tuple[Tensor, Tensor]:
-    """B×D×h×w, B×h×w → two maps B×h×w."""
-    ratio, summed = _MaxRatio.apply(features, groups, number, shrinking, eps)
-    return ratio, summed
+class_statistics = _ClassStatistics.apply
 
 
 class _MaxRatio(torch.autograd.Function):
     """Σ_d shrink(g_d) / (Σ_d g_d + ε) with g = f / (maximum of the position's group + ε): two maps B×h×w.
 
-    The second map, Σ_d g_d, has no gradient. Positions that share the maximum share its gradient equally.
+    Features B×D×h×w, groups B×h×w. The second map, Σ_d g_d, has no gradient. Positions that share the
+    maximum share its gradient equally.
     """
 
     @staticmethod
@@ -320,9 +301,10 @@ class _MaxRatio(torch.autograd.Function):
         return grad_features, None, None, None, None
 
 
-# ----------------------------------------------------------------------------------------------------------
-# PLOP
-# ----------------------------------------------------------------------------------------------------------
+max_ratio = _MaxRatio.apply
+
+
+# ── PLOP ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def nested(maps: Tensor, scales: Sequence[int]) -> bool:
@@ -332,16 +314,8 @@ def nested(maps: Tensor, scales: Sequence[int]) -> bool:
     return height == width and width % finest == 0 and all(finest % scale == 0 for scale in scales)
 
 
-def local_pod_distance(
-    old: Tensor, new: Tensor, prepro: str, order: int, levels: list[tuple[int, float]]
-) -> Tensor:
-    """B×D×h×h twice, with ``nested`` grids → B."""
-    distance: Tensor = _LocalPODDistance.apply(old, new, prepro, order, levels)
-    return distance
-
-
 class _LocalPODDistance(torch.autograd.Function):
-    """Distance of local POD without ``norm``, for ``nested`` grids: B.
+    """Distance of local POD without ``norm``, for ``nested`` grids: B×D×h×h twice → B.
 
     Pooling is linear, and the means of a coarse cell are means of the finest cells' means. The forward pass
     pools the difference of the preprocessed maps once, for the finest grid, and computes the gradient of all
@@ -383,6 +357,9 @@ class _LocalPODDistance(torch.autograd.Function):
             out.unflatten(2, (cells, -1)).add_((columns[place] * by)[:, :, :, None])
             multiply(out, new[place])
         return None, grad_new, None, None, None
+
+
+local_pod_distance = _LocalPODDistance.apply
 
 
 def _level_powers(fine: Tensor, levels: list[tuple[int, float]], order: int) -> tuple[Tensor, Tensor]:
@@ -447,14 +424,8 @@ def _means(maps: Tensor, axis: int, parts: int) -> Tensor:
     return maps.unflatten(axis, (parts, -1)).mean(dim=axis + 1)
 
 
-def channel_by_channel(old: Tensor, new: Tensor, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """``function(old, new)``, which works on each channel separately: B×D×h×w twice → B×D."""
-    result: Tensor = _ChannelByChannel.apply(old, new, function)
-    return result
-
-
 class _ChannelByChannel(torch.autograd.Function):
-    """A function of each channel of two maps, computed for a block of channels at a time.
+    """A function of each channel of two maps, B×D×h×w twice → B×D, for a block of channels at a time.
 
     The function takes b×n×h×w twice and returns b×n. It is recomputed in the backward pass, so only the
     gradient is allocated at the size of the maps.
@@ -480,3 +451,6 @@ class _ChannelByChannel(torch.autograd.Function):
                 value = ctx.function(ctx.old[place], leaf)
             grad_new[place] = torch.autograd.grad(value, leaf, grad[place])[0]
         return None, grad_new, None
+
+
+channel_by_channel = _ChannelByChannel.apply

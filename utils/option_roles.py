@@ -55,11 +55,7 @@ class Declaration:
     with_results: bool | None = None
 
     def must_agree_on_resume(self, keep_best: bool) -> bool:
-        """Whether a step can be resumed only with the value with which it was started.
-
-        Args:
-            keep_best: ``--keep best``: the validation chooses the weights.
-        """
+        """Whether a step can be resumed only with the value with which it was started."""
         if self.role == "evaluation":
             return keep_best
         return self.role != "incidental" and not self.compared_by_meaning

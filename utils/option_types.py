@@ -30,12 +30,7 @@ class Parser(argparse.ArgumentParser):
 class Number:
     """A number in a range; the ``type=`` of an option. Infinity and NaN are in no range.
 
-    Args:
-        kind: ``int`` or ``float``.
-        low: lower bound, included unless ``above``.
-        high: upper bound, included unless ``below``.
-        above: exclude ``low``.
-        below: exclude ``high``.
+    ``kind`` is ``int`` or ``float``; ``low`` and ``high`` are included unless ``above`` and ``below``.
     """
 
     kind: type[int] | type[float]

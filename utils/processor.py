@@ -52,15 +52,16 @@ def _quota() -> float | None:
     return None if limit in ("max", "-1") else int(limit) / int(period)
 
 
+def model_name() -> str:
+    """Model of the CPU."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text(encoding="utf-8").splitlines() if information.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
 def description() -> str:
     """CPU model, vector instructions, cores, and whether bfloat16 is native (fast)."""
-    name = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
     bfloat16 = "fast" if fast_bfloat16(torch.device("cpu")) else "slow"
     vectors = torch.backends.cpu.get_cpu_capability()
-    return f"{name}, {vectors}, bfloat16 {bfloat16}, {available_cores()} cores"
+    return f"{model_name()}, {vectors}, bfloat16 {bfloat16}, {available_cores()} cores"

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 from torch import Tensor
 
-from utils.drawing import drawable
+from utils.drawing import drawable, new_figure
 from utils.files import atomic_write
 from utils.labels import VOID
 from utils.palette import palette
@@ -93,7 +92,7 @@ def confusion_figure(confusion: Array | Tensor, class_names: Sequence[str]) -> F
     names, classes = [drawable(name) for name in class_names], len(class_names)
     # 151 names need about 0.11 inch each to be legible; with few classes each cell shows a number.
     side = 2.4 + (0.3 * classes if classes <= _NUMBERED else 0.115 * classes)
-    figure = _figure(side + 1, side)
+    figure = new_figure(side + 1, side)
     axes = figure.add_subplot()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
     figure.colorbar(image, ax=axes, label="% of the true class's pixels", fraction=0.04, pad=0.02)
@@ -103,17 +102,11 @@ def confusion_figure(confusion: Array | Tensor, class_names: Sequence[str]) -> F
     axes.tick_params(length=2 if classes <= _NUMBERED else 0, pad=2)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
-    if classes <= _NUMBERED:
-        _number_cells(axes, shares)
-    return figure
-
-
-def _number_cells(axes: Axes, shares: Array) -> None:
-    """Write percentages of at least 0.5 % into the cells of a confusion matrix."""
-    for row, column in zip(*np.nonzero(shares >= 0.5), strict=True):
+    for row, column in np.argwhere(shares >= 0.5) if classes <= _NUMBERED else ():
         share = shares[row, column]
         colour = "white" if share > 55 else "black"
         axes.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=7, color=colour)
+    return figure
 
 
 def write_samples(
@@ -122,7 +115,7 @@ def write_samples(
     targets: Sequence[Array | Tensor],
     predictions: Sequence[Array | Tensor],
     step: int,
-) -> list[Path]:
+) -> None:
     """Write sample images of a step, for reports that compare steps and methods.
 
     ``<i>_input.png``, ``<i>_truth.png`` and ``<i>_step<step>.png``, masks as overlays, the longer side at
@@ -135,13 +128,9 @@ def write_samples(
         predictions: each H×W, class ids, of the model after this step.
         step: number of the step.
 
-    Returns:
-        The paths of the files.
-
     Raises:
         UserError: a file cannot be written.
     """
-    written = []
     for index, (image, target, prediction) in enumerate(zip(images, targets, predictions, strict=True)):
         shown = {
             f"{index}_input.png": _channels_last(image),
@@ -153,8 +142,6 @@ def write_samples(
             sample.thumbnail((SAMPLE_SIDE, SAMPLE_SIDE))
             with atomic_write(folder / name, "free some space or choose another --logdir") as file:
                 sample.save(file, format="png")
-            written.append(folder / name)
-    return written
 
 
 def _grid_figure(
@@ -169,7 +156,7 @@ def _grid_figure(
     heights = [min(cell * image.shape[0] / image.shape[1], 1.5 * cell) for image in images]
     per_row = max(1, int(width * cell / 1.9))
     legend_height = 0.15 + 0.24 * math.ceil(len(shown) / per_row)
-    figure = _figure(width * cell, sum(heights) + 0.3 + legend_height)
+    figure = new_figure(width * cell, sum(heights) + 0.3 + legend_height)
     grid = figure.add_gridspec(len(images) + 1, width, height_ratios=[*heights, legend_height])
     for row, image in enumerate(images):
         cells = [image, *(overlay(image, column[row]) for column in masks.values())]
@@ -205,11 +192,6 @@ def _channels_last(image: Array | Tensor) -> Array:
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise ValueError(f"an image must be H×W×3 or 3×H×W in uint8, not {pixels.dtype} {pixels.shape}")
     return pixels
-
-
-def _figure(width: float, height: float) -> Figure:
-    """A figure that pyplot does not register: no need to close it, no display needed."""
-    return Figure(figsize=(width, height), dpi=100, layout="constrained")
 
 
 def _render(figure: Figure, path: Path | None) -> Array:

@@ -196,7 +196,7 @@ def own_lists(shared: Path) -> Iterator[list[int]]:
     """The published lists of 15-1 overlapped, the last one cut short."""
     presence = class_lists(shared / "splits/voc_train_classes.txt")
     for step in range(6):
-        indices = task_indices("voc", get_task("voc", "15-1"), step, "overlapped", presence)
+        indices = task_indices(get_task("voc", "15-1"), step, "overlapped", presence)
         yield indices[:100] if step == 5 else indices
 
 

@@ -25,7 +25,7 @@ def test_lists_log_and_changed_choices(cli: Launch, shapes_root: Path, tmp_path:
 
     task = get_task("shapes", "10-5-5")
     presence = scan_image_labels(open_dataset("shapes", shapes_root, "train").masks, progress=False)
-    lists = [task_indices("shapes", task, step, "overlapped", presence) for step in range(3)]
+    lists = [task_indices(task, step, "overlapped", presence) for step in range(3)]
     for step in (1, 2):
         content = (run_dir / f"exemplars_{step}.json").read_text(encoding="utf-8")
         pairs = json.loads(content)["exemplars"]

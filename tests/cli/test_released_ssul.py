@@ -29,7 +29,7 @@ def test_two_steps_a_test_and_predictions(cli: Launch, shapes_root: Path, tmp_pa
     for step in (0, 1):
         path = run_dir / f"15-5-shapes_run_{step}.pth"
         content = torch.load(path, weights_only=True)
-        images = task_indices("shapes", get_task("shapes", "15-5"), step, "overlapped", presence)
+        images = task_indices(get_task("shapes", "15-5"), step, "overlapped", presence)
         assert content["batches_per_epoch"] == len(images) // 4, "as many as without exemplars"
         beside = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         assert beside["manifest"]["head"] == content["manifest"]["head"] == "aspp"

@@ -292,7 +292,7 @@ def test_published_lists(capsys):
     assert capsys.readouterr().out.count("equal to the published list") == 6
 
     changed = list(image_labels)
-    changed[task_indices("voc", task, 3, "overlapped", image_labels)[0]] = frozenset({1})
+    changed[task_indices(task, 3, "overlapped", image_labels)[0]] = frozenset({1})
     assert not check_task(task, "overlapped", changed)
     out = capsys.readouterr().out
     assert "step 3: 1 classes, 490 images; differs from the published list of 491 images" in out

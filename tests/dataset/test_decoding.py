@@ -99,8 +99,8 @@ def test_pixels_without_a_defined_white_are_refused_by_training_and_check(tmp_pa
         read_image(path)
     assert "\n" not in str(caught.value)
     pair = check_pair(path, mask, num_classes=2)
-    assert [fault[0] for fault in pair.faults] == ["images without a defined black and white"]
-    assert "8-bit PNG" in pair.faults[0][1]
+    assert list(pair.faults) == ["images without a defined black and white"]
+    assert "8-bit PNG" in pair.faults["images without a defined black and white"][0]
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
@@ -164,7 +164,7 @@ def test_every_format_is_read_as_stored_and_turned_for_its_mask_alone(
         pair = check_pair(path, mask, num_classes=2)
         fits = not turned or orientation >= 5
         assert bool(pair.faults) is not fits
-        assert (pair.has_orientation, pair.turned) == (orientation > 1, turned and fits)
+        assert (pair.as_stored + pair.turned, pair.turned) == (orientation > 1, turned and fits)
 
 
 @pytest.mark.parametrize("decoder", ["torchvision", "pillow"])
@@ -348,7 +348,7 @@ def test_damaged_image_is_read_or_refused_as_the_check_says(tmp_path: Path, kind
     refused = 0
     for _ in range(100):
         path.write_bytes(damaged(data, rng))
-        unreadable = "unreadable images" in dict(check_pair(path, mask, num_classes=21).faults)
+        unreadable = "unreadable images" in check_pair(path, mask, num_classes=21).faults
         try:
             image = read_image(path)
         except DataError as error:

@@ -12,12 +12,11 @@ from hypothesis import strategies as st
 
 from dataset.exemplars import (
     Exemplar,
+    Selection,
     choose_listed,
     class_counts,
-    exemplar_origin,
     load_exemplars,
     save_exemplars,
-    select_exemplars,
 )
 from dataset.protocols import task_indices
 from tasks import get_task
@@ -40,8 +39,12 @@ def random_labels(count: int, seed: int) -> list[set[int]]:
     ]
 
 
+def select_exemplars(*inputs, **rule) -> list[Exemplar]:
+    return Selection(*inputs, **rule).choose()
+
+
 def lists_of(labels: list[set[int]], protocol: str = "overlapped") -> list[list[int]]:
-    return [task_indices("voc", TASK, step, protocol, labels) for step in range(TASK.num_steps)]
+    return [task_indices(TASK, step, protocol, labels) for step in range(TASK.num_steps)]
 
 
 @settings(deadline=None)
@@ -100,7 +103,7 @@ def test_balanced_where_the_classes_allow_it():
 def test_balance_on_voc():
     lines = (SHARED / "voc_train_classes.txt").read_text().splitlines()
     labels = [{int(word) for word in line.split()[1:]} for line in lines]
-    lists = [task_indices("voc", TASK, step, "overlapped", labels) for step in range(6)]
+    lists = [task_indices(TASK, step, "overlapped", labels) for step in range(6)]
     exemplars = select_exemplars(labels, TASK, 5, 100, 42, lists)
     counts = class_counts(exemplars, labels, TASK)
     assert len(exemplars) == 100
@@ -181,20 +184,20 @@ def test_list_on_disk(tmp_path):
     labels = random_labels(100, 3)
     lists = lists_of(labels)
     exemplars = select_exemplars(labels, TASK, 2, 10, 7, lists)
-    origin = exemplar_origin(labels, TASK, 2, 10, 7, lists)
+    origin = Selection(labels, TASK, 2, 10, 7, lists).origin()
     path = tmp_path / "run" / "exemplars_2.json"
     save_exemplars(path, exemplars, origin)
     assert load_exemplars(path, origin) == exemplars
     assert json.loads(path.read_text())["origin"]["memory"] == 10
     with pytest.raises(UserError, match="made from another rule"):
-        load_exemplars(path, exemplar_origin(labels, TASK, 2, 10, 7, lists, in_turn=True))
+        load_exemplars(path, Selection(labels, TASK, 2, 10, 7, lists, in_turn=True).origin())
 
     changed = [lists[0][1:], *lists[1:]]
     with pytest.raises(UserError, match="made from another seed, candidates"):
-        load_exemplars(path, exemplar_origin(labels, TASK, 2, 10, 8, changed))
+        load_exemplars(path, Selection(labels, TASK, 2, 10, 8, changed).origin())
     redrawn = [labels[0] ^ {1}, *labels[1:]]
     with pytest.raises(UserError, match="made from another presence"):
-        load_exemplars(path, exemplar_origin(redrawn, TASK, 2, 10, 7, lists))
+        load_exemplars(path, Selection(redrawn, TASK, 2, 10, 7, lists).origin())
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"origin": {}}', '{"origin": {}, "exemplars": [1]}'])

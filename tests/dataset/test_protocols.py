@@ -62,7 +62,9 @@ def entry_name(entry: dict) -> str:
 @pytest.mark.parametrize("entry", PUBLISHED, ids=entry_name)
 def test_published_lists_from_class_lists(entry):
     labels = class_lists(f"{entry['dataset']}_train")
-    indices = task_indices(entry["dataset"], entry["task"], entry["step"], entry["protocol"], labels)
+    indices = task_indices(
+        get_task(entry["dataset"], entry["task"]), entry["step"], entry["protocol"], labels
+    )
     assert (len(indices), list_digest(indices)) == (entry["images"], entry["sha256"])
 
 
@@ -70,7 +72,7 @@ def test_published_lists_from_class_lists(entry):
 @pytest.mark.parametrize("entry", [e for e in PUBLISHED if e["dataset"] == "voc"], ids=entry_name)
 def test_published_lists_from_real_masks(entry):
     task = get_task("voc", entry["task"])
-    indices = task_indices("voc", task, entry["step"], entry["protocol"], voc_labels("train_aug"))
+    indices = task_indices(task, entry["step"], entry["protocol"], voc_labels("train_aug"))
     expected = published_list(task, entry["step"], entry["protocol"])
     assert expected == (entry["images"], entry["sha256"])
     assert (len(indices), list_digest(indices)) == expected
@@ -94,16 +96,16 @@ def test_validation_images_that_docs_fidelity_counts():
 @needs_lists
 def test_ade_rules():
     labels = class_lists("ade_train")
-    merged = task_indices("ade", "100-50b", 1, "disjoint", labels)
-    tens = [task_indices("ade", "100-10b", step, "disjoint", labels) for step in range(1, 6)]
+    merged = task_indices(get_task("ade", "100-50b"), 1, "disjoint", labels)
+    tens = [task_indices(get_task("ade", "100-10b"), step, "disjoint", labels) for step in range(1, 6)]
     assert merged == sorted(i for indices in tens for i in indices)
-    assert task_indices("ade", "100-50", 1, "sequential", labels) == task_indices(
-        "ade", "100-50", 1, "disjoint", labels
+    assert task_indices(get_task("ade", "100-50"), 1, "sequential", labels) == task_indices(
+        get_task("ade", "100-50"), 1, "disjoint", labels
     )
     # The rule follows the classes: a task file with 100-50's steps gets 100-50's lists.
     twin = Task("mine", "ade", get_task("ade", "100-50").steps)
-    assert list_digest(task_indices("ade", twin, 0, "disjoint", labels)) == list_digest(
-        task_indices("ade", "100-50", 0, "disjoint", labels)
+    assert list_digest(task_indices(twin, 0, "disjoint", labels)) == list_digest(
+        task_indices(get_task("ade", "100-50"), 0, "disjoint", labels)
     )
 
 
@@ -202,12 +204,12 @@ def test_partitioned_lists_of_voc_are_the_published():
     """The last 75 images of class 20 in CISS's ``partitioned_15-1_train_seed0.npy``, after 10,507 draws."""
     lines = [line.split() for line in (SHARED / "splits/voc_train_classes.txt").read_text().splitlines()]
     labels = [frozenset(map(int, ids)) for _, *ids in lines]
-    indices = task_indices("voc", "15-1", 5, "partitioned", labels)
+    indices = task_indices(get_task("voc", "15-1"), 5, "partitioned", labels)
     last = [name for i in indices if (name := lines[i][0]) >= "2010_003864"]
     assert len(last) == 75
     digest = hashlib.sha256(" ".join(last).encode()).hexdigest()
     assert digest == "a30764fc834fe9f436e9d0ed4b46972275b058a66671d7cebf46008ee2901412"
-    other = task_indices("voc", "15-1", 5, "partitioned", labels, partition_seed=1)
+    other = task_indices(get_task("voc", "15-1"), 5, "partitioned", labels, partition_seed=1)
     assert other != indices
 
 
@@ -226,7 +228,7 @@ def test_unknown_protocol_and_step():
     with pytest.raises(UserError, match="--step 1: the task's steps are 0 to 0"):
         step_indices([{1}], [[0, 1]], 1, "disjoint")
     with pytest.raises(UserError, match="'19-1' has 2 steps"):
-        task_indices("voc", "19-1", 2, "overlapped", [{1}])
+        task_indices(get_task("voc", "19-1"), 2, "overlapped", [{1}])
     with pytest.raises(UserError, match="between 0 and 255"):
         step_indices([{1, 300}], [[0, 1]], 0, "disjoint")
 

@@ -122,8 +122,8 @@ def test_folders_keep_their_structure(tmp_path: Path) -> None:
     (tmp_path / "predictions").mkdir()
     (tmp_path / "predictions" / "old.png").touch()
     found = find_images(tmp_path, tmp_path)
-    assert [str(file.name) for file in found] == ["a.png", "sub/b.png", "sub/deep/c.png"]
-    assert [file.path.name for file in found] == ["a.png", "b.JPG", "c.jpeg"]
+    assert list(map(str, found)) == ["a.png", "sub/b.png", "sub/deep/c.png"]
+    assert [path.name for path in found.values()] == ["a.png", "b.JPG", "c.jpeg"]
     (tmp_path / "a.jpg").touch()
     with pytest.raises(UserError, match=r"a\.png: a\.jpg would get the same name"):
         find_images(tmp_path, tmp_path)

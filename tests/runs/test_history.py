@@ -37,15 +37,13 @@ def test_written_entries_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     first = history.progress(10, 1, {"ce": 2.0, "kd": 0.5}, lr=0.1)
     history.validation(1, 0.25)
     history.validation(1, float("nan"))
-    found = read_history(step_file(tmp_path / "run", HISTORY, 2))  # before the file is closed
+    found = read_history(step_file(tmp_path / "run", HISTORY, 2))
     assert found.entries == [first]
     assert first.losses == {"ce": 2.0, "kd": 0.5} and first.lr == 0.1 and first.epoch == 1
     assert (first.seconds, first.images_per_second) == (4.0, 80 / 4)
     (validation,) = found.validations
     assert (validation.iteration, validation.epoch, validation.miou) == (10, 1, 0.25)
     assert found.seconds == validation.seconds == 5.0
-    history.close()
-    history.close()
 
 
 def test_lap_leaves_an_evaluation_out_of_the_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,16 +60,14 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     history = HistoryWriter(tmp_path / "run", 0, enabled=False)
     assert history.progress(1, 1, {"ce": 1.0}, 0.1).losses == {"ce": 1.0}
     history.validation(1, 0.5)
-    history.close()
     assert not (tmp_path / "run").exists()
 
 
 def test_a_resumed_step_replaces_later_entries(tmp_path: Path) -> None:
     history = write(tmp_path, range(10, 60, 10), 1.0)
     history.validation(1, 0.9)
-    history.close()
     before = read_history(step_file(tmp_path, HISTORY, 0)).entries[1].seconds
-    write(tmp_path, range(35, 50, 10), 2.0, begin=20).close()
+    write(tmp_path, range(35, 50, 10), 2.0, begin=20)
     assert losses(tmp_path) == [(10, 1.0), (20, 1.0), (35, 2.0), (45, 2.0)]
     history = read_history(step_file(tmp_path, HISTORY, 0))
     assert history.validations == []
@@ -79,26 +75,25 @@ def test_a_resumed_step_replaces_later_entries(tmp_path: Path) -> None:
 
 
 def test_a_step_started_over_has_a_new_history(tmp_path: Path) -> None:
-    write(tmp_path, range(10, 60, 10), 1.0).close()
-    write(tmp_path, range(10, 20, 10), 2.0).close()
+    write(tmp_path, range(10, 60, 10), 1.0)
+    write(tmp_path, range(10, 20, 10), 2.0)
     assert losses(tmp_path) == [(10, 2.0)]
 
 
 def test_the_later_line_of_an_iteration_counts(tmp_path: Path) -> None:
     history = write(tmp_path, range(10, 30, 10), 1.0)
     history.progress(20, 1, {"ce": 3.0}, 0.1)
-    history.close()
     assert losses(tmp_path) == [(10, 1.0), (20, 3.0)]
 
 
 @pytest.mark.parametrize("cut", [1, 20, 60])
 def test_a_truncated_last_line_costs_that_line_only(tmp_path: Path, cut: int) -> None:
-    write(tmp_path, range(10, 40, 10), 1.0).close()
+    write(tmp_path, range(10, 40, 10), 1.0)
     path = step_file(tmp_path, HISTORY, 0)
     path.write_bytes(path.read_bytes()[:-cut])
     expected = [(10, 1.0), (20, 1.0), (30, 1.0)][: 3 if cut == 1 else 2]  # cut=1 loses the newline alone
     assert losses(tmp_path) == expected
-    write(tmp_path, range(40, 50, 10), 2.0, begin=30).close()
+    write(tmp_path, range(40, 50, 10), 2.0, begin=30)
     assert losses(tmp_path) == [*expected, (40, 2.0)]
 
 
@@ -117,7 +112,6 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
 history = HistoryWriter(Path(sys.argv[1]), 0)
 for iteration in range(100):
     history.progress(iteration, 1, {"ce": 1.0}, 0.1)
-history.close()
 print("done", iteration)
 """
 
@@ -150,7 +144,6 @@ def test_peak_memory_grows_with_what_is_held() -> None:
 def test_entries_are_json(tmp_path: Path) -> None:
     history = HistoryWriter(tmp_path, 0)
     entry = history.progress(1, 1, {"ce": 1.5}, 0.1)
-    history.close()
     begin, line = step_file(tmp_path, HISTORY, 0).read_text().splitlines()
     assert json.loads(begin) == {"begin": 0}
     assert json.loads(line) == asdict(entry)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from metrics.continual import summarise
-from runs.results import read_confusion, write_results
+from runs.results import read_confusion, write_confusion, write_results
 from utils.errors import UserError
 
 NAMES = ["background", "cat", "dog", "sheep"]
@@ -43,18 +43,13 @@ def test_foreign_csv_file_is_not_overwritten(tmp_path, content):
 
 def test_confusion_matrix_is_written_beside_and_read(tmp_path):
     confusion, names = torch.tensor([[6, 2], [0, 8]]), ["background", "cat, or dog"]
-    results = summarise(confusion, names)
-    written = write_results(
-        tmp_path, results, step=0, num_classes=2, csv_name="a.csv", confusion=confusion, class_names=names
-    )
-    assert written[2] == tmp_path / "confusion_0.csv"
-    counts, read = read_confusion(written[2])
+    written = write_confusion(tmp_path, 0, confusion, names)
+    assert written == tmp_path / "confusion_0.csv"
+    counts, read = read_confusion(written)
     assert counts.tolist() == confusion.tolist() and read == names
     for broken in ("", "x,a,b\na,1,2\n", "x,a\na,z\n"):
-        written[2].write_text(broken)
+        written.write_text(broken)
         with pytest.raises(UserError, match=r"confusion_0\.csv: "):
-            read_confusion(written[2])
+            read_confusion(written)
     with pytest.raises(ValueError, match="1 class names"):
-        write_results(
-            tmp_path, results, step=0, num_classes=2, csv_name="a.csv", confusion=confusion, class_names=["a"]
-        )
+        write_confusion(tmp_path, 0, confusion, ["a"])

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from runs.files import CHECKPOINT, EXEMPLARS, MANIFEST, RESULTS, checkpoint_path, step_file, step_files
+from runs.files import CHECKPOINT, EXEMPLARS, MANIFEST, RESULTS, run_folder, step_file, step_files
 
 
 def test_published_name():
-    path = checkpoint_path(Path("logs/19-1"), "19-1", "voc", "FT", 0)
+    path = step_file(run_folder(Path("logs/19-1"), "19-1", "voc", "FT"), CHECKPOINT, 0)
     assert path == Path("logs/19-1/19-1-voc_FT/19-1-voc_FT_0.pth")
 
 

@@ -18,8 +18,8 @@ from dataset.incremental import Entry, IncrementalDataset, SampleKey
 from dataset.shapes import open_shapes
 from dataset.transforms import eval_transform, train_transform
 from run import main
+from runs.folder import RunFolder
 from session.cached import Cache, weights_digest
-from session.folder import RunFolder
 from session.training import StepTraining
 from utils.distributed import World
 from utils.signals import Stopped

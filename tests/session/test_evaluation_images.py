@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from argparser import parse_options
 from dataset.loaders import Tolerance
 from dataset.step_data import EvaluationData
+from runs.folder import RunFolder
 from session.evaluation import Evaluation
-from session.folder import RunFolder
 from session.run import Run
 from session.tensorboard import RunLogger
 from train import Precision

@@ -12,7 +12,7 @@ import torch
 
 from argparser import parse_options
 from dataset.loaders import Tolerance
-from session.folder import RunFolder
+from runs.folder import RunFolder
 from session.monitor import Monitor
 from session.run import Run
 from train import NonFiniteLoss
@@ -28,7 +28,6 @@ def monitor(folder: Path, *, interval: int, batches: int) -> Monitor:
 
 
 def reported(made: Monitor) -> list[tuple[int, float]]:
-    made.close()
     lines = (made.history._path).read_text(encoding="utf-8").splitlines()
     entries: list[dict[str, Any]] = [json.loads(line) for line in lines]
     return [(entry["iteration"], entry["losses"]["ce"]) for entry in entries if "losses" in entry]

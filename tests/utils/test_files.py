@@ -119,7 +119,7 @@ def test_a_file_system_without_locks_is_no_other_run(tmp_path, monkeypatch, name
     lock = FolderLock(tmp_path / "run")
     assert lock.warning is not None and f"has no locks ({os.strerror(number)})" in lock.warning
     assert str(os.getpid()) in (tmp_path / "run" / ".lock").read_text()
-    lock.release()
+    del lock
 
 
 @pytest.mark.skipif(files.fcntl is None, reason="file locks need POSIX")

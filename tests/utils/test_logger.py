@@ -36,7 +36,7 @@ def plain_logging():
 
 def test_rank_0_writes_to_stdout_and_appends_to_the_file(tmp_path, capsys):
     for word in ("first", "second"):
-        setup_logging(MAIN, tmp_path / "run")
+        setup_logging(MAIN, tmp_path / "run" / "train.log")
         log = logging.getLogger("dataset.voc")
         log.info("%s line", word)
         log.debug("hidden")
@@ -50,7 +50,7 @@ def test_rank_0_writes_to_stdout_and_appends_to_the_file(tmp_path, capsys):
 
 
 def test_debug_lines_and_warnings(tmp_path, capsys):
-    setup_logging(MAIN, tmp_path, debug=True)
+    setup_logging(MAIN, tmp_path / "train.log", debug=True)
     logging.getLogger("train").debug("shown")
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -61,7 +61,7 @@ def test_debug_lines_and_warnings(tmp_path, capsys):
 
 
 def test_other_ranks_only_warn_on_stderr(tmp_path, capsys):
-    setup_logging(OTHER, tmp_path / "run")
+    setup_logging(OTHER, tmp_path / "run" / "train.log")
     logging.getLogger("train").info("hidden")
     logging.getLogger("train").warning("seen")
     captured = capsys.readouterr()
@@ -74,17 +74,16 @@ def test_other_ranks_only_warn_on_stderr(tmp_path, capsys):
 def test_log_file_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"train\.log: cannot be written .*--logdir"):
-        setup_logging(MAIN, tmp_path / "file")
+        setup_logging(MAIN, tmp_path / "file" / "train.log")
     with pytest.raises(UserError, match="cannot be written"):
         RunLogger(MAIN, tmp_path / "file" / "step_0")
 
 
 def test_tensorboard_events(tmp_path):
     board = RunLogger(MAIN, tmp_path)
-    board.scalar("lr", 0.5, 3)
-    board.scalar("nothing", math.nan, 3)
+    board.scalars({"lr": 0.5, "nothing": math.nan}, 3)
     board.scalars({"loss/ce": 1.0, "loss/kd": 2.0}, 4)
-    board.text("options", "a **text**")
+    board.options({"a": "text"})
     board.image("picture", np.zeros((4, 6, 3), dtype=np.uint8), 5)
     board.close()
     board.close()
@@ -135,7 +134,7 @@ def test_course_options_and_results_in_tensorboard(tmp_path):
 def test_a_curve_that_begins_again_hides_what_stood_there(tmp_path):
     for purge_step in (0, 3):
         board = RunLogger(MAIN, tmp_path, purge_step=purge_step)
-        board.scalar("lr", 0.5, 4)
+        board.scalars({"lr": 0.5}, 4)
         board.close()
     begun = [event.step for event in events(tmp_path) if event.session_log.status == SessionLog.START]
     assert begun == [0, 3]
@@ -144,11 +143,9 @@ def test_a_curve_that_begins_again_hides_what_stood_there(tmp_path):
 @pytest.mark.parametrize(("world", "enabled"), [(OTHER, True), (MAIN, False)])
 def test_tensorboard_elsewhere_or_off_does_nothing(tmp_path, world, enabled):
     board = RunLogger(world, tmp_path / "run", enabled=enabled)
-    board.scalar("lr", 0.5, 1)
-    board.scalars({"a": 1.0}, 1)
+    board.scalars({"lr": 0.5}, 1)
     board.results(summarise(np.eye(2), ["a", "b"]), 1, np.eye(2))
-    board.text("a", "b")
-    board.figure("a", None, 1)
+    board.options({"a": "b"})
     board.image("a", None, 1)
     board.close()
     assert not (tmp_path / "run").exists()

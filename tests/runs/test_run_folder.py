@@ -13,8 +13,8 @@ from torch import nn
 
 from argparser import parse_options
 from inference.load import load_model, model_from_checkpoint
+from runs.folder import RunFolder
 from runs.options import write_run_options
-from session.folder import RunFolder
 from utils.distributed import World
 from utils.errors import UserError
 

@@ -71,14 +71,7 @@ def has_same_batches(
     fingerprint: Mapping[str, Any],
     batches_per_epoch: int,
 ) -> bool:
-    """Whether the epoch of a checkpoint has the same images in the same order as this run's.
-
-    Args:
-        content: of the checkpoint.
-        options: this run's, in JSON types.
-        fingerprint: this run's.
-        batches_per_epoch: this run's.
-    """
+    """Whether the epoch of a checkpoint has the same images in the same order as this run's."""
     saved, known = saved_options(content), content.get("facts", {})
     decide = ("total batch", "list of training images", "names of the training images")
     return (

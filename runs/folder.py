@@ -20,7 +20,7 @@ from runs.checkpoint import (
 from runs.files import CHECKPOINT, RESULTS, run_folder, step_file
 from runs.options import read_run_options
 from runs.released import companion
-from session.resume import differences, is_trained, job_id, restarted
+from runs.resume import differences, is_trained, job_id, restarted
 from utils import distributed
 from utils.distributed import World
 from utils.errors import UserError
@@ -71,10 +71,6 @@ class Start:
 
 class RunFolder:
     """Files of a run.
-
-    Args:
-        opts: checked options.
-        world: this process.
 
     Attributes:
         path: ``<logdir>/<task>-<dataset>_<name>``.
@@ -196,11 +192,8 @@ class RunFolder:
         content = self.load(path, step)
         if self.opts.resume == "fresh":
             return content if content.get("job") == job_id() != "" else None
-        return content if self._is_own(content) else None
-
-    def _is_own(self, content: dict[str, Any]) -> bool:
-        """Whether a run with the same ``--ckpt`` wrote it."""
-        return bool(saved_options(content).get("ckpt") == self.options["ckpt"])
+        # Of a run with another --ckpt it is not this run's.
+        return content if saved_options(content).get("ckpt") == self.options["ckpt"] else None
 
     def differences(self, content: dict[str, Any], fingerprint: dict[str, Any]) -> list[str]:
         """Differences between a checkpoint's options and fingerprint and this run's; see ``differences``."""
