@@ -144,8 +144,8 @@ class StepNetworks:
         context.model.intermediates = needs  # type: ignore[assignment]
         if context.model_old is not None:
             context.model_old.intermediates = teacher  # type: ignore[assignment]
-            if not any(method.uses_teacher for method in methods.values()):
-                context.model_old = None  # no method uses it: save its forward pass
+            if not any(method.needs_teacher or method.uses_teacher for method in methods.values()):
+                context.model_old = None  # no method reads it: save its memory
         for method in methods.values():
             call_hook(method, "begin_step", context)
         self.own_modules = self.precision.cast(collect_modules(methods, context).to(context.device))
