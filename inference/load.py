@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import logging
 from argparse import Action
 from collections.abc import Mapping
@@ -10,11 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from argparser import Options, build_parser, declarations, declared, with_implied
+from argparser import Options, build_parser, declarations, declared, option_defaults, with_implied
 from dataset import class_names
 from methods.checks import preset_fault
 from modules import NetworkSpec
-from runs.checkpoint import check_fits, load_checkpoint, model_state, saved_options, with_current_names
+from runs.checkpoint import (
+    check_fits,
+    load_checkpoint,
+    model_state,
+    network_shown,
+    saved_options,
+    with_current_names,
+)
 from segmentation_module import IncrementalSegmentationModule, load_state, make_model
 from tasks import DATASETS, Task
 from utils.errors import UserError
@@ -51,8 +59,8 @@ class TrainedNetwork:
 def model_from_checkpoint(path: Path, opts: Options) -> TrainedNetwork:
     """Rebuild the network of a checkpoint.
 
-    Typed options override the manifest, and must fit the weights. A checkpoint without manifest (e.g. a
-    released one) needs ``--task``, ``--step`` and the network's options typed.
+    Typed options override the manifest, and must fit the weights. A checkpoint without manifest needs
+    ``--task`` and ``--step`` typed, and one that is not a released program's also the network's options.
 
     Args:
         path: file of the checkpoint.
@@ -67,6 +75,10 @@ def model_from_checkpoint(path: Path, opts: Options) -> TrainedNetwork:
     task, step = _task_and_step(opts, content, path)
     opts.task_, opts.task, opts.dataset = task, task.name, task.dataset
     opts.step, opts.steps = [str(step)], [step]
+    known = len(opts.notes)
+    opts = with_network_of(content, opts, path, task, step)
+    for note in opts.notes[known:]:
+        log.info(note)
     try:
         spec = NetworkSpec.of(opts)
     except UserError as error:
@@ -100,6 +112,44 @@ def load_model(
     return model
 
 
+def with_network_of(
+    content: Mapping[str, Any], opts: Options, path: Path, task: Task, step: int, *, trains: bool = False
+) -> Options:
+    """A copy of the options with what the weights of a released checkpoint show, and a note about it.
+
+    Options that were typed, or set by a method, stay as they are, and must fit.
+
+    Args:
+        content: of ``load_checkpoint``.
+        opts: checked options.
+        path: of the checkpoint, for the note.
+        task: class order.
+        step: of the checkpoint.
+        trains: the kind of classifier and ``--fidelity`` stay too: they belong to the run's methods.
+    """
+    shown = network_shown(content, task, step)
+    if shown.pop("released_resnet", False):
+        shown["fidelity"] = "released"
+    in_place = opts.opt_level != "O3" and importlib.util.find_spec("inplace_abn") is not None
+    if shown.get("norm_act") == "sync":
+        del shown["norm_act"]  # the weights of std
+    elif shown.get("norm_act") == "iabn_sync" and not in_place:
+        shown["norm_act"] = "iabn_sync_test"  # computes the same without inplace-abn, which has no bfloat16
+    usual = option_defaults()
+    taken = {
+        name: value
+        for name, value in shown.items()
+        if name not in opts.typed and getattr(opts, name) == usual[name] != value
+        if not (trains and name in ("classifier", "fidelity"))
+    }
+    completed = copy.copy(opts)
+    vars(completed).update(taken)
+    if taken:
+        listed = ", ".join(f"{name}={value}" for name, value in taken.items())
+        completed.notes = [*opts.notes, f"options from {path}: {listed}"]
+    return completed
+
+
 def _completed(opts: Options, saved: Mapping[str, Any], path: Path) -> Options:
     """A copy of the options in which the manifest's values replace those that were not typed."""
     completed = copy.copy(opts)
@@ -129,9 +179,9 @@ def _task_and_step(opts: Options, content: Mapping[str, Any], path: Path) -> tup
     if manifest is None:
         if typed_task is None or typed_step is None:
             raise UserError(
-                f"{path}: has no manifest; type --dataset, --task and --step, and "
-                "--model, --backbone, --norm_act, --head, --two_branches, --decoder, --classifier and "
-                "--fidelity where they differ from the defaults"
+                f"{path}: has no manifest; type --dataset, --task and --step, and, unless it is a released "
+                "program's, --model, --backbone, --norm_act, --head, --two_branches, --decoder, --classifier "
+                "and --fidelity where they differ from the defaults"
             )
         return typed_task, typed_step
     if not isinstance(manifest, Mapping):

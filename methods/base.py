@@ -157,7 +157,7 @@ class Method:
 
     @property
     def uses_teacher(self) -> bool:
-        """Whether the teacher's forward pass is needed for this method."""
+        """Whether the teacher is run on every batch; False also where only its weights are read."""
         return self.needs_teacher or bool(self.teacher_needs)
 
     @classmethod

@@ -73,7 +73,7 @@ class DecomposedDistillation(ForegroundMethod):
         self.kd, self.dkd = kd, dkd
         self.auxiliary = AuxiliaryLoss()
         self.distillation = SigmoidDistillationLoss()
-        self.decomposed = {s: DecomposedDistillationLoss(s, fidelity) for s in ("positive", "negative")}
+        self.decomposed = DecomposedDistillationLoss("both", fidelity)
 
     @classmethod
     def add_options(cls, group: OptionGroup) -> None:
@@ -118,8 +118,8 @@ class DecomposedDistillation(ForegroundMethod):
             terms["kd"] = self.kd * self.distillation(batch.outputs, batch.outputs_old)
             features = batch.features["pre_logits"], batch.features_old["pre_logits"]
             weights = _foreground(self.model.cls.parts[:-1]), _foreground(self.model_old.cls.parts)
-            for sign, criterion in self.decomposed.items():
-                terms[f"dkd_{sign}"] = self.dkd * criterion(*features, *weights)
+            positive, negative = self.dkd * self.decomposed(*features, *weights)
+            terms |= {"dkd_positive": positive, "dkd_negative": negative}
         return terms
 
 

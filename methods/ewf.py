@@ -14,6 +14,11 @@ class EndpointWeightFusion(Method):
 
     needs_teacher = True
 
+    @property
+    def uses_teacher(self) -> bool:
+        """Only its weights, after the step: its forward pass is not needed."""
+        return False
+
     @classmethod
     def add_options(cls, group: OptionGroup) -> None:
         """``--ewf``, in the released program ``--weight_fusion``."""

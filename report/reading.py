@@ -17,7 +17,7 @@ from typing import Any
 from metrics.continual import Array
 from runs.files import CONFUSION, HISTORY, OPTIONS, RESULTS, SAMPLES, step_file, step_files
 from runs.history import StepHistory, read_history
-from runs.options import read_run_options
+from runs.options import base_folder, read_run_options
 from runs.results import read_confusion
 from tasks import DATASETS, Task, get_task
 from utils.errors import UserError
@@ -252,7 +252,7 @@ def read_run(folder: Path) -> Run:
     results = read_results(folder)
     histories = {step: read_history(path) for step, path in step_files(folder, HISTORY).items()}
     taken_over: dict[int, str] = {}
-    base = _base_folder(folder, options)
+    base = base_folder(folder, options)
     if base is not None:
         first = min([*results, *histories], default=0)
         for step, content in read_results(base).items():
@@ -304,16 +304,4 @@ def _published_task(dataset: str, task: str) -> Task | None:
             return get_task(dataset, task)
         except UserError:  # a task from the user's --task_file
             pass
-    return None
-
-
-def _base_folder(folder: Path, options: dict[str, Any]) -> Path | None:
-    """Folder of the run whose first step this run continues (``--step_ckpt``), if it exists."""
-    if not options.get("step_ckpt"):
-        return None
-    named = Path(options["step_ckpt"]).parent
-    # The path is relative to the run's working directory; runs of one experiment share a parent folder.
-    for candidate in (named, folder.parent / named.name):
-        if candidate.is_dir() and candidate.resolve() != folder.resolve():
-            return candidate
     return None

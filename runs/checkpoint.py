@@ -420,18 +420,37 @@ def _network_misfits(manifest: Mapping[str, Any], spec: NetworkSpec) -> list[str
     return misfits
 
 
-def _classifier_misfits(state: Mapping[str, Tensor], task: Task, step: int, spec: NetworkSpec) -> list[str]:
-    def widths_of(kind: str) -> dict[str, int]:
-        with torch.device("meta"):  # names and sizes only, without drawing weights
-            made = classifier_kind(kind)(256, task.classes_per_step(step), task.later_classes_per_step(step))
-        return _widths({f"cls.{name}": tensor for name, tensor in made.state_dict().items()})
+def network_shown(content: Mapping[str, Any], task: Task, step: int) -> dict[str, str | bool]:
+    """What the weights of a released checkpoint say about its network, by the fields of ``NetworkSpec``.
 
-    found, wanted = _widths(state), widths_of(spec.classifier)
+    ``classifier`` only where a single kind has these parts. Empty for other checkpoints.
+
+    Args:
+        content: of ``load_checkpoint``.
+        task: class order.
+        step: of the checkpoint.
+    """
+    if "manifest" in content or not (shown := network_of(_unwrapped(content))):
+        return {}
+    found = _widths(model_state(content))
+    kinds = [kind for kind in classifier_names() if _widths_of(kind, task, step) == found]
+    return shown | ({"classifier": kinds[0]} if len(kinds) == 1 else {})
+
+
+def _classifier_misfits(state: Mapping[str, Tensor], task: Task, step: int, spec: NetworkSpec) -> list[str]:
+    found, wanted = _widths(state), _widths_of(spec.classifier, task, step)
     if not found or found == wanted:
         return []
-    alike = [kind for kind in classifier_names() if widths_of(kind) == found]
+    alike = [kind for kind in classifier_names() if _widths_of(kind, task, step) == found]
     hint = f" (as many with --classifier {' or '.join(alike)})" if alike else ""
     return [f"it has {_sum(found)} classes, step {step} has {_sum(wanted)}{hint}"]
+
+
+def _widths_of(kind: str, task: Task, step: int) -> dict[str, int]:
+    """``_widths`` of a kind of classifier at a step."""
+    with torch.device("meta"):  # names and sizes only, without drawing weights
+        made = classifier_kind(kind)(256, task.classes_per_step(step), task.later_classes_per_step(step))
+    return _widths({f"cls.{name}": tensor for name, tensor in made.state_dict().items()})
 
 
 def _widths(state: Mapping[str, Tensor]) -> dict[str, int]:

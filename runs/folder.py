@@ -18,7 +18,7 @@ from runs.checkpoint import (
     with_current_names,
 )
 from runs.files import CHECKPOINT, RESULTS, run_folder, step_file
-from runs.options import read_run_options
+from runs.options import base_folder, read_run_options
 from runs.released import companion
 from runs.resume import differences, is_trained, job_id, restarted
 from utils import distributed
@@ -83,6 +83,8 @@ class RunFolder:
         self.world = world
         self.path: Path = run_folder(opts.logdir, opts.task, opts.dataset, opts.name)
         self.options = opts.as_json()
+        if opts.step_ckpt is not None:  # a later command may run in another working directory
+            self.options["step_ckpt"] = str(opts.step_ckpt.absolute())
         self.spec = NetworkSpec.of(opts)
 
     def checkpoint(self, step: int) -> Path:
@@ -222,12 +224,12 @@ class RunFolder:
         Results of the steps before this run's first are read from the folder of the checkpoint that it
         started from (``--step_ckpt``, of this command or of the one that trained the first step).
         """
-        first, base = self._origin()
+        first, folder = self._origin()
         found: dict[int, dict[str, Any]] = {}
         for earlier in range(step):
             path = self.results(earlier)
-            if base is not None and earlier < first:
-                path = base.parent / path.name
+            if folder is not None and earlier < first:
+                path = folder / path.name
             try:
                 content = json.loads(path.read_text(encoding="utf-8"))
                 found[earlier] = {"class_iou": dict(content["class_iou"]), "miou_all": content["miou_all"]}
@@ -239,13 +241,12 @@ class RunFolder:
         return found
 
     def _origin(self) -> tuple[int, Path | None]:
-        """First step of this run, and the checkpoint of another run from which it started, if any."""
+        """First step of this run, and the folder of the run from whose checkpoint it started, if any."""
         if self.opts.step_ckpt is not None:
-            return self.opts.steps[0], self.opts.step_ckpt
+            return self.opts.steps[0], self.opts.step_ckpt.parent
         try:
             by_step = read_run_options(self.path).by_step
         except UserError:  # a damaged run.json, which the start of the training has reported
             by_step = {}
         first = min(by_step, default=0)
-        recorded = by_step[first].get("step_ckpt") if by_step else None
-        return first, None if recorded is None else Path(recorded)
+        return first, base_folder(self.path, by_step.get(first, {}))

@@ -99,6 +99,24 @@ def read_run_options(run_dir: Path) -> RunOptions:
     return RunOptions()
 
 
+def base_folder(run_dir: Path, options: Mapping[str, Any]) -> Path | None:
+    """Folder of the run from whose checkpoint a run started (``--step_ckpt``), if it exists.
+
+    Args:
+        run_dir: folder of the run.
+        options: of the run, or of its first step, as JSON types.
+    """
+    if not options.get("step_ckpt"):
+        return None
+    named = Path(options["step_ckpt"]).parent
+    # Folders may have been moved, and earlier versions wrote the path as typed, relative to the run's working
+    # directory; runs of one experiment share a parent folder.
+    for candidate in (named, run_dir.parent / named.name):
+        if candidate.is_dir() and candidate.resolve() != run_dir.resolve():
+            return candidate
+    return None
+
+
 def _from_json(content: dict[str, Any]) -> RunOptions:
     options = dict(content["options"])
     by_step = {int(step): dict(each) for step, each in content.get("options_by_step", {}).items()}

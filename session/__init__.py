@@ -14,7 +14,8 @@ import torch
 from argparser import Options
 from dataset.loaders import Tolerance
 from dataset.step_data import DataSpec, evaluation_data
-from inference.load import load_model
+from inference.load import load_model, with_network_of
+from runs.checkpoint import load_checkpoint, save_id
 from runs.files import LOG
 from runs.folder import RunFolder
 from runs.options import write_run_options
@@ -39,6 +40,7 @@ class Session:
     """
 
     def __init__(self, opts: Options, world: World) -> None:
+        opts = _with_network_of_file(opts)
         folder = RunFolder(opts, world)
         self.run = Run(opts, world, folder, StopRequest().listen(), Tolerance(opts.skip_corrupt))
         if opts.deterministic:
@@ -96,3 +98,12 @@ class Session:
         log.info("testing %s on %d images", path, len(data.test))
         metrics = evaluation.run(precision.place(model), data.test, len(data.class_names), precision)
         evaluation.report(step, data, metrics)
+
+
+def _with_network_of_file(opts: Options) -> Options:
+    """The options, with what a released program's file, ``--ckpt`` or ``--step_ckpt``, shows."""
+    first = opts.steps[0]
+    path, step = (opts.step_ckpt, first - 1) if opts.ckpt is None else (opts.ckpt, first)
+    if path is None or not path.is_file() or save_id(path) is not None:
+        return opts
+    return with_network_of(load_checkpoint(path), opts, path, opts.task_, step, trains=not opts.test)

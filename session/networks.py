@@ -177,7 +177,7 @@ def begin_methods(
 ) -> None:
     """Pass the previous step's states to the methods, request intermediates, call ``begin_step``.
 
-    A teacher that no method uses is dropped, which saves its forward pass, unless ``keep_teacher``.
+    A teacher that no method reads is dropped, which saves its memory, unless ``keep_teacher``.
     """
     for name, method in methods.items():
         if name in state:
@@ -187,7 +187,8 @@ def begin_methods(
     context.model.intermediates = needs  # type: ignore[assignment]
     if context.model_old is not None:
         context.model_old.intermediates = teacher  # type: ignore[assignment]
-        if not (keep_teacher or any(method.uses_teacher for method in methods.values())):
+        read = any(method.needs_teacher or method.uses_teacher for method in methods.values())
+        if not (keep_teacher or read):
             context.model_old = None
     for method in methods.values():
         call_hook(method, "begin_step", context)

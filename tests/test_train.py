@@ -174,10 +174,12 @@ def test_wrong_options_of_methods_are_named(words: list[str], message: str) -> N
 
 
 def test_the_teacher_runs_only_for_a_method_that_looks_at_it() -> None:
-    for name, runs in (("FT", 0), ("EWC", 0), ("LWF", 3)):
+    for words, runs in (("FT", 0), ("EWC", 0), ("FT --ewf", 0), ("LWF --ewf", 3)):
         made, calls = context(), []
         made.model_old.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))  # type: ignore[union-attr]
-        trained(made, build_methods(parse_options(["--method", name, "--task", "15-5"]), 1), batches())
+        trained(
+            made, build_methods(parse_options(["--task", "15-5", "--method", *words.split()]), 1), batches()
+        )
         assert len(calls) == runs
 
 

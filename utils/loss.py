@@ -42,9 +42,10 @@ Conventions
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -1396,7 +1397,8 @@ class PooledCubeDistillationLoss(nn.Module):
                 now = _fold_new_channels(now, index_new_class, "sum")
             if before.shape != now.shape:
                 raise ValueError(f"map {position}: {tuple(before.shape)} against {tuple(now.shape)}")
-            differences.append(now.square() - before.square())
+            # Pooling is linear, so the difference is pooled.
+            differences.append((now.square() - before.square()).permute(0, 2, 3, 1).contiguous())
         weight = math.sqrt(nb_current_classes / nb_new_classes)
         spatial = self._mean(self._spatial, differences)
         channel = self._mean(self._channel, differences[:-1]) if len(new) > 1 else spatial.new_zeros(())
@@ -1409,23 +1411,67 @@ class PooledCubeDistillationLoss(nn.Module):
 
     @staticmethod
     def _spatial(difference: Tensor) -> Tensor:
-        """Mean over images and windows; pooling is linear, so the difference is pooled."""
-        # Means over columns, then over rows, as products with matrices: on all devices faster than pooling.
-        with _without_autocast(difference):
-            maps = difference.permute(0, 2, 3, 1).contiguous()
-            rows, columns = (_window_means(length, maps) for length in maps.shape[1:3])
-            norms = [
-                torch.linalg.vector_norm(row @ (column @ maps).flatten(2), dim=(1, 2))
-                for row, column in zip(rows, columns, strict=True)
-            ]
-        return _reduce(torch.stack(norms), "mean")
+        """Mean over images and windows."""
+        # Means over rows, then over columns, as products with matrices: on all devices faster than pooling.
+        sides = (_window_means(length, difference) for length in difference.shape[1:3])
+        pairs = list(zip(*sides, strict=True))
+        means = [functools.partial(_multiplied, row, column) for row, column in pairs]
+        adjoints = [functools.partial(_multiplied, row.T, column.T) for row, column in pairs]
+        return cast(Tensor, _MeanNorm.apply(difference, means, adjoints))
 
     @staticmethod
     def _channel(difference: Tensor) -> Tensor:
         """Mean over images."""
-        padded = F.pad(difference, (0, 0, 0, 0, 1, 1))
-        means = (padded[:, :-2] + padded[:, 1:-1] + padded[:, 2:]) / 3
-        return _reduce(torch.linalg.vector_norm(means, dim=(1, 2, 3)), "mean")
+        means = [_neighbour_means]
+        return cast(Tensor, _MeanNorm.apply(difference, means, means))  # a symmetric matrix
+
+
+_Linear = Callable[[Tensor], Tensor]
+
+
+class _MeanNorm(torch.autograd.Function):
+    """Mean over images and linear functions of ‖f(x)‖, 0 without gradient where it is 0.
+
+    Autograd would keep and write several tensors of the size of x for each f; here one has the gradient.
+
+    Args:
+        inputs: B×..., x.
+        functions, adjoints: each f, and the product with its transposed matrix.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, inputs: Tensor, functions: Sequence[_Linear], adjoints: Sequence[_Linear]
+    ) -> Tensor:
+        count = len(functions) * max(len(inputs), 1)
+        total, gradient = inputs.new_zeros(()), torch.zeros_like(inputs)
+        with _without_autocast(inputs):
+            for function, adjoint in zip(functions, adjoints, strict=True):
+                found = function(inputs)
+                norm = torch.linalg.vector_norm(found.flatten(1), dim=1)
+                total += norm.sum() / count
+                if ctx.needs_input_grad[0]:
+                    factor = torch.where(norm > 0, 1 / (count * norm), 0)
+                    gradient += adjoint(found.mul_(factor[:, None, None, None]))
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad * ctx.saved_tensors[0], None, None
+
+
+def _multiplied(row: Tensor, column: Tensor, maps: Tensor) -> Tensor:
+    """B×h×w×D, multiplied by a matrix over h and one over w."""
+    return column @ (row @ maps.flatten(2)).unflatten(2, maps.shape[2:])
+
+
+def _neighbour_means(maps: Tensor) -> Tensor:
+    """Means over three neighbours on the last axis, zeros beyond its ends."""
+    means = maps / 3
+    means[..., 1:].add_(maps[..., :-1], alpha=1 / 3)
+    means[..., :-1].add_(maps[..., 1:], alpha=1 / 3)
+    return means
 
 
 def _window_means(length: int, like: Tensor) -> Tensor:
@@ -1832,35 +1878,43 @@ def reasoning_scores(
     Returns:
         B×C×h×w; its sum over both signs are the logits without biases.
     """
-    _check_choice("sign", sign, ("positive", "negative"))
-    features, weight = features.float(), weight.float()
+    which = ("positive", "negative").index(_check_choice("sign", sign, ("positive", "negative")))
+    return _reasoning_scores(features, weight, fidelity).chunk(2, dim=1)[which]
+
+
+def _reasoning_scores(features: Tensor, weight: Tensor, fidelity: str) -> Tensor:
+    """B×2C×h×w: the scores of the positive, then of the negative products."""
+    features, weight = features.float(), weight.float()[:, :, None, None]
     above, below = weight.clamp(min=0), weight.clamp(max=0)
-    same, other = (above, below) if sign == "positive" else (below, above)
-    if _check_choice("fidelity", fidelity, FIDELITIES) == "paper":
-        negative = -F.relu(-features)  # without gradient at 0: a feature of 0 counts as positive
-        features = torch.cat([features - negative, negative], dim=1)
-        same = torch.cat([same, other], dim=1)
     with _without_autocast(features):
-        return F.conv2d(features, same[:, :, None, None])
+        scores = F.conv2d(features, torch.cat([above, below]))
+        if _check_choice("fidelity", fidelity, FIDELITIES) == "released":
+            return scores
+        # Products of a negative feature have the other sign than their weight: they change sides. relu has no
+        # gradient at 0: a feature of 0 counts as positive.
+        moved = F.conv2d(F.relu(-features), above - below)
+        return scores + torch.cat([moved, -moved], dim=1)
 
 
 class DecomposedDistillationLoss(nn.Module):
     """Distillation of the reasoning scores of one sign (DKD): Σ_c mean BCE(s_c, σ(s'_c)) over old classes.
 
     Args:
-        sign, fidelity: as for :func:`reasoning_scores`.
+        sign: as for :func:`reasoning_scores`, or ``"both"``: the two losses, computed together.
+        fidelity: as for :func:`reasoning_scores`.
     """
 
     def __init__(self, sign: str = "positive", fidelity: str = "paper") -> None:
         super().__init__()
-        self.sign = sign
+        self.sign = _check_choice("sign", sign, ("positive", "negative", "both"))
         self.fidelity = fidelity
 
     def forward(self, features: Tensor, features_old: Tensor, weight: Tensor, weight_old: Tensor) -> Tensor:
-        """features, features_old B×D×h×w, weight C×D, weight_old K×D of the first K classes → scalar."""
-        student = reasoning_scores(features, weight[: len(weight_old)], self.sign, self.fidelity)
-        teacher = reasoning_scores(features_old, weight_old, self.sign, self.fidelity)
-        return _reduce_classes(_sigmoid_distillation(student, teacher), "mean")
+        """features, features_old B×D×h×w, weight C×D, weight_old K×D of the first K → scalar or two."""
+        student = _reasoning_scores(features, weight[: len(weight_old)], self.fidelity)
+        teacher = _reasoning_scores(features_old, weight_old, self.fidelity)
+        losses = _reduce_classes(_sigmoid_distillation(student, teacher), "classes").view(2, -1).sum(dim=1)
+        return losses if self.sign == "both" else losses[int(self.sign == "negative")]
 
 
 def negatives_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:

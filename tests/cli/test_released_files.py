@@ -51,8 +51,8 @@ def first_step(program: str) -> dict[str, Tensor]:
 
 
 def go_on(path: Path, words: str, shapes_root: Path, tmp_path: Path) -> dict[str, Any]:
-    """Train the next step for an epoch, from a checkpoint of ``first_step``; the saved checkpoint."""
-    options = f"--dataset shapes --task 15-5 --overlap --step 1 {words} --backbone resnet50 --epochs 1"
+    """Train the next step for an epoch, from a checkpoint of ``first_step``, which shows its backbone."""
+    options = f"--dataset shapes --task 15-5 --overlap --step 1 {words} --epochs 1"
     folders = ("--data_root", shapes_root, "--logdir", tmp_path, "--step_ckpt", path)
     small = ("--crop_size", "32", "--batch_size", "4")
     assert main([*shlex.split(options), *small, *map(str, folders)]) == 0
@@ -62,7 +62,8 @@ def go_on(path: Path, words: str, shapes_root: Path, tmp_path: Path) -> dict[str
 
 @pytest.mark.parametrize("program", FAMILIES)
 def test_predictions(program: str, tmp_path: Path) -> None:
-    words, logits, decide = NETWORKS[program]
+    """With no option of the network typed: the names and sizes of the weights show all of them."""
+    _, logits, decide = NETWORKS[program]
     state, path, image = draw(program), tmp_path / "released.pth", draw_image(tmp_path / "image.png")
     x = pixels(image)
     with torch.inference_mode():
@@ -70,7 +71,7 @@ def test_predictions(program: str, tmp_path: Path) -> None:
         scores = decide(F.interpolate(logits(state, x), size=x.shape[2:], mode="bilinear"))[0]
     torch.save(checkpoint(program, state), path)
     common = ("--predict", image, "--out", tmp_path / "out", "--raw")
-    assert run(path, f"--step 1 {words}", *common) == 0
+    assert run(path, "--step 1", *common) == 0
     (mask,) = (tmp_path / "out" / "predictions").iterdir()
     ids = torch.tensor(get_task("shapes", "15-5").seen_classes(1))
     best, second = scores.topk(2, dim=0).values
@@ -82,7 +83,7 @@ def test_predictions(program: str, tmp_path: Path) -> None:
 
 def test_evaluation(shapes_root: Path, tmp_path: Path) -> None:
     """``--test`` finds what the released network predicts."""
-    words, logits, _ = NETWORKS["SATS"]
+    _, logits, _ = NETWORKS["SATS"]
     state, path = draw("SATS"), tmp_path / "released.pth"
     task = get_task("shapes", "15-5")
     images = open_dataset("shapes", shapes_root, "val")
@@ -93,7 +94,7 @@ def test_evaluation(shapes_root: Path, tmp_path: Path) -> None:
     truth = torch.stack([torch.from_numpy(np.array(Image.open(mask))).long() for mask in images.masks])
     torch.save(checkpoint("SATS", state), path)
     folders = ("--data_root", shapes_root, "--logdir", tmp_path)
-    assert run(path, f"--step 1 {words} --whole_val --test", *folders) == 0
+    assert run(path, "--step 1 --whole_val --test", *folders) == 0
     results = json.loads((tmp_path / "15-5-shapes_Experiment" / "results_1.json").read_text(encoding="utf-8"))
     ids, seen = torch.tensor(task.seen_classes(1)), truth < VOID
     for class_id, iou in zip(ids, results["class_iou"].values(), strict=True):

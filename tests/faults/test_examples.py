@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from faults import BOUND, ROOT, TINY, Fork, completed, differences, left_by, running, start_words
+from PIL import Image
 
 from report.command import main as report
 from session.state import StepState
@@ -22,22 +24,28 @@ EXAMPLES = {
     "contrastive": "CONTRAST",
     "mean_replay": "REPLAY",
 }
-# Built-in methods with networks, classifiers or states of their own, in the same way; and further options.
-BUILT_IN: dict[str, tuple[str, ...]] = {
-    "DKD": ("--lr", "0.001"),
-    "STAR": ("--lr", "0.001"),
-    "PLOP+EWF": (),
-    "LGKD": (),
-    "PLOP+NeST": ("--warm_epochs", "2", "--fidelity", "released"),
-    "RCIL": (),
-    "DFT": (),
+# Built-in methods with networks, classifiers or states of their own: options, and the number of processes.
+# Three steps, the last of which is killed. Half precision, processes and bases are spread over them.
+HALF = ("--opt_level", "O1")
+BUILT_IN: dict[str, tuple[tuple[str, ...], int]] = {
+    "DKD": (("--lr", "0.001"), 2),
+    "DKD-M": (("--lr", "0.001", "--memory", "6", *HALF), 1),
+    "STAR": (("--lr", "0.001", *HALF), 1),
+    "STAR-M": (("--lr", "0.001", "--memory", "6"), 2),
+    "MIB+EWF": ((), 1),
+    "PLOP+EWF": (HALF, 2),
+    "LGKD": (HALF, 1),
+    "MIB+NeST": (("--warm_epochs", "2", *HALF), 2),
+    "PLOP+NeST": (("--warm_epochs", "2", "--fidelity", "released"), 1),
+    "RCIL": (HALF, 2),
+    "DFT": ((), 1),
 }
 LINES = {"weight_fusion": 35, "dkd": 75, "contrastive": 55, "cosine_distillation": 60, "mean_replay": 65}
 
 
 def command(data: Path, logs: Path, name: str, example: str, *more: object) -> list[object]:
     file = ROOT / "docs" / "examples" / f"{example}.py"
-    own = ("--method_file", file) if example in EXAMPLES else BUILT_IN[example]
+    own = ("--method_file", file) if example in EXAMPLES else BUILT_IN[example][0]
     return [
         *(*TINY, "--data_root", data, "--logdir", logs, "--name", name, "--epochs", "1", "--step", "0", "1"),
         *("--ckpt_minutes", "0.00001", *own, "--method", EXAMPLES.get(example, example), *more),
@@ -70,7 +78,7 @@ def left(logs: Path, name: str) -> dict[str, Any]:
     return left_by(logs / f"15-5-shapes_{name}")
 
 
-@pytest.mark.parametrize("example", [*EXAMPLES, *BUILT_IN])
+@pytest.mark.parametrize("example", EXAMPLES)
 def test_an_example_from_training_to_report(
     tiny_data: Path,
     tmp_path: Path,
@@ -108,6 +116,45 @@ def test_an_example_from_training_to_report(
     table = capsys.readouterr().out
     assert all(f"15-5-shapes_{name}" in table for name in ("whole", "broken", "pair"))
     assert (tmp_path / "report" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("method", BUILT_IN)
+def test_a_method_killed_in_its_last_step(
+    tiny_data: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends with the bits of a run that was not; ``--test`` and ``--predict`` read them."""
+    processes = BUILT_IN[method][1]
+    total = ("--batch_size", 4 // processes, *(("--deterministic",) if processes > 1 else ()))
+    words = ("--task", "10-5-5", *total, "--step")
+    logs = {kind: tmp_path / kind for kind in ("broken", "whole")}
+    commands = {kind: command(tiny_data, logs[kind], "run", method, *words, "all") for kind in logs}
+    folders = {kind: logs[kind] / "10-5-5-shapes_run" for kind in logs}
+    monkeypatch.setenv("KILL_AT", "(2, 0, 2)")
+    with running(commands["broken"], tmp_path / "out", processes, Killing) as run:
+        assert -signal.SIGKILL in run.wait(BOUND)
+    shutil.copytree(folders["broken"], folders["whole"], ignore=shutil.ignore_patterns("*_2", "*_2.*"))
+    started = completed(commands["whole"], tmp_path / "out", processes).output()
+    assert "step 1 is done" in started and "step 2 resumes" not in started and "loaded from" not in started
+    resumed = completed(commands["broken"], tmp_path / "out", processes).output()
+    assert "step 2 resumes at epoch 1 of 1, after batch 2 of" in resumed
+    whole = left_by(folders["whole"])
+    assert whole.keys() == {f"{kind}{step}" for kind in ("checkpoint ", "results_") for step in range(3)}
+    assert differences(whole, left_by(folders["broken"])) == []
+    for step in range(3):
+        assert all(weight.isfinite().all() for weight in whole[f"checkpoint {step}"]["model_state"].values())
+
+    (folders["broken"] / "results_2.json").unlink()
+    test = command(tiny_data, logs["broken"], "run", method, *words, "2", "--test")
+    completed(test, tmp_path / "out", processes)
+    assert differences(whole, left_by(folders["broken"])) == []
+
+    photo = min((tiny_data / "JPEGImages").iterdir())
+    predicted = ("--predict", photo, "--out", tmp_path / "photos", "--raw")
+    trained = folders["broken"] / "10-5-5-shapes_run_2.pth"
+    completed([*predicted, "--ckpt", trained], tmp_path / "out")
+    with Image.open(tmp_path / "photos" / "predictions" / f"{photo.stem}.png") as mask:
+        assert mask.size == (64, 64) and {value for _, value in mask.getcolors()} <= set(range(21))
+    assert report([str(logs["broken"]), "--out", str(tmp_path / "report")]) == 0
 
 
 def test_the_head_of_two_killed_processes(

@@ -95,12 +95,20 @@ def test_damaged_results_of_an_earlier_step_are_logged_and_left_out(
     assert "results_0.json cannot be read" in caplog.text and "lack step 0" in caplog.text
 
 
-def test_a_later_command_finds_the_results_of_the_run_that_it_started_from(tmp_path: Path) -> None:
-    first = folder_of(STEP_1, tmp_path, tmp_path / "other" / "other_0.pth")
-    (tmp_path / "other").mkdir()
-    for path, iou in ((tmp_path / "other" / "results_0.json", 0.7), (first.results(1), 0.4)):
+@pytest.mark.parametrize("there", ["logs", "moved"])
+def test_a_later_command_finds_the_results_of_the_run_that_it_started_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str
+) -> None:
+    """From another working directory, and where all runs were moved."""
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    monkeypatch.chdir(logs)
+    first = folder_of(STEP_1, logs, Path("other") / "other_0.pth")
+    for path, iou in ((logs / "other" / "results_0.json", 0.7), (first.results(1), 0.4)):
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({"class_iou": {"ball": iou}, "miou_all": iou}))
     write_run_options(first.path, first.options, step=1, lr=0.1)
-    later = RunFolder(parse_options([*shlex.split(STEP_1), "--logdir", str(tmp_path)]), WORLD)
+    monkeypatch.chdir(tmp_path)
+    logs.rename(there)
+    later = RunFolder(parse_options([*shlex.split(STEP_1), "--logdir", there]), WORLD)
     assert [found["miou_all"] for found in later.earlier_results(2).values()] == [0.7, 0.4]
