@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torchvision.models import get_weight
 from modules.branches import first_branch
 from modules.network import Network
 from modules.norm import NormAct
+from modules.timm_backbone import PREFIX, TimmBackbone, pretrained_repository
 from utils.errors import UserError
 
 TORCHVISION_WEIGHTS = {
@@ -95,9 +96,9 @@ def load_default_pretrained(
 ) -> LoadReport:
     """Load the weights that the published code uses.
 
-    SegFormer: ``mit_b*.pth`` in ``folder`` if it exists, else the hub's. DeepLab with ``std`` or ``sync``, or
-    with MobileNetV2: torchvision's. ResNet with a leaky kind of norm: inplace-abn's
-    ``<backbone>_<norm>.pth.tar`` in ``folder``.
+    SegFormer: ``mit_b*.pth`` in ``folder`` if it exists, else the hub's. timm's networks: the hub's. DeepLab
+    with ``std`` or ``sync``, or with MobileNetV2: torchvision's. ResNet with a leaky kind of norm:
+    inplace-abn's ``<backbone>_<norm>.pth.tar`` in ``folder``.
 
     Raises:
         UserError: the file is missing, or as :func:`load_pretrained`.
@@ -108,6 +109,8 @@ def load_default_pretrained(
         if file.is_file():
             return load_pretrained(network, path=file)
         return load_pretrained(network, hub=f"nvidia/mit-{size}")
+    if backbone.startswith(PREFIX):
+        return load_pretrained(network, hub=pretrained_repository(backbone))
     if not NormAct(norm_act).leaky or backbone == "mobilenet_v2":
         return load_pretrained(network, name=TORCHVISION_WEIGHTS[backbone])
     file = folder / f"{backbone}_{norm_act.removesuffix('_test')}.pth.tar"
@@ -231,17 +234,16 @@ def rename(key: str) -> str:
 
 def _load_into_backbone(network: Network, state: dict[str, Tensor], source: str) -> LoadReport:
     wanted = network.body.state_dict()
-    names = {rename(key): key for key in state}
-    tensors = {ours: state[key] for ours, key in names.items()}
-    for key in [ours for ours in tensors if ".attn.k." in ours]:
-        value = key.replace(".attn.k.", ".attn.v.")
-        if value in tensors:  # keys and values are one layer in NVlabs' code
-            joined = key.replace(".attn.k.", ".attn.kv.")
-            tensors[joined] = torch.cat([tensors.pop(key), tensors.pop(value)])
-            names[joined] = names[key]
-    for key in wanted:  # both branches of a layer start from the same weights
-        if key not in tensors and (first := first_branch(key)) in tensors:
-            tensors[key], names[key] = tensors[first], names[first]
+    if isinstance(network.body, TimmBackbone):
+        try:
+            tensors = network.body.from_file(state)
+        except (LookupError, ValueError, RuntimeError, AttributeError, AssertionError) as error:
+            raise UserError(
+                f"{source}: has no weights of this network; check --backbone, or {REMEDY}"
+            ) from error
+        names = {key: key.removeprefix("model.") for key in tensors}
+    else:
+        tensors, names = _renamed(state, wanted)
     fitting = {key: tensor for key, tensor in tensors.items() if key in wanted}
     if not fitting:
         raise UserError(
@@ -259,6 +261,22 @@ def _load_into_backbone(network: Network, state: dict[str, Tensor], source: str)
     missing = [key for key in wanted if key not in fitting and not key.endswith("num_batches_tracked")]
     left_over = [names[key] for key in tensors if key not in wanted]
     return LoadReport(source, loaded=list(fitting), missing=missing, left_over=left_over)
+
+
+def _renamed(state: dict[str, Tensor], wanted: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A file's tensors under the names in the backbone, and their names in the file."""
+    names = {rename(key): key for key in state}
+    tensors = {ours: state[key] for ours, key in names.items()}
+    for key in [ours for ours in tensors if ".attn.k." in ours]:
+        value = key.replace(".attn.k.", ".attn.v.")
+        if value in tensors:  # keys and values are one layer in NVlabs' code
+            joined = key.replace(".attn.k.", ".attn.kv.")
+            tensors[joined] = torch.cat([tensors.pop(key), tensors.pop(value)])
+            names[joined] = names[key]
+    for key in wanted:  # both branches of a layer start from the same weights
+        if key not in tensors and (first := first_branch(key)) in tensors:
+            tensors[key], names[key] = tensors[first], names[first]
+    return tensors, names
 
 
 def _shape(tensor: Tensor) -> str:

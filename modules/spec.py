@@ -15,14 +15,15 @@ class NetworkSpec:
     """Architecture of a network.
 
     Attributes:
-        model: ``deeplab``, ``segformer_b0`` ... ``segformer_b5``.
-        backbone: of DeepLab: ``resnet50``, ``resnet101`` or ``mobilenet_v2``.
-        norm_act: of DeepLab, see :mod:`modules.norm`.
-        output_stride: of DeepLab, 16 or 8.
+        model: ``deeplab``, ``mlp``, ``segformer_b0`` ... ``segformer_b5``.
+        backbone: of DeepLab and ``mlp``: ``resnet50``, ``resnet101``, ``mobilenet_v2`` or ``timm/NAME``.
+        norm_act: of DeepLab and of the backbone, see :mod:`modules.norm` and :mod:`modules.timm_backbone`.
+        output_stride: of the backbone, 16 or 8.
         pooling: of DeepLab's ``mib`` head: window of the evaluation pooling in features, 0 for the whole map.
         head: of DeepLab: ``mib`` (MiB, PLOP, SDR), ``aspp`` (SSUL, torchvision) or ``dkd`` (DKD, STAR).
         decoder: of SegFormer: ``sats`` or ``segformer``.
         checkpointing: recompute the activations inside the backbone's stages in the backward pass.
+        drop_path: largest rate of stochastic depth of SegFormer and timm's networks; None: their default.
         classifier: kind of classifier, see :mod:`modules.classifiers`.
         two_branches: of DeepLab's ``mib`` head, see :mod:`modules.branches`.
         released_resnet: dilations, running statistics and activations of the ResNet as in SDR's program,
@@ -38,6 +39,7 @@ class NetworkSpec:
     head: str = "mib"
     decoder: str = "sats"
     checkpointing: bool = False
+    drop_path: float | None = None
     classifier: str = "linear"
     released_resnet: bool = False
     released: bool = False
@@ -47,9 +49,10 @@ class NetworkSpec:
     def shaping(self) -> dict[str, str | bool]:
         """Options that determine names and shapes of the weights, with their values."""
         own: dict[str, str | bool] = {"decoder": self.decoder}
+        if self.model in ("deeplab", "mlp"):
+            own = {"backbone": self.backbone, "norm_act": self.norm_act}
         if self.model == "deeplab":
-            own = {"backbone": self.backbone, "norm_act": self.norm_act, "head": self.head}
-            own["two_branches"] = self.two_branches
+            own |= {"head": self.head, "two_branches": self.two_branches}
         return {"model": self.model, **own, "classifier": self.classifier}
 
     @classmethod
