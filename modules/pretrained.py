@@ -7,7 +7,6 @@ PLOP use, NVlabs' ``mit_b*.pth`` and the ``nvidia/mit-b*`` checkpoints of the hu
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import re
 from collections.abc import Callable, Iterable
@@ -17,8 +16,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.utils import EntryNotFoundError
 from safetensors import SafetensorError
 from torch import Tensor
 from torchvision.models import get_weight
@@ -28,6 +25,7 @@ from modules.network import Network
 from modules.norm import NormAct
 from modules.timm_backbone import PREFIX, TimmBackbone, pretrained_repository
 from utils.errors import UserError
+from utils.hub import download, local_file
 
 TORCHVISION_WEIGHTS = {
     "resnet50": "ResNet50_Weights.IMAGENET1K_V1",
@@ -128,6 +126,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the file is missing, of another format, or contains more than tensors and plain values.
     """
+    path = local_file(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; {REMEDY}")
     try:
@@ -169,22 +168,10 @@ def _download_hub(repository: str) -> Path:
     failure: Exception | None = None
     for filename in ("model.safetensors", "pytorch_model.bin"):
         try:
-            path = Path(hf_hub_download(repository, filename))
-        except (OSError, ValueError, EntryNotFoundError) as error:
+            return download(repository, filename)
+        except FileNotFoundError as error:
             failure = error
-            continue
-        _check_digest(path)
-        return path
     raise UserError(f"huggingface.co/{repository}: cannot be downloaded (no network?); {REMEDY}") from failure
-
-
-def _check_digest(path: Path) -> None:
-    """Check the SHA-256 of a file in the hub's cache, which names large files by it."""
-    expected = path.resolve().name
-    if not re.fullmatch(r"[0-9a-f]{64}", expected):
-        return
-    if hashlib.sha256(path.read_bytes()).hexdigest() != expected:
-        raise UserError(f"{path}: wrong checksum, the download is damaged; delete the file and restart")
 
 
 Rename = tuple[str, "str | Callable[[re.Match[str]], str]"]

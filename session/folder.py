@@ -24,6 +24,7 @@ from session.resume import differences, is_trained, job_id, restarted
 from utils import distributed
 from utils.distributed import World
 from utils.errors import UserError
+from utils.hub import local_file
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +99,8 @@ class RunFolder:
     def previous(self, step: int) -> Path:
         """Checkpoint of the previous step, possibly of another run (``--step_ckpt``)."""
         opts = self.opts
-        return opts.step_ckpt if opts.step_ckpt and step == opts.steps[0] else self.checkpoint(step - 1)
+        own = not opts.step_ckpt or step != opts.steps[0]
+        return self.checkpoint(step - 1) if own else local_file(opts.step_ckpt)
 
     def results(self, step: int) -> Path:
         """Results file of a step; written last, it marks the step as done."""
@@ -234,7 +236,7 @@ class RunFolder:
         for earlier in range(step):
             path = self.results(earlier)
             if base is not None and earlier < first:
-                path = base.parent / path.name
+                path = local_file(base).parent / path.name
             try:
                 content = json.loads(path.read_text(encoding="utf-8"))
                 found[earlier] = {"class_iou": dict(content["class_iou"]), "miou_all": content["miou_all"]}
