@@ -752,7 +752,8 @@ def _check_unused(opts: Options) -> None:
     if "warmup_form" in opts.typed and (opts.warmup == 0 or opts.lr_policy != "poly"):
         raise UserError("--warmup_form goes with --warmup and --lr_policy poly; give them, or drop this")
     if "head" in opts.typed and opts.model != "deeplab":
-        raise UserError(f"--head is of --model deeplab, not {opts.model}; drop it")
+        other = ", which has --decoder" if opts.model.startswith("segformer_") else ""
+        raise UserError(f"--head is of --model deeplab, not {opts.model}{other}; drop it")
     if "decoder" in opts.typed and not opts.model.startswith("segformer_"):
         raise UserError(f"--decoder is of --model segformer_b0 .. segformer_b5, not {opts.model}; drop it")
     if "pooling" in opts.typed and opts.pooling and opts.head != "mib":

@@ -34,7 +34,7 @@ def check_name(backbone: str) -> None:
     Raises:
         UserError: it has not; with similar names.
     """
-    from timm.models import get_pretrained_cfg, is_model, list_models
+    from timm.models import is_model, is_model_pretrained, list_models
 
     name = backbone.removeprefix(PREFIX)
     architecture, _, tag = name.partition(".")
@@ -42,7 +42,7 @@ def check_name(backbone: str) -> None:
         near = difflib.get_close_matches(architecture, list_models(), n=3)
         hint = f"did you mean {' or '.join(PREFIX + other for other in near)}?" if near else "check the name"
         raise UserError(f"--backbone {backbone}: timm has no such network; {hint}")
-    if tag and get_pretrained_cfg(name, allow_unregistered=False) is None:
+    if tag and not is_model_pretrained(name):
         raise UserError(f"--backbone {backbone}: timm has no weights '{tag}' of {architecture}; drop the tag")
 
 
@@ -122,6 +122,8 @@ class TimmBackbone(nn.Module):
         self.own_norms = own_norms
         whole = (self.stride, self.stride)
         patch = getattr(model.patch_embed, "patch_size", whole) if config["fixed_input_size"] else (1, 1)
+        if type(model).__name__ == "HighResolutionNet":  # adds maps of all strides
+            patch = whole
         self.patch = tuple(int(size) for size in patch)
         if norm_act == "sync" and has_nccl_group():
             from timm.layers import convert_sync_batchnorm

@@ -118,3 +118,28 @@ def test_refused_before_anything_is_loaded(words: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as raised:
         parse_options(["--task", "15-5", *words.split()])
     assert "\n" not in str(raised.value)
+
+
+def test_swin_b_of_nest(shared: Path) -> None:
+    """Head and classifiers as published, on 1024 channels; the body with a norm for each of its stages."""
+    import json
+
+    published = json.loads((shared / "released" / "checkpoint_keys_NeST.json").read_text())["state"]
+    with torch.device("meta"):
+        spec = NetworkSpec(backbone="timm/swin_base_patch4_window12_384", norm_act="abn")
+        model = make_model(spec, [16, 5])
+        pre_logits, found = model.network(torch.randn(2, 3, 512, 512), frozenset({"stages"}))
+    ours = {name.removeprefix("network."): list(tensor.shape) for name, tensor in model.state_dict().items()}
+    rest = {
+        name.removeprefix("module."): [256, 1024, *shape[2:]] if shape[1:2] == [2048] else shape
+        for name, (shape, _) in published.items()
+        if not name.startswith("module.body.")
+    }
+    counted = {name for name in ours if name.endswith("num_batches_tracked")}
+    assert {n: s for n, s in ours.items() if not n.startswith("body.") and n not in counted} == rest
+    # Swin-B for 384 pixels has 86,878,584 weights without classifier; one norm goes, four come.
+    norms = 2 * (128 + 256 + 512 + 1024) - 2 * 1024
+    assert sum(p.numel() for p in model.network.body.parameters()) == 86_878_584 + norms
+    assert pre_logits.shape == (2, 256, 16, 16)
+    shapes = [tuple(stage.shape[1:]) for stage in found["stages"]]
+    assert shapes == [(128, 128, 128), (256, 64, 64), (512, 32, 32), (1024, 16, 16)]
