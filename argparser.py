@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from methods import METHODS, REGISTRY, Method, build_methods, classifier_of, load_method_file, preset
+from methods import METHODS, REGISTRY, Method, classifier_of, load_method_file, preset
 from methods.checks import fault, options_of, preset_fault, shown
 from methods.presets import preset_note
 from modules.classifiers import Classifier, classifier_kind, classifier_names
@@ -718,9 +718,9 @@ def _check_network(opts: Options) -> None:
     from modules import NetworkSpec, check_buildable, network_class, pretrained_repository
 
     if _trains(opts):
-        methods = build_methods(opts, max(opts.steps)).values()
-        needs = frozenset[str]().union(*(method.needs for method in methods)) - {"logits_small"}
-        network_class(opts.model).check_needs(needs)
+        for method in (kind.from_options(opts) for kind in REGISTRY):
+            if isinstance(method, Method) and (max(opts.steps) > 0 or not method.needs_teacher):
+                network_class(opts.model).check_needs(frozenset(method.needs) - {"logits_small"})
     if opts.model in ("deeplab", "mlp") and opts.backbone.startswith("timm/"):
         check_buildable(NetworkSpec.of(opts))
         if _trains(opts) and 0 in opts.steps and not opts.no_pretrained and opts.pretrained_path is None:

@@ -23,12 +23,12 @@ class NetworkSpec:
         head: of DeepLab: ``mib`` (MiB, PLOP, SDR), ``aspp`` (SSUL, torchvision) or ``dkd`` (DKD, STAR).
         decoder: of SegFormer: ``sats`` or ``segformer``.
         checkpointing: recompute the activations inside the backbone's stages in the backward pass.
-        drop_path: largest rate of stochastic depth of SegFormer and timm's networks; None: their default.
         classifier: kind of classifier, see :mod:`modules.classifiers`.
         two_branches: of DeepLab's ``mib`` head, see :mod:`modules.branches`.
         released_resnet: dilations, running statistics and activations of the ResNet as in SDR's program,
             with the same names and shapes of weights.
         released: the classifier's decision rule is the released program's, where that differs.
+        drop_path: largest rate of stochastic depth of SegFormer and timm's networks; None: their default.
     """
 
     model: str = "deeplab"
@@ -39,11 +39,11 @@ class NetworkSpec:
     head: str = "mib"
     decoder: str = "sats"
     checkpointing: bool = False
-    drop_path: float | None = None
     classifier: str = "linear"
     released_resnet: bool = False
     released: bool = False
     two_branches: bool = False
+    drop_path: float | None = None
 
     @property
     def shaping(self) -> dict[str, str | bool]:
