@@ -27,6 +27,7 @@ from utils.option_types import Number, Parser, count, path_option, positive_int,
 
 # Smaller ones change no weight in single precision, larger ones leave none finite.
 LEARNING_RATE = Number(float, 1e-12, 1000)
+BACKBONES = ("resnet50", "resnet101", "mobilenet_v2")
 NORMS = ("std", "sync", "abn", "iabn", "iabn_sync", "iabn_sync_test")
 
 
@@ -108,6 +109,16 @@ def _method(word: str) -> str:
             f"--method_file{hint}"
         )
     return by_lower[word.lower()]
+
+
+def _backbone(word: str) -> str:
+    """A backbone of this program, or any name of timm's: timm is imported only for one of its own."""
+    if word in BACKBONES or word.removeprefix("timm/") not in (word, ""):
+        return word
+    hint = "; the papers' Swin-B is timm/swin_base_patch4_window12_384" if "swin" in word else ""
+    raise argparse.ArgumentTypeError(
+        f"'{word}' is none of {', '.join(BACKBONES)} and not timm/NAME, a network of timm{hint}"
+    )
 
 
 def _classifier(word: str) -> str:
@@ -282,14 +293,20 @@ def _add_task(group: OptionGroup) -> None:
 
 
 def _add_model(group: OptionGroup) -> None:
-    group.choice("--model", ("deeplab", *(f"segformer_b{i}" for i in range(6))), "deeplab", metavar="NAME",
-        help="deeplab or segformer_b0 .. segformer_b5")
-    group.choice("--backbone", ("resnet50", "resnet101", "mobilenet_v2"), "resnet101",
-        help="backbone of deeplab")
+    group.choice("--model", ("deeplab", "mlp", *(f"segformer_b{i}" for i in range(6))), "deeplab",
+        metavar="NAME",
+        help="deeplab, mlp (SegFormer's all-MLP head over the backbone's stages) or segformer_b0 .. "
+        "segformer_b5")
+    group.value("--backbone", _backbone, "resnet101", metavar="NAME",
+        help=f"backbone of deeplab and mlp: {', '.join(BACKBONES)}, or timm/NAME of any network of timm "
+        "with feature maps")
     group.value("--output_stride", int, 16, choices=(8, 16),
-        help="pixels per position of deeplab's last feature map")
+        help="pixels per position of the backbone's last feature map, where timm/NAME can be dilated")
     group.choice("--norm_act", NORMS, "std",
-        help="normalisation and activation; std: BatchNorm and ReLU (SDR); iabn_sync: MiB, PLOP")
+        help="normalisation and activation; std: BatchNorm and ReLU (SDR); iabn_sync: MiB, PLOP; with "
+        "timm/NAME of the head alone, but sync of all batch norms")
+    group.value("--drop_path", Number(float, 0, 1, below=True), None, role="learning",
+        help="largest rate of stochastic depth of SegFormer and timm/NAME (default: SegFormer 0.1, timm's)")
     group.add_argument("--mib_network", "--net_pytorch", dest="net_pytorch", action="store_false",
         compared_by_meaning=True, restored=False,
         help="the network of MiB and PLOP: norm_act becomes iabn_sync unless given")
@@ -662,6 +679,7 @@ def _check(opts: Options) -> None:
         raise UserError("--pretrained_path and --no_pretrained exclude each other; give one")
     _check_prediction(opts)
     _check_unused(opts)
+    _check_network(opts)
     fixed = opts.fix_bn and opts.fidelity == "paper"  # released: the statistics move all the same
     own_statistics = opts.model == "deeplab" and opts.norm_act in ("std", "abn", "iabn") and not fixed
     if opts.batch_size == 1 and _trains(opts) and own_statistics:
@@ -695,6 +713,22 @@ def _trains(opts: Options) -> bool:
     return not (opts.test or opts.check_data or opts.predict is not None)
 
 
+def _check_network(opts: Options) -> None:
+    """A network that cannot be built, or lacks what the methods read."""
+    from modules import NetworkSpec, check_buildable, network_class, pretrained_repository
+
+    if _trains(opts):
+        for method in (kind.from_options(opts) for kind in REGISTRY):
+            if isinstance(method, Method) and (max(opts.steps) > 0 or not method.needs_teacher):
+                network_class(opts.model).check_needs(frozenset(method.needs) - {"logits_small"})
+    if opts.model in ("deeplab", "mlp") and opts.backbone.startswith("timm/"):
+        check_buildable(NetworkSpec.of(opts))
+        if _trains(opts) and 0 in opts.steps and not opts.no_pretrained and opts.pretrained_path is None:
+            pretrained_repository(opts.backbone)
+    elif opts.drop_path is not None and opts.model in ("deeplab", "mlp"):
+        raise UserError(f"--drop_path: --backbone {opts.backbone} has no stochastic depth; drop it")
+
+
 def _check_unused(opts: Options) -> None:
     """Typed options that another option leaves without effect."""
     for name in ("memory_choice", "memory_labels", "memory_batches"):
@@ -718,7 +752,10 @@ def _check_unused(opts: Options) -> None:
     if "warmup_form" in opts.typed and (opts.warmup == 0 or opts.lr_policy != "poly"):
         raise UserError("--warmup_form goes with --warmup and --lr_policy poly; give them, or drop this")
     if "head" in opts.typed and opts.model != "deeplab":
-        raise UserError(f"--head is deeplab's, --model {opts.model} has --decoder; drop it")
+        other = ", which has --decoder" if opts.model.startswith("segformer_") else ""
+        raise UserError(f"--head is of --model deeplab, not {opts.model}{other}; drop it")
+    if "decoder" in opts.typed and not opts.model.startswith("segformer_"):
+        raise UserError(f"--decoder is of --model segformer_b0 .. segformer_b5, not {opts.model}; drop it")
     if "pooling" in opts.typed and opts.pooling and opts.head != "mib":
         raise UserError(
             f"--pooling {opts.pooling}: --head {opts.head} pools over the whole map; drop one of them"

@@ -21,6 +21,7 @@ import utils.command  # first: handles Ctrl-C during the other imports
 from argparser import Options, parse_options
 from utils import distributed
 from utils.errors import DataError, UserError
+from utils.hub import local_file
 from utils.signals import EXIT_STOPPED, Stopped
 
 
@@ -60,6 +61,9 @@ def run(opts: Options) -> int:
         from dataset.check import check_data
 
         return check_data(opts)
+    for path in (opts.ckpt, opts.step_ckpt, opts.pretrained_path):
+        if path is not None:
+            local_file(path)  # the hub's files are downloaded before anything is loaded or written
     world = distributed.start(opts.where_to_sim, opts.local_rank, opts.timeout)
     if opts.predict is not None:
         from inference.images import predict

@@ -102,7 +102,7 @@ class IncrementalSegmentationModule(nn.Module):
     def fix_dropout(self) -> None:
         """Switch off every dropout layer and stochastic depth."""
         for layer in self.modules():
-            if isinstance(layer, _DROPOUTS):
+            if isinstance(layer, _DROPOUTS) or type(layer).__name__ == "DropPath":  # timm's stochastic depth
                 freeze(layer)
 
     def train(self, mode: bool = True) -> IncrementalSegmentationModule:

@@ -42,6 +42,7 @@ from utils.distributed import World
 from utils.drawing import drawable, new_figure
 from utils.errors import UserError
 from utils.files import atomic_write, atomic_write_text
+from utils.hub import local_file
 from utils.labels import VOID
 from utils.logger import progress, setup_logging
 from utils.option_types import Parser, path_option, positive_int, seed
@@ -255,7 +256,8 @@ def run(args: argparse.Namespace, opts: Options) -> None:
         rows.append([f"{x:.4f}", f"{y:.4f}", class_id, data.class_names[index], is_new, name, row, column])
     title = f"{opts.ckpt.stem}: {args.layer}"
     figure = draw(points, features.classes, data.class_names, network.class_ids, old=old, title=title)
-    path = args.out or opts.ckpt.with_name(f"{opts.ckpt.stem}_tsne.png")
+    own = local_file(opts.ckpt) == opts.ckpt  # of the hub: into this folder, not into the cache
+    path = args.out or (opts.ckpt.parent if own else Path()) / f"{opts.ckpt.stem}_tsne.png"
     log.info("%s and %s", path, write(path, figure, rows))
 
 

@@ -110,11 +110,15 @@ class PooledOutputDistillation(Method):
         elif self.last == "large":
             old.append(batch.outputs_old)
             new.append(batch.outputs)
-        loss = self.criterion(
-            features_old=old,
-            features=new,
-            nb_current_classes=batch.classes_old + batch.classes_new,
-            nb_new_classes=batch.classes_new,
-            index_new_class=batch.classes_old,
-        )
+        try:
+            loss = self.criterion(
+                features_old=old,
+                features=new,
+                nb_current_classes=batch.classes_old + batch.classes_new,
+                nb_new_classes=batch.classes_new,
+                index_new_class=batch.classes_old,
+            )
+        except ValueError as error:  # a map is smaller than the grid in which it is pooled
+            remedy = "give a larger --crop_size, or a backbone with a smaller stride"
+            raise UserError(f"--pod: {error}; {remedy}") from error
         return {"pod": loss}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from modules.branches import two_branch_layers
@@ -20,11 +21,12 @@ from modules.network import Network
 from modules.norm import NormAct
 from modules.pretrained import LoadReport, load_pretrained
 from modules.resnet import LAYERS, ResNetBackbone
-from modules.segformer import CONFIGS, SegFormer
+from modules.segformer import CONFIGS, AllMLPHead, SegFormer
 from modules.spec import NetworkSpec
+from modules.timm_backbone import PREFIX, TimmBackbone, pretrained_repository
 from utils.errors import UserError
 
-MODELS = ("deeplab", *CONFIGS)
+MODELS = ("deeplab", "mlp", *CONFIGS)
 BACKBONES = (*LAYERS, "mobilenet_v2")
 
 __all__ = [
@@ -34,7 +36,10 @@ __all__ = [
     "Network",
     "NetworkSpec",
     "build_network",
+    "check_buildable",
     "load_pretrained",
+    "network_class",
+    "pretrained_repository",
 ]
 
 
@@ -51,8 +56,9 @@ def build_network(spec: NetworkSpec, *, later_step: bool = False) -> Network:
     if spec.two_branches and (spec.model, spec.head) != ("deeplab", HEADS[0]):
         raise UserError(f"--two_branches needs --model deeplab and --head {HEADS[0]}")
     if spec.model in CONFIGS:
-        return SegFormer(CONFIGS[spec.model], spec.decoder, checkpointing=spec.checkpointing)
-    for name, choices in {"model": MODELS, "backbone": BACKBONES, "head": HEADS}.items():
+        rate = {} if spec.drop_path is None else {"drop_path": spec.drop_path}
+        return SegFormer(CONFIGS[spec.model], spec.decoder, checkpointing=spec.checkpointing, **rate)
+    for name, choices in {"model": MODELS, "head": HEADS}.items():
         if (value := getattr(spec, name)) not in choices:
             raise UserError(f"--{name} {value}: unknown, choose one of {', '.join(choices)}")
     if spec.output_stride not in DILATIONS:
@@ -60,6 +66,55 @@ def build_network(spec: NetworkSpec, *, later_step: bool = False) -> Network:
     if spec.pooling < 0:
         raise UserError(f"--pooling {spec.pooling}: must be a number of features, or 0 for the whole map")
     norms = NormAct(spec.norm_act)
+    backbone = _timm(spec) if spec.backbone.startswith(PREFIX) else _dilated(spec, norms)
+    if spec.model == "mlp":
+        return DeepLabV3(backbone, AllMLPHead(backbone.widths), over_stages=True)
+    # timm's networks may have another stride than the option's.
+    stride = 8 if getattr(backbone, "stride", spec.output_stride) <= 8 else 16
+    channels, rates = backbone.out_channels, ASPP_DILATIONS[stride]
+    head: nn.Module
+    if spec.head == "aspp":
+        head = ASPPHead(channels, norms, rates)
+    elif spec.head == "dkd":
+        head = DKDHead(channels, rates=rates, norm_act=norms)
+    elif spec.two_branches:
+        head = TwoBranchHead(channels, norms, stride, spec.pooling)
+    else:
+        head = DeepLabHead(channels, norms, stride, spec.pooling, released=spec.released_resnet)
+    network = DeepLabV3(backbone, head)
+    for _, layer in two_branch_layers(network) if later_step else ():
+        layer.keep_first()
+    return network
+
+
+def check_buildable(spec: NetworkSpec) -> None:
+    """Raise the UserError of :func:`build_network`, without drawing weights."""
+    with torch.device("meta"):
+        build_network(spec)
+
+
+def network_class(model: str) -> type[Network]:
+    """Class of the networks of ``--model``."""
+    return SegFormer if model in CONFIGS else DeepLabV3
+
+
+def _timm(spec: NetworkSpec) -> TimmBackbone:
+    if spec.two_branches:
+        raise UserError(f"--two_branches needs --backbone {' or '.join(BACKBONES)}, not {spec.backbone}")
+    return TimmBackbone(
+        spec.backbone,
+        spec.norm_act,
+        spec.output_stride,
+        checkpointing=spec.checkpointing,
+        drop_path=spec.drop_path,
+    )
+
+
+def _dilated(spec: NetworkSpec, norms: NormAct) -> ResNetBackbone | MobileNetV2Backbone:
+    if spec.backbone not in BACKBONES:
+        raise UserError(
+            f"--backbone {spec.backbone}: unknown, choose one of {', '.join(BACKBONES)}, or {PREFIX}NAME"
+        )
     backbone: ResNetBackbone | MobileNetV2Backbone
     if spec.backbone == "mobilenet_v2":
         backbone = MobileNetV2Backbone(norms, spec.output_stride, two_branches=spec.two_branches)
@@ -77,17 +132,4 @@ def build_network(spec: NetworkSpec, *, later_step: bool = False) -> Network:
             "their inputs: drop it, or use --norm_act abn"
         )
     backbone.checkpointing = spec.checkpointing
-    channels, rates = backbone.out_channels, ASPP_DILATIONS[spec.output_stride]
-    head: nn.Module
-    if spec.head == "aspp":
-        head = ASPPHead(channels, norms, rates)
-    elif spec.head == "dkd":
-        head = DKDHead(channels, rates=rates, norm_act=norms)
-    elif spec.two_branches:
-        head = TwoBranchHead(channels, norms, spec.output_stride, spec.pooling)
-    else:
-        head = DeepLabHead(channels, norms, spec.output_stride, spec.pooling, released=spec.released_resnet)
-    network = DeepLabV3(backbone, head)
-    for _, layer in two_branch_layers(network) if later_step else ():
-        layer.keep_first()
-    return network
+    return backbone

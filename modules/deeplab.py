@@ -178,18 +178,20 @@ HEADS = ("mib", "aspp", "dkd")
 
 
 class DeepLabV3(Network):
-    """A dilated backbone and one of the ``HEADS``.
+    """A dilated backbone and one of the ``HEADS``, or a head over all stages (``--model mlp``).
 
     Args:
         body: the backbone; returns features B×D×h×w and lists of its stages', with ``keep_stages`` before
             their last activation and with ``keep_activated`` after it; has ``out_channels``.
         head: B×D×h×w → B×256×h×w; has ``out_channels``.
+        over_stages: the head maps the list of the activated stages' features instead.
     """
 
     intermediates = frozenset({"body", "pre_logits", "attentions", "stages"})
 
-    def __init__(self, body: Any, head: Any) -> None:
+    def __init__(self, body: Any, head: Any, *, over_stages: bool = False) -> None:
         super().__init__()
+        self.over_stages = over_stages
         self.body = body
         self.head = head
         self.out_channels = int(head.out_channels)
@@ -212,9 +214,11 @@ class DeepLabV3(Network):
         """
         self.check_needs(needs)
         features, stages, activated = self.body(
-            images, keep_stages="attentions" in needs, keep_activated="stages" in needs
+            images,
+            keep_stages="attentions" in needs,
+            keep_activated="stages" in needs or self.over_stages,
         )
-        pre_logits = self.head(features)
+        pre_logits = self.head(activated if self.over_stages else features)
         found: Features = {
             "body": features,
             "pre_logits": pre_logits,

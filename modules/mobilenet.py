@@ -81,6 +81,7 @@ class MobileNetV2Backbone(MobileNetV2):
         checkpointing: keep activations between stages only and recompute the others in the backward pass.
     """
 
+    widths = (24, 32, 96, 320)
     out_channels = 1280
     checkpointing = False
 

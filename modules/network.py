@@ -37,12 +37,13 @@ class Network(nn.Module):
     body: nn.Module
     head: nn.Module
 
-    def check_needs(self, needs: frozenset[str]) -> None:
+    @classmethod
+    def check_needs(cls, needs: frozenset[str]) -> None:
         """Raise a UserError if ``needs`` contains a name that is not in ``intermediates``."""
-        if unknown := needs - self.intermediates:
+        if unknown := needs - cls.intermediates:
             raise UserError(
-                f"{type(self).__name__} has no intermediate {', '.join(sorted(unknown))} "
-                f"(it has {', '.join(sorted(self.intermediates))}): choose another --model or --method"
+                f"{cls.__name__} has no intermediate {', '.join(sorted(unknown))} "
+                f"(it has {', '.join(sorted(cls.intermediates))}): choose another --model or --method"
             )
 
     def from_previous(self, state: Mapping[str, Tensor], prefix: str) -> Mapping[str, Tensor]:

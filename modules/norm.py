@@ -81,7 +81,7 @@ class NormAct:
     def _layer(self, channels: int, activation: str) -> nn.Module:
         if self.kind == "iabn_sync_test":
             return AbsWeightBatchNorm2d(channels)
-        if self.kind == "sync" and _has_nccl_group():
+        if self.kind == "sync" and has_nccl_group():
             return nn.SyncBatchNorm(channels)
         if not self.fused:
             return nn.BatchNorm2d(channels)
@@ -90,7 +90,7 @@ class NormAct:
             return layers["iabn"](channels, activation=activation, activation_param=LEAKY_SLOPE)
         # The package reads its default group at import, before any group exists, and would then not
         # synchronise: pass the group.
-        group = dist.group.WORLD if _has_nccl_group() else None
+        group = dist.group.WORLD if has_nccl_group() else None
         return layers["iabn_sync"](channels, activation=activation, activation_param=LEAKY_SLOPE, group=group)
 
 
@@ -125,7 +125,7 @@ def scales_by_magnitude(norm: nn.Module) -> bool:
     return isinstance(norm, AbsWeightBatchNorm2d) or hasattr(norm, "activation_param")
 
 
-def _has_nccl_group() -> bool:
+def has_nccl_group() -> bool:
     """Whether statistics can be synchronised: the kernels need CUDA tensors and an NCCL group."""
     return dist.is_available() and dist.is_initialized() and "nccl" in dist.get_backend()
 

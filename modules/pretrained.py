@@ -7,18 +7,15 @@ PLOP use, NVlabs' ``mit_b*.pth`` and the ``nvidia/mit-b*`` checkpoints of the hu
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.utils import EntryNotFoundError
 from safetensors import SafetensorError
 from torch import Tensor
 from torchvision.models import get_weight
@@ -26,7 +23,9 @@ from torchvision.models import get_weight
 from modules.branches import first_branch
 from modules.network import Network
 from modules.norm import NormAct
+from modules.timm_backbone import PREFIX, TimmBackbone, pretrained_repository
 from utils.errors import UserError
+from utils.hub import download, local_file
 
 TORCHVISION_WEIGHTS = {
     "resnet50": "ResNet50_Weights.IMAGENET1K_V1",
@@ -95,9 +94,9 @@ def load_default_pretrained(
 ) -> LoadReport:
     """Load the weights that the published code uses.
 
-    SegFormer: ``mit_b*.pth`` in ``folder`` if it exists, else the hub's. DeepLab with ``std`` or ``sync``, or
-    with MobileNetV2: torchvision's. ResNet with a leaky kind of norm: inplace-abn's
-    ``<backbone>_<norm>.pth.tar`` in ``folder``.
+    SegFormer: ``mit_b*.pth`` in ``folder`` if it exists, else the hub's. timm's networks: the hub's. DeepLab
+    with ``std`` or ``sync``, or with MobileNetV2: torchvision's. ResNet with a leaky kind of norm:
+    inplace-abn's ``<backbone>_<norm>.pth.tar`` in ``folder``.
 
     Raises:
         UserError: the file is missing, or as :func:`load_pretrained`.
@@ -108,6 +107,8 @@ def load_default_pretrained(
         if file.is_file():
             return load_pretrained(network, path=file)
         return load_pretrained(network, hub=f"nvidia/mit-{size}")
+    if backbone.startswith(PREFIX):
+        return load_pretrained(network, hub=pretrained_repository(backbone))
     if not NormAct(norm_act).leaky or backbone == "mobilenet_v2":
         return load_pretrained(network, name=TORCHVISION_WEIGHTS[backbone])
     file = folder / f"{backbone}_{norm_act.removesuffix('_test')}.pth.tar"
@@ -125,6 +126,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the file is missing, of another format, or contains more than tensors and plain values.
     """
+    path = local_file(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; {REMEDY}")
     try:
@@ -166,22 +168,10 @@ def _download_hub(repository: str) -> Path:
     failure: Exception | None = None
     for filename in ("model.safetensors", "pytorch_model.bin"):
         try:
-            path = Path(hf_hub_download(repository, filename))
-        except (OSError, ValueError, EntryNotFoundError) as error:
+            return download(repository, filename)
+        except FileNotFoundError as error:
             failure = error
-            continue
-        _check_digest(path)
-        return path
     raise UserError(f"huggingface.co/{repository}: cannot be downloaded (no network?); {REMEDY}") from failure
-
-
-def _check_digest(path: Path) -> None:
-    """Check the SHA-256 of a file in the hub's cache, which names large files by it."""
-    expected = path.resolve().name
-    if not re.fullmatch(r"[0-9a-f]{64}", expected):
-        return
-    if hashlib.sha256(path.read_bytes()).hexdigest() != expected:
-        raise UserError(f"{path}: wrong checksum, the download is damaged; delete the file and restart")
 
 
 Rename = tuple[str, "str | Callable[[re.Match[str]], str]"]
@@ -231,17 +221,16 @@ def rename(key: str) -> str:
 
 def _load_into_backbone(network: Network, state: dict[str, Tensor], source: str) -> LoadReport:
     wanted = network.body.state_dict()
-    names = {rename(key): key for key in state}
-    tensors = {ours: state[key] for ours, key in names.items()}
-    for key in [ours for ours in tensors if ".attn.k." in ours]:
-        value = key.replace(".attn.k.", ".attn.v.")
-        if value in tensors:  # keys and values are one layer in NVlabs' code
-            joined = key.replace(".attn.k.", ".attn.kv.")
-            tensors[joined] = torch.cat([tensors.pop(key), tensors.pop(value)])
-            names[joined] = names[key]
-    for key in wanted:  # both branches of a layer start from the same weights
-        if key not in tensors and (first := first_branch(key)) in tensors:
-            tensors[key], names[key] = tensors[first], names[first]
+    if isinstance(network.body, TimmBackbone):
+        try:
+            tensors = network.body.from_file(state)
+        except (LookupError, ValueError, RuntimeError, AttributeError, AssertionError) as error:
+            raise UserError(
+                f"{source}: has no weights of this network; check --backbone, or {REMEDY}"
+            ) from error
+        names = {key: key.removeprefix("model.") for key in tensors}
+    else:
+        tensors, names = _renamed(state, wanted)
     fitting = {key: tensor for key, tensor in tensors.items() if key in wanted}
     if not fitting:
         raise UserError(
@@ -259,6 +248,22 @@ def _load_into_backbone(network: Network, state: dict[str, Tensor], source: str)
     missing = [key for key in wanted if key not in fitting and not key.endswith("num_batches_tracked")]
     left_over = [names[key] for key in tensors if key not in wanted]
     return LoadReport(source, loaded=list(fitting), missing=missing, left_over=left_over)
+
+
+def _renamed(state: dict[str, Tensor], wanted: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A file's tensors under the names in the backbone, and their names in the file."""
+    names = {rename(key): key for key in state}
+    tensors = {ours: state[key] for ours, key in names.items()}
+    for key in [ours for ours in tensors if ".attn.k." in ours]:
+        value = key.replace(".attn.k.", ".attn.v.")
+        if value in tensors:  # keys and values are one layer in NVlabs' code
+            joined = key.replace(".attn.k.", ".attn.kv.")
+            tensors[joined] = torch.cat([tensors.pop(key), tensors.pop(value)])
+            names[joined] = names[key]
+    for key in wanted:  # both branches of a layer start from the same weights
+        if key not in tensors and (first := first_branch(key)) in tensors:
+            tensors[key], names[key] = tensors[first], names[first]
+    return tensors, names
 
 
 def _shape(tensor: Tensor) -> str:

@@ -92,6 +92,7 @@ class ResNetBackbone(ResNet):
         checkpointing: keep activations between stages only and recompute the others in the backward pass.
     """
 
+    widths = (256, 512, 1024, 2048)
     out_channels = 2048
     checkpointing = False
 

@@ -15,10 +15,10 @@ class NetworkSpec:
     """Architecture of a network.
 
     Attributes:
-        model: ``deeplab``, ``segformer_b0`` ... ``segformer_b5``.
-        backbone: of DeepLab: ``resnet50``, ``resnet101`` or ``mobilenet_v2``.
-        norm_act: of DeepLab, see :mod:`modules.norm`.
-        output_stride: of DeepLab, 16 or 8.
+        model: ``deeplab``, ``mlp``, ``segformer_b0`` ... ``segformer_b5``.
+        backbone: of DeepLab and ``mlp``: ``resnet50``, ``resnet101``, ``mobilenet_v2`` or ``timm/NAME``.
+        norm_act: of DeepLab and of the backbone, see :mod:`modules.norm` and :mod:`modules.timm_backbone`.
+        output_stride: of the backbone, 16 or 8.
         pooling: of DeepLab's ``mib`` head: window of the evaluation pooling in features, 0 for the whole map.
         head: of DeepLab: ``mib`` (MiB, PLOP, SDR), ``aspp`` (SSUL, torchvision) or ``dkd`` (DKD, STAR).
         decoder: of SegFormer: ``sats`` or ``segformer``.
@@ -28,6 +28,7 @@ class NetworkSpec:
         released_resnet: dilations, running statistics and activations of the ResNet as in SDR's program,
             with the same names and shapes of weights.
         released: the classifier's decision rule is the released program's, where that differs.
+        drop_path: largest rate of stochastic depth of SegFormer and timm's networks; None: their default.
     """
 
     model: str = "deeplab"
@@ -42,14 +43,16 @@ class NetworkSpec:
     released_resnet: bool = False
     released: bool = False
     two_branches: bool = False
+    drop_path: float | None = None
 
     @property
     def shaping(self) -> dict[str, str | bool]:
         """Options that determine names and shapes of the weights, with their values."""
         own: dict[str, str | bool] = {"decoder": self.decoder}
+        if self.model in ("deeplab", "mlp"):
+            own = {"backbone": self.backbone, "norm_act": self.norm_act}
         if self.model == "deeplab":
-            own = {"backbone": self.backbone, "norm_act": self.norm_act, "head": self.head}
-            own["two_branches"] = self.two_branches
+            own |= {"head": self.head, "two_branches": self.two_branches}
         return {"model": self.model, **own, "classifier": self.classifier}
 
     @classmethod

@@ -29,9 +29,11 @@ from torch import Tensor
 from modules import NetworkSpec
 from modules.classifiers import classifier_kind, classifier_names
 from runs.released import network_of, our_names
+from runs.tensor_file import SUFFIX, read_content
 from tasks import Task
 from utils.errors import UserError
 from utils.files import atomic_write, atomic_write_text, cannot_write
+from utils.hub import local_file
 
 FORMAT_VERSION = 1
 
@@ -87,11 +89,26 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
         if isinstance(error.__context__, OSError):
             raise cannot_write(path, error.__context__, _NO_SPACE) from error
         raise
+    write_manifest(path, {**content, "save_id": save_id}, size, digest)
+
+
+def write_manifest(path: Path, content: Mapping[str, Any], size: int, digest: str) -> None:
+    """Write the JSON file beside a checkpoint.
+
+    Args:
+        path: the checkpoint.
+        content: of it, with its ``save_id``.
+        size: of the file, in bytes.
+        digest: its sha256.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     summary = {
         "file": path.name,
         "size": size,
         "sha256": digest,
-        "save_id": save_id,
+        "save_id": content["save_id"],
         "epoch": content.get("epoch"),
         "manifest": content.get("manifest"),
     }
@@ -192,15 +209,18 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
     Raises:
         UserError: the file does not exist, is damaged, is not a checkpoint, or contains more than data.
     """
-    path = Path(path)
+    path = local_file(Path(path))
     try:
         with path.open("rb") as file:
             # Hash and content of one open file: another process may replace the checkpoint meanwhile.
             digest = _sha256(file)
             manifest = _read_manifest(path)
-            if digest != manifest.get("sha256"):
-                _check_archive(path, file)
-            content = _read(path, file)
+            if path.suffix == SUFFIX:
+                content = _read_tensors(path)
+            else:
+                if digest != manifest.get("sha256"):
+                    _check_archive(path, file)
+                content = _read(path, file)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such checkpoint; train the step first or give its file") from error
     except OSError as error:
@@ -221,7 +241,7 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
 
 def save_id(path: Path) -> str | None:
     """The ``save_id`` of a checkpoint, from its manifest; None without a manifest."""
-    found = _read_manifest(path).get("save_id")
+    found = _read_manifest(local_file(path)).get("save_id")
     return found if isinstance(found, str) else None
 
 
@@ -333,6 +353,13 @@ def _read(path: Path, file: BinaryIO) -> Any:
             "if k in c}, NEW)"
         ) from error
     except Exception as error:  # damaged bytes can raise many exceptions
+        raise _damaged(path, _first_line(error)) from error
+
+
+def _read_tensors(path: Path) -> dict[str, Any]:
+    try:
+        return read_content(path)
+    except ValueError as error:
         raise _damaged(path, _first_line(error)) from error
 
 

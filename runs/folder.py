@@ -24,6 +24,7 @@ from runs.resume import differences, is_trained, job_id, restarted
 from utils import distributed
 from utils.distributed import World
 from utils.errors import UserError
+from utils.hub import local_file
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,8 @@ class RunFolder:
         self.path: Path = run_folder(opts.logdir, opts.task, opts.dataset, opts.name)
         self.options = opts.as_json()
         if opts.step_ckpt is not None:  # a later command may run in another working directory
-            self.options["step_ckpt"] = str(opts.step_ckpt.absolute())
+            of_hub = local_file(opts.step_ckpt) != opts.step_ckpt
+            self.options["step_ckpt"] = str(opts.step_ckpt if of_hub else opts.step_ckpt.absolute())
         self.spec = NetworkSpec.of(opts)
 
     def checkpoint(self, step: int) -> Path:
@@ -96,7 +98,8 @@ class RunFolder:
     def previous(self, step: int) -> Path:
         """Checkpoint of the previous step, possibly of another run (``--step_ckpt``)."""
         opts = self.opts
-        return opts.step_ckpt if opts.step_ckpt and step == opts.steps[0] else self.checkpoint(step - 1)
+        own = not opts.step_ckpt or step != opts.steps[0]
+        return self.checkpoint(step - 1) if own else local_file(opts.step_ckpt)
 
     def results(self, step: int) -> Path:
         """Results file of a step; written last, it marks the step as done."""
@@ -243,10 +246,14 @@ class RunFolder:
     def _origin(self) -> tuple[int, Path | None]:
         """First step of this run, and the folder of the run from whose checkpoint it started, if any."""
         if self.opts.step_ckpt is not None:
-            return self.opts.steps[0], self.opts.step_ckpt.parent
+            return self.opts.steps[0], local_file(self.opts.step_ckpt).parent
         try:
             by_step = read_run_options(self.path).by_step
         except UserError:  # a damaged run.json, which the start of the training has reported
             by_step = {}
         first = min(by_step, default=0)
-        return first, base_folder(self.path, by_step.get(first, {}))
+        options = by_step.get(first, {})
+        named = Path(options.get("step_ckpt") or "")
+        if (file := local_file(named)) != named:
+            return first, file.parent
+        return first, base_folder(self.path, options)

@@ -37,6 +37,8 @@ _BODY: Rename = (r"^(?:body|backbone)\.(.+)", lambda found: f"network.body.{rena
 _NETWORK: tuple[Rename, ...] = ((r"^(body|head)\.", r"network.\1."),)  # a backbone that is not of a release
 _HEAD: Rename = (r"^head\.", "network.head.")
 
+_INDEX = re.compile(r"\.relative_position_index$")  # of Swin's windows: computed, no weight
+
 _IN_PLACE = {"model": "deeplab", "norm_act": "iabn_sync", "head": "mib"}
 
 PROGRAMS = (
@@ -49,6 +51,20 @@ PROGRAMS = (
         "body.layer1.0.conv1.weight",
         (_BODY, _HEAD),
         {"model": "deeplab", "norm_act": "std", "head": "mib", "released_resnet": True},
+    ),
+    # NeST and RevisitingCSS (DFT*) with Swin-B, whose stages end with what begins timm's next one
+    Program(
+        "body.layers.0.blocks.0.attn.qkv.weight",
+        (
+            (
+                r"^body\.layers\.(\d)\.downsample\.",
+                lambda found: f"network.body.model.layers.{int(found[1]) + 1}.downsample.",
+            ),
+            (r"^body\.(norm\d)\.", r"network.body.\1."),
+            (r"^body\.", "network.body.model."),
+            _HEAD,
+        ),
+        _IN_PLACE,
     ),
     # SATS
     Program(
@@ -84,7 +100,7 @@ def our_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights under this program's names; others than a released program's keep theirs."""
     program = _program(weights)
     renames = _NETWORK if program is None else program.renames
-    return {_renamed(name, renames): tensor for name, tensor in weights.items()}
+    return {_renamed(name, renames): tensor for name, tensor in weights.items() if not _INDEX.search(name)}
 
 
 def network_of(weights: Mapping[str, Tensor]) -> dict[str, str | bool]:

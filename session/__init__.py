@@ -25,6 +25,7 @@ from session.training import StepTraining
 from utils import distributed
 from utils.distributed import World
 from utils.files import FolderLock
+from utils.hub import local_file
 from utils.logger import setup_logging
 from utils.randomness import make_deterministic
 from utils.signals import StopRequest
@@ -104,6 +105,6 @@ def _with_network_of_file(opts: Options) -> Options:
     """The options, with what a released program's file, ``--ckpt`` or ``--step_ckpt``, shows."""
     first = opts.steps[0]
     path, step = (opts.step_ckpt, first - 1) if opts.ckpt is None else (opts.ckpt, first)
-    if path is None or not path.is_file() or save_id(path) is not None:
+    if path is None or not local_file(path).is_file() or save_id(path) is not None:
         return opts
     return with_network_of(load_checkpoint(path), opts, path, opts.task_, step, trains=not opts.test)

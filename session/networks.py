@@ -78,6 +78,9 @@ class StepNetworks:
                 parameter.requires_grad_(False)
         if opts.fix_pre_cls:
             model.fix_older_classifiers()
+        stride = getattr(model.network.body, "stride", opts.output_stride)
+        if stride != opts.output_stride:
+            log.info("%s has %d pixels per position, not --output_stride", opts.backbone, stride)
         channels = int(model.network.backbone_channels)
         if "feat_dim" in opts.typed and channels != opts.feat_dim:
             raise UserError(
@@ -163,8 +166,9 @@ class StepNetworks:
             gradient_as_bucket_view=True,
             # find_unused_parameters keeps the initial gradient buckets. Otherwise they are rebuilt after the
             # first batch of every start, also of a resumed run; with three or more processes the order in
-            # which gradients are summed depends on the buckets.
-            find_unused_parameters=self.opts.deterministic,
+            # which gradients are summed depends on the buckets. Some of timm's networks have weights of
+            # stages that only some methods use.
+            find_unused_parameters=self.opts.deterministic or self.opts.backbone.startswith("timm/"),
         )
 
 

@@ -17,7 +17,8 @@ from scripts import experiment
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-_TRAINING, _PREDICTION = TEXT.split("## Predictions and features")
+_TRAINING, _REST = TEXT.split("## Predictions and features")
+_PREDICTION, _TIMM = _REST.split("## Backbones of timm")
 
 
 def commands(text: str) -> list[str]:
@@ -65,6 +66,15 @@ def test_command_follows_the_table(command: str) -> None:
     assert opts.lrs == [later if step else first for step in opts.steps]
     assert (opts.momentum, opts.weight_decay, opts.lr_policy, opts.lr_power) == (0.9, 1e-4, "poly", 0.9)
     assert opts.opt_level == ("O0" if opts.unknown or opts.loss_de_prototypes else "O1")
+
+
+def test_swin_b_of_nest() -> None:
+    (command,) = commands(_TIMM)
+    launcher, options = command.split(" run.py ")
+    opts = parse_options(shlex.split(options))
+    assert opts.batch_size * int(launcher.split("=")[1]) == 24
+    assert (opts.backbone, opts.drop_path) == ("timm/swin_base_patch4_window12_384", 0.3)
+    assert (opts.lrs, opts.loss_kd, opts.epochs, opts.warm_epochs) == ([0.02, *[0.001] * 5], 10, 30, 5)
 
 
 @pytest.mark.parametrize("command", commands(_PREDICTION))

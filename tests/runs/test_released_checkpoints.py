@@ -16,6 +16,7 @@ from argparser import parse_options
 from modules import NetworkSpec
 from modules.norm import norm_layers
 from runs.checkpoint import check_fits, model_state
+from runs.released import network_of, our_names
 from segmentation_module import IncrementalSegmentationModule, load_state, make_model
 from tasks import get_task
 from utils.errors import UserError
@@ -126,3 +127,21 @@ def test_a_missing_or_strange_weight_is_refused(program: str) -> None:
     ):
         with pytest.raises(UserError, match=r"the checkpoint (lacks|has unknown) 1 weights"):
             load_state(model, changed)
+
+
+def test_swin_of_nest() -> None:
+    """Its names, from which its program differs: patch merging ends a stage, and an index is saved."""
+    model = make_model(NetworkSpec(backbone="timm/swin_tiny_patch4_window7_224", norm_act="abn"), [16, 5])
+    state = model.state_dict()
+
+    def theirs(name: str) -> str:
+        name = name.removeprefix("network.").replace("body.model.", "body.")
+        return re.sub(r"layers\.(\d)\.downsample", lambda f: f"layers.{int(f[1]) - 1}.downsample", name)
+
+    released = {theirs(name): tensor for name, tensor in state.items()}
+    assert "body.layers.2.downsample.reduction.weight" in released and "body.norm3.weight" in released
+    released["body.layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(49, 49)
+    found = our_names(released)
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    assert network_of(released) == {"model": "deeplab", "norm_act": "iabn_sync", "head": "mib"}

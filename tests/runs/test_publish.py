@@ -1,0 +1,69 @@
+"""A published step: evaluated from the hub it has the same numbers, and the next step starts from it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_server import REPOSITORY, environment, hub
+
+from runs.publish import publish
+from utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = "15-5-shapes_Experiment"
+
+
+def run(*words: str, **environment_of: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=False,
+        env=environment_of or None,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout + done.stderr
+
+
+def test_published_step(shapes_root: Path, tmp_path: Path) -> None:
+    common = (
+        f"--dataset shapes --data_root {shapes_root} --task 15-5 --overlap --crop_size 64 --no_pretrained"
+    )
+    words = [*common.split(), *["--backbone", "mobilenet_v2", "--epochs", "1", "--batch_size", "8"]]
+    run("run.py", *words, "--lr", "0.05", "--method", "FT", "--logdir", str(tmp_path / "logs"))
+    trained = tmp_path / "logs" / RUN
+    run("-m", "runs.publish", str(trained), "--out", str(tmp_path / "out"))
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    file = f"{RUN}_0.safetensors"
+    assert names == {file, f"{RUN}_0.json", "config.json", "results_0.json", "README.md"}
+    assert not any(str(tmp_path) in path.read_text() for path in (tmp_path / "out").glob("*.[jm]*"))
+    assert str(tmp_path).encode() not in (tmp_path / "out" / file).read_bytes()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "--backbone mobilenet_v2 --batch_size 8" in card and "without restrictions" in card
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["id2label"]["15"] == "arrow"
+
+    results = json.loads((trained / "results_0.json").read_text())
+    with hub(tmp_path / "out") as there:
+        env = environment(tmp_path / "cache", **there)
+        name, logs = f"hf:{REPOSITORY}/{file}@v1", str(tmp_path / "other")
+        run("run.py", *words, "--logdir", logs, "--test", "--ckpt", name, **env)
+        run("run.py", *words, "--logdir", logs, "--step", "1", "--step_ckpt", name, "--method", "MIB", **env)
+    tested = json.loads((tmp_path / "other" / RUN / "results_0.json").read_text())
+    assert tested["class_iou"] == results["class_iou"] and tested["miou_all"] == results["miou_all"]
+    later = json.loads((tmp_path / "other" / RUN / "results_1.json").read_text())
+    (tmp_path / "other" / RUN / "results_0.json").unlink()
+    assert set(later["forgetting"]) == set(results["class_iou"])  # of step 0 as the hub has it
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"results_0\.json: not there, so step 0 is not finished"):
+        publish(tmp_path, 0, tmp_path / "out")
+    (tmp_path / "results_0.json").write_text("{}")
+    with pytest.raises(UserError, match="no such checkpoint"):
+        publish(tmp_path, 0, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
