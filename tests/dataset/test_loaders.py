@@ -18,6 +18,7 @@ from torch import Tensor
 from dataset import open_dataset
 from dataset.incremental import Entry, IncrementalDataset, SampleKey, train_lookup
 from dataset.loaders import (
+    ONE_PROCESS,
     EpochSampler,
     EvalBatchSampler,
     Loader,
@@ -30,7 +31,7 @@ from dataset.loaders import (
 )
 from dataset.transforms import eval_transform, train_transform
 from tasks import get_task
-from utils.distributed import ONE_PROCESS, World
+from utils.distributed import World
 from utils.errors import DataError, Fault, UserError
 
 ROOT = Path(__file__).resolve().parents[2]

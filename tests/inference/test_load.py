@@ -11,8 +11,7 @@ from small_checkpoint import DEEPLAB, save_untrained
 
 from argparser import Options, parse_options
 from inference.load import _value, model_from_checkpoint
-from methods.foreground import ForegroundClassifier
-from methods.ssul import UnknownClassifier
+from methods.classifiers import ForegroundClassifier, UnknownClassifier
 from runs.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UserError
 from utils.option_types import count, path_option
