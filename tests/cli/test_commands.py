@@ -34,7 +34,7 @@ def test_two_steps_under_torchrun_then_test_gives_the_same_digits(cli: Launch, t
 
     # The same numbers from the checkpoint: on two processes, on one, and with the file named.
     for extra, options in (
-        ((), {"launcher": "torchrun", "processes": 2}),
+        ((), {"processes": 2}),
         ((), {}),
         (("--ckpt", run_dir / "15-5-shapes_MIB_1.pth"), {}),
     ):
