@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -74,6 +75,25 @@ class Fork:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+
+def python(*words: object, folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command to its end, as ``subprocess.run`` with ``capture_output`` and ``text``.
+
+    Args:
+        words: of the command line after ``python``.
+        folder: working directory.
+        environment: further variables.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        out, err = (Path(temporary) / name for name in ("out", "err"))
+        typed = [str(word) for word in words]
+        fork = Fork(typed, environments()[0] | environment, out, err, folder=folder)
+        try:
+            code = fork.wait()
+        finally:
+            fork.kill()
+        return subprocess.CompletedProcess(typed, code, out.read_text("utf-8"), err.read_text("utf-8"))
 
 
 def environments(processes: int = 1) -> list[dict[str, str]]:

@@ -85,7 +85,9 @@ def launch(*arguments: str | Path, launcher: str | None = None, processes: int =
         out, err = started.communicate()
     finally:
         started.kill()
-    return Outcome(started.poll() or 0, out, err)
+    code = started.poll()
+    assert code is not None
+    return Outcome(code, out, err)
 
 
 def _by_launcher(arguments: Sequence[str | Path], launcher: str, processes: int) -> Outcome:
