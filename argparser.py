@@ -15,16 +15,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from methods import METHODS, REGISTRY, Method, classifier_of, load_method_file, preset
+from methods import CLASSIFIERS, METHODS, REGISTRY, Method, classifier_of, load_method_file, preset
 from methods.checks import fault, options_of, preset_fault, shown
 from methods.presets import preset_note
-from modules.classifiers import Classifier, classifier_kind, classifier_names
 from tasks import Task, get_task, read_class_order
 from utils.errors import UserError
 from utils.files import name_fault, printable
 from utils.option_roles import Declaration, OptionGroup, OptionParser
 from utils.option_types import Number, Parser, count, path_option, positive_int, seed, share, whole
 
+VERSION = "0.1.0"  # as in pyproject.toml
 # Smaller ones change no weight in single precision, larger ones leave none finite.
 LEARNING_RATE = Number(float, 1e-12, 1000)
 BACKBONES = ("resnet50", "resnet101", "mobilenet_v2")
@@ -123,10 +123,10 @@ def _backbone(word: str) -> str:
 
 def _classifier(word: str) -> str:
     """A kind of classifier that there is."""
-    try:
-        return classifier_kind(word).name
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error).partition(": ")[2]) from None
+    if word not in CLASSIFIERS:
+        known = ", ".join(CLASSIFIERS)
+        raise argparse.ArgumentTypeError(f"unknown, choose one of {known}; others come with --method_file")
+    return word
 
 
 # Options of published command lines without a meaning here, and what to do instead.
@@ -147,6 +147,7 @@ def build_parser() -> OptionParser:
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=VERSION)
     _add_launch(parser.group("launch", role="incidental"))
     _add_task(parser.group("task and data", role="data"))
     _add_model(parser.group("model", role="network"))
@@ -326,7 +327,7 @@ def _add_model(group: OptionGroup) -> None:
     group.choice("--decoder", ("sats", "segformer"), "sats",
         help="head of the SegFormer models")
     group.value("--classifier", _classifier, "linear",
-        help=f"kind of classifier: {', '.join(classifier_names())} (default: the method's, or linear)")
+        help=f"kind of classifier: {', '.join(CLASSIFIERS)} (default: the method's, or linear)")
     group.value("--feat_dim", Number(float, 1, 1e6), 2048, compared_by_meaning=True, restored=False,
         help="channels of the backbone's last feature map; checked where it is given")
     group.flag("--fix_bn", role="learning",
@@ -624,11 +625,6 @@ def _derive(opts: Options) -> None:
                 "or choose another method"
             )
         opts.classifier = needed
-    if needed is None and classifier_kind(opts.classifier).needs_its_method and _trains(opts):
-        raise UserError(
-            f"--classifier {opts.classifier} is trained only by a method that names it; drop it, or choose "
-            "that method"
-        )
     if opts.keep == "best" and opts.val_interval >= opts.epochs > 1:
         opts.notes.append(
             f"--keep best has nothing to choose from: --val_interval {opts.val_interval} validates only the "
@@ -707,6 +703,8 @@ def _check(opts: Options) -> None:
             f"--date, --task and --name stand together in file names, with {len(together.encode())} bytes; "
             "use at most 180"
         )
+    if _trains(opts):
+        _check_classifier(opts)
 
 
 def _trains(opts: Options) -> bool:
@@ -738,17 +736,6 @@ def _check_unused(opts: Options) -> None:
         raise UserError(
             f"--lr_old {opts.lr_old:g} has no effect: --fix_pre_cls freezes the old classifiers; drop one"
         )
-    kind = classifier_kind(opts.classifier)
-    if opts.init_balanced and not kind.starts_balanced and _trains(opts):
-        if "init_balanced" in opts.typed:
-            raise UserError(f"--classifier {kind.name} does not support --init_balanced; drop it")
-        opts.notes.append(f"--classifier {kind.name} starts in its own way: --init_balanced has no effect")
-    unsure = kind.confident_labels is Classifier.confident_labels
-    if opts.memory and opts.memory_choice == "predicted" and unsure and _trains(opts):
-        raise UserError(
-            f"--memory_choice predicted needs a classifier with a sigmoid per class, not --classifier "
-            f"{opts.classifier}; choose another --memory_choice"
-        )
     if "warmup_form" in opts.typed and (opts.warmup == 0 or opts.lr_policy != "poly"):
         raise UserError("--warmup_form goes with --warmup and --lr_policy poly; give them, or drop this")
     if "head" in opts.typed and opts.model != "deeplab":
@@ -764,6 +751,28 @@ def _check_unused(opts: Options) -> None:
         raise UserError(f"--min_lr is the poly policy's, not --lr_policy {opts.lr_policy}'s; drop one")
     if "min_lr" in opts.typed and opts.min_lr > min(opts.lrs):
         raise UserError(f"--min_lr {opts.min_lr:g} is above --lr {min(opts.lrs):g}; give less")
+
+
+def _check_classifier(opts: Options) -> None:
+    """Options that the kind of classifier does not know."""
+    from methods.classifiers import Classifier, classifier_kind  # needs torch, so this check is the last
+
+    kind = classifier_kind(opts.classifier)
+    if kind.needs_its_method and classifier_of(opts) is None:
+        raise UserError(
+            f"--classifier {opts.classifier} is trained only by a method that names it; drop it, or choose "
+            "that method"
+        )
+    if opts.init_balanced and not kind.starts_balanced:
+        if "init_balanced" in opts.typed:
+            raise UserError(f"--classifier {kind.name} does not support --init_balanced; drop it")
+        opts.notes.append(f"--classifier {kind.name} starts in its own way: --init_balanced has no effect")
+    unsure = kind.confident_labels is Classifier.confident_labels
+    if opts.memory and opts.memory_choice == "predicted" and unsure:
+        raise UserError(
+            f"--memory_choice predicted needs a classifier with a sigmoid per class, not --classifier "
+            f"{opts.classifier}; choose another --memory_choice"
+        )
 
 
 def _check_prediction(opts: Options) -> None:

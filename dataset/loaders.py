@@ -18,13 +18,15 @@ from multiprocessing.sharedctypes import RawValue
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from dataset.incremental import Sample, SampleKey, Substitute
-from utils.distributed import ONE_PROCESS, World, loader_fault
+from utils.distributed import World, loader_fault
 from utils.errors import DataError, UserError
 from utils.signals import outlive_signals
 
+ONE_PROCESS = World(0, 0, 1, torch.device("cpu"), None)  # alone on the CPU
 log = logging.getLogger(__name__)
 
 

@@ -54,6 +54,7 @@ REGISTRY: list[type[Method]] = [
 ]
 
 __all__ = [
+    "CLASSIFIERS",
     "METHODS",
     "REGISTRY",
     "Batch",
@@ -64,6 +65,9 @@ __all__ = [
     "load_method_file",
     "preset",
 ]
+
+# Names for --classifier; --method_file adds those of a user's file.
+CLASSIFIERS: list[str] = ["linear", *{kind.classifier: None for kind in REGISTRY if kind.classifier}]
 
 _LOADED: set[Path] = set()
 
@@ -130,6 +134,8 @@ def load_method_file(path: Path) -> tuple[list[type[Method]], dict[str, dict[str
     Raises:
         UserError: the file cannot be run, or its methods or presets are invalid.
     """
+    from methods.classifiers import classifier_names  # needs torch
+
     resolved = path.resolve()
     if resolved in _LOADED:
         return [], {}
@@ -137,5 +143,6 @@ def load_method_file(path: Path) -> tuple[list[type[Method]], dict[str, dict[str
     for name, options in presets.items():
         add_preset(name, options, source=resolved)
     REGISTRY.extend(kinds)
+    CLASSIFIERS[:] = classifier_names()
     _LOADED.add(resolved)
     return kinds, presets

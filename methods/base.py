@@ -12,14 +12,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from tasks import Task
+from utils.lazy import torch
 from utils.option_roles import OptionGroup
 
 
-def identity(tensor: Tensor) -> Tensor:
+def identity(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself: the sum over one process."""
     return tensor
 
@@ -45,19 +43,19 @@ class Batch:
         epoch: number of the epoch, from 0.
     """
 
-    images: Tensor
-    targets: Tensor
-    original_targets: Tensor
+    images: torch.Tensor
+    targets: torch.Tensor
+    original_targets: torch.Tensor
     incremental_step: int
     classes_old: int
     classes_new: int
-    outputs: Tensor
+    outputs: torch.Tensor
     features: dict[str, Any] = field(default_factory=dict)
-    outputs_old: Tensor | None = None
+    outputs_old: torch.Tensor | None = None
     features_old: dict[str, Any] = field(default_factory=dict)
-    image_weights: Tensor | None = None
-    pixel_weights: Tensor | None = None
-    extras: dict[str, Tensor] = field(default_factory=dict)
+    image_weights: torch.Tensor | None = None
+    pixel_weights: torch.Tensor | None = None
+    extras: dict[str, torch.Tensor] = field(default_factory=dict)
     epoch: int = 0
 
 
@@ -88,16 +86,16 @@ class Context:
 
     task: Task
     step: int
-    model: nn.Module
-    model_old: nn.Module | None = None
+    model: torch.nn.Module
+    model_old: torch.nn.Module | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     protocol: str = "disjoint"
     fidelity: str = "paper"
-    batches: Callable[..., Iterable[tuple[Tensor, Tensor]]] = lambda epoch=0: ()
-    reduce: Callable[[Tensor], Tensor] = identity
-    cached: Callable[[str, dict[str, Any], Callable[[], dict[str, Tensor]]], dict[str, Tensor]] = (
-        lambda name, inputs, compute: compute()
-    )
+    batches: Callable[..., Iterable[tuple[torch.Tensor, torch.Tensor]]] = lambda epoch=0: ()
+    reduce: Callable[[torch.Tensor], torch.Tensor] = identity
+    cached: Callable[
+        [str, dict[str, Any], Callable[[], dict[str, torch.Tensor]]], dict[str, torch.Tensor]
+    ] = lambda name, inputs, compute: compute()
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     epochs: int = 1
     updates: int = 1
@@ -183,7 +181,7 @@ class Method:
     def begin_step(self, context: Context) -> None:
         """Prepare a step: called once, after the new classes were added, before the optimiser is built."""
 
-    def modules(self) -> dict[str, nn.Module]:
+    def modules(self) -> dict[str, torch.nn.Module]:
         """Modules that the method trains beside the student (a projection head), by name.
 
         Build them in ``begin_step`` and return the same ones at every call. They are moved to the device and
@@ -210,14 +208,14 @@ class Method:
     def relabel(self, batch: Batch) -> None:
         """Replace ``batch.targets`` (pseudo-labels)."""
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Weighted loss terms, scalar tensors, by the name under which they are logged."""
         return {}
 
     def after_backward(self) -> None:
         """Read the gradients of the summed losses, averaged over all processes (importance estimates)."""
 
-    def penalty(self) -> dict[str, Tensor]:
+    def penalty(self) -> dict[str, torch.Tensor]:
         """Loss terms that are differentiated after ``after_backward``, by name: penalties on weights.
 
         A method that adds the term's gradient to the weights' itself returns the term detached.

@@ -11,12 +11,9 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
-
 from methods.base import Method
-from modules.classifiers import classifier_names
 from utils.errors import UserError
+from utils.lazy import torch
 from utils.option_roles import OptionParser
 
 _PUBLIC = {name for name in (*vars(Method), *Method.__annotations__) if not name.startswith("_")}
@@ -55,6 +52,8 @@ def check_class(kind: type[Method]) -> None:
         UserError: no ``from_options``, a hook with other arguments, a name similar to a hook's, or an invalid
             option.
     """
+    from methods.classifiers import classifier_names  # needs torch
+
     written = {
         name
         for base in kind.__mro__
@@ -69,7 +68,7 @@ def check_class(kind: type[Method]) -> None:
         candidates = _HOOKS if callable(getattr(kind, name)) else _PUBLIC - _HOOKS
         if near := difflib.get_close_matches(name, candidates, n=1, cutoff=_NEAR):
             raise fault(kind, name, f"is no hook; did you mean {near[0]}? If not, rename it, e.g. to _{name}")
-    if issubclass(kind, nn.Module):
+    if issubclass(kind, torch.nn.Module):
         what = "is a hook, but the class is an nn.Module, which has that name too; derive from Method only"
         raise fault(kind, "modules", what)
     if "from_options" not in written:
@@ -230,7 +229,7 @@ def checked_factor(method: Method, hook: str, parameter: str, factor: object) ->
     return float(factor)  # type: ignore[arg-type]
 
 
-def check_modules(method: Method, networks: Iterable[nn.Module]) -> dict[str, nn.Module]:
+def check_modules(method: Method, networks: Iterable[torch.nn.Module]) -> dict[str, torch.nn.Module]:
     """The result of ``Method.modules``, checked.
 
     Args:
@@ -248,9 +247,9 @@ def check_modules(method: Method, networks: Iterable[nn.Module]) -> dict[str, nn
     for name, module in parts.items():
         if not isinstance(name, str) or not name or "." in name:
             what = f"a module cannot be named {name!r}; use text without dots"
-        elif not isinstance(module, nn.Module):
+        elif not isinstance(module, torch.nn.Module):
             what = f"'{name}' is {shown(module)}, not an nn.Module"
-        elif any(is_lazy(weight) for weight in module.parameters()):
+        elif any(torch.nn.parameter.is_lazy(weight) for weight in module.parameters()):
             what = f"'{name}' has lazy weights; give their sizes in begin_step"
         elif any(id(weight) in of_networks for weight in module.parameters()):
             what = f"'{name}' has weights of the network, which trains them; remove it"
@@ -266,7 +265,9 @@ class LossTerms:
     def __init__(self) -> None:
         self._owners: dict[str, tuple[Method, str]] = {}
 
-    def add(self, terms: dict[str, Tensor], method: Method, hook: str, returned: dict[str, Tensor]) -> None:
+    def add(
+        self, terms: dict[str, torch.Tensor], method: Method, hook: str, returned: dict[str, torch.Tensor]
+    ) -> None:
         """Add what a method's hook returned to ``terms``.
 
         Raises:
@@ -288,15 +289,15 @@ class LossTerms:
     def _check(self, method: Method, hook: str, name: object, term: object) -> None:
         if not isinstance(name, str) or name == "total":
             raise fault(method, hook, f"a loss cannot be named {name!r}; choose another name (text)")
-        if not isinstance(term, Tensor) or term.dim() > 0:
+        if not isinstance(term, torch.Tensor) or term.dim() > 0:
             what = f"the loss '{name}' is {shown(term)}, not a scalar tensor; return e.g. its mean()"
             raise fault(method, hook, what)
 
 
 def shown(value: object) -> str:
     """Short description of a value, for a message."""
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
     if value is None or isinstance(value, (str, bool, int, float)):
         return repr(value)
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
     return f"a {type(value).__name__}"

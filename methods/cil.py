@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from methods.base import Batch, Method
-from utils.loss import CILDistillationLoss
+from utils.lazy import loss, torch
 from utils.option_roles import OptionGroup
 from utils.option_types import loss_weight
 
@@ -18,7 +16,7 @@ class CIL(Method):
     needs_teacher = True
 
     def __init__(self, gs: float, *, fidelity: str = "paper") -> None:
-        self.criterion = CILDistillationLoss(gs=gs, temp=1, fidelity=fidelity)
+        self.criterion = loss.CILDistillationLoss(gs=gs, temp=1, fidelity=fidelity)
 
     @classmethod
     def add_options(cls, group: OptionGroup) -> None:
@@ -36,7 +34,7 @@ class CIL(Method):
         """Enabled if ``--loss_CIL`` is above 0."""
         return cls(opts.loss_CIL, fidelity=opts.fidelity) if opts.loss_CIL > 0 else None
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The weighted distillation."""
         return {
             "cil": self.criterion(outputs=batch.outputs, outputs_old=batch.outputs_old, targets=batch.targets)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
-
 from methods.base import Batch, Context, Method
 from utils.errors import UserError
-from utils.loss import BCEWithLogitsLossWithIgnoreIndex, FocalLoss, UnbiasedCrossEntropy
+from utils.lazy import loss, torch
 from utils.option_roles import OptionGroup
 from utils.option_types import whole
 
@@ -26,7 +24,7 @@ class Classification(Method):
         self.alpha = alpha
         self.gamma = gamma
         self.typed: str | None = None  # the option by which the user chose the form
-        self.criterion: nn.Module = nn.CrossEntropyLoss(ignore_index=255, reduction="none")
+        self.criterion: torch.nn.Module = torch.nn.CrossEntropyLoss(ignore_index=255, reduction="none")
 
     @classmethod
     def add_options(cls, group: OptionGroup) -> None:
@@ -69,19 +67,19 @@ class Classification(Method):
     def begin_step(self, context: Context) -> None:
         """Build the criterion; the unbiased one needs old classes."""
         if self.kind == "bce":
-            self.criterion = BCEWithLogitsLossWithIgnoreIndex(reduction="none")
+            self.criterion = loss.BCEWithLogitsLossWithIgnoreIndex(reduction="none")
         elif self.kind == "focal":
-            self.criterion = FocalLoss(alpha=self.alpha, gamma=self.gamma, reduction="none")
+            self.criterion = loss.FocalLoss(alpha=self.alpha, gamma=self.gamma, reduction="none")
         elif self.kind == "unce" and context.classes_old > 0:
-            self.criterion = UnbiasedCrossEntropy(old_cl=context.classes_old, reduction="none")
+            self.criterion = loss.UnbiasedCrossEntropy(old_cl=context.classes_old, reduction="none")
         else:
-            self.criterion = nn.CrossEntropyLoss(ignore_index=255, reduction="none")
+            self.criterion = torch.nn.CrossEntropyLoss(ignore_index=255, reduction="none")
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Mean over all pixels of the weighted loss map."""
-        loss = self.criterion(batch.outputs, batch.targets)
+        values = self.criterion(batch.outputs, batch.targets)
         if batch.pixel_weights is not None:
-            loss = loss * batch.pixel_weights
+            values = values * batch.pixel_weights
         if batch.image_weights is not None:
-            loss = loss * batch.image_weights[:, None, None]
-        return {self.kind: loss.mean()}
+            values = values * batch.image_weights[:, None, None]
+        return {self.kind: values.mean()}

@@ -4,38 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from methods.base import Context, Method
-from modules.classifiers import Classifier, LinearClassifier, add_classifier
-from segmentation_module import IncrementalSegmentationModule, freeze
-from utils.loss import trainable_parts
+from utils.lazy import loss
 from utils.option_roles import OptionGroup
-
-
-@add_classifier
-class PreallocatedClassifier(LinearClassifier):
-    """1×1 convolutions of all steps from step 0 on; those of later steps are negatives in the softmax.
-
-    The prediction is among the seen classes only.
-    """
-
-    name = "preallocated"
-    needs_its_method = True
-    starts_balanced = False
-    of_all_steps = True
-    start = Classifier.start  # this step's part has been trained already
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Logits of all classes, in evaluation mode (so also the teacher's) of the seen ones."""
-        logits = super().forward(features)
-        return logits if self.training else logits[:, : sum(self.classes)]
 
 
 class Preallocation(Method):
     """Classifiers of all steps from step 0 on (DFT*)."""
 
-    classifier = PreallocatedClassifier.name
+    classifier = "preallocated"
 
     @classmethod
     def add_options(cls, group: OptionGroup) -> None:
@@ -63,7 +40,9 @@ class FixedNetwork(Method):
 
     def begin_step(self, context: Context) -> None:
         """Freeze both, with the running statistics of their norms."""
+        from segmentation_module import IncrementalSegmentationModule, freeze  # needs torch
+
         model = context.model
-        trained = trainable_parts(context.step, context.task.num_steps)
+        trained = loss.trainable_parts(context.step, context.task.num_steps)
         if isinstance(model, IncrementalSegmentationModule) and not trained["body"]:
             freeze(model.network)

@@ -5,14 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from torch import Tensor, nn
-
 from methods.base import Batch, Context, Method
-from utils.loss import (
-    DistillationEncoderLoss,
-    KnowledgeDistillationLoss,
-    UnbiasedKnowledgeDistillationLoss,
-)
+from utils.lazy import loss, torch
 from utils.option_roles import OptionGroup
 from utils.option_types import loss_weight
 
@@ -27,8 +21,8 @@ class OutputDistillation(Method):
     ) -> None:
         self.weight = weight
         self.scheduled = scheduled
-        kind = UnbiasedKnowledgeDistillationLoss if unbiased else KnowledgeDistillationLoss
-        self.criterion: nn.Module = kind(alpha=alpha)
+        kind = loss.UnbiasedKnowledgeDistillationLoss if unbiased else loss.KnowledgeDistillationLoss
+        self.criterion: torch.nn.Module = kind(alpha=alpha)
         self.name = "unkd" if unbiased else "kd"
 
     @classmethod
@@ -51,7 +45,7 @@ class OutputDistillation(Method):
         seen, new = context.classes_old + context.classes_new, context.classes_new
         self.factor = self.weight * (math.sqrt(seen / new) if self.scheduled else 1.0)
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Weighted mean over pixels."""
         return {self.name: self.factor * self.criterion(batch.outputs, batch.outputs_old)}
 
@@ -64,7 +58,7 @@ class EncoderDistillation(Method):
 
     def __init__(self, weight: float, *, masked: bool = False, cosine: bool = False) -> None:
         self.weight = weight
-        self.criterion = DistillationEncoderLoss(mask=masked, loss_de_cosine=cosine)
+        self.criterion = loss.DistillationEncoderLoss(mask=masked, loss_de_cosine=cosine)
 
     @classmethod
     def add_options(cls, group: OptionGroup) -> None:
@@ -80,12 +74,12 @@ class EncoderDistillation(Method):
             return None
         return cls(opts.loss_de, masked=opts.loss_de_maskedold, cosine=opts.loss_de_cosine)
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Weighted distance of the features."""
-        loss = self.criterion(
+        distance = self.criterion(
             features=batch.features["body"],
             features_old=batch.features_old["body"],
             labels=batch.targets,
             classes_old=batch.classes_old,
         )
-        return {"encoder_distillation": self.weight * loss}
+        return {"encoder_distillation": self.weight * distance}

@@ -5,75 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from methods.base import Batch
 from methods.checks import refuse_without
-from methods.foreground import ForegroundClassifier, ForegroundMethod, checked_pos_weight
-from modules.classifiers import add_classifier, convolve
-from utils.loss import (
-    AuxiliaryLoss,
-    DecomposedDistillationLoss,
-    SigmoidDistillationLoss,
-    exemplar_labels,
-    initialise_from_auxiliary,
-)
+from methods.foreground import ForegroundMethod, checked_pos_weight
+from utils.lazy import loss, torch
 from utils.option_roles import OptionGroup
 from utils.option_types import Number, loss_weight
-
-
-@add_classifier
-class AuxiliaryClassifier(ForegroundClassifier):
-    """Channel 0 of the logits is an auxiliary classifier, from which new classes start.
-
-    It learns that every pixel is a negative and sends no gradient to the features.
-    """
-
-    name = "auxiliary"
-
-    def widths(self, classes: Sequence[int], later: Sequence[int]) -> list[int]:
-        """The auxiliary channel, then the classes of each step."""
-        return [1, *super().widths(classes, later)]
-
-    def part_of(self, weight: str) -> int | None:
-        """None for the auxiliary classifier, which every step trains."""
-        part = super().part_of(weight)
-        return None if part == 0 else part
-
-    @torch.no_grad()
-    def start(self, balanced: bool) -> None:
-        """New classes: the auxiliary classifier's weights and biases."""
-        auxiliary, new = (self.parts[number] for number in (0, self.newest))
-        assert isinstance(auxiliary, nn.Conv2d) and isinstance(new, nn.Conv2d)
-        assert auxiliary.bias is not None and new.bias is not None
-        weight, bias = initialise_from_auxiliary(auxiliary.weight, auxiliary.bias, new.out_channels)
-        new.weight.copy_(weight[:, :, None, None])
-        new.bias.copy_(bias)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Logits B×C×h×w."""
-        auxiliary, *parts = self.parts
-        return torch.cat([auxiliary(features.detach()), convolve(parts, features)], dim=1)
-
-    def confident_labels(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Background becomes the predicted class where its sigmoid is at least 0.9."""
-        return exemplar_labels(labels, logits, first=1)
 
 
 class DecomposedDistillation(ForegroundMethod):
     """Distillation of old sigmoids and of their reasoning scores (DKD)."""
 
-    classifier = AuxiliaryClassifier.name
+    classifier = "auxiliary"
 
     def __init__(
         self, pos_weight: Sequence[float], kd: float, dkd: float, *, fidelity: str = "paper"
     ) -> None:
         super().__init__(pos_weight, fidelity=fidelity)
         self.kd, self.dkd = kd, dkd
-        self.auxiliary = AuxiliaryLoss()
-        self.distillation = SigmoidDistillationLoss()
-        self.decomposed = DecomposedDistillationLoss("both", fidelity)
+        self.auxiliary = loss.AuxiliaryLoss()
+        self.distillation = loss.SigmoidDistillationLoss()
+        self.decomposed = loss.DecomposedDistillationLoss("both", fidelity)
 
     @classmethod
     def add_options(cls, group: OptionGroup) -> None:
@@ -111,7 +63,7 @@ class DecomposedDistillation(ForegroundMethod):
         """From step 1 on only the newest classifier decays."""
         return 1.0 if self.step == 0 or self.is_newest(parameter) else 0.0
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Classification and auxiliary loss; from step 1 on distillation of sigmoids and reasoning scores."""
         terms = {"mbce": self.mbce(batch), "auxiliary": self.auxiliary(batch.outputs)}
         if batch.outputs_old is not None:
@@ -123,6 +75,6 @@ class DecomposedDistillation(ForegroundMethod):
         return terms
 
 
-def _foreground(parts: Sequence[Any]) -> Tensor:
+def _foreground(parts: Sequence[Any]) -> torch.Tensor:
     """Weights C×D of the foreground classes."""
     return torch.cat([part.weight for part in parts[1:]]).flatten(1)

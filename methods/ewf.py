@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from methods.base import Context, Method
-from utils.loss import fuse_weights
+from utils.lazy import loss
 from utils.option_roles import OptionGroup
 
 
@@ -36,4 +36,4 @@ class EndpointWeightFusion(Method):
         # With two branches the teacher's are merged first, as the student's were.
         old = model.network.from_previous(context.model_old.state_dict(), "network.")
         new = model.state_dict()
-        model.load_state_dict(fuse_weights(dict(old), new, context.classes_new, context.classes_old))
+        model.load_state_dict(loss.fuse_weights(dict(old), new, context.classes_new, context.classes_old))

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-from torch.nn import functional as F
-
 from methods.base import Batch, Method
-from utils.loss import IcarlLoss
+from utils.lazy import loss, torch
 from utils.option_roles import OptionGroup
 from utils.option_types import loss_weight
 
@@ -26,7 +23,7 @@ class ICaRL(Method):
     def __init__(self, importance: float, *, disjoint: bool = False, bkg: bool = False) -> None:
         self.importance = importance
         self.replaces_classification = disjoint
-        self.disjoint = IcarlLoss(reduction="mean", bkg=bkg) if disjoint else None
+        self.disjoint = loss.IcarlLoss(reduction="mean", bkg=bkg) if disjoint else None
 
     @classmethod
     def add_options(cls, group: OptionGroup) -> None:
@@ -45,12 +42,12 @@ class ICaRL(Method):
             return None
         return cls(opts.icarl_importance, disjoint=opts.icarl_disjoint, bkg=opts.icarl_bkg)
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The combined term, or the disjoint loss."""
         assert batch.outputs_old is not None
         teacher = batch.outputs_old.sigmoid()
         if self.disjoint is not None:
             return {"icarl": self.disjoint(batch.outputs, batch.targets, teacher)}
         old = batch.outputs_old.shape[1]
-        loss = F.binary_cross_entropy_with_logits(batch.outputs[:, :old], teacher)
-        return {"icarl": self.importance * old * loss}
+        mean = torch.nn.functional.binary_cross_entropy_with_logits(batch.outputs[:, :old], teacher)
+        return {"icarl": self.importance * old * mean}

@@ -22,13 +22,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any, Protocol, cast
-
-import torch
-from torch import Tensor, nn
+from typing import Any, Protocol, TypeAlias, cast
 
 from methods.base import Context, Method
 from utils.errors import UserError
+from utils.lazy import no_grad, torch
 from utils.option_roles import OptionGroup
 from utils.option_types import loss_weight, positive_int, share
 
@@ -38,7 +36,7 @@ _WRAPPERS = ("module.", "_orig_mod.")
 # and the overhead of the calls is small.
 _BLOCK = 1 << 16
 
-Block = list[Tensor]  # for ``torch._foreach_*``
+Block: TypeAlias = "list[torch.Tensor]"  # for ``torch._foreach_*``
 
 
 class RegularizerOptions(Protocol):
@@ -50,7 +48,7 @@ class RegularizerOptions(Protocol):
     reg_iterations: int
 
 
-def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def _named_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Parameters by their names in the bare module."""
     parameters = {}
     for name, parameter in model.named_parameters():
@@ -60,7 +58,7 @@ def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return parameters
 
 
-def _min_max(tensor: Tensor) -> Tensor:
+def _min_max(tensor: torch.Tensor) -> torch.Tensor:
     """Scale a tensor to 0..1 by its smallest and largest entry."""
     low = tensor.min()
     return (tensor - low) / (tensor.max() - low + _EPS)
@@ -78,7 +76,7 @@ def _memory_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int
     return tuple(stride for stride, _ in axes)
 
 
-def _pieces(row: Sequence[Tensor], size: int) -> Iterable[Sequence[Tensor]]:
+def _pieces(row: Sequence[torch.Tensor], size: int) -> Iterable[Sequence[torch.Tensor]]:
     """Tensors of one shape, each split into views of at most ``size`` values in memory order.
 
     Tensors whose memory layouts differ are not split.
@@ -92,13 +90,13 @@ def _pieces(row: Sequence[Tensor], size: int) -> Iterable[Sequence[Tensor]]:
     return zip(*(tensor.as_strided((count,), (1,)).split(size) for tensor in row), strict=True)
 
 
-def _blocks(rows: Iterable[Sequence[Tensor]], size: int) -> Iterator[list[Block]]:
+def _blocks(rows: Iterable[Sequence[torch.Tensor]], size: int) -> Iterator[list[Block]]:
     """Rows of tensors of one shape as lists for ``torch._foreach_*``, one list per column.
 
     Large tensors are split and small ones grouped: a block has at most ``size`` values per column (more if a
     row cannot be split). The blocks depend on shapes and strides only.
     """
-    block: list[Sequence[Tensor]] = []
+    block: list[Sequence[torch.Tensor]] = []
     filled = 0
     for row in rows:
         for piece in _pieces(row, size):
@@ -114,7 +112,7 @@ def _blocks(rows: Iterable[Sequence[Tensor]], size: int) -> Iterator[list[Block]
 
 def _penalize(
     factor: float, parameters: Block, gradients: Block, old: Block, roots: Block
-) -> tuple[Tensor, ...]:
+) -> tuple[torch.Tensor, ...]:
     """Add factor·root²·(θ − θ_old) to the gradients; returns the norms of root·(θ − θ_old)."""
     moved = torch._foreach_sub(parameters, old)
     torch._foreach_mul_(moved, roots)
@@ -135,8 +133,8 @@ class Regularizer:
 
     def __init__(
         self,
-        model: nn.Module,
-        model_old: nn.Module | None,
+        model: torch.nn.Module,
+        model_old: torch.nn.Module | None,
         device: torch.device,
         opts: RegularizerOptions,
         state: Mapping[str, Any],
@@ -144,11 +142,11 @@ class Regularizer:
         self.device = device
         self.block = _BLOCK * torch.get_num_threads() if device.type == "cpu" else sys.maxsize
         self.parameters = _named_parameters(model)
-        self.old_parameters: dict[str, Tensor] = {}
+        self.old_parameters: dict[str, torch.Tensor] = {}
         if model_old is not None:
             self.old_parameters = {n: p.detach().to(device) for n, p in _named_parameters(model_old).items()}
         # Square roots of the importance: the penalty is the squared norm of root·(θ − θ_old).
-        self._roots: dict[str, Tensor] = {}
+        self._roots: dict[str, torch.Tensor] = {}
         self._normalize = not opts.reg_no_normalize
         self._prepare(opts, state)
 
@@ -161,7 +159,7 @@ class Regularizer:
         """Set up the estimates from the options and the previous step's state."""
         raise NotImplementedError
 
-    def _set_importance(self, importance: Mapping[str, Tensor]) -> None:
+    def _set_importance(self, importance: Mapping[str, torch.Tensor]) -> None:
         """Set the importance of the trainable parameters that the old model has."""
         self._roots = {
             name: importance[name].sqrt()
@@ -169,15 +167,15 @@ class Regularizer:
             if parameter.requires_grad and name in self.old_parameters and name in importance
         }
 
-    def _scaled(self, tensor: Tensor) -> Tensor:
+    def _scaled(self, tensor: torch.Tensor) -> torch.Tensor:
         """Importance as used in the penalty: scaled to 0..1 unless ``reg_no_normalize`` is set."""
         return _min_max(tensor) if self._normalize else tensor
 
-    def _on_device(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _on_device(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Copies of the tensors on the device, in the same memory format."""
         return {name: tensor.detach().to(self.device, copy=True) for name, tensor in tensors.items()}
 
-    def _filled(self, value: float, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _filled(self, value: float, known: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Copies of the known tensors, and a tensor of ``value`` for every other trainable parameter."""
         new = {
             name: torch.full_like(parameter, value, device=self.device, requires_grad=False)
@@ -190,7 +188,7 @@ class Regularizer:
         """Update the estimates with the gradients of one backward pass."""
         self._sweep(True, {})
 
-    def add_penalty(self, weight: float = 1.0, *, update: bool = False) -> Tensor:
+    def add_penalty(self, weight: float = 1.0, *, update: bool = False) -> torch.Tensor:
         """Add the gradient of weight·Σ importance·(θ − θ_old)² to the parameters' ``.grad``.
 
         A penalised parameter without gradient gets one; a frozen parameter is skipped.
@@ -208,8 +206,10 @@ class Regularizer:
             return torch.zeros((), device=self.device)
         return weight * torch.stack(norms).square().sum()
 
-    @torch.no_grad()
-    def _sweep(self, update: bool, roots: Mapping[str, Tensor], factor: float = 0.0) -> list[Tensor]:
+    @no_grad
+    def _sweep(
+        self, update: bool, roots: Mapping[str, torch.Tensor], factor: float = 0.0
+    ) -> list[torch.Tensor]:
         """Update the estimates if ``update``, then add the gradient of the penalty.
 
         Args:
@@ -226,7 +226,7 @@ class Regularizer:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         estimates = self._estimates() if update else []
-        norms: list[Tensor] = []
+        norms: list[torch.Tensor] = []
         for names, updates, penalizes in (
             ([name for name in updated if name in roots], True, True),
             ([name for name in updated if name not in roots], True, False),
@@ -242,13 +242,15 @@ class Regularizer:
             self._end_update([name for name in self.parameters if name not in updated])
         return norms
 
-    def _rows(self, names: Iterable[str], columns: Sequence[Mapping[str, Tensor]]) -> Iterator[list[Tensor]]:
+    def _rows(
+        self, names: Iterable[str], columns: Sequence[Mapping[str, torch.Tensor]]
+    ) -> Iterator[list[torch.Tensor]]:
         """Parameter, gradient and its tensor of each column, for every name."""
         for name in names:
             parameter = self.parameters[name]
-            yield [parameter, cast(Tensor, parameter.grad), *(column[name] for column in columns)]
+            yield [parameter, cast(torch.Tensor, parameter.grad), *(column[name] for column in columns)]
 
-    def _estimates(self) -> list[Mapping[str, Tensor]]:
+    def _estimates(self) -> list[Mapping[str, torch.Tensor]]:
         """Tensors that this update reads or changes, by parameter name, in the order of ``_update_block``."""
         raise NotImplementedError
 
@@ -284,7 +286,7 @@ def _check_name(name: str, state: Mapping[str, Any]) -> None:
         )
 
 
-def _update_fisher(fisher: list[Tensor], gradients: list[Tensor], alpha: float) -> None:
+def _update_fisher(fisher: list[torch.Tensor], gradients: list[torch.Tensor], alpha: float) -> None:
     """F ← α·g² + (1 − α)·F, in place."""
     torch._foreach_mul_(fisher, 1.0 - alpha)
     torch._foreach_addcmul_(fisher, gradients, gradients, value=alpha)
@@ -304,7 +306,7 @@ class EWC(Regularizer):
         if "fisher" in state:
             self._set_importance({name: self._scaled(self.fisher[name]) for name in state["fisher"]})
 
-    def _estimates(self) -> list[Mapping[str, Tensor]]:
+    def _estimates(self) -> list[Mapping[str, torch.Tensor]]:
         return [self.fisher]
 
     def _update_block(self, parameters: Block, gradients: Block, estimates: list[Block]) -> None:
@@ -324,7 +326,7 @@ class _PathRegularizer(Regularizer):
 
     def _prepare(self, opts: RegularizerOptions, state: Mapping[str, Any]) -> None:
         self.score_old = self._on_device(state.get("score", {}))
-        self.previous: dict[str, Tensor] = {}
+        self.previous: dict[str, torch.Tensor] = {}
 
     def _updates_path(self) -> bool:
         """Whether this update extends the path."""
@@ -361,7 +363,7 @@ class PI(_PathRegularizer):
         self.start = {**self.old_parameters, **self._on_device(new)}
         self.delta = {name: torch.zeros_like(value) for name, value in self.start.items()}
 
-    def _estimates(self) -> list[Mapping[str, Tensor]]:
+    def _estimates(self) -> list[Mapping[str, torch.Tensor]]:
         return [self.delta, self.previous] if self.previous else []
 
     def _update_block(self, parameters: Block, gradients: Block, estimates: list[Block]) -> None:
@@ -371,8 +373,8 @@ class PI(_PathRegularizer):
             torch._foreach_addcmul_(delta, gradients, previous)
             torch._foreach_copy_(previous, parameters)
 
-    @torch.no_grad()
-    def score(self) -> dict[str, Tensor]:
+    @no_grad
+    def score(self) -> dict[str, torch.Tensor]:
         """Importance of the parameters after this step."""
         scores = {}
         for name, parameter in self.parameters.items():
@@ -423,7 +425,7 @@ class RW(_PathRegularizer):
     def _updates_path(self) -> bool:
         return self.count % self.iterations == 0
 
-    def _estimates(self) -> list[Mapping[str, Tensor]]:
+    def _estimates(self) -> list[Mapping[str, torch.Tensor]]:
         if self.previous and self._updates_path():
             return [self.fisher, self.running, self.previous]
         return [self.fisher]
@@ -447,8 +449,8 @@ class RW(_PathRegularizer):
         super()._end_update(without_gradient)
         self.count += 1
 
-    @torch.no_grad()
-    def score(self) -> dict[str, Tensor]:
+    @no_grad
+    def score(self) -> dict[str, torch.Tensor]:
         """Path score of the parameters after this step."""
         scores = {}
         for name, running in self.running.items():
@@ -481,8 +483,8 @@ _REGULARIZERS: dict[str, type[Regularizer]] = {kind.name: kind for kind in (EWC,
 
 
 def get_regularizer(
-    model: nn.Module,
-    model_old: nn.Module | None,
+    model: torch.nn.Module,
+    model_old: torch.nn.Module | None,
     device: torch.device,
     opts: RegularizerOptions,
     state: Mapping[str, Any] | None = None,
@@ -554,7 +556,7 @@ class Regularization(Method):
         """Let ``penalty`` update the estimates, as it reads the gradients anyway."""
         self._backward_done = True
 
-    def penalty(self) -> dict[str, Tensor]:
+    def penalty(self) -> dict[str, torch.Tensor]:
         """Update the importance, then add the gradient of the weighted Σ importance·(θ − θ_old)²."""
         update, self._backward_done = self._backward_done, False
         term = self.regularizer.add_penalty(self.importance, update=update)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from methods.base import Batch, Method
 from methods.checks import refuse_without
-from utils.loss import LabelGuidedKnowledgeDistillationLoss
+from utils.lazy import loss, torch
 from utils.option_roles import OptionGroup
 from utils.option_types import loss_weight
 
@@ -24,7 +22,7 @@ class LabelGuidedDistillation(Method):
     needs_teacher = True
 
     def __init__(self, prev_kd: float, novel_kd: float) -> None:
-        self.criterion = LabelGuidedKnowledgeDistillationLoss(prev_kd, novel_kd)
+        self.criterion = loss.LabelGuidedKnowledgeDistillationLoss(prev_kd, novel_kd)
 
     @classmethod
     def add_options(cls, group: OptionGroup) -> None:
@@ -43,7 +41,7 @@ class LabelGuidedDistillation(Method):
         refuse_without(opts, ["lgkd"], ["prev_kd", "novel_kd"])
         return cls(opts.prev_kd, opts.novel_kd) if opts.lgkd else None
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Mean over the non-void positions."""
         new, old = batch.features["logits_small"], batch.features_old["logits_small"]
         return {"lgkd": self.criterion(new, old, batch.original_targets)}

@@ -5,15 +5,11 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-
 from methods.base import Context, Method
 from methods.checks import options_of, refuse_without
-from modules.classifiers import LinearClassifier
 from utils.errors import UserError
-from utils.loss import VOID, ClassifierTransform, ImportanceMatrices, UnbiasedCrossEntropy
+from utils.labels import VOID
+from utils.lazy import loss, no_grad, torch
 from utils.option_roles import OptionGroup
 from utils.option_types import Number, positive_int
 
@@ -30,7 +26,7 @@ class ClassifierPreTuning(Method):
     """
 
     needs_teacher = True
-    classifier = LinearClassifier.name
+    classifier = "linear"
 
     def __init__(self, opts: Any) -> None:
         self.epochs: int = opts.warm_epochs
@@ -74,7 +70,7 @@ class ClassifierPreTuning(Method):
         model: Any = context.model
         old = _classifiers(context.model_old)
         start = context.cached("pre_tuning_start", {}, lambda: self._start(context, *old))
-        transform = ClassifierTransform(*old, start["M"], start["P"], start["bias"]).to(context.device)
+        transform = loss.ClassifierTransform(*old, start["M"], start["P"], start["bias"]).to(context.device)
         optimizer = torch.optim.SGD(
             transform.parameters(),
             lr=context.lr * self.lr_scale,
@@ -92,9 +88,9 @@ class ClassifierPreTuning(Method):
         batches = int(start["batches"])
         for epoch in range(self.epochs):
 
-            def train(epoch: int = epoch) -> dict[str, Tensor]:
-                loss = self._epoch(context, transform, optimizer, epoch, batches)
-                log.info("pre-tuning epoch %d of %d: loss %.4f", epoch + 1, self.epochs, loss)
+            def train(epoch: int = epoch) -> dict[str, torch.Tensor]:
+                mean = self._epoch(context, transform, optimizer, epoch, batches)
+                log.info("pre-tuning epoch %d of %d: loss %.4f", epoch + 1, self.epochs, mean)
                 return {name: value.clone() for name, value in changing.items()}
 
             found = context.cached(f"pre_tuning_{epoch + 1}", {}, train)
@@ -102,17 +98,17 @@ class ClassifierPreTuning(Method):
                 value.copy_(found[name])
         self._write(context, transform)
 
-    @torch.no_grad()
-    def _start(self, context: Context, weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
+    @no_grad
+    def _start(self, context: Context, weight: torch.Tensor, bias: torch.Tensor) -> dict[str, torch.Tensor]:
         """M, P, the new biases, and the number of batches per epoch."""
         new, teacher = context.classes_new, context.model_old
         bound = weight.shape[1] ** -0.5  # of a new convolution's bias
         first = torch.empty(1).uniform_(-bound, bound) if self.released else bias[:1]
-        matrices = ImportanceMatrices(context.classes_old, new, weight.shape[1])
+        matrices = loss.ImportanceMatrices(context.classes_old, new, weight.shape[1])
         batches = 0
         for images, labels in context.batches():
             features = _features(context, teacher, images)
-            logits = _enlarged(F.conv2d(features, weight[:, :, None, None], bias), images)
+            logits = _enlarged(torch.nn.functional.conv2d(features, weight[:, :, None, None], bias), images)
             matrices.update(features, logits, labels, weight)
             batches += 1
         context.reduce(matrices.sums)
@@ -124,7 +120,7 @@ class ClassifierPreTuning(Method):
     def _epoch(
         self,
         context: Context,
-        transform: ClassifierTransform,
+        transform: loss.ClassifierTransform,
         optimizer: torch.optim.Optimizer,
         epoch: int,
         batches: int,
@@ -133,16 +129,16 @@ class ClassifierPreTuning(Method):
         model: Any = context.model
         processes = context.reduce(torch.ones((), device=context.device))
         if self.unbiased:
-            criterion: nn.Module = UnbiasedCrossEntropy(context.classes_old, reduction="none")
+            criterion: torch.nn.Module = loss.UnbiasedCrossEntropy(context.classes_old, reduction="none")
         else:
-            criterion = nn.CrossEntropyLoss(ignore_index=VOID, reduction="none")
+            criterion = torch.nn.CrossEntropyLoss(ignore_index=VOID, reduction="none")
         total = torch.zeros((), device=context.device)
         iteration = epoch * batches
         model.train(self.released)
         for images, labels in context.batches(epoch):
-            loss = criterion(_enlarged(transform(_features(context, model, images)), images), labels).mean()
+            mean = criterion(_enlarged(transform(_features(context, model, images)), images), labels).mean()
             optimizer.zero_grad()
-            loss.backward()
+            mean.backward()
             for parameter in transform.parameters():
                 assert parameter.grad is not None
                 context.reduce(parameter.grad).div_(processes)
@@ -151,15 +147,15 @@ class ClassifierPreTuning(Method):
                 group["lr"] = context.lr * self.lr_scale * (1 - done) ** POWER
             optimizer.step()
             iteration += 1
-            total += loss.detach()
+            total += mean.detach()
         model.train()
         if self.released:  # processes have statistics of their own images
             for buffer in model.network.buffers():
                 buffer.copy_(context.reduce(buffer.double()) / processes)
         return float(total / batches)
 
-    @torch.no_grad()
-    def _write(self, context: Context, transform: ClassifierTransform) -> None:
+    @no_grad
+    def _write(self, context: Context, transform: loss.ClassifierTransform) -> None:
         """Put the classifiers into the student; those of the old classes are the teacher's but for the
         background's weight, whatever ``--init_balanced`` did.
         """
@@ -175,18 +171,20 @@ class ClassifierPreTuning(Method):
         new.bias.copy_(found["bias_new"])
 
 
-def _classifiers(network: Any) -> tuple[Tensor, Tensor]:
+def _classifiers(network: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights C×D and biases C of all classes, float32."""
     weight = torch.cat([part.weight.detach().flatten(1) for part in network.cls.parts])
     bias = torch.cat([part.bias.detach() for part in network.cls.parts])
     return weight.float(), bias.float()
 
 
-def _features(context: Context, network: Any, images: Tensor) -> Tensor:
+def _features(context: Context, network: Any, images: torch.Tensor) -> torch.Tensor:
     """The channels before the classifiers, B×D×h×w float32, without gradient."""
     with torch.no_grad(), context.autocast():
         return network.network(images, frozenset())[0].float()
 
 
-def _enlarged(logits: Tensor, images: Tensor) -> Tensor:
-    return F.interpolate(logits, size=images.shape[-2:], mode="bilinear", align_corners=False)
+def _enlarged(logits: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.interpolate(
+        logits, size=images.shape[-2:], mode="bilinear", align_corners=False
+    )

@@ -7,12 +7,10 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor
-
 from methods.base import Batch, Method
 from methods.presets import FAMILY_PLOP
 from utils.errors import UserError
-from utils.loss import LocalPODLoss
+from utils.lazy import loss, torch
 from utils.option_roles import OptionGroup
 from utils.option_types import loss_weight, positive_int
 
@@ -46,7 +44,7 @@ class PooledOutputDistillation(Method):
 
     needs_teacher = True
 
-    def __init__(self, criterion: LocalPODLoss, *, last: str | None) -> None:
+    def __init__(self, criterion: loss.LocalPODLoss, *, last: str | None) -> None:
         self.criterion = criterion
         self.last = last
         self.needs = frozenset({"attentions"} | ({"logits_small"} if last == "small" else set()))
@@ -76,7 +74,7 @@ class PooledOutputDistillation(Method):
         if opts.pod is None:
             return None
         try:
-            criterion = LocalPODLoss(
+            criterion = loss.LocalPODLoss(
                 pod_factor=opts.pod_factor,
                 pod_options=opts.pod_options,
                 spp_scales=opts.spp_scales,
@@ -101,7 +99,7 @@ class PooledOutputDistillation(Method):
         """Void and unseen labels of PLOP's program, if typed rather than set by a preset."""
         return FAMILY_PLOP if "pod" in opts.typed else {}
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The distance over all maps."""
         old, new = list(batch.features_old["attentions"]), list(batch.features["attentions"])
         if self.last == "small":
@@ -111,7 +109,7 @@ class PooledOutputDistillation(Method):
             old.append(batch.outputs_old)
             new.append(batch.outputs)
         try:
-            loss = self.criterion(
+            distance = self.criterion(
                 features_old=old,
                 features=new,
                 nb_current_classes=batch.classes_old + batch.classes_new,
@@ -121,4 +119,4 @@ class PooledOutputDistillation(Method):
         except ValueError as error:  # a map is smaller than the grid in which it is pooled
             remedy = "give a larger --crop_size, or a backbone with a smaller stride"
             raise UserError(f"--pod: {error}; {remedy}") from error
-        return {"pod": loss}
+        return {"pod": distance}

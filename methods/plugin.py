@@ -12,7 +12,6 @@ from typing import Any
 
 from methods.base import Method
 from methods.checks import check_class
-from modules.classifiers import Classifier, add_classifier
 from utils.errors import UserError
 
 
@@ -33,6 +32,8 @@ def read_method_file(
     Raises:
         UserError: the file is missing or fails, defines no method, or has an invalid method or preset.
     """
+    from methods.classifiers import Classifier, add_classifier  # needs torch
+
     module = _run(path)
     classes = [
         value

@@ -5,18 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from methods.base import Batch, Context, Method
 from methods.presets import FAMILY_PLOP
-from utils.loss import (
-    class_median_thresholds,
-    confidence_pseudo_labels,
-    entropy_pseudo_labels,
-    probability_pseudo_labels,
-    pseudo_label_histogram,
-)
+from utils.lazy import loss, no_grad, torch
 from utils.option_roles import OptionGroup
 from utils.option_types import Number, share, whole
 
@@ -118,8 +109,8 @@ class PseudoLabels(Method):
         found = context.cached("pseudo_label_thresholds", inputs, lambda: self._medians(context))
         self.thresholds = found["thresholds"]
 
-    @torch.no_grad()
-    def _medians(self, context: Context) -> dict[str, Tensor]:
+    @no_grad
+    def _medians(self, context: Context) -> dict[str, torch.Tensor]:
         assert context.model_old is not None
         mode = "entropy" if self.kind == "entropy" else "probability"
         bins = self.bins or (ENTROPY_BINS if mode == "entropy" else PROBABILITY_BINS)
@@ -127,7 +118,7 @@ class PseudoLabels(Method):
         for images, targets in context.batches():
             with context.autocast():
                 outputs_old, _ = context.model_old(images)
-            histogram += pseudo_label_histogram(
+            histogram += loss.pseudo_label_histogram(
                 outputs_old,
                 targets,
                 nb_current_classes=self.classes,
@@ -135,7 +126,7 @@ class PseudoLabels(Method):
                 mode=mode,
                 fidelity=self.fidelity,
             )
-        thresholds = class_median_thresholds(
+        thresholds = loss.class_median_thresholds(
             context.reduce(histogram),
             self.threshold + context.step * self.step_threshold,
             mode=mode,
@@ -149,7 +140,7 @@ class PseudoLabels(Method):
         assert batch.outputs_old is not None
         outputs, labels, old = batch.outputs_old, batch.targets, batch.classes_old
         if self.kind == "entropy":
-            batch.targets, factor = entropy_pseudo_labels(
+            batch.targets, factor = loss.entropy_pseudo_labels(
                 outputs,
                 labels,
                 self.thresholds,
@@ -161,11 +152,11 @@ class PseudoLabels(Method):
             if self.adaptive and self.weighted:
                 batch.image_weights = factor
         elif self.kind == "confidence":
-            batch.targets, weights = confidence_pseudo_labels(outputs, labels, classes_old=old)
+            batch.targets, weights = loss.confidence_pseudo_labels(outputs, labels, classes_old=old)
             if self.weighted:
                 batch.pixel_weights = weights
         else:
-            least: Tensor | float = self.thresholds
+            least: torch.Tensor | float = self.thresholds
             if self.kind != "median":
                 least = float(self.kind.partition("_")[2] or 0.0)
-            batch.targets = probability_pseudo_labels(outputs, labels, least, classes_old=old)
+            batch.targets = loss.probability_pseudo_labels(outputs, labels, least, classes_old=old)

@@ -7,12 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from methods.base import Batch, Context, Method
-from segmentation_module import IncrementalSegmentationModule
-from utils.loss import PooledCubeDistillationLoss
+from utils.lazy import loss, no_grad, torch
 from utils.option_roles import OptionGroup
 from utils.option_types import loss_weight
 
@@ -24,7 +20,7 @@ class PooledCubeDistillation(Method):
     needs_teacher = True
 
     def __init__(self, factors: tuple[float, float], *, copy_weights: bool = False) -> None:
-        self.criterion = PooledCubeDistillationLoss(factors)
+        self.criterion = loss.PooledCubeDistillationLoss(factors)
         self.copy_weights = copy_weights
 
     @classmethod
@@ -41,19 +37,21 @@ class PooledCubeDistillation(Method):
             return None
         return cls(factors, copy_weights=opts.fidelity == "released" and not opts.init_balanced)
 
-    @torch.no_grad()
+    @no_grad
     def begin_step(self, context: Context) -> None:
         """Released: new classifiers have the background's weights and random biases.
 
         There the bias part of the balanced initialisation runs for another data set only, so that the
         background's bias stays.
         """
+        from segmentation_module import IncrementalSegmentationModule  # needs torch
+
         model = context.model
         if self.copy_weights and isinstance(model, IncrementalSegmentationModule):
             first, new = (model.cls.parts[k].get_parameter("weight") for k in (0, model.cls.newest))
             new.copy_(first[:1].expand_as(new))
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Its two parts, over the four stages, the head's output and the small logits."""
         old, new = (
             [*features["stages"], features["pre_logits"], features["logits_small"]]

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from methods.base import Batch, Context, Method
 from methods.presets import FAMILY_PLOP
-from utils.loss import DISTILL_OBJECTS, AttentionTransferLoss
+from utils.lazy import loss, torch
 from utils.option_roles import OptionGroup
 from utils.option_types import loss_weight
 
@@ -34,7 +32,7 @@ class AttentionTransfer(Method):
         """``--distill_object``, ``--distill_weight_args``."""
         group.choice(
             "--distill_object",
-            DISTILL_OBJECTS,
+            ("sats-selfattn", "sats-selfattn-GP", "sats-selfattn-NP", "sats-feature-CNN"),
             None,
             help="what is distilled: attention of class regions (sats-selfattn), its mean over all "
             "positions (-GP), every position (-NP), or class means of the stages' feature maps",
@@ -61,16 +59,16 @@ class AttentionTransfer(Method):
 
     def begin_step(self, context: Context) -> None:
         """Build the loss for the classes of this step."""
-        self.criterion = AttentionTransferLoss(
+        self.criterion = loss.AttentionTransferLoss(
             distill_object=self.distill_object,
             fidelity=self.fidelity,
             num_classes=context.classes_old + context.classes_new,
         )
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The weighted distance of the class regions' attention."""
         old, new = batch.features_old[self.maps], batch.features[self.maps]
         if self.maps == "attentions":
             old, new = old[:-1], new[:-1]  # without the head's output, which is PLOP's last map
-        loss = self.criterion(attentions_old=old, attentions=new, labels=batch.targets)
-        return {"attention_transfer": self.weight * loss}
+        distance = self.criterion(attentions_old=old, attentions=new, labels=batch.targets)
+        return {"attention_transfer": self.weight * distance}

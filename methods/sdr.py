@@ -4,19 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from methods.base import Batch, Context, Method
 from utils.errors import UserError
-from utils.loss import (
-    NORMALIZATIONS,
-    SNNL,
-    DistillationEncoderPrototypesLoss,
-    FeaturesClusteringSeparationLoss,
-    FeaturesSparsificationLoss,
-    Prototypes,
-)
+from utils.lazy import loss, torch
 from utils.option_roles import OptionGroup
 from utils.option_types import loss_weight
 
@@ -34,7 +24,7 @@ class PrototypeLearning(Method):
         self.released = opts.fidelity == "released"
         # The released code does not reduce over processes.
         self.differs_between_processes = self.released
-        self.contrast_loss = FeaturesClusteringSeparationLoss(
+        self.contrast_loss = loss.FeaturesClusteringSeparationLoss(
             lfc_L2normalized=opts.lfc_L2normalized,
             lfc_nobgr=opts.lfc_nobgr,
             lfc_sep_clust=opts.lfc_sep_clust,
@@ -43,10 +33,10 @@ class PrototypeLearning(Method):
             lfc_orth_maxonly=opts.lfc_orth_maxonly,
             fidelity=opts.fidelity,
         )
-        self.matching_loss = DistillationEncoderPrototypesLoss(
+        self.matching_loss = loss.DistillationEncoderPrototypesLoss(
             sumafter=opts.loss_de_prototypes_sumafter, fidelity=opts.fidelity
         )
-        self.prototypes: Prototypes | None = None
+        self.prototypes: loss.Prototypes | None = None
         self.state: dict[str, Any] | None = None
 
     @classmethod
@@ -102,8 +92,8 @@ class PrototypeLearning(Method):
         )
         self.reduce = None if self.released else context.reduce
 
-    def _table(self, channels: int, device: torch.device) -> Prototypes:
-        table = Prototypes(
+    def _table(self, channels: int, device: torch.device) -> loss.Prototypes:
+        table = loss.Prototypes(
             num_classes=self.classes,
             feat_dim=channels,
             fidelity="released" if self.released else "paper",
@@ -123,12 +113,12 @@ class PrototypeLearning(Method):
             reduce=self.reduce,
         )
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Weighted attraction, repulsion and, from step 1 on, matching."""
         assert self.prototypes is not None
         features, labels = batch.features["body"], batch.targets
         prototypes = self.prototypes.prototypes
-        terms: dict[str, Tensor] = {}
+        terms: dict[str, torch.Tensor] = {}
         if self.contrast and (self.attraction > 0 or self.repulsion > 0):
             attraction, repulsion = self.contrast_loss(
                 features=features, labels=labels, prototypes=prototypes
@@ -168,7 +158,7 @@ class FeatureSparsity(Method):
 
     needs = frozenset({"body"})
 
-    def __init__(self, weight: float, criterion: FeaturesSparsificationLoss) -> None:
+    def __init__(self, weight: float, criterion: loss.FeaturesSparsificationLoss) -> None:
         self.weight = weight
         self.criterion = criterion
 
@@ -180,7 +170,7 @@ class FeatureSparsity(Method):
         )
         group.choice(
             "--lfs_normalization",
-            NORMALIZATIONS,
+            ("L1", "L2", "max_foreachfeature", "max_maskedforclass", "max_overall", "softmax"),
             "max_foreachfeature",
             help="sparsity: normalisation of the features",
         )
@@ -202,7 +192,7 @@ class FeatureSparsity(Method):
         """Enabled if ``--loss_featspars`` is above 0."""
         if opts.loss_featspars <= 0:
             return None
-        criterion = FeaturesSparsificationLoss(
+        criterion = loss.FeaturesSparsificationLoss(
             lfs_normalization=opts.lfs_normalization,
             lfs_shrinkingfn=opts.lfs_shrinkingfn,
             lfs_loss_fn_touse=opts.lfs_loss_fn_touse,
@@ -210,10 +200,10 @@ class FeatureSparsity(Method):
         )
         return cls(opts.loss_featspars, criterion)
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The weighted sparsity of the backbone's features."""
-        loss = self.criterion(features=batch.features["body"], labels=batch.targets)
-        return {"sparsity": self.weight * loss}
+        sparsity = self.criterion(features=batch.features["body"], labels=batch.targets)
+        return {"sparsity": self.weight * sparsity}
 
 
 class SoftNearestNeighbours(Method):
@@ -223,7 +213,7 @@ class SoftNearestNeighbours(Method):
 
     def __init__(self, weight: float, *, fidelity: str = "paper") -> None:
         self.weight = weight
-        self.criterion = SNNL(fidelity=fidelity)
+        self.criterion = loss.SNNL(fidelity=fidelity)
 
     @classmethod
     def add_options(cls, group: OptionGroup) -> None:
@@ -235,7 +225,7 @@ class SoftNearestNeighbours(Method):
         """Enabled if ``--loss_SNNL`` is above 0."""
         return cls(opts.loss_SNNL, fidelity=opts.fidelity) if opts.loss_SNNL > 0 else None
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The weighted loss."""
-        loss = self.criterion(features=batch.features["body"], labels=batch.targets)
-        return {"snnl": self.weight * loss}
+        distance = self.criterion(features=batch.features["body"], labels=batch.targets)
+        return {"snnl": self.weight * distance}

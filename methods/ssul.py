@@ -3,80 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor, nn
+from typing import Any
 
 from methods.base import Batch, Context, Method
-from modules.classifiers import Classifier, add_classifier
-from modules.norm import norm_layers
-from segmentation_module import IncrementalSegmentationModule, freeze
-from utils.loss import VOID, BCEWithLogitsLossWithIgnoreIndex, sigmoid_pseudo_labels
+from utils.labels import VOID
+from utils.lazy import loss, torch
 from utils.option_roles import OptionGroup
 
 BACKBONE_LR_FACTOR = 0.1  # step 0: 1e-3 for the backbone, 1e-2 for the heads
 BACKGROUND_LR_FACTOR = 1e-4  # later steps, of the background's head
 RELEASED_BACKBONE_MOMENTUM = 0.01  # of the running statistics in the backbone's norm layers
 log = logging.getLogger(__name__)
-
-
-class ConvolutionalPart(nn.Sequential):
-    """Classifier of a step: 3×3 convolution, norm, ReLU, 1×1 convolution (SSUL, section 3.2)."""
-
-    def __init__(self, channels: int, classes: int) -> None:
-        super().__init__(
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-            nn.BatchNorm2d(channels),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(channels, classes, 1),
-        )
-
-
-@add_classifier
-class UnknownClassifier(Classifier):
-    """Convolutional parts, one for the background, and an "unknown" class as the last channel."""
-
-    name = "unknown"
-    former_names: ClassVar[Mapping[str, str]] = {"unknown.": "cls.unknown."}
-    needs_its_method = True
-    torchvision_resnet = True
-
-    def __init__(self, channels: int, classes: Sequence[int], later: Sequence[int] = ()) -> None:
-        super().__init__(channels, classes, later)
-        self.unknown = ConvolutionalPart(channels, 1)
-
-    def widths(self, classes: Sequence[int], later: Sequence[int]) -> list[int]:
-        """The background's, then the classes of each step."""
-        return [1, classes[0] - 1, *classes[1:]]
-
-    def make_part(self, channels: int, width: int) -> nn.Module:
-        """B×channels×h×w → B×width×h×w."""
-        return ConvolutionalPart(channels, width)
-
-    def initialise(self, head: str) -> None:
-        """He initialisation with the ``aspp`` head, of which the classifiers are part in SSUL's program."""
-        for module in self.modules() if head == "aspp" else ():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight)
-
-    @torch.no_grad()
-    def start(self, balanced: bool) -> None:
-        """Copy the unknown class's weights into the newest part (SSUL, section 3.2)."""
-        new, unknown = (part.state_dict().values() for part in (self.parts[self.newest], self.unknown))
-        for to, value in zip(new, unknown, strict=True):
-            to.copy_(value.expand_as(to))
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Logits B×(C+1)×h×w."""
-        return torch.cat([super().forward(features), self.unknown(features)], dim=1)
-
-    def scores(self, logits: Tensor) -> Tensor:
-        """Sigmoids B×C×H×W; the unknown class's is added to the background's."""
-        scores = logits.float().sigmoid()
-        scores[:, 0] += scores[:, -1]
-        return scores[:, :-1]
 
 
 class UnknownClass(Method):
@@ -87,13 +24,13 @@ class UnknownClass(Method):
     """
 
     replaces_classification = True
-    classifier = UnknownClassifier.name
+    classifier = "unknown"
 
     def __init__(self, threshold: float, *, fidelity: str = "paper") -> None:
         self.threshold = threshold
         self.released = fidelity == "released"
         self.extras = frozenset({"saliency", "exemplar"} if self.released else {"saliency"})
-        self.criterion = BCEWithLogitsLossWithIgnoreIndex()
+        self.criterion = loss.BCEWithLogitsLossWithIgnoreIndex()
         self.step = 0
 
     @classmethod
@@ -137,6 +74,9 @@ class UnknownClass(Method):
         frozen parts stay in training mode, which keeps the head's dropout, and at step 0 the momentum of the
         backbone's running statistics is 0.01. A network of another class is not changed.
         """
+        from modules.norm import norm_layers  # need torch
+        from segmentation_module import IncrementalSegmentationModule, freeze
+
         self.step = context.step
         model = context.model
         if not isinstance(model, IncrementalSegmentationModule):
@@ -175,9 +115,11 @@ class UnknownClass(Method):
             targets = targets - (exemplar & (targets > 0) & (targets != VOID)).long()
         if batch.outputs_old is not None:
             # The teacher's last channel is its unknown class, which is no pseudo-label.
-            targets = sigmoid_pseudo_labels(batch.outputs_old, targets, self.threshold, end=batch.classes_old)
+            targets = loss.sigmoid_pseudo_labels(
+                batch.outputs_old, targets, self.threshold, end=batch.classes_old
+            )
         batch.targets = torch.where(hidden & (targets == 0), batch.classes_old + batch.classes_new, targets)
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Binary cross entropy over classes and "unknown" on non-void pixels."""
         return {"bce": self.criterion(batch.outputs, batch.targets)}

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from methods.base import Batch, Context
 from methods.checks import refuse_without
-from methods.foreground import ForegroundClassifier, ForegroundMethod, checked_pos_weight
-from utils import loss as L
+from methods.foreground import ForegroundMethod, checked_pos_weight
 from utils.errors import UserError
+from utils.lazy import loss, no_grad, torch
 from utils.option_roles import OptionGroup
 from utils.option_types import loss_weight
 
@@ -22,7 +19,7 @@ NEWEST_LR_FACTOR = 10.0  # of the newest classifier from step 1 on, beside that 
 class FeatureReplay(ForegroundMethod):
     """Replay of old classes' features; features of old classes stay, those of new ones keep away (STAR)."""
 
-    classifier = ForegroundClassifier.name
+    classifier = "foreground"
     needs = frozenset({"pre_logits", "logits_small"})
     released_state = frozenset({"numbers", "prototypes", "norm_mean_and_std", "noise"})
 
@@ -31,9 +28,9 @@ class FeatureReplay(ForegroundMethod):
     ) -> None:
         super().__init__(pos_weight, fidelity=fidelity)
         self.ocfm, self.sad = ocfm, sad
-        self.maintaining = L.OldClassFeaturesMaintainingLoss()
-        self.previous: dict[str, Tensor] = {}  # statistics of the old classes
-        self.statistics: dict[str, Tensor] = {}  # of all classes, after ``end_step``
+        self.maintaining = loss.OldClassFeaturesMaintainingLoss()
+        self.previous: dict[str, torch.Tensor] = {}  # statistics of the old classes
+        self.statistics: dict[str, torch.Tensor] = {}  # of all classes, after ``end_step``
 
     @classmethod
     def add_options(cls, group: OptionGroup) -> None:
@@ -77,7 +74,7 @@ class FeatureReplay(ForegroundMethod):
             counted = self._count(context)
         else:
             counted = context.cached("replay_numbers", {}, lambda: self._count(context))
-        self.schedule = L.replay_schedule(
+        self.schedule = loss.replay_schedule(
             self.previous["numbers"],
             counted["predicted"],
             counted["labelled"],
@@ -87,10 +84,10 @@ class FeatureReplay(ForegroundMethod):
         )
         self.counts = self.schedule["per_iteration"].long().cpu()
         sizes = self.old, context.classes_new
-        self.discriminative = L.SimilarityAwareDiscriminativeLoss(*sizes, self.fidelity)
+        self.discriminative = loss.SimilarityAwareDiscriminativeLoss(*sizes, self.fidelity)
 
-    @torch.no_grad()
-    def _count(self, context: Context) -> dict[str, Tensor]:
+    @no_grad
+    def _count(self, context: Context) -> dict[str, torch.Tensor]:
         """Positions by the old network's class where labelled background, and by label; number of batches."""
         classes = self.old + context.classes_new
         sizes = {"predicted": self.old, "labelled": classes, "batches": 1}
@@ -98,10 +95,10 @@ class FeatureReplay(ForegroundMethod):
         for images, targets in context.batches():
             with context.autocast():
                 logits, features = self.model_old(images)
-            prediction = L.old_prediction(logits[:, 1:], self.fidelity)
+            prediction = loss.old_prediction(logits[:, 1:], self.fidelity)
             prediction, labels = _reduced(prediction, targets, features["pre_logits"])
-            counted["predicted"] += L.predicted_numbers(prediction, labels, self.old, stride=1)
-            counted["labelled"] += L.predicted_numbers(labels, torch.zeros_like(labels), classes, stride=1)
+            counted["predicted"] += loss.predicted_numbers(prediction, labels, self.old, stride=1)
+            counted["labelled"] += loss.predicted_numbers(labels, torch.zeros_like(labels), classes, stride=1)
             counted["batches"] += 1
         if self.fidelity == "paper":
             counted = {name: context.reduce(values) for name, values in counted.items()}
@@ -113,41 +110,41 @@ class FeatureReplay(ForegroundMethod):
         faster = self.step > 0 and self.is_newest(parameter)
         return super().lr_factor(parameter) * (NEWEST_LR_FACTOR if faster else 1.0)
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Classification of real, replayed and background positions; OCFM; SAD."""
         real = self.mbce(batch)
         if batch.outputs_old is None:
             return {"mbce": real}
         features = batch.features["pre_logits"]
-        predicted = L.old_prediction(batch.outputs_old[:, 1:], self.fidelity)
+        predicted = loss.old_prediction(batch.outputs_old[:, 1:], self.fidelity)
         prediction, labels = _reduced(predicted, batch.targets, features)
         background = (labels == 0) & (prediction == 0)
-        extra = L.negatives_loss(batch.features["logits_small"][:, self.old :], background)
+        extra = loss.negatives_loss(batch.features["logits_small"][:, self.old :], background)
         extra_weight = self.schedule["extra_background_ratio"] * background.sum() / background.numel()
         fake, fake_weight = self._replayed(), int(self.counts.sum()) / background.numel()
         ocfm = self.maintaining(features, batch.features_old["pre_logits"], batch.targets, predicted)
         sad = self.discriminative(features, batch.targets, self.previous["prototypes"])
         return {
-            "mbce": L.replay_mbce(real, fake, extra, fake_weight, extra_weight),
+            "mbce": loss.replay_mbce(real, fake, extra, fake_weight, extra_weight),
             "ocfm": self.ocfm * ocfm,
             "sad": self.sad * sad,
         }
 
-    def _replayed(self) -> Tensor | float:
+    def _replayed(self) -> torch.Tensor | float:
         """Loss of replayed features, which are negatives of the new classes."""
         if not self.counts.any():
             return 0.0
         directions = self.previous["prototypes"], self.previous["noise"]
         norms = self.previous["norm_mean_and_std"]
-        fake = L.replay_features(*directions, norms, self.counts, fidelity=self.fidelity)
+        fake = loss.replay_features(*directions, norms, self.counts, fidelity=self.fidelity)
         fake = fake.to(next(self.model.cls.parameters()).dtype)
-        return L.negatives_loss(self.model.cls(fake.T[None, :, :, None])[:, self.old :])
+        return loss.negatives_loss(self.model.cls(fake.T[None, :, :, None])[:, self.old :])
 
-    @torch.no_grad()
+    @no_grad
     def end_step(self, context: Context) -> None:
         """Statistics of the new classes' features by the trained network."""
         new = self.model.num_classes - self.old
-        found = L.FeatureStatistics(self.old, new, self.model.network.out_channels, self.previous or None)
+        found = loss.FeatureStatistics(self.old, new, self.model.network.out_channels, self.previous or None)
         for images, targets in context.batches():
             with context.autocast():
                 features = self.model(images)[1]["pre_logits"]
@@ -167,6 +164,8 @@ class FeatureReplay(ForegroundMethod):
         self.statistics = state
 
 
-def _reduced(prediction: Tensor, labels: Tensor, features: Tensor) -> list[Tensor]:
+def _reduced(prediction: torch.Tensor, labels: torch.Tensor, features: torch.Tensor) -> list[torch.Tensor]:
     """Prediction and labels, B×H×W, at the middle of each position of B×D×h×w features."""
-    return [L.downsample_labels(each, features.shape[-2:], "nearest-exact") for each in (prediction, labels)]
+    return [
+        loss.downsample_labels(each, features.shape[-2:], "nearest-exact") for each in (prediction, labels)
+    ]

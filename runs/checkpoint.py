@@ -26,8 +26,8 @@ import torch
 import torchvision
 from torch import Tensor
 
+from methods.classifiers import classifier_kind, classifier_names
 from modules import NetworkSpec
-from modules.classifiers import classifier_kind, classifier_names
 from runs.released import network_of, our_names
 from runs.tensor_file import SUFFIX, read_content
 from tasks import Task

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Sets up and runs linter, formatter, type checker and tests. Arguments go to pytest.
+# --quick as the first one: a minute, without the tests that train networks or start processes.
 # REQUIREMENTS=oldest PYTHON=python3.10 runs the tests with the oldest packages instead of the newest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -17,4 +18,10 @@ if ! command -v chromium chromium-browser google-chrome >/dev/null && [ "$(id -u
     { apt-get update && apt-get install -y --no-install-recommends chromium; } >/dev/null ||
         echo "chromium could not be installed; the test of the report's page is skipped" >&2
 fi
-OMP_NUM_THREADS=1 python -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile "$@"
+if [ "${1:-}" = --quick ]; then
+    shift
+    quick=(tests/test_{architecture,argparser,tasks}.py tests/{dataset,methods,metrics,modules,utils})
+    without=(tests/utils/test_{command,distributed,files}.py tests/modules/test_pretrained.py tests/methods/test_own_modules.py)
+    set -- "${quick[@]}" "${without[@]/#/--ignore=}" "$@"
+fi
+OMP_NUM_THREADS=1 python -m pytest -n "${TEST_WORKERS:-2}" --dist loadgroup --durations=20 "$@"

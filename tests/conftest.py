@@ -17,6 +17,20 @@ settings.load_profile("any machine")
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 
 
+# Folders whose tests take longest, which begin first, so that no worker ends long after the others.
+LONGEST = ("faults", "cli", "scripts", "docs")
+
+
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups here
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Longest first; tests with a fixture of their file stay together, each other one goes to any worker."""
+    for item in items:
+        made = getattr(item, "_fixtureinfo", None)
+        if made and any(each[-1].scope == "module" for each in made.name2fixturedefs.values()):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items.sort(key=lambda item: item.path.parent.name not in LONGEST)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("needs CUDA")

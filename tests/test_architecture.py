@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -97,6 +99,66 @@ def test_no_circle_of_files() -> None:
 
     for name in known:
         visit(name)
+
+
+# ── the command line answers at once ─────────────────────────────────────────────────────────────────
+
+SLOW = {
+    "torch",
+    "torchvision",
+    "torchmetrics",
+    "matplotlib",
+    "sklearn",
+    "timm",
+    "tensorboard",
+    "huggingface_hub",
+}
+
+
+def imports_when_loaded(nodes: list[ast.stmt]) -> Iterator[tuple[str, int]]:
+    """Modules that a file imports when it is imported itself, with the line; not in functions, nor types."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            yield node.module, node.lineno
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            yield from imports_when_loaded(node.orelse)
+        elif not isinstance(node, ast.FunctionDef):
+            for part in ("body", "orelse", "handlers", "finalbody"):
+                yield from imports_when_loaded(getattr(node, part, []))
+
+
+def test_options_are_declared_without_slow_packages() -> None:
+    """They come from ``utils.lazy``, or are imported in the function that needs them."""
+    known = {modules_of(path): path for path in sources()}
+    seen, todo, found = set[str](), ["run"], list[str]()
+    while todo:
+        seen.add(name := todo.pop())
+        path = known[name]
+        for other, line in imports_when_loaded(ast.parse(path.read_text(encoding="utf-8")).body):
+            if other.split(".")[0] in SLOW:
+                found.append(f"{path.relative_to(ROOT)}:{line} imports {other}")
+            packages = [other.rsplit(".", n)[0] for n in range(other.count(".") + 1)]
+            todo += {package for package in packages if package in known} - seen
+    assert {"argparser", "methods.base", "utils.option_roles"} <= seen
+    assert not found, "\n".join(found)
+
+
+def test_a_wrong_option_does_not_wait_for_slow_packages() -> None:
+    commands = "--help", "--version", "--lrr 1", "--lr -1", "--method FOO", "--classifier x", "--step 9"
+    code = f"""
+import contextlib, os, sys
+import run
+for words in {commands}:
+    with contextlib.suppress(SystemExit), open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
+        assert run.main(words.split()) == 2, words
+print(sorted({SLOW} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]", done.stdout
+    assert done.stderr.count("run.py: error:") == len(commands) - 2
 
 
 def option_names(node: ast.expr) -> Iterator[str]:

@@ -12,14 +12,36 @@ from typing import Any
 import pytest
 
 from argparser import build_parser, declarations, declared, parse_options, with_implied
-from methods import METHODS, REGISTRY
+from methods import CLASSIFIERS, METHODS, REGISTRY
+from methods.classifiers import classifier_names
 from methods.ssul import UnknownClass
 from scripts import experiment_plan
+from utils import loss
 from utils.errors import UserError
 from utils.option_roles import Declaration
 from utils.option_types import Number
 
+ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def test_the_version_is_that_of_the_project(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_options(["--version"])
+    assert ended.value.code == 0
+    assert f'version = "{capsys.readouterr().out.strip()}"' in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [("lfs_normalization", loss.NORMALIZATIONS), ("distill_object", loss.DISTILL_OBJECTS)],
+)
+def test_choices_are_those_of_the_loss(name: str, known: tuple[str, ...]) -> None:
+    assert next(action.choices for action in build_parser()._actions if action.dest == name) == known
+
+
+def test_all_kinds_of_classifiers_can_be_chosen() -> None:
+    assert set(CLASSIFIERS) == set(classifier_names())
 
 
 def test_a_preset_sets_its_options_and_is_matched_without_case() -> None:
@@ -362,7 +384,7 @@ def test_roles_say_what_the_lists_of_the_first_version_said() -> None:
 
 def test_every_option_has_a_role() -> None:
     parser = build_parser()
-    assert {action.dest for action in parser._actions} - {"help"} == parser.declared.keys()
+    assert {action.dest for action in parser._actions} - {"help", "version"} == parser.declared.keys()
     assert {option.name for option in declarations()} == parser.declared.keys()
     assert declared("no_such_option").role == "learning"
 

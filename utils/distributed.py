@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import socket
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,11 +20,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-
 from utils.errors import Fault, UserError
+from utils.lazy import dist, no_grad, torch
 from utils.memory import SHARED_MEMORY_REMEDY, is_out_of_memory, keep_freed_memory
 from utils.processor import available_cores, fast_bfloat16
 
@@ -71,9 +69,6 @@ class World:
     def is_main(self) -> bool:
         """True on rank 0, which writes files and log lines."""
         return self.rank == 0
-
-
-ONE_PROCESS = World(0, 0, 1, torch.device("cpu"), None)  # alone on the CPU
 
 
 def launch_rank() -> int:
@@ -145,7 +140,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-def all_reduce_sum(tensor: Tensor) -> Tensor:
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sum a tensor over all processes, in place, and return it. Any device; the same shape everywhere."""
     if not _grouped():
         return tensor
@@ -157,18 +152,18 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def broadcast_buffers(module: nn.Module) -> None:
+def broadcast_buffers(module: torch.nn.Module) -> None:
     """Copy rank 0's buffers (running statistics of norm layers) to every process."""
     _broadcast(module.buffers())
 
 
-def broadcast_weights(module: nn.Module) -> None:
+def broadcast_weights(module: torch.nn.Module) -> None:
     """Copy rank 0's parameters and buffers to every process."""
     _broadcast((*module.parameters(), *module.buffers()))
 
 
-@torch.no_grad()
-def average_gradients(module: nn.Module) -> None:
+@no_grad
+def average_gradients(module: torch.nn.Module) -> None:
     """Average the gradients over all processes and copy rank 0's buffers to every process.
 
     A parameter without gradient counts as gradient 0, so that all processes reduce the same tensors.
@@ -185,8 +180,8 @@ def average_gradients(module: nn.Module) -> None:
     broadcast_buffers(module)
 
 
-@torch.no_grad()
-def _broadcast(tensors: Iterable[Tensor]) -> None:
+@no_grad
+def _broadcast(tensors: Iterable[torch.Tensor]) -> None:
     if not _grouped():
         return
     for tensor in tensors:
@@ -256,7 +251,7 @@ class AllReducedFlag:
         if _grouped():
             with _interface_errors():
                 self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-        self._pending: tuple[dist.Work, Tensor] | None = None
+        self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def reduce(self, flag: int) -> int:
         """Start to reduce this batch's flag and return the maximum of the previous batch (0 for the first).
@@ -337,7 +332,8 @@ def _one_line(text: str) -> str:
 
 
 def _grouped() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    # Without torch there is no group yet: an error in the options need not wait for its import.
+    return "torch" in sys.modules and dist.is_available() and dist.is_initialized()
 
 
 def _collective_device() -> torch.device:

@@ -6,7 +6,7 @@ import ctypes
 import platform
 import shutil
 
-import torch
+from utils.lazy import torch
 
 # Numbers of mallopt's parameters in glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4

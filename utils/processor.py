@@ -6,7 +6,7 @@ import os
 import platform
 from pathlib import Path
 
-import torch
+from utils.lazy import torch
 
 _CGROUPS = Path("/sys/fs/cgroup")
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from forked import BOUND, ROOT, Fork, environments
 
 # A network that trains in seconds on one core. Everything else is as a user gets it.
 SMALL = (
@@ -36,35 +37,72 @@ class Outcome:
 Launch = Callable[..., Outcome]
 
 
-def start(*arguments: str | Path, launcher: str = "python", processes: int = 1) -> subprocess.Popen[str]:
-    """Start ``run.py`` with the arguments, by one of the three launchers."""
-    python = [sys.executable, "-u"]
-    commands = {
-        "python": python,
-        "torchrun": [*python, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"],
-        "launch": [
-            *python,
-            *("-m", "torch.distributed.launch", f"--nproc_per_node={processes}"),
-            f"--master_port={20000 + os.getpid() % 20000}",
-        ],
+class Started:
+    """``run.py`` in one process or several, which a launcher's environment joins."""
+
+    def __init__(self, arguments: Sequence[str | Path], processes: int = 1) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._files = {name: Path(self._folder.name) / name for name in ("out", "err")}
+        words = ["run.py", *map(str, arguments)]
+        self._forks = [Fork(words, each, *self._files.values()) for each in environments(processes)]
+
+    def poll(self) -> int | None:
+        """The exit code, with several processes the highest; None: one is running."""
+        codes = [fork.poll() for fork in self._forks]
+        return None if None in codes else max(codes, key=abs)
+
+    def kill(self) -> None:
+        for fork in self._forks:
+            fork.kill()
+
+    def communicate(self, timeout: float = BOUND) -> tuple[str, str]:
+        """Wait for the end; what was printed."""
+        for fork in self._forks:
+            fork.wait(timeout)
+        out, err = (path.read_text("utf-8") if path.exists() else "" for path in self._files.values())
+        self._folder.cleanup()
+        return out, err
+
+
+def start(*arguments: str | Path) -> Started:
+    """Start ``run.py`` with the arguments."""
+    return Started(arguments)
+
+
+def launch(*arguments: str | Path, launcher: str | None = None, processes: int = 1) -> Outcome:
+    """Run ``run.py`` to its end.
+
+    Args:
+        arguments: of the command line.
+        launcher: "torchrun", or "launch" for ``torch.distributed.launch``, where that is the point: the
+            launcher and each process import torch. None: without one.
+        processes: number of processes.
+    """
+    if launcher is not None:
+        return _by_launcher(arguments, launcher, processes)
+    started = Started(arguments, processes)
+    try:
+        out, err = started.communicate()
+    finally:
+        started.kill()
+    code = started.poll()
+    assert code is not None
+    return Outcome(code, out, err)
+
+
+def _by_launcher(arguments: Sequence[str | Path], launcher: str, processes: int) -> Outcome:
+    options = {
+        "torchrun": ["-m", "torch.distributed.run", "--standalone"],
+        "launch": ["-m", "torch.distributed.launch", f"--master_port={20000 + os.getpid() % 20000}"],
     }
-    return subprocess.Popen(
-        [*commands[launcher], "run.py", *map(str, arguments)],
+    words = [sys.executable, *options[launcher], f"--nproc_per_node={processes}", "run.py"]
+    done = subprocess.run(
+        [*words, *map(str, arguments)],
         cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=BOUND,
+        check=False,
     )
-
-
-def launch(
-    *arguments: str | Path, launcher: str = "python", processes: int = 1, timeout: float | None = None
-) -> Outcome:
-    """Run ``run.py`` to its end."""
-    process = start(*arguments, launcher=launcher, processes=processes)
-    try:
-        out, err = process.communicate(timeout=timeout)
-    finally:
-        process.kill()
-    return Outcome(process.returncode, out, err)
+    return Outcome(done.returncode, done.stdout, done.stderr)

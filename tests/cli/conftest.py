@@ -10,7 +10,7 @@ from command import Launch, Outcome, launch
 def cli(shapes_root: Path) -> Launch:
     """``cli(*arguments)`` on the generated data."""
 
-    def run(*arguments: str | Path, launcher: str = "python", processes: int = 1) -> Outcome:
+    def run(*arguments: str | Path, launcher: str | None = None, processes: int = 1) -> Outcome:
         return launch(
             *("--dataset", "shapes", "--data_root", shapes_root, *arguments),
             launcher=launcher,

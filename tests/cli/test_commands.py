@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from command import ROOT, SMALL, Launch, launch, start
+from forked import BOUND
 from PIL import Image
 from tensorboard_events import values
 
@@ -34,7 +35,7 @@ def test_two_steps_under_torchrun_then_test_gives_the_same_digits(cli: Launch, t
 
     # The same numbers from the checkpoint: on two processes, on one, and with the file named.
     for extra, options in (
-        ((), {"launcher": "torchrun", "processes": 2}),
+        ((), {"processes": 2}),
         ((), {}),
         (("--ckpt", run_dir / "15-5-shapes_MIB_1.pth"), {}),
     ):
@@ -59,7 +60,7 @@ def test_the_defaults_themselves(tmp_path: Path) -> None:
         env={name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=BOUND,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

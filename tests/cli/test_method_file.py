@@ -21,7 +21,7 @@ def test_the_example_trains_tests_and_is_logged(cli: Launch, tmp_path: Path) -> 
         *(*SMALL, "--method_file", EXAMPLE, "--task", "10-10", "--overlap", "--step", "all", "--lr", "0.01"),
         *("--logdir", tmp_path, "--name", "own", "--method", "cosine", "--debug"),
     )
-    outcome = cli(*run, launcher="torchrun", processes=2)
+    outcome = cli(*run, processes=2)
     assert outcome.code == 0, outcome.err[-3000:]
     folder = tmp_path / "10-10-shapes_own"
     log = (folder / "train.log").read_text(encoding="utf-8")

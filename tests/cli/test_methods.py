@@ -62,7 +62,6 @@ def test_three_steps(
     outcome = cli(
         *(*network, "--task", "10-5-5", "--overlap", "--step", "all", "--lr", "0.01"),
         *("--logdir", tmp_path, "--name", "run", "--method", method, *options),
-        launcher="torchrun" if processes > 1 else "python",
         processes=processes,
     )
     assert outcome.code == 0, outcome.err[-3000:]

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command import ROOT, SMALL, Outcome
+from forked import BOUND
 from PIL import Image
 from small_checkpoint import save_untrained
 from small_data import make_own
@@ -35,7 +36,7 @@ def commands(*several: list[str | Path], **environment: str) -> list[Outcome]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=BOUND,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )

@@ -60,7 +60,7 @@ def test_two_processes_share_the_pictures_and_a_broken_one_is_left_out(
     alone = launch(*common, "--out", tmp_path / "alone")
     assert alone.code == 0, alone.err
     (photos / "sub" / "broken.jpg").write_bytes(b"\xff\xd8\xff no picture")
-    both = launch(*common, "--out", tmp_path / "both", launcher="torchrun", processes=2)
+    both = launch(*common, "--out", tmp_path / "both", processes=2)
     # torchrun makes a 1 of its processes' 2.
     assert both.code != 0 and "5 of 6 images predicted" in both.out
     assert f"run.py: error: {photos}/sub/broken.jpg: the image cannot be read" in both.err

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import BOUND
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from dataset import open_dataset
 from dataset.incremental import Entry, IncrementalDataset, SampleKey, train_lookup
 from dataset.loaders import (
+    ONE_PROCESS,
     EpochSampler,
     EvalBatchSampler,
     Loader,
@@ -30,7 +32,7 @@ from dataset.loaders import (
 )
 from dataset.transforms import eval_transform, train_transform
 from tasks import get_task
-from utils.distributed import ONE_PROCESS, World
+from utils.distributed import World
 from utils.errors import DataError, Fault, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -304,7 +306,7 @@ def test_workers_outlive_signals_while_they_are_wanted(shapes_root: Path) -> Non
 def test_python_ends_though_a_loader_was_not_closed(shapes_root: Path) -> None:
     code = """
 import sys
-sys.path.insert(0, "tests/dataset")
+sys.path[:0] = ["tests", "tests/dataset"]
 from pathlib import Path
 from test_loaders import make, make_train_loader
 loader = make_train_loader(make(Path(sys.argv[1])), 8, num_workers=2)
@@ -312,7 +314,11 @@ batches = iter(loader)
 next(batches)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, str(shapes_root)], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code, str(shapes_root)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=BOUND,
     )
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -12,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forked import ROOT, python
 from PIL import Image
 from small_data import make_own
 
-ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "own_data.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"^`(my_data/\S+)`:\n\n```\w*\n(.*?)^```$", TEXT, re.M | re.S))
 SNIPPETS = re.findall(r"^```python\n(.*?)^```$", TEXT, re.M | re.S)
@@ -47,14 +46,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(command: str, place: Path) -> str:
     words = shlex.split(command)
     assert words[:2] == ["python", "run.py"]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), *words[2:], *SMALL.split()],
-        cwd=place,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = python(ROOT / "run.py", *words[2:], *SMALL.split(), folder=place)
     assert done.returncode == 0, f"{command}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
     return done.stdout + done.stderr
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
-import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,11 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import forked
 import torch
+from forked import BOUND, ROOT, environments, to_foreground
 
 from runs.checkpoint import load_checkpoint
-
-ROOT = Path(__file__).resolve().parents[2]
 
 # Trains in seconds on one core; saves after almost every batch. Everything else is as a user gets it.
 TINY = (
@@ -28,8 +25,6 @@ TINY = (
     *("--batch_size", "4", "--lr", "0.01", "--task", "15-5", "--overlap"),
     *("--print_interval", "1", "--ckpt_minutes", "0.01"),
 )
-BOUND = 600.0  # seconds after which a process is taken to hang: the slowest machine needs less
-_LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Process(Protocol):
@@ -61,13 +56,8 @@ def start_words(words: Sequence[str], environment: dict[str, str], output: Path)
             env=environment,
             stdout=file,
             stderr=subprocess.STDOUT,
-            preexec_fn=_to_foreground,
+            preexec_fn=to_foreground,
         )
-
-
-def _to_foreground() -> None:
-    os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job would ignore
 
 
 def living_in_group(leader: int) -> list[int]:
@@ -82,61 +72,16 @@ def living_in_group(leader: int) -> list[int]:
     return found
 
 
-class Fork:
-    """run.py with the arguments in a process of its own, forked from one that has imported everything.
+class Fork(forked.Fork):
+    """``run.py`` with the arguments, forked from a process that has imported everything.
 
-    What ``python run.py`` does, without the seconds of importing. ``prepare``, a function of a module, is
-    called there before.
+    ``prepare``, a function of a module, is called there before.
     """
 
     prepare: Callable[[], None] | None = None
 
     def __init__(self, arguments: Sequence[str], environment: dict[str, str], output: Path) -> None:
-        os.environ["OMP_NUM_THREADS"] = "1"  # read by the server when it imports torch
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["faults", "run", "session"])
-        words = (list(arguments), environment, output, type(self).prepare)
-        self._process = context.Process(target=_run_main, args=words)
-        self._process.start()
-        assert self._process.pid is not None
-        self.pid = self._process.pid
-
-    def poll(self) -> int | None:
-        return self._process.exitcode
-
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
-
-
-def _run_main(
-    arguments: list[str], environment: dict[str, str], output: Path, prepare: Callable[[], None] | None
-) -> None:
-    import run
-    import utils.command
-
-    _to_foreground()
-    with output.open("ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    os.chdir(ROOT)
-    os.environ.clear()
-    os.environ.update(environment)
-    # Its loaders are forked too; it has inherited the fork server's way, by which each run had a server more.
-    multiprocessing.set_start_method("fork", force=True)
-    if prepare is not None:
-        prepare()
-    # The exit of a multiprocessing process waits for its children, as Python's own does.
-    sys.exit(utils.command.run_command("run.py", lambda: run.main(arguments)))
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
+        super().__init__(["run.py", *arguments], environment, output, prepare=type(self).prepare)
 
 
 class Run:
@@ -153,16 +98,11 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         self.outputs = [folder / f"output-{rank}.txt" for rank in range(size)]
         self.offsets = [path.stat().st_size if path.exists() else 0 for path in self.outputs]
-        base = {name: value for name, value in os.environ.items() if name not in _LAUNCH}
-        base |= {"OMP_NUM_THREADS": "1"}
-        if size > 1:
-            base |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-            base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         words = [str(argument) for argument in arguments]
-        self.processes = []
-        for rank, output in enumerate(self.outputs):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if size > 1 else {}
-            self.processes.append(start(words, base | own, output))
+        self.processes = [
+            start(words, environment, output)
+            for environment, output in zip(environments(size), self.outputs, strict=True)
+        ]
 
     def output(self, rank: int = 0) -> str:
         """What a process has printed since this start."""

@@ -13,7 +13,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from faults import TINY, Fork, Run, Start, completed, living_in_group, running, start_command, start_words
+from faults import (
+    BOUND,
+    TINY,
+    Fork,
+    Run,
+    Start,
+    completed,
+    living_in_group,
+    running,
+    start_command,
+    start_words,
+)
 from test_stops import children
 
 import run as program
@@ -182,7 +193,7 @@ def test_the_loaders_of_a_killed_process_end(tiny_data: Path, tmp_path: Path) ->
         pid = run.processes[0].pid
         assert len(living_in_group(pid)) == 3
         run.kill()
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + BOUND
         while living_in_group(pid) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert living_in_group(pid) == []

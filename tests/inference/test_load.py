@@ -14,8 +14,7 @@ from small_checkpoint import DEEPLAB, save_untrained
 
 from argparser import Options, parse_options
 from inference.load import _value, model_from_checkpoint, with_network_of
-from methods.foreground import ForegroundClassifier
-from methods.ssul import UnknownClassifier
+from methods.classifiers import ForegroundClassifier, UnknownClassifier
 from modules import NetworkSpec
 from runs.checkpoint import check_fits, load_checkpoint, save_checkpoint
 from utils.errors import UserError

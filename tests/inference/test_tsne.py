@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import csv
 import shlex
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked import python
 from PIL import Image
 from small_checkpoint import SEGFORMER, save_untrained
 
@@ -46,9 +45,7 @@ def test_the_command_writes_a_reproducible_plot_and_its_points(shapes_root: Path
             f"--ckpt {path} --out {tmp_path / name}.png --seed {seed} --images 12 --per_class 6"
         )
 
-    done = subprocess.run(
-        [sys.executable, "-m", "inference.tsne", *command("a", 1)], cwd=ROOT, capture_output=True, text=True
-    )
+    done = python("-m", "inference.tsne", *command("a", 1))
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "a.png") as image:
         assert min(image.size) > 500

@@ -14,8 +14,7 @@ from torchvision.ops import StochasticDepth
 from argparser import parse_options
 from benchmarks.workbench import bench, options
 from methods import Context, build_methods
-from methods.dkd import AuxiliaryClassifier
-from methods.foreground import ForegroundClassifier
+from methods.classifiers import AuxiliaryClassifier, ForegroundClassifier
 from modules import NetworkSpec
 from modules.norm import norm_layers
 from segmentation_module import IncrementalSegmentationModule, make_model

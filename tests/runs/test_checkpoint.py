@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from methods.ssul import UnknownClassifier
+from methods.classifiers import UnknownClassifier
 from modules import NetworkSpec
 from runs.checkpoint import (
     FORMAT_VERSION,

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from forked import BOUND
 
 from argparser import Options, parse_options
 from report.groups import arrange
@@ -85,7 +86,7 @@ def of_script(script: Path, *arguments: str) -> list[Options]:
     command = stand_in + shlex.join(["bash", str(script), *arguments])
     environment = {**os.environ, "GPUS": "2", "DATA": "data"}
     done = subprocess.run(
-        ["bash", "-c", command], capture_output=True, text=True, env=environment, timeout=120
+        ["bash", "-c", command], capture_output=True, text=True, env=environment, timeout=BOUND
     )
     assert done.returncode == 0, done.stderr
     return [parse_options(shlex.split(line)) for line in done.stdout.splitlines()]

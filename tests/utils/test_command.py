@@ -81,11 +81,14 @@ def test_every_program_goes_through_run_command() -> None:
 
 @pytest.mark.parametrize("words", programs(), ids=" ".join)
 def test_ctrl_c_while_a_program_is_imported(words: list[str], tmp_path: Path) -> None:
+    if words[-1] == "scripts.experiment":
+        pytest.skip("imports nothing that takes long")
     reached = tmp_path / "reached"
     (tmp_path / "torch.py").write_text(f"import time\nopen({str(reached)!r}, 'w')\ntime.sleep({GUARD})\n")
     process = start(*words, PYTHONPATH=str(tmp_path))
     code, lines = interrupt(process, reached.is_file)
-    assert (code, lines) == (130, ["interrupted"])
+    # run.py imports torch after it has read the options, within its main function.
+    assert (code, lines) == (130, ["run.py: interrupted" if words == ["run.py"] else "interrupted"])
 
 
 def test_ctrl_c_while_data_is_drawn_and_checked(tmp_path: Path) -> None:

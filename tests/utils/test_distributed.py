@@ -5,18 +5,19 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
 import pytest
 import torch
+from forked import BOUND, ROOT, Fork, environments, free_port
 
 from metrics.stream_metrics import StreamSegMetrics
 from run import main
 from utils import distributed
 from utils.errors import UserError
 
-ROOT = Path(__file__).parents[2]
 LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -26,38 +27,26 @@ def no_launcher(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
 def run_processes(size, code, folder=None, first_only=False, **environment):
     """Run the code in each of ``size`` processes; returns [(exit code, output)] by rank.
 
     ``first_only``: only that of the first, whose end is that of the others too.
     """
-    base = {name: value for name, value in os.environ.items() if name not in LAUNCH}
-    base |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    base |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "PYTHONPATH": str(ROOT)} | environment
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(code)],
-            env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    try:
-        awaited = processes[:1] if first_only else processes
-        outputs = [process.communicate()[0] for process in awaited]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, output) for process, output in zip(awaited, outputs, strict=True)]
+    with tempfile.TemporaryDirectory() as temporary:
+        script = Path(temporary) / "script.py"
+        script.write_text(textwrap.dedent(code))
+        outputs = [Path(temporary) / f"output-{rank}" for rank in range(size)]
+        places = [each | environment for each in environments(max(size, 2))[:size]]
+        processes = [
+            Fork([str(script)], place, output, folder=folder or ROOT)
+            for place, output in zip(places, outputs, strict=True)
+        ]
+        try:
+            codes = [process.wait() for process in (processes[:1] if first_only else processes)]
+        finally:
+            for process in processes:
+                process.kill()
+        return [(code, output.read_text()) for code, output in zip(codes, outputs, strict=False)]
 
 
 COLLECTIVES = """
@@ -154,7 +143,7 @@ def test_missing_rank_is_a_user_error():
     except UserError as error:
         print(error)
     """
-    ((returncode, output),) = run_processes(1, code, WORLD_SIZE="2")
+    ((returncode, output),) = run_processes(1, code, LOCAL_WORLD_SIZE="1")
     assert returncode == 0, output
     assert "rank 0 of 2 finds no process group at 127.0.0.1" in output
 
@@ -354,7 +343,7 @@ def test_torchrun_with_a_wrong_interface_names_it(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "nosuch0"},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=BOUND,
     )
     told = [line for line in run.stderr.splitlines() if line.startswith("run.py: ")]
     assert len(told) == 1 and told[0].startswith("run.py: error: environment variable GLOO_SOCKET_IFNAME=")

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import BOUND
 
 from utils import files
 from utils.errors import DataError, UserError
@@ -148,7 +149,7 @@ def test_the_command_warns_and_continues_without_locks(tmp_path):
         env={**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=BOUND,
     )
     assert run.returncode == 2
     assert run.stderr.startswith("run.py: error: --data_root none: no such folder")

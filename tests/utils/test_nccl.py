@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import BOUND
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,6 +47,6 @@ def test_every_collective_in_a_group_of_one() -> None:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
     ended = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(port)], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", PROGRAM, str(port)], cwd=ROOT, capture_output=True, text=True, timeout=BOUND
     )
     assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr
