@@ -720,6 +720,8 @@ def _check_network(opts: Options) -> None:
             if isinstance(method, Method) and (max(opts.steps) > 0 or not method.needs_teacher):
                 network_class(opts.model).check_needs(frozenset(method.needs) - {"logits_small"})
     if opts.model in ("deeplab", "mlp") and opts.backbone.startswith("timm/"):
+        import methods.classifiers  # noqa: F401  # registers its kinds, one of which may be the network's
+
         check_buildable(NetworkSpec.of(opts))
         if _trains(opts) and 0 in opts.steps and not opts.no_pretrained and opts.pretrained_path is None:
             pretrained_repository(opts.backbone)

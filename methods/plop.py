@@ -85,12 +85,12 @@ class PooledOutputDistillation(Method):
             )
         except ValueError as error:
             raise UserError(f"--pod_options: {error}; LocalPODLoss in utils/loss.py lists them") from error
-        side = opts.crop_size // (opts.output_stride if opts.model == "deeplab" else SEGFORMER_STRIDE)
-        if side < criterion.finest_grid:
-            raise UserError(
-                f"--spp_scales {criterion.finest_grid}: the smallest map has {side}×{side} positions with "
-                f"--crop_size {opts.crop_size}; give smaller --spp_scales or a larger --crop_size"
-            )
+        segformer = opts.model.startswith("segformer_")
+        if segformer or not opts.backbone.startswith(
+            "timm/"
+        ):  # of those the stride is known with the network
+            side = opts.crop_size // (SEGFORMER_STRIDE if segformer else opts.output_stride)
+            _check_grid(criterion, side, f"--crop_size {opts.crop_size}")
         last = "small" if opts.pod_logits else "large" if opts.pod_large_logits else None
         return cls(criterion, last=last)
 
@@ -108,15 +108,21 @@ class PooledOutputDistillation(Method):
         elif self.last == "large":
             old.append(batch.outputs_old)
             new.append(batch.outputs)
-        try:
-            distance = self.criterion(
-                features_old=old,
-                features=new,
-                nb_current_classes=batch.classes_old + batch.classes_new,
-                nb_new_classes=batch.classes_new,
-                index_new_class=batch.classes_old,
-            )
-        except ValueError as error:  # a map is smaller than the grid in which it is pooled
-            remedy = "give a larger --crop_size, or a backbone with a smaller stride"
-            raise UserError(f"--pod: {error}; {remedy}") from error
+        _check_grid(self.criterion, min(maps.shape[-1] for maps in new), "this network and --crop_size")
+        distance = self.criterion(
+            features_old=old,
+            features=new,
+            nb_current_classes=batch.classes_old + batch.classes_new,
+            nb_new_classes=batch.classes_new,
+            index_new_class=batch.classes_old,
+        )
         return {"pod": distance}
+
+
+def _check_grid(criterion: loss.LocalPODLoss, side: int, cause: str) -> None:
+    """Raise UserError if the smallest map, of ``side`` positions, is smaller than the finest grid."""
+    if side < criterion.finest_grid:
+        raise UserError(
+            f"--spp_scales {criterion.finest_grid}: the smallest map is {side}×{side} with {cause}; "
+            "give smaller --spp_scales or a larger --crop_size"
+        )

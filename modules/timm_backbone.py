@@ -130,7 +130,8 @@ class TimmBackbone(nn.Module):
 
             self.model = model = convert_sync_batchnorm(model)
         self.checkpointing = checkpointing
-        self._momenta = self._checkpoint() if checkpointing else []
+        self._counting = self._checkpoint() if checkpointing else []
+        self._silenced: list[tuple[Any, float]] = []
         # Images come normalised by ImageNet's mean and deviation.
         own, usual = (config["mean"], config["std"]), (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
         self.renormalises = tuple(map(tuple, own)) != usual
@@ -169,15 +170,15 @@ class TimmBackbone(nn.Module):
             raise UserError(f"--backbone {self.name}: takes images of one size only; choose another")
         return model
 
-    def _checkpoint(self) -> list[tuple[Any, float | None]]:
-        """Switch on timm's checkpointing; returns the norms that count batches, and their momenta."""
+    def _checkpoint(self) -> list[Any]:
+        """Switch on timm's checkpointing; returns the norms that count batches."""
         try:
             self.model.set_grad_checkpointing(True)
         except (AssertionError, AttributeError) as error:
             raise UserError(
                 f"--grad_checkpointing: timm cannot do it with --backbone {self.name}; drop it"
             ) from error
-        return [(norm, norm.momentum) for norm in norm_layers(self.model)]  # type: ignore[misc]
+        return list(norm_layers(self.model))
 
     def forward(
         self, images: Tensor, keep_stages: bool = False, keep_activated: bool = False
@@ -198,12 +199,14 @@ class TimmBackbone(nn.Module):
         height, width = images.shape[2:]
         padding = 0, -width % self.patch[1], 0, -height % self.patch[0]
         images = F.pad(images, padding) if any(padding) else images
-        for norm, momentum in self._momenta:
+        recomputes = bool(self._silenced) or torch.is_grad_enabled()
+        for norm, momentum in self._silenced:
             norm.momentum = momentum
         stages = self.model.forward_intermediates(
             images, indices=self.indices, norm=not self.own_norms, intermediates_only=True
         )
-        for norm, _ in self._momenta if torch.is_grad_enabled() else ():
+        self._silenced = [(norm, norm.momentum) for norm in self._counting] if recomputes else []
+        for norm, _ in self._silenced:
             norm.momentum = 0.0  # recomputed in the backward pass, the batch does not count again
         if self.own_norms:
             norms = (self.get_submodule(f"norm{number}") for number in range(len(stages)))

@@ -254,6 +254,11 @@ class RunFolder:
         first = min(by_step, default=0)
         options = by_step.get(first, {})
         named = Path(options.get("step_ckpt") or "")
-        if (file := local_file(named)) != named:
+        try:
+            file = local_file(named)
+        except UserError as error:
+            log.warning("%s: forgetting and average lack the steps before %d", error, first)
+            return first, None
+        if file != named:
             return first, file.parent
         return first, base_folder(self.path, options)

@@ -1,7 +1,7 @@
 """A folder of a trained step for the Hugging Face hub, from which ``hf:`` reads it again.
 
 python -m runs.publish RUN --step 0 --out DIR
-huggingface-cli upload OWNER/REPO DIR       (a command of the package huggingface_hub)
+hf upload OWNER/REPO DIR       (a command of the package huggingface_hub)
 """
 
 from __future__ import annotations

@@ -41,7 +41,8 @@ class Session:
     """
 
     def __init__(self, opts: Options, world: World) -> None:
-        opts = _with_network_of_file(opts)
+        with distributed.shared_errors():
+            opts = _with_network_of_file(opts)
         folder = RunFolder(opts, world)
         self.run = Run(opts, world, folder, StopRequest().listen(), Tolerance(opts.skip_corrupt))
         if opts.deterministic:

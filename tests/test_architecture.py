@@ -161,6 +161,19 @@ print(sorted({SLOW} & set(sys.modules)))
     assert done.stderr.count("run.py: error:") == len(commands) - 2
 
 
+@pytest.mark.parametrize("more", ["", "--test"])
+def test_kinds_of_classifiers_are_known_to_a_new_process(more: str) -> None:
+    # Nothing that registers them is imported before the options are read.
+    kinds = {"DKD": "auxiliary", "SSUL": "unknown", "STAR": "foreground", "DFT": "preallocated"}
+    words = f"--dataset voc --task 15-5 --step 1 --backbone timm/resnet10t --no_pretrained {more} --method"
+    code = f"""
+from argparser import parse_options
+print({{m: parse_options([*{words.split()}, m]).classifier for m in {list(kinds)}}})
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == str(kinds), done.stderr
+
+
 def option_names(node: ast.expr) -> Iterator[str]:
     """Strings of a tuple, set or list, also of those within it."""
     if isinstance(node, ast.Starred):

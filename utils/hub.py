@@ -37,10 +37,18 @@ def local_file(path: Path) -> Path:
     except FileNotFoundError as error:
         raise UserError(str(error)) from error
     folder, manifest = name.rpartition("/")[0], local.with_suffix(".json")
-    for other in () if manifest.is_file() else _listed(repository, revision or None):
-        place, _, title = other.rpartition("/")
-        if place == folder and (title == manifest.name or re.fullmatch(r"results_\d+\.json", title)):
+    beside = [
+        other
+        for other in (() if manifest.is_file() else _listed(repository, revision or None))
+        if other.rpartition("/")[0] == folder
+        and (Path(other).name == manifest.name or re.fullmatch(r"results_\d+\.json", Path(other).name))
+    ]
+    # The manifest last: while it is missing, the others are asked for again.
+    for other in sorted(beside, key=lambda other: Path(other).name == manifest.name):
+        try:
             download(repository, other, revision or None)
+        except FileNotFoundError as error:
+            raise UserError(str(error)) from error
     return local
 
 
@@ -75,7 +83,7 @@ def download(repository: str, name: str, revision: str | None = None) -> Path:
         ) from error
     except EntryNotFoundError as error:
         raise FileNotFoundError(f"{where}: has no file {name}; check its name") from error
-    except (OSError, ValueError) as error:
+    except Exception as error:  # requests' errors in huggingface_hub 0, httpx's in 1
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{where}: {name} cannot be downloaded ({reason}); try again later") from error
     _check_digest(path)
@@ -105,4 +113,7 @@ def _check_digest(path: Path) -> None:
         while block := file.read(1 << 20):
             digest.update(block)
     if digest.hexdigest() != expected:
-        raise UserError(f"{path}: wrong checksum, the download is damaged; delete the file and restart")
+        # The name is a link to it; without it the file is downloaded again.
+        raise UserError(
+            f"{path.resolve()}: wrong checksum, the download is damaged; delete this file and restart"
+        )
