@@ -85,7 +85,7 @@ NOT_COMPARED = {
 
 # Options of published lines that mean nothing here, and the answer.
 REFUSED = {
-    "--backbone swin_b": "argument --backbone: invalid choice: 'swin_b'",
+    "--backbone swin_b": "the papers' Swin-B is timm/",
     "--results_dir results": "--results_dir does not exist here: results are in the run's folder",
 }
 
