@@ -715,9 +715,13 @@ def _check_network(opts: Options) -> None:
     """A network that cannot be built, or lacks what the methods read."""
     from modules import NetworkSpec, check_buildable, network_class, pretrained_repository
 
-    if _trains(opts):
+    # A released program's checkpoint shows its model, which is not known yet.
+    brought = "model" not in opts.typed and (opts.ckpt is not None or opts.step_ckpt is not None)
+    if _trains(opts) and not brought:
         for method in (kind.from_options(opts) for kind in REGISTRY):
-            if isinstance(method, Method) and (max(opts.steps) > 0 or not method.needs_teacher):
+            if not isinstance(method, Method) or isinstance(method.needs, str):
+                continue  # reported with its file when the method is made
+            if max(opts.steps) > 0 or not method.needs_teacher:
                 network_class(opts.model).check_needs(frozenset(method.needs) - {"logits_small"})
     if opts.model in ("deeplab", "mlp") and opts.backbone.startswith("timm/"):
         import methods.classifiers  # noqa: F401  # registers its kinds, one of which may be the network's

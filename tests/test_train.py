@@ -168,9 +168,8 @@ def test_student_trains_its_norm_layers_and_the_teacher_does_not() -> None:
     ],
 )
 def test_wrong_options_of_methods_are_named(words: list[str], message: str) -> None:
-    opts = parse_options(["--task", "15-5", *words])
     with pytest.raises(UserError, match=message):
-        build_methods(opts, 1)
+        build_methods(parse_options(["--task", "15-5", *words]), 1)
 
 
 def test_the_teacher_runs_only_for_a_method_that_looks_at_it() -> None:

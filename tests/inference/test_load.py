@@ -134,7 +134,7 @@ def test_a_released_checkpoint_shows_its_network(program: str) -> None:
     # A run that trains has the method's kind of classifier and fidelity.
     method = shlex.join(NETWORKS[program][0].split()[:2])
     fidelity = "--fidelity released" if "released" in NETWORKS[program][0] else ""
-    fits(content, completed(content, f"{method} {fidelity}", trains=True))
+    fits(content, completed(content, f"{method} {fidelity} --step_ckpt a.pth", trains=True))
     assert completed(content, "", trains=True).fidelity == "paper"
 
 
