@@ -749,6 +749,13 @@ def _check_unused(opts: Options) -> None:
         raise UserError(f"--head is of --model deeplab, not {opts.model}{other}; drop it")
     if "decoder" in opts.typed and not opts.model.startswith("segformer_"):
         raise UserError(f"--decoder is of --model segformer_b0 .. segformer_b5, not {opts.model}; drop it")
+    if opts.model == "mlp" and "pooling" in opts.typed and opts.pooling:
+        raise UserError(f"--pooling {opts.pooling}: is of --model deeplab, not mlp; drop it")
+    own_norms = opts.model == "mlp" and opts.backbone.startswith("timm/")
+    if own_norms and "norm_act" in opts.typed and opts.norm_act not in ("std", "sync"):
+        raise UserError(
+            f"--norm_act {opts.norm_act}: --model mlp with timm/NAME has its own norms; give std or sync"
+        )
     if "pooling" in opts.typed and opts.pooling and opts.head != "mib":
         raise UserError(
             f"--pooling {opts.pooling}: --head {opts.head} pools over the whole map; drop one of them"

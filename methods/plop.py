@@ -86,9 +86,8 @@ class PooledOutputDistillation(Method):
         except ValueError as error:
             raise UserError(f"--pod_options: {error}; LocalPODLoss in utils/loss.py lists them") from error
         segformer = opts.model.startswith("segformer_")
-        if segformer or not opts.backbone.startswith(
-            "timm/"
-        ):  # of those the stride is known with the network
+        # The stride of a timm backbone is known with the network only.
+        if segformer or not opts.backbone.startswith("timm/"):
             side = opts.crop_size // (SEGFORMER_STRIDE if segformer else opts.output_stride)
             _check_grid(criterion, side, f"--crop_size {opts.crop_size}")
         last = "small" if opts.pod_logits else "large" if opts.pod_large_logits else None

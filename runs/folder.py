@@ -19,11 +19,11 @@ from runs.checkpoint import (
 )
 from runs.files import CHECKPOINT, RESULTS, run_folder, step_file
 from runs.options import base_folder, read_run_options
-from runs.released import companion
 from runs.resume import differences, is_trained, job_id, restarted
 from utils import distributed
 from utils.distributed import World
 from utils.errors import UserError
+from utils.files import companion
 from utils.hub import local_file
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,8 @@ class RunFolder:
             UserError: it is damaged, or of another network, task or step.
         """
         content = load_checkpoint(path)
-        if (beside := companion(path)) != path and beside.is_file():
+        local = local_file(path)
+        if (beside := companion(local)) != local and beside.is_file():
             content = {**load_checkpoint(beside), **content}
         check_fits(content, path=path, task=self.opts.task_, step=step, spec=self.spec)
         return with_current_names(content, self.spec)

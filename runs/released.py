@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 
@@ -39,6 +38,7 @@ _HEAD: Rename = (r"^head\.", "network.head.")
 
 _INDEX = re.compile(r"\.relative_position_index$")  # of Swin's windows: computed, no weight
 
+_SWIN_B = "timm/swin_base_patch4_window12_384"
 _IN_PLACE = {"model": "deeplab", "norm_act": "iabn_sync", "head": "mib"}
 
 PROGRAMS = (
@@ -109,11 +109,6 @@ def network_of(weights: Mapping[str, Tensor]) -> dict[str, str | bool]:
     return {} if program is None else {**_size(our_names(weights)), **program.network}
 
 
-def companion(path: Path) -> Path:
-    """File beside a released checkpoint in which its program (STAR) keeps a method's state."""
-    return path.with_name(re.sub("^checkpoint-", "prototypes-", path.name))
-
-
 def _renamed(name: str, renames: Sequence[Rename]) -> str:
     for pattern, replacement in renames:
         name = re.sub(pattern, replacement, name)
@@ -126,12 +121,11 @@ def _program(weights: Mapping[str, Tensor]) -> Program | None:
 
 def _size(weights: Mapping[str, Tensor]) -> dict[str, str]:
     """Backbone or model, by the number of blocks in each of the four stages; empty for another number."""
-    blocks = {
-        (int(found[1]), int(found[2]))
-        for name in weights
-        if (found := re.match(r"network\.body\.(?:layer|block)(\d)\.(\d+)\.", name))
-    }
-    depths = [sum(stage == number for stage, _ in blocks) for number in range(1, 5)]
+    pattern = r"network\.body\.(?:layer|block|model\.layers\.)(\d)\.(?:blocks\.)?(\d+)\."
+    blocks = {(int(found[1]), int(found[2])) for name in weights if (found := re.match(pattern, name))}
+    depths = [sum(stage == number for stage, _ in blocks) for number in sorted({s for s, _ in blocks})]
+    if (patches := weights.get("network.body.model.patch_embed.proj.weight")) is not None:
+        return {"backbone": _SWIN_B} if (depths, len(patches)) == ([2, 2, 18, 2], 128) else {}
     if (norm := weights.get("network.body.patch_embed1.norm.weight")) is None:
         option, alike = "backbone", [name for name, layers in LAYERS.items() if layers == depths]
     else:

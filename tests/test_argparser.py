@@ -156,6 +156,11 @@ def test_steps_and_learning_rates() -> None:
         (["--head", "unet"], ["--head", "aspp"]),
         (["--head", "aspp", "--model", "segformer_b0"], ["--head", "--decoder"]),
         (["--head", "aspp", "--pooling", "16"], ["--pooling 16", "--head aspp"]),
+        (["--model", "mlp", "--pooling", "16"], ["--pooling 16", "not mlp"]),
+        (
+            ["--model", "mlp", "--backbone", "timm/resnet10t", "--norm_act", "abn"],
+            ["--norm_act abn", "its own norms"],
+        ),
         (["--augmentation", "crop"], ["--augmentation", "scale_crop"]),
         (["--min_lr", "-1"], ["--min_lr"]),
         (["--min_lr", "0.1", "--lr", "0.01"], ["--min_lr 0.1", "--lr 0.01"]),

@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import platform
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -144,6 +145,11 @@ def atomic_write_text(
     """
     with atomic_write(path, remedy) as file:
         file.write(text.encode("utf-8", errors="backslashreplace"))
+
+
+def companion(path: Path) -> Path:
+    """File beside a released checkpoint in which its program (STAR) keeps a method's state."""
+    return path.with_name(re.sub("^checkpoint-", "prototypes-", path.name))
 
 
 def cannot_write(path: Path, error: OSError, remedy: str) -> UserError:

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from utils.errors import UserError
+from utils.files import companion
 
 PREFIX = "hf:"
 
@@ -19,8 +20,9 @@ _log = logging.getLogger(__name__)
 def local_file(path: Path) -> Path:
     """A path as it is, or the local copy of a file of the hub.
 
-    The file is downloaded once into the cache of huggingface_hub, with the manifest and the results beside it
-    (as ``runs.publish`` writes them); without network the cache is used.
+    The file is downloaded once into the cache of huggingface_hub, with what belongs to it in its folder: the
+    manifest and the results (as ``runs.publish`` writes them), or a released checkpoint's second file.
+    Without network the cache is used.
 
     Raises:
         UserError: the name is not of that form, there is no such file, or it cannot be downloaded.
@@ -37,11 +39,11 @@ def local_file(path: Path) -> Path:
     except FileNotFoundError as error:
         raise UserError(str(error)) from error
     folder, manifest = name.rpartition("/")[0], local.with_suffix(".json")
+    wanted = rf"{re.escape(manifest.name)}|{re.escape(companion(local).name)}|results_\d+\.json"
     beside = [
         other
         for other in (() if manifest.is_file() else _listed(repository, revision or None))
-        if other.rpartition("/")[0] == folder
-        and (Path(other).name == manifest.name or re.fullmatch(r"results_\d+\.json", Path(other).name))
+        if other.rpartition("/")[0] == folder and other != name and re.fullmatch(wanted, Path(other).name)
     ]
     # The manifest last: while it is missing, the others are asked for again.
     for other in sorted(beside, key=lambda other: Path(other).name == manifest.name):

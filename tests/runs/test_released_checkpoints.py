@@ -145,3 +145,14 @@ def test_swin_of_nest() -> None:
     assert found.keys() == state.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
     assert network_of(released) == {"model": "deeplab", "norm_act": "iabn_sync", "head": "mib"}
+
+
+def test_swin_b_is_shown_by_its_blocks() -> None:
+    released = {
+        f"body.layers.{stage}.blocks.{block}.attn.qkv.weight": torch.empty(0)
+        for stage, blocks in enumerate((2, 2, 18, 2))
+        for block in range(blocks)
+    }
+    for width, shown in ((128, "timm/swin_base_patch4_window12_384"), (96, None)):
+        released["body.patch_embed.proj.weight"] = torch.empty(width, 3, 4, 4)
+        assert network_of(released).get("backbone") == shown
