@@ -42,7 +42,7 @@ class Network(nn.Module):
         """Raise a UserError if ``needs`` contains a name that is not in ``intermediates``."""
         if unknown := needs - cls.intermediates:
             raise UserError(
-                f"{cls.__name__} has no intermediate {', '.join(sorted(unknown))} "
+                f"the network has no {', '.join(sorted(unknown))} for the method "
                 f"(it has {', '.join(sorted(cls.intermediates))}): choose another --model or --method"
             )
 

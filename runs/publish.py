@@ -149,7 +149,7 @@ tags: [continual-learning, class-incremental-semantic-segmentation]
 mIoU over all classes: {100 * numbers:.2f} %. Trained with
 
 ```bash
-{_command(options, step)}
+{_command(options)}
 ```
 
 at commit {manifest.get("git_commit")}. The next step starts from it with `--step_ckpt hf:OWNER/REPO/{file}`;
@@ -163,13 +163,13 @@ at commit {manifest.get("git_commit")}. The next step starts from it with `--ste
 """
 
 
-def _command(options: Mapping[str, Any], step: int) -> str:
-    """The command line of a step: all options that differ from their defaults."""
+def _command(options: Mapping[str, Any]) -> str:
+    """The command line that trained a step: all options that differ from their defaults."""
     words = []
     usual = option_defaults()
     for name, value in options.items():
         option = declared(name)
-        if option.derived or name not in usual or value == usual[name] or value is None or name == "step":
+        if option.derived or name not in usual or value == usual[name] or value is None:
             continue
         shown = option.as_typed(value)
         if isinstance(shown, bool):
@@ -177,7 +177,7 @@ def _command(options: Mapping[str, Any], step: int) -> str:
         else:
             values = shown if isinstance(shown, list) else [shown]
             words += [option.flag, *(v if isinstance(v, str) else json.dumps(v) for v in values)]
-    return f"python run.py --step {step} {shlex.join(words)}"
+    return f"python run.py {shlex.join(words)}"
 
 
 def _json(content: Any) -> str:

@@ -57,8 +57,12 @@ class Started:
 
     def communicate(self, timeout: float = BOUND) -> tuple[str, str]:
         """Wait for the end; what was printed."""
-        for fork in self._forks:
-            fork.wait(timeout)
+        try:
+            for fork in self._forks:
+                fork.wait(timeout)
+        except subprocess.TimeoutExpired as expired:
+            expired.output = "".join(path.read_text("utf-8") for path in self._files.values())
+            raise
         out, err = (path.read_text("utf-8") if path.exists() else "" for path in self._files.values())
         self._folder.cleanup()
         return out, err

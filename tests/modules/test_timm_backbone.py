@@ -111,7 +111,7 @@ def test_dropout_can_be_switched_off() -> None:
         ("--backbone resnet50 --drop_path 0.1", "no stochastic depth"),
         ("--model mlp --head aspp", "--head is of --model deeplab, not mlp"),
         ("--model mlp --decoder sats", "--decoder is of --model segformer"),
-        ("--backbone timm/resnet18d --method SATS --step 1", "no intermediate self_attention"),
+        ("--backbone timm/resnet18d --method SATS --step 1", "no self_attention"),
     ],
 )
 def test_refused_before_anything_is_loaded(words: str, message: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 from hub_server import REPOSITORY, environment, hub
 
+from argparser import parse_options
 from runs.publish import publish
 from utils.errors import UserError
 
@@ -35,7 +38,8 @@ def test_published_step(shapes_root: Path, tmp_path: Path) -> None:
         f"--dataset shapes --data_root {shapes_root} --task 15-5 --overlap --crop_size 64 --no_pretrained"
     )
     words = [*common.split(), *["--backbone", "mobilenet_v2", "--epochs", "1", "--batch_size", "8"]]
-    run("run.py", *words, "--lr", "0.05", "--method", "FT", "--logdir", str(tmp_path / "logs"))
+    several = ["--step", "all", "--lr", "0.05", "0.02"]
+    run("run.py", *words, *several, "--method", "FT", "--logdir", str(tmp_path / "logs"))
     trained = tmp_path / "logs" / RUN
     run("-m", "runs.publish", str(trained), "--out", str(tmp_path / "out"))
     names = {path.name for path in (tmp_path / "out").iterdir()}
@@ -45,6 +49,8 @@ def test_published_step(shapes_root: Path, tmp_path: Path) -> None:
     assert str(tmp_path).encode() not in (tmp_path / "out" / file).read_bytes()
     card = (tmp_path / "out" / "README.md").read_text()
     assert "--backbone mobilenet_v2 --batch_size 8" in card and "without restrictions" in card
+    (command,) = re.findall(r"^python run\.py (.*)", card, re.M)
+    assert parse_options(shlex.split(command)).lrs == [0.05, 0.02]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["id2label"]["15"] == "arrow"
 
     results = json.loads((trained / "results_0.json").read_text())
