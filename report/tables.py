@@ -40,12 +40,13 @@ class Table:
 
 
 def comparison(runs: Iterable[Path]) -> str:
-    """Text table of mIoU in percent, one row per run and step."""
+    """Text table of mIoU and mean forgetting of the old classes in percent, one row per run and step."""
     rows: list[list[object]] = []
     for run in runs:
         for step, results in read_results(run).items():
-            rows.append([run.name, step, *(_percent(results.get(key)) for key in NUMBERS.values())])
-    return format_table(["run", "step", *(f"mIoU {name}" for name in NUMBERS)], rows)
+            numbers = [results.get(key) for key in (*NUMBERS.values(), "mean_forgetting")]
+            rows.append([run.name, step, *map(_percent, numbers)])
+    return format_table(["run", "step", *(f"mIoU {name}" for name in NUMBERS), "forgetting"], rows)
 
 
 REPRODUCED_WITHIN = 1.0  # points of mIoU over all classes
