@@ -26,6 +26,8 @@ OTHER = World(1, 1, 2, torch.device("cpu"), None)
 def plain_logging():
     root = logging.getLogger()
     level = root.level
+    # Another test may have left `logging` sure that it captures what pytest has put back since.
+    logging.captureWarnings(False)
     yield
     setup_logging(MAIN, None)
     for handler in [h for h in root.handlers if (h.get_name() or "").startswith("run.")]:
@@ -54,7 +56,6 @@ def test_debug_lines_and_warnings(tmp_path, capsys):
     logging.getLogger("train").debug("shown")
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        logging.captureWarnings(True)
         warnings.warn("careful", stacklevel=1)
     assert "shown" in capsys.readouterr().out
     assert "careful" in (tmp_path / "train.log").read_text()
