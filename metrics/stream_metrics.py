@@ -4,33 +4,33 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
+from utils.distributed import all_reduce_sum
 from utils.errors import UserError
 from utils.labels import VOID
 
 
-class StreamSegMetrics(Metric):
+class StreamSegMetrics:
     """Counts pixels by label and prediction, batch by batch.
 
-    The confusion matrix of torchmetrics removes void pixels by a boolean mask, which synchronises with the
-    GPU in every batch, and in deterministic mode builds a pixels × C² table. Here void has its own bin and
-    one scatter counts all pixels in int64.
+    Void has its own bin, and one scatter counts all pixels in int64: a boolean mask that removes void pixels
+    would synchronise with the GPU in every batch.
 
     Args:
         num_classes: C, number of the network's classes. Labels are 0..C-1, or 255 for void.
         device: of the predictions, where pixels are counted.
     """
 
-    full_state_update = False
-    counts: Tensor
-
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
-        super().__init__(sync_on_compute=False)  # ``synchronise`` sums over processes
         self.num_classes = num_classes
         # C² cells, then void, then labels that are neither a class nor void.
-        self.add_state("counts", torch.zeros(num_classes**2 + 2, dtype=torch.long), dist_reduce_fx="sum")
-        self.to(torch.device(device))
+        self.counts = torch.zeros(num_classes**2 + 2, dtype=torch.long, device=device)
+        self._is_summed = False
+
+    def reset(self) -> None:
+        """Count from zero again."""
+        self.counts.zero_()
+        self._is_summed = False
 
     def update(self, preds: Tensor, targets: Tensor) -> None:
         """Count a batch, without synchronising with the GPU.
@@ -55,8 +55,9 @@ class StreamSegMetrics(Metric):
 
     def synchronise(self) -> None:
         """Sum the counts over all processes; every process must call it. Further calls do nothing."""
-        if not self._is_synced:
-            self.sync()
+        if not self._is_summed:
+            all_reduce_sum(self.counts)
+            self._is_summed = True
 
     @property
     def confusion_matrix(self) -> Tensor:
@@ -73,7 +74,3 @@ class StreamSegMetrics(Metric):
                 f"that is not void ({VOID}); check the masks and the task"
             )
         return counts[:-2].view(self.num_classes, self.num_classes)
-
-    def compute(self) -> Tensor:
-        """The confusion matrix."""
-        return self.confusion_matrix

@@ -13,7 +13,7 @@ if [ "${1:-}" = --pack ]; then
     mkdir -p "$pack/wheels"
     # Packages that a machine with PyTorch may lack; all are pure Python.
     python3 -m pip download --quiet --no-deps --only-binary=:all: -d "$pack/wheels" \
-        tensorboardX torchmetrics lightning-utilities threadpoolctl pytest-timeout pytest-xdist execnet
+        tensorboardX threadpoolctl pytest-timeout pytest-xdist execnet
     [ -z "${2:-}" ] || tar -czf "$pack/photos.tar.gz" -C "$2" PascalVOC12 # one file is copied faster than thousands
     [ -z "${3:-}" ] || cp "$3" "$pack/mobilenet_v2.pth"
     exit

@@ -106,7 +106,6 @@ def test_no_circle_of_files() -> None:
 SLOW = {
     "torch",
     "torchvision",
-    "torchmetrics",
     "matplotlib",
     "sklearn",
     "timm",
