@@ -4,12 +4,13 @@
                                [--runs LOGDIR ...] [--markdown FILE]
 
 ``--backbone`` keeps backbones whose name contains the text. ``--runs`` adds the finished runs of these
-folders, counted with background. docs/published.md is made by the option ``--markdown``.
+folders, counted with background. ``--markdown`` makes docs/published.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -21,16 +22,36 @@ from utils.command import run_command
 from utils.errors import UserError
 from utils.files import atomic_write_text
 from utils.option_types import path_option
-from utils.tables import format_table, markdown_table
+from utils.tables import format_table, markdown_table, markdown_text
 
 HEADERS = ["method", "backbone", "first", "later", "all", "remarks", "source"]
 PAGE = """# Published results
 
-Made by `python -m report.published --markdown docs/published.md` from `report/published.csv`; do not edit.
-mIoU in percent after the last step: **first** over the classes of step 0, **later** over those of all later
-steps, **all** over all of them, with background unless a remark says otherwise. Numbers were read from the
-sources named; those "quoted there" are of another paper than the method's own. Numbers of different
-backbones, or counted in different ways, are not comparable.
+What has been published for a task, method and backbone: {rows} results from papers and repositories. Each
+data set, task and protocol has a table, the best result first.
+
+| data set | tables |
+| --- | --- |
+{index}
+
+## How to read the tables
+
+- **first**, **later**, **all**: mIoU in percent after the last step, over the classes of step 0, of all later
+  steps, and of all steps. They include the background unless a remark says otherwise.
+- **remarks**: "background not said": the source does not tell whether the background counts. "The numbers do
+  not agree with each other": no way of counting the background gives all three.
+- **source**: a number of the [list of sources](#sources). "Quoted there": it is not the method's own paper.
+
+Compare only rows with the same backbone that count the background in the same way.
+
+The same tables in a terminal, with your finished runs among the published ones:
+
+```bash
+python -m report.published --dataset voc --task 15-1 --protocol overlapped --backbone resnet101 --runs logs
+```
+
+`python -m report.published --markdown docs/published.md` makes this page from `report/published.csv`. Correct
+numbers there, not here. Results of this program are in [results.md](results.md).
 """
 
 
@@ -122,6 +143,17 @@ def _cells(row: Published) -> list[object]:
 
 
 def page(rows: Iterable[Published]) -> str:
-    """The tables as a Markdown page."""
-    parts = [f"## {title}\n\n{markdown_table(HEADERS, cells)}\n" for title, cells in tables(rows)]
-    return "\n".join([PAGE, *parts])
+    """The tables as a Markdown page, with an index, and with the sources as numbers of a list at the end."""
+    rows = list(rows)
+    sources = sorted({row.source for row in rows}, key=str.lower)
+    index: dict[str, list[str]] = {}
+    parts = []
+    for title, cells in tables(rows):
+        data_set, name = title.split(" ", 1)
+        anchor = re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")  # as GitHub makes them
+        index.setdefault(data_set, []).append(f"[{name}](#{anchor})")
+        numbered = [[*others, sources.index(str(source)) + 1] for *others, source in cells]
+        parts.append(f"## {title}\n\n{markdown_table(HEADERS, numbered)}\n")
+    lines = "\n".join(f"| {data_set} | {' · '.join(links)} |" for data_set, links in index.items())
+    listed = "\n".join(f"{number}. {markdown_text(source)}" for number, source in enumerate(sources, 1))
+    return "\n".join([PAGE.format(rows=len(rows), index=lines), *parts, f"## Sources\n\n{listed}\n"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import shlex
 from collections import defaultdict
 from pathlib import Path
 
@@ -106,6 +108,23 @@ def test_the_page_is_up_to_date(tmp_path: Path) -> None:
     assert main(["--markdown", str(tmp_path / "published.md")]) == 0
     made = (tmp_path / "published.md").read_text(encoding="utf-8")
     assert made == (ROOT / "docs" / "published.md").read_text(encoding="utf-8"), "make the page again"
+
+
+def test_the_pages_command_links_and_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "docs" / "published.md").read_text(encoding="utf-8")
+    headings = {re.sub(r"[(),]", "", found.lower()) for found in re.findall(r"^## (.*)$", text, re.M)}
+    links = re.findall(r"\(#(.*?)\)", text)
+    assert {link.replace("-", " ") for link in links} == {
+        heading.replace("-", " ") for heading in headings - {"how to read the tables"}
+    }
+    numbers = {int(found) for found in re.findall(r"\| (\d+) \|$", text, re.M)}
+    assert sorted(numbers) == [int(found) for found in re.findall(r"^(\d+)\. ", text, re.M)]
+    (command,) = re.findall(r"^```bash\n(.*?)\n```$", text, re.M | re.S)
+    python, m, module, *words = shlex.split(command)
+    assert (python, m, module, words[-2]) == ("python", "-m", "report.published", "--runs")
+    write_run(tmp_path, "MIB", 1, pictures=0)
+    assert main([*words[:-1], str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith("VOC 15-1 (15-5s), overlapped\n")
 
 
 # ── RCIL's table from its authors' IoU of every class ────────────────────────────────────────────────
