@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 import shlex
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from argparser import build_parser, parse_options
-from methods import METHODS, REGISTRY, preset
+from methods import METHODS, REGISTRY, Batch, Context, Method, preset
 from utils.option_roles import OptionParser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,12 +122,36 @@ def test_label_guided_weights_by_task(data_set: str, task: str, weights: tuple[f
     assert (opts.prev_kd, opts.novel_kd) == weights
 
 
-def test_the_command_of_the_example_parses() -> None:
+def test_the_index_links_every_section() -> None:
+    rows = re.findall(r"^\| \[(.*?)\]\(#(.*?)\) \|", TEXT, re.M)
+    assert [name for name, _ in rows] == list(SECTIONS)
+    assert [link for _, link in rows] == [
+        re.sub("[+,]", "", title.lower()).replace(" ", "-") for title in SECTIONS
+    ]
+
+
+def test_the_example_is_the_file_and_its_commands_parse() -> None:
+    example = "docs/examples/cosine_distillation.py"
+    shown, *_ = re.findall(r"^```python\n(.*?)^```$", TEXT, re.M | re.S)
+    assert shown == (ROOT / example).read_text(encoding="utf-8")
     (block,) = re.findall(r"^```bash\n(.*?)^```$", TEXT, re.M | re.S)
-    words = shlex.split(block.replace("\\\n", " "))
-    assert words[:2] == ["python", "run.py"]
-    example = ROOT / words[3]
-    assert 50 <= len(example.read_text(encoding="utf-8").splitlines()) <= 70
+    _, train, report = (shlex.split(line) for line in block.replace("\\\n", " ").splitlines())
+    assert train[:6] == ["python", "run.py", "--method_file", example, "--method", "COSINE"]
     # Loading would register its method in this process; tests/cli/test_method_file.py runs it separately.
-    rest = [*words[2 : words.index("--method_file")], *words[6:]]
-    assert parse_options(rest).steps == [0, 1]
+    opts = parse_options(train[6:])
+    assert opts.steps == [0, 1]
+    assert report[3] == f"{opts.logdir}/15-5-{opts.dataset}_{opts.name}"
+
+
+def first_cells(title: str) -> set[str]:
+    """Names in code type in the first column of a section's tables."""
+    (section,) = re.findall(rf"^### {title}\n(.*?)^### ", TEXT, re.M | re.S)
+    return set(re.findall(r"`(\w+)", " ".join(re.findall(r"^\| (`.*?) \|", section, re.M))))
+
+
+def test_hooks_and_attributes_are_all_there() -> None:
+    public = {name for name in (*vars(Method), *Method.__annotations__) if not name.startswith("_")}
+    hooks = {name for name in public if callable(getattr(Method, name))}
+    received = {field.name for kind in (Batch, Context) for field in dataclasses.fields(kind)}
+    assert first_cells("Hooks") == hooks | received | {"batch", "context"}
+    assert public - hooks - {"differs_between_processes"} <= first_cells("Class attributes")

@@ -40,7 +40,7 @@ BUILT_IN: dict[str, tuple[tuple[str, ...], int]] = {
     "RCIL": (HALF, 2),
     "DFT": ((), 1),
 }
-LINES = {"weight_fusion": 35, "dkd": 75, "contrastive": 55, "cosine_distillation": 60, "mean_replay": 65}
+LINES = {"weight_fusion": 35, "dkd": 75, "contrastive": 55, "cosine_distillation": 35, "mean_replay": 65}
 
 
 def command(data: Path, logs: Path, name: str, example: str, *more: object) -> list[object]:
