@@ -1,8 +1,8 @@
 """``--predict``: masks and overlays of image files, from a checkpoint.
 
 Writes a PNG mask per image to ``<out>/predictions/``, and the image with class colours and a legend to
-``<out>/overlays/``. The camera's orientation (EXIF) is not applied, so that a mask fits the stored image pixel
-by pixel.
+``<out>/overlays/``. The camera's orientation (EXIF) is not applied, so that a mask fits the stored image
+pixel by pixel.
 """
 
 from __future__ import annotations

@@ -279,8 +279,8 @@ def as_fault(error: BaseException) -> Fault | None:
     text = str(error)
     if is_out_of_memory(error):
         return Fault(
-            f"out of memory ({_one_line(text)}); give --opt_level O1, a smaller --batch_size with more --accumulate, "
-            "--grad_checkpointing or a smaller --crop_size, and start again"
+            f"out of memory ({_one_line(text)}); give --opt_level O1, a smaller --batch_size with more "
+            "--accumulate, --grad_checkpointing or a smaller --crop_size, and start again"
         )
     if isinstance(error, dist.DistError) or any(mark in text.lower() for mark in _LOST):
         reason = _one_line(text)[-160:]

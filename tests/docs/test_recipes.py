@@ -18,7 +18,8 @@ from scripts import experiment
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
 _TRAINING, _REST = TEXT.split("## Predictions and features")
-_PREDICTION, _TIMM = _REST.split("## Backbones of timm")
+_PREDICTION, _REST = _REST.split("## Backbones of timm")
+_TIMM, _RELEASED = _REST.split("## Checkpoints of the released programs")
 
 
 def commands(text: str) -> list[str]:
@@ -30,11 +31,11 @@ def commands(text: str) -> list[str]:
     ]
 
 
-COMMANDS = [command for command in commands(_TRAINING) if " run.py " in command]
+COMMANDS = [command for command in commands(_TRAINING + _RELEASED) if " run.py " in command]
 
 
 def test_all_commands_are_found() -> None:
-    assert len(COMMANDS) == 12
+    assert len(COMMANDS) == 14
     assert len(commands(_PREDICTION)) == 4
 
 
