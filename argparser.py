@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import functools
+import importlib.util
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -426,6 +427,8 @@ def _add_logging(group: OptionGroup) -> None:
         help="validation images to show")
     group.add_argument("--no_tensorboard", "--visualize", dest="visualize", action="store_false",
         help="write no TensorBoard file")
+    group.value("--wandb", str, None, metavar="PROJECT",
+        help="also log to this project of Weights & Biases (package wandb)")
     group.value("--print_interval", positive_int, 10,
         help="batches between two log lines")
     group.value("--val_interval", positive_int, 1, role="evaluation", of_method=False, with_results=False,
@@ -671,6 +674,11 @@ def _check(opts: Options) -> None:
         raise UserError("--step_ckpt is the checkpoint of the previous step, but step 0 has none; drop it")
     if opts.ckpt is not None and len(opts.steps) > 1:
         raise UserError("--ckpt names one checkpoint; give a single --step with it")
+    if opts.wandb is not None and (opts.check_data or opts.predict is not None):
+        raise UserError("--wandb: --check_data and --predict log nothing; drop it")
+    # A folder of the name, which wandb makes, is found as a package without origin.
+    if opts.wandb is not None and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:
+        raise UserError("--wandb needs the package wandb; install it (pip install wandb), or drop the option")
     if opts.pretrained_path is not None and opts.no_pretrained:
         raise UserError("--pretrained_path and --no_pretrained exclude each other; give one")
     _check_prediction(opts)

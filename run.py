@@ -71,12 +71,12 @@ def run(opts: Options) -> int:
         return predict(opts, world)
     from session import Session
 
-    session = Session(opts, world)
-    for step, lr in zip(opts.steps, opts.lrs, strict=True):
-        if opts.test:
-            session.test(step)
-        else:
-            session.train(step, lr)
+    with Session(opts, world) as session:
+        for step, lr in zip(opts.steps, opts.lrs, strict=True):
+            if opts.test:
+                session.test(step)
+            else:
+                session.train(step, lr)
     return 0
 
 

@@ -21,6 +21,7 @@ EXEMPLARS = "exemplars_{step}.json"
 PREDICTIONS = "predictions_{step}.png"
 TENSORBOARD = "step_{step}"  # folder
 TENSORBOARD_TASK = "task"  # folder of the curves over the steps
+WANDB_ID = "wandb_id"  # of the run on Weights & Biases, with --wandb
 CACHED = "{name}_{step}.pth"  # tensors that methods compute before a step
 OUTPUT = "output.log"  # what a run of an experiment prints
 

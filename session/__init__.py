@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
+from types import TracebackType
 
 import torch
 
@@ -19,9 +21,11 @@ from runs.checkpoint import load_checkpoint, save_id
 from runs.files import LOG
 from runs.folder import RunFolder
 from runs.options import write_run_options
+from runs.resume import restarted
 from session.evaluation import Evaluation
 from session.run import Run
 from session.training import StepTraining
+from session.wandb_mirror import WandbMirror, check_login
 from utils import distributed
 from utils.distributed import World
 from utils.files import FolderLock
@@ -34,14 +38,17 @@ log = logging.getLogger(__name__)
 
 
 class Session:
-    """The steps of one run on this process.
+    """The steps of one run on this process, in a ``with`` block.
 
     Raises:
         UserError: the run's folder cannot be written or another run uses it.
     """
 
     def __init__(self, opts: Options, world: World) -> None:
+        tracked = opts.wandb is not None and world.is_main
         with distributed.shared_errors():
+            if tracked:
+                check_login()
             opts = _with_network_of_file(opts)
         folder = RunFolder(opts, world)
         self.run = Run(opts, world, folder, StopRequest().listen(), Tolerance(opts.skip_corrupt))
@@ -55,6 +62,10 @@ class Session:
             setup_logging(world, folder.path / LOG, debug=opts.debug)
             if world.is_main and not opts.test:
                 write_run_options(folder.path, folder.options, opts.task_.steps)
+            if tracked:
+                anew = opts.resume == "fresh" and not (opts.test or restarted())
+                mirror = WandbMirror(opts.wandb, folder.path, anew=anew)
+                self.run = dataclasses.replace(self.run, mirror=mirror)
         if self._lock is not None and self._lock.warning is not None:
             log.warning("%s", self._lock.warning)
         log.info("%s", opts.summary())
@@ -63,6 +74,15 @@ class Session:
             self.run.precision().log_choice("opt_level" in opts.typed)
         for note in opts.notes:
             log.info(note)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.run.mirror is not None:
+            self.run.mirror.close(failed=kind is not None)
 
     def train(self, step: int, lr: float) -> None:
         """Train a step from its beginning or from its checkpoint, then evaluate it.

@@ -36,7 +36,7 @@ class Evaluation:
 
     def __init__(self, run: Run) -> None:
         self.opts, self.world, self.folder = run.opts, run.world, run.folder
-        self.stop, self.reading = run.stop, run.reading
+        self.stop, self.reading, self.mirror = run.stop, run.reading, run.mirror
         self.predict = predictor(run.opts.test_scales, run.opts.test_flip, run.opts.fusion_mode)
 
     def run(
@@ -84,7 +84,7 @@ class Evaluation:
         )
 
     def report(self, step: int, data: EvaluationData, metrics: StreamSegMetrics) -> Results:
-        """Log the results of a step; on rank 0 also write them as JSON, CSV and to TensorBoard."""
+        """Log the results of a step; on rank 0 also write them as JSON, CSV and curves."""
         opts = self.opts
         results = self.summarise(step, data, metrics, self.folder.earlier_results(step))
         log.info("step %d, %s protocol\n%s", step, opts.protocol, results.table())
@@ -107,8 +107,9 @@ class Evaluation:
         return results
 
     def _task_writer(self) -> RunLogger:
-        """TensorBoard writer of the whole task: a point and an image per step."""
-        return RunLogger(self.world, self.folder.path / TENSORBOARD_TASK, enabled=self.opts.visualize)
+        """Writer of the whole task's curves: a point and an image per step."""
+        path = self.folder.path / TENSORBOARD_TASK
+        return RunLogger(self.world, path, enabled=self.opts.visualize, mirror=self.mirror)
 
     def images(
         self,

@@ -1,4 +1,4 @@
-"""Progress of a step's training: log lines, ``history_<step>.jsonl`` and TensorBoard."""
+"""Progress of a step's training: log lines, ``history_<step>.jsonl`` TensorBoard and wandb."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Monitor:
         iteration: batches of the step done before; None: the step starts from its beginning.
 
     Attributes:
-        writer: TensorBoard writer.
+        writer: of TensorBoard and wandb.
     """
 
     def __init__(self, run: Run, step: int, *, batches_per_epoch: int, iteration: int | None) -> None:
@@ -43,7 +43,11 @@ class Monitor:
         self._lr = 0.0
         purge_step = 0 if iteration is None else iteration + 1
         self.writer = RunLogger(
-            world, step_file(path, TENSORBOARD, step), enabled=opts.visualize, purge_step=purge_step
+            world,
+            step_file(path, TENSORBOARD, step),
+            enabled=opts.visualize,
+            purge_step=purge_step,
+            mirror=run.mirror,
         )
         self.writer.options(run.folder.options)
         self.history = HistoryWriter(
@@ -104,7 +108,7 @@ class Monitor:
         log.info("%s: %s (%.1f images/s)", self._title, _listed(means), speed)
 
     def _report(self, terms: Mapping[str, float]) -> None:
-        """Write a history entry, a point in TensorBoard and a debug line."""
+        """Write a history entry, a point of the curves and a debug line."""
         epoch, iteration = self._epoch, self._epoch * self.batches_per_epoch + self._batch
         self.writer.progress(self.history.progress(iteration, epoch + 1, terms, self._lr))
         log.debug("step %d epoch %d batch %d: %s", self.step, epoch + 1, self._batch, _listed(terms))

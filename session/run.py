@@ -8,6 +8,7 @@ from typing import Any
 from argparser import Options
 from dataset.loaders import Tolerance
 from runs.folder import RunFolder
+from session.wandb_mirror import WandbMirror
 from train import Precision
 from utils.distributed import World
 from utils.signals import StopRequest
@@ -23,6 +24,7 @@ class Run:
         folder: files of the run.
         stop: whether this process received a signal.
         tolerance: unreadable images so far, over all steps.
+        mirror: the run of wandb on rank 0 with ``--wandb``, else None.
     """
 
     opts: Options
@@ -30,6 +32,7 @@ class Run:
     folder: RunFolder
     stop: StopRequest
     tolerance: Tolerance
+    mirror: WandbMirror | None = None
 
     def precision(self) -> Precision:
         """Number formats of the networks, with a loss scaling of their own."""

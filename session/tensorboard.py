@@ -1,4 +1,4 @@
-"""TensorBoard output of a run."""
+"""TensorBoard output of a run, and its copy on wandb."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import logging
 import math
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 
 from metrics.continual import Results
 from runs.history import Entry
+from session.wandb_mirror import Table, WandbBoard, WandbMirror
 from utils.distributed import World
 from utils.drawing import failure_is_a_warning
 from utils.files import cannot_write
@@ -25,31 +27,21 @@ from utils.visualize import confusion_figure
 _log = logging.getLogger(__name__)
 
 
-class RunLogger:
-    """TensorBoard writer on rank 0; on other ranks, or if not enabled, its methods do nothing.
+class _TensorBoard:
+    """Event files of TensorBoard in a folder; see ``RunLogger``."""
 
-    Args:
-        world: this process.
-        run_dir: folder of the event files, made if missing.
-        enabled: False with ``--no_tensorboard``.
-        purge_step: step at which the curves start or are resumed; TensorBoard hides points of earlier files
-            from this step on. None: it shows all.
-    """
-
-    def __init__(
-        self, world: World, run_dir: Path, enabled: bool = True, purge_step: int | None = None
-    ) -> None:
-        self._writer: SummaryWriter | None = None
-        if enabled and world.is_main:
-            try:
-                # File names have a resolution of seconds: a second file would overwrite the first.
-                suffix = f".{time.time_ns()}"
-                self._writer = SummaryWriter(str(run_dir), purge_step=purge_step, filename_suffix=suffix)
-            except OSError as error:
-                # The writer's queue needs shared memory.
-                full = error.errno == errno.ENOSPC and is_shared_memory_full()
-                remedy = SHARED_MEMORY_REMEDY if full else "choose another --logdir"
-                raise cannot_write(run_dir, error, f"{remedy}, or give --no_tensorboard") from error
+    def __init__(self, folder: Path, purge_step: int | None) -> None:
+        try:
+            # File names have a resolution of seconds: a second file would overwrite the first.
+            suffix = f".{time.time_ns()}"
+            self._writer: SummaryWriter | None = SummaryWriter(
+                str(folder), purge_step=purge_step, filename_suffix=suffix
+            )
+        except OSError as error:
+            # The writer's queue needs shared memory.
+            full = error.errno == errno.ENOSPC and is_shared_memory_full()
+            remedy = SHARED_MEMORY_REMEDY if full else "choose another --logdir"
+            raise cannot_write(folder, error, f"{remedy}, or give --no_tensorboard") from error
 
     def _open(self) -> SummaryWriter | None:
         """The writer, or None if its thread has ended: this process would wait forever for its queue."""
@@ -63,14 +55,70 @@ class RunLogger:
             getattr(writer, f"add_{kind}")(tag, value, step, **words)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """One point of several curves, by tag; NaN is skipped."""
         for tag, value in values.items():
-            if not math.isnan(value):
-                self._add("scalar", tag, value, step)
+            self._add("scalar", tag, value, step)
+
+    def image(self, tag: str, image: Any, step: int) -> None:
+        self._add("image", tag, image, step, dataformats="HWC")
+
+    def figure(self, tag: str, figure: Figure, step: int) -> None:
+        self._add("figure", tag, figure, step)
+
+    def tables(self, tag: str, tables: Sequence[Table], step: int) -> None:
+        self._add("text", tag, "\n\n".join(markdown_table(*table) for table in tables), step)
+
+    def options(self, options: Mapping[str, Any]) -> None:
+        rows = [[name, str(value)] for name, value in sorted(options.items())]
+        self.tables("options", [(["option", "value"], rows)], 0)
+
+    def close(self) -> None:
+        if (writer := self._open()) is not None:
+            try:
+                writer.close()
+            except OSError as error:
+                _log.warning("TensorBoard's file is incomplete (%s)", error.strerror or error)
+                events = writer.file_writer.event_writer
+                events._worker.stop()
+                events._closed = True  # else its exit hook tries again, with a traceback
+            self._writer = None
+
+
+class RunLogger:
+    """Writes to TensorBoard and wandb on rank 0; elsewhere, or with neither, its methods do nothing.
+
+    Args:
+        world: this process.
+        run_dir: folder of TensorBoard's event files, made if missing; its name is also wandb's for this part.
+        enabled: False with ``--no_tensorboard``.
+        purge_step: step at which the curves start or are resumed; TensorBoard hides points of earlier files
+            from this step on. None: it shows all.
+        mirror: the run of wandb, if any.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        run_dir: Path,
+        enabled: bool = True,
+        purge_step: int | None = None,
+        mirror: WandbMirror | None = None,
+    ) -> None:
+        self._boards: list[_TensorBoard | WandbBoard] = []
+        if enabled and world.is_main:
+            self._boards.append(_TensorBoard(run_dir, purge_step))
+        if mirror is not None:
+            self._boards.append(mirror.board(run_dir.name))
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """One point of several curves, by tag; NaN is skipped."""
+        known = {tag: value for tag, value in values.items() if not math.isnan(value)}
+        for board in self._boards:
+            board.scalars(known, step)
 
     def image(self, tag: str, image: Any, step: int) -> None:
         """An image, H×W×3, uint8."""
-        self._add("image", tag, image, step, dataformats="HWC")
+        for board in self._boards:
+            board.image(tag, image, step)
 
     def progress(self, entry: Entry) -> None:
         """A point of a step's curves: every loss term by name, learning rate, speed, memory."""
@@ -80,9 +128,9 @@ class RunLogger:
         self.scalars(known, entry.iteration)
 
     def options(self, options: Mapping[str, Any]) -> None:
-        """The options of a run as a table."""
-        rows = [[name, str(value)] for name, value in sorted(options.items())]
-        self._add("text", "options", markdown_table(["option", "value"], rows), 0)
+        """The options of a run."""
+        for board in self._boards:
+            board.options(options)
 
     def results(self, results: Results, step: int, confusion: Any = None) -> None:
         """Results of an evaluation: curves of means and of every class, the tables, the confusion matrix.
@@ -92,7 +140,7 @@ class RunLogger:
             step: of the curves: the number of the step, or of the epoch.
             confusion: C×C counts, rows are labels, columns predictions; None: no figure.
         """
-        if self._open() is None:  # a figure of 151 classes takes a second
+        if not self._boards:  # a figure of 151 classes takes a second
             return
         means = {
             "miou/old": results.miou_old,
@@ -107,25 +155,21 @@ class RunLogger:
         }
         tags = _tags(results.class_iou)
         self.scalars(means | {f"iou/{tags[name]}": iou for name, iou in results.class_iou.items()}, step)
-        text = "\n\n".join(markdown_table(*table) for table in results.tables())
-        self._add("text", "results", text, step)
+        for board in self._boards:
+            board.tables("results", results.tables(), step)
         if confusion is not None:
             names = {index: name for name, index in results.indices.items()}
             class_names = [names.get(index, "not evaluated") for index in range(len(confusion))]
             with failure_is_a_warning("the confusion matrix in TensorBoard"):
-                self._add("figure", "confusion", confusion_figure(confusion, class_names), step)
+                figure = confusion_figure(confusion, class_names)
+                for board in self._boards:
+                    board.figure("confusion", figure, step)
 
     def close(self) -> None:
-        """Flush and close the file."""
-        if (writer := self._open()) is not None:
-            try:
-                writer.close()
-            except OSError as error:
-                _log.warning("TensorBoard's file is incomplete (%s)", error.strerror or error)
-                events = writer.file_writer.event_writer
-                events._worker.stop()
-                events._closed = True  # else its exit hook tries again, with a traceback
-            self._writer = None
+        """Flush and close the files."""
+        for board in self._boards:
+            board.close()
+        self._boards = []
 
 
 def _tags(names: Iterable[str]) -> dict[str, str]:

@@ -111,6 +111,7 @@ SLOW = {
     "timm",
     "tensorboard",
     "huggingface_hub",
+    "wandb",
 }
 
 

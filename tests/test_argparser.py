@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -263,6 +264,15 @@ def test_every_option_marked_now_exists_with_its_default() -> None:
                 words = default.strip("[]").split(", ") if "[" in default else [default]
                 values = action.default if isinstance(action.default, list) else [action.default]
                 assert values == [type(v)(w) for v, w in zip(values, words, strict=True)], row["option"]
+
+
+def test_wandb_without_its_package_or_anything_to_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="--wandb: --check_data and --predict log nothing; drop it"):
+        parse_options(["--wandb", "board", "--check_data"])
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert parse_options([]).wandb is None
+    with pytest.raises(UserError, match="--wandb needs the package wandb"):
+        parse_options(["--wandb", "board"])
 
 
 def own_data(root: Path) -> list[str]:

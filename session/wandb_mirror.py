@@ -1,0 +1,165 @@
+"""Copy of TensorBoard's content on Weights & Biases: ``--wandb PROJECT``.
+
+A run's folder is one run there, whose id is kept in the folder. wandb's own copy of TensorBoard files would
+need the package tensorboard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from runs.files import WANDB_ID
+from utils.errors import UserError
+from utils.files import atomic_write_text
+
+_log = logging.getLogger(__name__)
+
+# How long the end of a run waits for uploads, in seconds; the rest stays on the disk (`wandb sync`).
+_FINISH_S = 300.0
+
+Table = tuple[list[str], list[list[str]]]  # headers and rows
+
+
+def check_login() -> None:
+    """Check that wandb is logged in or offline.
+
+    Raises:
+        UserError: it is not.
+    """
+    import wandb
+
+    mode = wandb.setup(wandb.Settings(silent=True)).settings.mode
+    try:
+        if mode in ("online", "shared", "run") and not wandb.login(prompt=False, verify=False):
+            raise UserError("--wandb: not logged in; use `wandb login`, or set WANDB_MODE=offline")
+    except wandb.errors.Error as error:  # e.g. a key of another form
+        raise _refused(error) from error
+
+
+class WandbMirror:
+    """A run of wandb, made or continued.
+
+    A failure of wandb (network, disk) is a warning, after which the run goes on without it.
+
+    Args:
+        project: of wandb.
+        folder: of the run; it gets wandb's files and the id.
+        anew: do not continue the folder's run of wandb (``--fresh``).
+
+    Raises:
+        UserError: wandb refuses the login or the project.
+    """
+
+    def __init__(self, project: str, folder: Path, *, anew: bool) -> None:
+        import wandb
+
+        path = folder / WANDB_ID
+        if anew or not path.is_file():
+            atomic_write_text(path, secrets.token_hex(4) + "\n")
+        self._run: Any = None
+        self._failed = False
+        with self._tolerated():
+            try:
+                self._run = wandb.init(
+                    project=project,
+                    dir=folder,
+                    id=path.read_text(encoding="utf-8").strip(),
+                    name=folder.name,
+                    resume="allow",
+                    settings=wandb.Settings(silent=True, console="off", finish_timeout=_FINISH_S),
+                )
+            except (wandb.errors.AuthenticationError, wandb.errors.UsageError) as error:
+                raise _refused(error) from error
+            files = Path(self._run.dir).parent
+            _log.info("wandb: %s", self._run.url or f"offline; upload with `wandb sync {files}`")
+
+    def board(self, name: str) -> WandbBoard:
+        """The part of the run with a name, as TensorBoard has a folder."""
+        return WandbBoard(self, name)
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        """Send values by their names."""
+        with self._tolerated():
+            if self._run is not None:
+                self._run.log(dict(values))
+
+    def define_axis(self, names: str, axis: str) -> None:
+        """Draw the curves of some names (``step_0/*``) over another value."""
+        with self._tolerated():
+            if self._run is not None:
+                self._run.define_metric(names, step_metric=axis)
+
+    def configure(self, options: Mapping[str, Any]) -> None:
+        """Set the run's configuration."""
+        with self._tolerated():
+            if self._run is not None:
+                self._run.config.update(dict(options), allow_val_change=True)
+
+    def close(self, *, failed: bool) -> None:
+        """Wait, not for ever, until all is uploaded, and end wandb's service."""
+        import wandb
+
+        with self._tolerated():
+            wandb.teardown(exit_code=int(failed))
+        self._run = None
+
+    @contextlib.contextmanager
+    def _tolerated(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # whatever wandb raises: its service has ended, no space, no network
+            level = logging.DEBUG if self._failed else logging.WARNING
+            _log.log(level, "wandb failed (%s); continuing without it", _in_one_line(error))
+            self._run, self._failed = None, True
+
+
+class WandbBoard:
+    """A part of a run of wandb; see ``RunLogger``."""
+
+    def __init__(self, mirror: WandbMirror, name: str) -> None:
+        self._mirror, self._name = mirror, name
+        mirror.define_axis(f"{name}/*", f"{name}/step")
+
+    def _log(self, values: Mapping[str, Any], step: int) -> None:
+        self._mirror.log({f"{self._name}/{tag}": value for tag, value in {**values, "step": step}.items()})
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """One point of several curves."""
+        self._log(values, step)
+
+    def image(self, tag: str, image: Any, step: int) -> None:
+        """An image, H×W×3, uint8."""
+        import wandb
+
+        self._log({tag: wandb.Image(image)}, step)
+
+    figure = image
+
+    def tables(self, tag: str, tables: Sequence[Table], step: int) -> None:
+        """Tables: headers and rows."""
+        import wandb
+
+        made = [wandb.Table(columns=[*headers], data=[*rows]) for headers, rows in tables]
+        self._log({f"{tag}/{number}": table for number, table in enumerate(made)}, step)
+
+    def options(self, options: Mapping[str, Any]) -> None:
+        """The options of a run, as its configuration."""
+        self._mirror.configure(options)
+
+    def close(self) -> None:
+        """The run stays open for other boards."""
+
+
+def _refused(error: Exception) -> UserError:
+    return UserError(f"--wandb: {_in_one_line(error)}; use `wandb login`, or set WANDB_MODE=offline")
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
