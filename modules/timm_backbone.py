@@ -6,6 +6,7 @@ timm takes a second to import, so only the functions that use it import it.
 from __future__ import annotations
 
 import difflib
+import functools
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -120,6 +121,9 @@ class TimmBackbone(nn.Module):
         for number, width in enumerate(self.widths if own_norms else ()):
             self.add_module(f"norm{number}", nn.LayerNorm(width))
         self.own_norms = own_norms
+        if type(model).__name__ == "SwinTransformer":
+            for block in (block for layer in model.layers for block in layer.blocks):
+                block.__class__ = _padded_block()
         whole = (self.stride, self.stride)
         patch = getattr(model.patch_embed, "patch_size", whole) if config["fixed_input_size"] else (1, 1)
         if type(model).__name__ == "HighResolutionNet":  # adds maps of all strides
@@ -228,3 +232,21 @@ class TimmBackbone(nn.Module):
 def _normed(norm: nn.Module, features: Tensor) -> Tensor:
     """B×C×h×w, normalised over C."""
     return norm(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+@functools.cache
+def _padded_block() -> type[nn.Module]:
+    """Swin's block as its authors' for dense prediction: a map is padded to whole windows, then shifted.
+
+    timm shifts it first, which puts the padding between the map's rows and columns.
+    """
+    from timm.models.swin_transformer import SwinTransformerBlock
+
+    class PaddedBlock(SwinTransformerBlock):
+        def _attn(self, features: Tensor) -> Tensor:
+            height, width = features.shape[1:3]
+            rows, columns = self.window_size
+            padded = F.pad(features, (0, 0, 0, -width % columns, 0, -height % rows))
+            return super()._attn(padded)[:, :height, :width]
+
+    return PaddedBlock

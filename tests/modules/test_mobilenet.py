@@ -41,6 +41,22 @@ def test_undilated_network_at_more_places(output_stride, size):
         torch.testing.assert_close(stage[:, :, ::step, ::step], expected[index], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("output_stride", "dilations"), [(16, {14: 1, 15: 2}), (8, {7: 1, 8: 2, 14: 2, 15: 4})]
+)
+def test_equals_torchvision_dilated_by_hand(output_stride, dilations):
+    torch.manual_seed(0)
+    theirs = trained_like(torchvision.models.mobilenet_v2())
+    body = MobileNetV2Backbone(NormAct("std"), output_stride).eval()
+    body.load_state_dict(theirs.state_dict(), strict=False)
+    for index in range(min(dilations), 18):
+        depthwise = theirs.features[index].conv[1][0]
+        dilation = dilations[max(start for start in dilations if start <= index)]
+        depthwise.stride, depthwise.dilation, depthwise.padding = (1, 1), (dilation,) * 2, (dilation,) * 2
+    images = torch.randn(1, 3, 65, 97)
+    assert torch.equal(body(images)[0], theirs.features(images))
+
+
 def test_stages_only_when_asked():
     body = MobileNetV2Backbone(NormAct("std"), 16).eval()
     assert body(torch.randn(1, 3, 64, 64))[1] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,74 @@ def test_refused_before_anything_is_loaded(words: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as raised:
         parse_options(["--task", "15-5", *words.split()])
     assert "\n" not in str(raised.value)
+
+
+# Names of the files of Swin that transformers reads, from timm's.
+PUBLISHED = (
+    (r"^norm(\d)\.", lambda found: f"hidden_states_norms.stage{int(found[1]) + 1}."),
+    (r"^model\.patch_embed\.proj\.", "swin.embeddings.patch_embeddings.projection."),
+    (r"^model\.patch_embed\.", "swin.embeddings."),
+    (
+        r"^model\.layers\.(\d)\.downsample\.",
+        lambda found: f"swin.encoder.layers.{int(found[1]) - 1}.downsample.",
+    ),
+    (r"^model\.", "swin.encoder."),
+    (r"\.attn\.proj\.", ".attention.output.dense."),
+    (r"\.attn\.", ".attention.self."),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
+)
+
+
+def published(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, tensor in state.items():
+        for pattern, to in PUBLISHED:
+            name = re.sub(pattern, to, name)
+        names = [name.replace(".qkv.", f".{part}.") for part in ("query", "key", "value") if ".qkv." in name]
+        for part, piece in zip(names or [name], tensor.chunk(len(names) or 1), strict=True):
+            found[part] = piece.clone()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "window", "size"),
+    [
+        ("swin_tiny_patch4_window7_224", 7, (100, 134)),
+        pytest.param("swin_base_patch4_window12_384", 12, (512, 512), marks=pytest.mark.slow),
+    ],
+)
+def test_swin_is_that_of_its_authors_for_dense_prediction(
+    name: str, window: int, size: tuple[int, int], tmp_path: Path
+) -> None:
+    """By transformers' network: maps whose sides are no multiples of the window are padded, then shifted."""
+    from safetensors.torch import save_file
+    from transformers import SwinBackbone, SwinConfig
+
+    torch.manual_seed(0)
+    body = build_network(NetworkSpec(backbone=f"timm/{name}")).body.eval()
+    for key, weight in body.named_parameters():  # new ones hide mistakes: norms that do nothing, no biases
+        if weight.dim() == 1 or "bias_table" in key:
+            weight.data += 0.3 * torch.randn_like(weight)
+    layers = body.model.layers
+    config = SwinConfig(
+        embed_dim=body.widths[0],
+        depths=[len(layer.blocks) for layer in layers],
+        num_heads=[layer.blocks[0].attn.num_heads for layer in layers],
+        window_size=window,
+        out_features=[f"stage{number}" for number in range(1, 5)],
+    )
+    config.save_pretrained(tmp_path)
+    save_file(published(body.state_dict()), tmp_path / "model.safetensors", {"format": "pt"})
+    theirs, report = SwinBackbone.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["mismatched_keys"]
+    images = torch.randn(1, 3, *size)
+    with torch.no_grad():
+        ours, expected = body(images, keep_stages=True)[1], theirs.eval()(images).feature_maps
+    for stage, wanted in zip(ours, expected, strict=True):
+        torch.testing.assert_close(stage, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_swin_b_of_nest(shared: Path) -> None:
