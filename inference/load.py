@@ -113,7 +113,14 @@ def load_model(
 
 
 def with_network_of(
-    content: Mapping[str, Any], opts: Options, path: Path, task: Task, step: int, *, trains: bool = False
+    content: Mapping[str, Any],
+    opts: Options,
+    path: Path,
+    task: Task,
+    step: int,
+    *,
+    trains: bool = False,
+    norm_act: str | None = None,
 ) -> Options:
     """A copy of the options with what the weights of a released checkpoint show, and a note about it.
 
@@ -126,6 +133,8 @@ def with_network_of(
         task: class order.
         step: of the checkpoint.
         trains: the kind of classifier and ``--fidelity`` stay too: they belong to the run's methods.
+        norm_act: of the run so far, which it keeps where inplace-abn was installed or removed since; None: it
+            starts.
     """
     shown = network_shown(content, task, step)
     if shown.pop("released_resnet", False):
@@ -133,8 +142,10 @@ def with_network_of(
     in_place = opts.opt_level != "O3" and importlib.util.find_spec("inplace_abn") is not None
     if shown.get("norm_act") == "sync":
         del shown["norm_act"]  # the weights of std
-    elif shown.get("norm_act") == "iabn_sync" and not in_place:
-        shown["norm_act"] = "iabn_sync_test"  # computes the same without inplace-abn, which has no bfloat16
+    elif shown.get("norm_act") == "iabn_sync":
+        # The second computes the same without inplace-abn, which has no bfloat16; not synchronised.
+        kinds = ("iabn_sync", "iabn_sync_test")
+        shown["norm_act"] = norm_act if norm_act in kinds else kinds[not in_place]
     usual = option_defaults()
     taken = {
         name: value

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import logging
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -18,9 +19,9 @@ from dataset.loaders import Tolerance
 from dataset.step_data import DataSpec, evaluation_data
 from inference.load import load_model, with_network_of
 from runs.checkpoint import load_checkpoint, save_id
-from runs.files import LOG
+from runs.files import LOG, run_folder
 from runs.folder import RunFolder
-from runs.options import write_run_options
+from runs.options import read_run_options, write_run_options
 from runs.resume import restarted
 from session.evaluation import Evaluation
 from session.run import Run
@@ -28,6 +29,7 @@ from session.training import StepTraining
 from session.wandb_mirror import WandbMirror, check_login
 from utils import distributed
 from utils.distributed import World
+from utils.errors import UserError
 from utils.files import FolderLock
 from utils.hub import local_file
 from utils.logger import setup_logging
@@ -63,8 +65,7 @@ class Session:
             if world.is_main and not opts.test:
                 write_run_options(folder.path, folder.options, opts.task_.steps)
             if tracked:
-                anew = opts.resume == "fresh" and not (opts.test or restarted())
-                mirror = WandbMirror(opts.wandb, folder.path, anew=anew)
+                mirror = WandbMirror(opts.wandb, folder.path, anew=_starts_over(opts))
                 self.run = dataclasses.replace(self.run, mirror=mirror)
         if self._lock is not None and self._lock.warning is not None:
             log.warning("%s", self._lock.warning)
@@ -128,4 +129,26 @@ def _with_network_of_file(opts: Options) -> Options:
     path, step = (opts.step_ckpt, first - 1) if opts.ckpt is None else (opts.ckpt, first)
     if path is None or not local_file(path).is_file() or save_id(path) is not None:
         return opts
-    return with_network_of(load_checkpoint(path), opts, path, opts.task_, step, trains=not opts.test)
+    return with_network_of(
+        load_checkpoint(path),
+        opts,
+        path,
+        opts.task_,
+        step,
+        trains=not opts.test,
+        norm_act=None if _starts_over(opts) else _recorded(opts, first).get("norm_act"),
+    )
+
+
+def _starts_over(opts: Options) -> bool:
+    """Whether ``--fresh`` counts: not in a test, nor when a job is requeued."""
+    return opts.resume == "fresh" and not (opts.test or restarted())
+
+
+def _recorded(opts: Options, step: int) -> dict[str, Any]:
+    """The options with which this run's folder has trained a step before."""
+    try:
+        folder = run_folder(opts.logdir, opts.task, opts.dataset, opts.name)
+        return read_run_options(folder).by_step.get(step, {})
+    except UserError:  # a damaged run.json, which the start of the training reports
+        return {}

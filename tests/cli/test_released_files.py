@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shlex
@@ -114,6 +115,27 @@ def test_the_next_step(shapes_root: Path, tmp_path: Path) -> None:
     assert (
         torch.equal(kept["prototypes"][:16], prototypes["prototypes"]) and kept["count_features"][16:].any()
     )
+
+
+def test_a_run_keeps_its_norms_where_inplace_abn_comes_or_goes(
+    shapes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The norms of a released file that shows in-place ones, with no ``--norm_act`` typed."""
+    path = tmp_path / "released.pth"
+    torch.save(checkpoint("PLOP", first_step("PLOP")), path)
+    find, package = importlib.util.find_spec, None
+
+    def found(name: str, *more: str) -> object:
+        return package if name == "inplace_abn" else find(name, *more)
+
+    monkeypatch.setattr("importlib.util.find_spec", found)
+    go_on(path, "--method FT", shapes_root, tmp_path)
+    assert "norm_act=iabn_sync_test" in caplog.text
+    (tmp_path / "15-5-shapes_Experiment" / "results_1.json").unlink()
+    package = object()
+    go_on(path, "--method FT", shapes_root, tmp_path)
+    assert (tmp_path / "15-5-shapes_Experiment" / "results_1.json").is_file()
+    assert "norm_act=iabn_sync_test" in caplog.text and "norm_act=iabn_sync," not in caplog.text
 
 
 def test_statistics_beside_the_checkpoint(shapes_root: Path, tmp_path: Path) -> None:
