@@ -69,13 +69,18 @@ def test_command_follows_the_table(command: str) -> None:
     assert opts.opt_level == ("O0" if opts.unknown or opts.loss_de_prototypes else "O1")
 
 
-def test_swin_b_of_nest() -> None:
-    (command,) = commands(_TIMM)
-    launcher, options = command.split(" run.py ")
+def test_backbones_of_timm() -> None:
+    swin, vit = commands(_TIMM)
+    launcher, options = swin.split(" run.py ")
     opts = parse_options(shlex.split(options))
     assert opts.batch_size * int(launcher.split("=")[1]) == 24
     assert (opts.backbone, opts.drop_path) == ("timm/swin_base_patch4_window12_384", 0.3)
     assert (opts.lrs, opts.loss_kd, opts.epochs, opts.warm_epochs) == ([0.02, *[0.001] * 5], 10, 30, 5)
+    launcher, options = vit.split(" run.py ")
+    opts = parse_options(shlex.split(options))
+    assert opts.batch_size * int(launcher.split("=")[1]) == 16
+    assert (opts.lrs, opts.epochs, opts.weight_decay) == ([0.001, *[0.0001] * 5], 32, 1e-5)
+    assert "| VOC 16; 1e-3, 1e-4; 32. " in _TIMM
 
 
 @pytest.mark.parametrize("command", commands(_PREDICTION))
