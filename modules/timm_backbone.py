@@ -104,46 +104,54 @@ class TimmBackbone(nn.Module):
         drop_path: float | None = None,
     ) -> None:
         super().__init__()
-        from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-
         check_name(backbone)
         self.name = backbone
         model = self.model = self._created(output_stride, drop_path)
-        config, info = model.pretrained_cfg, list(model.feature_info)
-        reductions = [stage["reduction"] for stage in info]
+        family, config, info = type(model).__name__, model.pretrained_cfg, list(model.feature_info)
         last = range(len(info))[-STAGES:]
-        if len(set(reductions)) == 1:
+        if len({stage["reduction"] for stage in info}) == 1:
             last = range(len(info) // STAGES - 1, len(info), len(info) // STAGES)[-STAGES:]
         self.widths = tuple(int(info[index]["num_chs"]) for index in last)
-        self.out_channels, self.stride = self.widths[-1], int(reductions[last[-1]])
-        own_norms = type(model).__name__.startswith("SwinTransformer")
-        self.indices = model.prune_intermediate_layers(list(last), prune_norm=own_norms, prune_head=True)
-        for number, width in enumerate(self.widths if own_norms else ()):
+        self.out_channels, self.stride = self.widths[-1], int(info[last[-1]]["reduction"])
+        self.own_norms = family.startswith("SwinTransformer")
+        self.indices = model.prune_intermediate_layers(list(last), prune_norm=self.own_norms, prune_head=True)
+        for number, width in enumerate(self.widths if self.own_norms else ()):
             self.add_module(f"norm{number}", nn.LayerNorm(width))
-        self.own_norms = own_norms
-        if type(model).__name__ == "SwinTransformer":
+        if family == "SwinTransformer":
             for block in (block for layer in model.layers for block in layer.blocks):
                 block.__class__ = _padded_block()
-        whole = (self.stride, self.stride)
-        patch = getattr(model.patch_embed, "patch_size", whole) if config["fixed_input_size"] else (1, 1)
-        if type(model).__name__ == "HighResolutionNet":  # adds maps of all strides
-            patch = whole
-        self.patch = tuple(int(size) for size in patch)
+        # What the sides of images are padded to multiples of; HRNet adds maps of all strides.
+        self.patch: tuple[int, int] = (1, 1)
+        if config["fixed_input_size"] or family == "HighResolutionNet":
+            whole = (self.stride, self.stride)
+            self.patch = tuple(getattr(getattr(model, "patch_embed", None), "patch_size", whole))
         if norm_act == "sync" and has_nccl_group():
             from timm.layers import convert_sync_batchnorm
 
             self.model = model = convert_sync_batchnorm(model)
-        self.checkpointing = checkpointing
-        self._counting = self._checkpoint() if checkpointing else []
+        self._counting: list[Any] = []
+        if checkpointing:
+            try:
+                model.set_grad_checkpointing(True)
+            except (AssertionError, AttributeError) as error:
+                raise UserError(
+                    f"--grad_checkpointing: timm cannot do it with --backbone {backbone}; drop it"
+                ) from error
+            self._counting = list(norm_layers(model))
         self._silenced: list[tuple[Any, float]] = []
-        # Images come normalised by ImageNet's mean and deviation.
-        own, usual = (config["mean"], config["std"]), (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-        self.renormalises = tuple(map(tuple, own)) != usual
-        mean, deviation, usual_mean, usual_deviation = (
-            torch.tensor(values)[:, None, None] for values in (*own, *usual)
+        self._normalise_by(config["mean"], config["std"])
+
+    def _normalise_by(self, mean: tuple[float, ...], deviation: tuple[float, ...]) -> None:
+        """Images come normalised by ImageNet's mean and deviation; change that to the network's."""
+        from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+        self.renormalises = (*mean, *deviation) != (*IMAGENET_DEFAULT_MEAN, *IMAGENET_DEFAULT_STD)
+        usual, own = (
+            torch.tensor(values)[:, :, None, None]
+            for values in ((IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD), (mean, deviation))
         )
-        self.register_buffer("scale", usual_deviation / deviation, persistent=False)
-        self.register_buffer("shift", (usual_mean - mean) / deviation, persistent=False)
+        self.register_buffer("scale", usual[1] / own[1], persistent=False)
+        self.register_buffer("shift", (usual[0] - own[0]) / own[1], persistent=False)
 
     def _created(self, output_stride: int, drop_path: float | None) -> Any:
         """timm's network, with those of the wanted options that its class has."""
@@ -173,16 +181,6 @@ class TimmBackbone(nn.Module):
         if config["fixed_input_size"] and not options.keys() & _ANY_SIZE.keys():
             raise UserError(f"--backbone {self.name}: takes images of one size only; choose another")
         return model
-
-    def _checkpoint(self) -> list[Any]:
-        """Switch on timm's checkpointing; returns the norms that count batches."""
-        try:
-            self.model.set_grad_checkpointing(True)
-        except (AssertionError, AttributeError) as error:
-            raise UserError(
-                f"--grad_checkpointing: timm cannot do it with --backbone {self.name}; drop it"
-            ) from error
-        return list(norm_layers(self.model))
 
     def forward(
         self, images: Tensor, keep_stages: bool = False, keep_activated: bool = False
