@@ -19,6 +19,7 @@ from utils.files import atomic_write_text
 
 _log = logging.getLogger(__name__)
 
+_OLDEST = "0.30"  # its login can be asked without a prompt
 # How long the end of a run waits for uploads, in seconds; the rest stays on the disk (`wandb sync`).
 _FINISH_S = 300.0
 
@@ -26,18 +27,20 @@ Table = tuple[list[str], list[list[str]]]  # headers and rows
 
 
 def check_login() -> None:
-    """Check that wandb is logged in or offline.
+    """Check that wandb is new enough, and logged in or offline.
 
     Raises:
         UserError: it is not.
     """
     import wandb
 
-    mode = wandb.setup(wandb.Settings(silent=True)).settings.mode
+    if [int(part) for part in wandb.__version__.split(".")[:2]] < [int(part) for part in _OLDEST.split(".")]:
+        raise UserError(f"--wandb: wandb {wandb.__version__} is too old; pip install 'wandb>={_OLDEST}'")
     try:
+        mode = wandb.setup(wandb.Settings(silent=True)).settings.mode
         if mode in ("online", "shared", "run") and not wandb.login(prompt=False, verify=False):
-            raise UserError("--wandb: not logged in; use `wandb login`, or set WANDB_MODE=offline")
-    except wandb.errors.Error as error:  # e.g. a key of another form
+            raise wandb.errors.AuthenticationError("not logged in")
+    except (wandb.errors.Error, ValueError) as error:  # a key of another form, a setting with a wrong value
         raise _refused(error) from error
 
 
@@ -158,7 +161,11 @@ class WandbBoard:
 
 
 def _refused(error: Exception) -> UserError:
-    return UserError(f"--wandb: {_in_one_line(error)}; use `wandb login`, or set WANDB_MODE=offline")
+    import wandb
+
+    of_login = isinstance(error, wandb.errors.AuthenticationError)
+    remedy = "use `wandb login`, or set WANDB_MODE=offline" if of_login else "correct it"
+    return UserError(f"--wandb: {_in_one_line(error)}; {remedy}")
 
 
 def _in_one_line(error: Exception) -> str:

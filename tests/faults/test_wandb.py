@@ -13,6 +13,9 @@ from faults import BOUND, TINY, completed, running, start_command
 from test_stops import children
 from wandb_records import files, history, records
 
+from session.wandb_mirror import WandbMirror, check_login
+from utils.errors import UserError
+
 
 def command(data: Path, logs: Path, *more: object) -> list[object]:
     options = (*TINY, "--ckpt_minutes", "0", "--data_root", data, "--logdir", logs, "--name", "run")
@@ -113,3 +116,12 @@ def test_without_a_login_nothing_is_loaded_or_written(
     assert line.startswith("run.py: error: --wandb: ")
     assert line.endswith("use `wandb login`, or set WANDB_MODE=offline")
     assert not (tmp_path / "logs").exists()
+
+
+def test_what_wandb_refuses_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with pytest.raises(UserError, match=r"^--wandb: Invalid project name 'a/b'.*; correct it$"):
+        WandbMirror("a/b", tmp_path, anew=False)
+    monkeypatch.setattr("wandb.__version__", "0.19.11")
+    with pytest.raises(UserError, match=r"--wandb: wandb 0\.19\.11 is too old; pip install 'wandb>=0\.30'"):
+        check_login()
