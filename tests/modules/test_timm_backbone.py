@@ -65,6 +65,17 @@ def test_checkpointing_changes_nothing(name: str) -> None:
         assert key.endswith("num_batches_tracked") or torch.equal(one, two), key
 
 
+@pytest.mark.parametrize("name", ["resnet10t", "swin_tiny_patch4_window7_224"])
+def test_compiled_as_one_graph(name: str) -> None:
+    """``--compile``: the whole network is captured, also for a second size, and computes the same."""
+    torch.manual_seed(0)
+    network = build_network(NetworkSpec(backbone=f"timm/{name}", drop_path=0.0))
+    compiled = torch.compile(copy.deepcopy(network), backend="eager", fullgraph=True)
+    for size in (64, 96):
+        images = torch.randn(2, 3, size, size)
+        assert torch.equal(compiled(images)[0], network(images)[0])
+
+
 def test_pretrained_file(tmp_path: Path) -> None:
     source = timm.create_model("resnet10t")
     torch.save(source.state_dict(), tmp_path / "weights.pth")
