@@ -20,8 +20,9 @@ from utils.files import atomic_write_text
 _log = logging.getLogger(__name__)
 
 _OLDEST = "0.30"  # its login can be asked without a prompt
-# How long the end of a run waits for uploads, in seconds; the rest stays on the disk (`wandb sync`).
-_FINISH_S = 300.0
+# How long the end of a run waits for uploads, in seconds: less than a scheduler's grace time. What is left
+# stays on the disk (`wandb sync`).
+_FINISH_S = 60.0
 
 Table = tuple[list[str], list[list[str]]]  # headers and rows
 
