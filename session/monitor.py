@@ -1,4 +1,4 @@
-"""Progress of a step's training: log lines, ``history_<step>.jsonl`` TensorBoard and wandb."""
+"""Progress of a step's training: log lines, ``history_<step>.jsonl``, TensorBoard and wandb."""
 
 from __future__ import annotations
 
