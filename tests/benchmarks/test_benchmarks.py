@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
-from benchmarks import profile, scaling, step
+from benchmarks import losses, profile, scaling, step
 from benchmarks.measure import interleaved, markdown, peak_bytes
 from benchmarks.workbench import ALL_METHODS, bench, methods_of, options
 from methods.presets import preset
+from utils import loss_kernels
 
 CPU = torch.device("cpu")
 TOY = ["--batch", "2", "--crop", "32", "--repeats", "1", "--threads", "1", "--device", "cpu"]
@@ -64,6 +66,37 @@ def test_the_bench_trains_every_method_as_its_options_say(method: str) -> None:
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
     if method in ("EWC", "RW", "PI"):
         assert "reg" in terms
+
+
+def test_losses_say_which_form_is_right_on_the_device(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(
+        losses, "_logits", lambda device, classes=21: torch.randn(1, classes, 8, 8).requires_grad_()
+    )
+    monkeypatch.setattr(losses, "_blobs", lambda device, batch, classes: torch.zeros(1, 8, 8).long())
+    seconds = iter([{"unit": 1.0, "case": 2.0, "kernel": 2.0, "formula": time} for time in (4.0, 2.1)])
+
+    def timed(contenders: dict[str, Callable[[], object]], *_: object) -> dict[str, float]:
+        for form in ("kernel", "formula") if "kernel" in contenders else ():
+            with mock.patch.object(loss_kernels, "unbiased_cross_entropy", wraps=kernel) as called:
+                contenders[form]()
+            assert called.called is (form == "kernel")
+        return next(seconds) if "kernel" in contenders else {"unit": 1.0, "case": 3.0}
+
+    kernel = loss_kernels.unbiased_cross_entropy
+    monkeypatch.setattr(losses, "interleaved", timed)
+    named = {case.name: case for case in losses.CASES}
+    chosen = [
+        named[name] for name in ("unbiased CE, 8×21×512²", "focal, 8×21×512²", "unbiased CE, 8×21×512²")
+    ]
+    rows = losses.measure(chosen, CPU, 1, plain=True, out=tmp_path / "losses.json")
+    assert [row.get("verdict") for row in rows] == [
+        "kernel, right",
+        None,
+        "kernel, WRONG: use the formula on this device",
+    ]
+    assert json.loads((tmp_path / "losses.json").read_text())["rows"] == rows
 
 
 def test_profile_divides_the_step_and_draws_it(tmp_path: Path) -> None:
