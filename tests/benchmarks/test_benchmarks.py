@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks import losses, profile, scaling, step
+from benchmarks import data, losses, profile, scaling, step
 from benchmarks.measure import interleaved, markdown, peak_bytes
 from benchmarks.workbench import ALL_METHODS, bench, methods_of, options
 from methods.presets import preset
@@ -111,6 +111,27 @@ def test_profile_divides_the_step_and_draws_it(tmp_path: Path) -> None:
         event.get("name") == "aten::convolution" for event in json.loads(trace.read_text())["traceEvents"]
     )
     assert json.loads(out.read_text())["rows"] == rows
+
+
+def test_data_times_a_sample_and_the_loader(tmp_path: Path) -> None:
+    out = tmp_path / "data.json"
+    words = ["--crop", "64", "--samples", "4", "--repeats", "1", "--batch", "2", "--out", str(out)]
+    report = data.main([*words, "--num_workers", "1", "--seconds", "0.5"])
+    assert report["images_per_second"] > 0 and report["num_workers"] == 1
+    assert report["ms"]["whole sample"] > 0
+    assert json.loads(out.read_text())["images_per_second"] == report["images_per_second"]
+    assert "images_per_second" not in data.main(words)
+
+
+def test_photos_are_enlarged_with_their_masks(tmp_path: Path) -> None:
+    for name in ("small", "large"):
+        (tmp_path / name).mkdir()
+    small = data.generated(tmp_path / "small", 2)
+    large = data.enlarged(tmp_path / "large", small, 5, 750)
+    assert len(large) == 2
+    (image, mask), (_, expected) = large.read(0), small.read(0)
+    assert image.shape[-2:] == mask.shape[-2:] == (750, 1000)
+    assert torch.equal(mask[..., ::2, ::2].as_subclass(torch.Tensor), expected.as_subclass(torch.Tensor))
 
 
 def test_scaling_compares_a_compiled_step(monkeypatch: pytest.MonkeyPatch) -> None:
