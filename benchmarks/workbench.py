@@ -126,7 +126,9 @@ def prepare(args: argparse.Namespace) -> torch.device:
     if typed not in (None, args.opt_level):
         print(f"--opt_level {typed}: this CPU has no fast bfloat16, {args.opt_level} is used")
     torch.set_num_threads(args.threads)
-    if not cuda:
+    if cuda:
+        torch.backends.cudnn.benchmark = True
+    else:
         keep_freed_memory()
     return device
 
