@@ -32,25 +32,8 @@ WEIGHTS = Path("build/gpu_weights.pth")
 ARCHIVE, PACKED_WEIGHTS = PACK / "photos.tar.gz", PACK / "mobilenet_v2.pth.xz"
 REQUIREMENTS = ("requirements.txt", "requirements-dev.txt")
 LARGE = ("torch", "torchvision", "numpy", "pillow", "matplotlib", "scikit-learn", "transformers")
-# The requirements without the large ones and without linters, and what these packages import in turn.
-PACKAGES = (
-    *("tensorboardX", "protobuf", "torchmetrics", "lightning-utilities", "packaging", "threadpoolctl"),
-    *("tqdm", "pyyaml", "jinja2", "markupsafe", "safetensors", "timm"),
-    *(
-        "huggingface_hub",
-        "httpx",
-        "httpcore",
-        "anyio",
-        "h11",
-        "certifi",
-        "idna",
-        "click",
-        "filelock",
-        "fsspec",
-    ),
-    *("pytest", "pluggy", "iniconfig", "pytest-timeout", "pytest-xdist", "execnet"),
-    *("hypothesis", "sortedcontainers"),
-)
+# Of no use there: linters, and what only downloads.
+NOT_THERE = ("ruff", "mypy", "types-PyYAML", "types-tqdm", "hf-xet")
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
 
@@ -62,7 +45,7 @@ def pack(options: argparse.Namespace) -> None:
     platforms = [word for name in PLATFORMS for word in ("--platform", name)]
     download = ["download", "--quiet", "--no-deps", "--only-binary=:all:", "--implementation", "cp"]
     version = ["--python-version", options.python, *platforms]
-    subprocess.run([sys.executable, "-m", "pip", *download, *version, "-d", wheels, *PACKAGES], check=True)
+    subprocess.run([sys.executable, "-m", "pip", *download, *version, "-d", wheels, *needed()], check=True)
     if options.weights:
         PACKED_WEIGHTS.write_bytes(lzma.compress(options.weights.read_bytes()))
     listed = subprocess.run(["git", "ls-files", "-z"], capture_output=True, check=True).stdout
@@ -72,6 +55,23 @@ def pack(options: argparse.Namespace) -> None:
     if options.data_root:
         pack_photos(options.data_root / "PascalVOC12", left)
     print(f"checkout {tree / 2**20:.1f} MiB, {PACK} {_size(PACK) / 2**20:.1f} MiB, of {options.mib} MiB")
+
+
+def needed() -> list[str]:
+    """The requirements but the large ones, and what they need in turn, in the versions installed here."""
+    from packaging.requirements import (
+        Requirement,  # installed with the requirements, unlike on a bare machine
+    )
+
+    apart = {_normal(name) for name in (*LARGE, *NOT_THERE)}
+    waiting, versions = list(_bounds()), dict[str, str]()
+    while waiting:
+        if (name := waiting.pop()) in apart or name in versions:
+            continue
+        versions[name] = metadata.version(name)
+        needs = [Requirement(line) for line in metadata.requires(name) or ()]
+        waiting += [_normal(n.name) for n in needs if n.marker is None or n.marker.evaluate({"extra": ""})]
+    return [f"{name}=={version}" for name, version in versions.items()]
 
 
 def pack_photos(root: Path, limit: int) -> None:
@@ -123,14 +123,15 @@ def _size(folder: Path) -> int:
 def unpack() -> None:
     """Install what is missing; extract photos and weights."""
     bounds = _bounds()
-    lacking = [str(wheel) for wheel in sorted(PACK.glob("wheels/*.whl")) if _lacks(wheel.name, bounds)]
+    wheels = sorted(PACK.glob("wheels/*.whl"))
+    lacking = [str(wheel) for wheel in wheels if _lacks(wheel.name.partition("-")[0], bounds)]
     if lacking:
         install = ["install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir"]
         subprocess.run(
             [sys.executable, "-m", "pip", *install, "--upgrade", "--target", SITE, *lacking], check=True
         )
         print("installed:", " ".join(Path(wheel).name for wheel in lacking))
-    absent = [name for name in LARGE if _lacks(f"{name}-", bounds)]
+    absent = [name for name in LARGE if _lacks(name, bounds)]
     if absent:
         print("this machine lacks, or has in an older version:", ", ".join(absent))
     if ARCHIVE.is_file():
@@ -146,9 +147,8 @@ def _bounds() -> dict[str, list[int]]:
     return {_normal(name): _numbers(low) for name, low in re.findall(r"^([\w-]+)>=([\d.]+)", text, re.M)}
 
 
-def _lacks(file_name: str, bounds: dict[str, list[int]]) -> bool:
-    """Whether the package of a wheel is missing here or older than required."""
-    name = file_name.partition("-")[0]
+def _lacks(name: str, bounds: dict[str, list[int]]) -> bool:
+    """Whether a package is missing here or older than required."""
     try:
         return _numbers(metadata.version(name)) < bounds.get(_normal(name), [])
     except metadata.PackageNotFoundError:

@@ -11,19 +11,20 @@ CPU.
 from __future__ import annotations
 
 import os
+import runpy
 import sys
+from pathlib import Path
 
 import torch
 
-import run
 from utils import distributed
-from utils.command import run_command
 from utils.processor import fast_bfloat16
 
+PROGRAM = Path(__file__).resolve().parent.parent / "run.py"
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command of ``argv``, whose first word is the backend; returns the exit code."""
-    backend, *words = sys.argv[1:] if argv is None else argv
+
+def main(backend: str, words: list[str]) -> None:
+    """Run the program with these options, in a process group of this backend."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
     def start(where: str | None = None, local_rank: int | None = None, timeout_s: float = 1800.0) -> object:
@@ -34,8 +35,9 @@ def main(argv: list[str] | None = None) -> int:
         return distributed.World(rank, local, size, device, backend, fast_bfloat16(device))
 
     distributed.start = start  # type: ignore[assignment]
-    return run.main(words)
+    sys.argv = [str(PROGRAM), *words]
+    runpy.run_path(str(PROGRAM), run_name="__main__")
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("benchmarks.one_gpu", main))
+    main(sys.argv[1], sys.argv[2:])

@@ -10,6 +10,7 @@ cd "$(dirname "$0")/.."
 
 if [ "${1:-}" = --pack ]; then
     shift
+    . scripts/environment.sh requirements-dev.txt # the wheels have its versions
     exec python3 -m benchmarks.gpu_pack pack "$@"
 fi
 if [ "${1:-}" = --small ]; then

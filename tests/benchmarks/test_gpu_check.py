@@ -6,6 +6,7 @@ import argparse
 import json
 import lzma
 import tarfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -175,7 +176,9 @@ def test_only_what_is_missing_or_too_old_is_installed(
     monkeypatch.setattr(gpu_pack, "PACKED_WEIGHTS", tmp_path / "weights.xz")
     monkeypatch.setattr(gpu_pack, "WEIGHTS", tmp_path / "weights")
     (tmp_path / "weights.xz").write_bytes(lzma.compress(b"weights"))
-    monkeypatch.setattr(gpu_pack, "_bounds", lambda: {"pytest": [7, 0], "timm": [99, 0], "torch": [99, 0]})
+    monkeypatch.setattr(
+        gpu_pack, "_bounds", lambda: {"pytest": [7, 0], "timm": [99, 0], "scikit_learn": [99, 0]}
+    )
     calls: list[list[str]] = []
     monkeypatch.setattr(gpu_pack.subprocess, "run", lambda words, **_: calls.append(words))
     assert gpu_pack.main(["unpack"]) == 0
@@ -183,11 +186,13 @@ def test_only_what_is_missing_or_too_old_is_installed(
         "not_there-1.0-py3-none-any.whl",
         "timm-9.9-py3-none-any.whl",
     ]
-    assert "older version: torch" in capsys.readouterr().out
+    assert "older version: scikit-learn" in capsys.readouterr().out
     assert (tmp_path / "weights").read_bytes() == b"weights"
 
 
-def test_every_requirement_is_packed_or_said_to_be_large() -> None:
-    linters = {"ruff", "mypy", "types_pyyaml", "types_tqdm"}
-    known = {gpu_pack._normal(name) for name in (*gpu_pack.PACKAGES, *gpu_pack.LARGE)}
-    assert gpu_pack._bounds().keys() - known == linters & gpu_pack._bounds().keys()
+def test_the_packed_wheels_are_those_of_the_requirements_and_their_needs() -> None:
+    packed = dict(word.split("==") for word in gpu_pack.needed())
+    assert {"timm", "safetensors", "tensorboardx", "pytest_xdist"} < packed.keys()
+    assert {"protobuf", "pluggy", "execnet", "lightning_utilities"} < packed.keys()  # needs of those
+    assert not {"torch", "numpy", "ruff", "types_tqdm"} & packed.keys()
+    assert packed["timm"] == metadata.version("timm")
