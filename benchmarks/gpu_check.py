@@ -103,7 +103,7 @@ def _real_runs(options: argparse.Namespace) -> tuple[str, ...]:
         words += ["--dataset", "shapes"]
     if options.weights:
         words += ["--weights", str(options.weights)]
-    words += ["--small", "--side_by_side", "1", "--only", "MIB killed", "DKD"] if options.small else []
+    words += ["--small", "--side_by_side", "1", "--only", "MIB", "DKD"] if options.small else []
     return tuple(words)
 
 
