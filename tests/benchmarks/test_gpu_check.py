@@ -193,6 +193,6 @@ def test_only_what_is_missing_or_too_old_is_installed(
 def test_the_packed_wheels_are_those_of_the_requirements_and_their_needs() -> None:
     packed = dict(word.split("==") for word in gpu_pack.needed())
     assert {"timm", "safetensors", "tensorboardx", "pytest_xdist"} < packed.keys()
-    assert {"protobuf", "pluggy", "execnet", "lightning_utilities"} < packed.keys()  # needs of those
+    assert {"protobuf", "pluggy", "execnet"} < packed.keys()  # needs of those
     assert not {"torch", "numpy", "ruff", "types_tqdm"} & packed.keys()
     assert packed["timm"] == metadata.version("timm")
