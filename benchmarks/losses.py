@@ -5,9 +5,10 @@
 
 The unit CE is the time of ``F.cross_entropy``, forward and backward, on 8×21×512×512 float32 logits with the
 same device and threads. Each repeat times CE and then the case, so that other load affects both; the figure
-is the median of the case's times divided by the median of CE's. ``--plain`` also times the formula without
-the kernels of ``utils/loss_kernels.py`` and adds the share of its time that they save: about 0 for losses
-without a kernel, and on CUDA, where the formulas are used.
+is the median of the case's times divided by the median of CE's. ``--plain`` also times the kernel of
+``utils/loss_kernels.py`` and the plain formula, and says which of the two is used on this device and whether
+that is right: a kernel is used where it saves at least a fifth of the formula's time. On CUDA a kernel works
+in one block: there are no caches to fill, and each block is a launch.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import copy
 import gc
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -27,6 +30,9 @@ from utils import loss as L
 from utils import loss_kernels
 from utils.command import run_command
 from utils.option_types import positive_int
+
+WORTH_A_KERNEL = 0.2  # share of the formula's time that a kernel must save to be used
+ONE_BLOCK = 2**62
 
 
 class Case(NamedTuple):
@@ -50,12 +56,27 @@ def _blobs(device: torch.device, batch: int, classes: int) -> Tensor:
     return F.interpolate(coarse.float(), size=(512, 512), mode="nearest").long()[:, 0]
 
 
-def _as_formula(function: Callable[[], object]) -> Callable[[], object]:
-    def run() -> object:
-        with loss_kernels.disabled():
-            return function()
+def _forms(function: Callable[[], object], device: torch.device) -> dict[str, Callable[[], object]]:
+    """The loss with its kernel and by the plain formula; nothing if it has no kernel."""
+    with mock.patch.object(loss_kernels, "gain", wraps=loss_kernels.gain) as asked:
+        function()
+    if not asked.called:
+        return {}
 
-    return run
+    def on(*devices: str) -> Callable[[], object]:
+        def run() -> object:
+            with loss_kernels.used_on(*devices, block=None if device.type == "cpu" else ONE_BLOCK):
+                return function()
+
+        return run
+
+    return {"kernel": on(device.type), "formula": on()}
+
+
+def _verdict(used: str, saved: float) -> str:
+    """Whether the form that is used on this device is the right one."""
+    better = "kernel" if saved >= WORTH_A_KERNEL else "formula"
+    return f"{used}, right" if used == better else f"{used}, WRONG: use the {better} on this device"
 
 
 def _backward(inputs: list[Tensor], function: Callable[[], Tensor]) -> Callable[[], object]:
@@ -123,6 +144,27 @@ def _local_pod(device: torch.device, form: tuple[torch.memory_format, int]) -> C
     return _backward(new, lambda: criterion(old, new, 21, 5, 16))
 
 
+def _decomposed(device: torch.device, criterion: torch.nn.Module) -> Callable[[], object]:
+    f = torch.randn(8, 256, 32, 32, device=device).requires_grad_()
+    w = torch.randn(20, 256, device=device).requires_grad_()
+    f_old, w_old = torch.randn_like(f), torch.randn(15, 256, device=device)
+    return _backward([f, w], lambda: criterion(f, f_old, w, w_old).sum())
+
+
+def _label_guided(device: torch.device, criterion: torch.nn.Module) -> Callable[[], object]:
+    x, t, y = _logits(device), _logits(device, 16, grad=False), _blobs(device, 8, 21)
+    return _backward([x], lambda: criterion(x, t, y))
+
+
+def _pooled_cubes(device: torch.device, criterion: torch.nn.Module) -> Callable[[], object]:
+    shapes = [(256, 128), (512, 64), (1024, 32), (2048, 32), (256, 32)]
+    new = [torch.randn(4, depth, side, side, device=device).requires_grad_() for depth, side in shapes]
+    old = [torch.randn_like(maps) for maps in new]
+    logits = torch.randn(4, 21, 32, 32, device=device).requires_grad_()
+    logits_old = torch.randn(4, 16, 32, 32, device=device)
+    return _backward([*new, logits], lambda: sum(criterion([*old, logits_old], [*new, logits], 21, 5, 16)))
+
+
 def _pseudo_labels(device: torch.device, threshold: float) -> Callable[[], object]:
     outputs_old, labels = _logits(device, 16, grad=False), _blobs(device, 8, 21)
     thresholds = torch.full((21,), threshold, device=device)
@@ -157,6 +199,10 @@ CASES = [
     Case("SDR prototype update, released", _update, L.Prototypes(21, 2048, **_RELEASED), 1.6),
     Case("SATS attention transfer, released", _attention, L.AttentionTransferLoss(**_RELEASED), 3.9),
     Case("SNNL, 8192 positions", _of_features, L.SNNL(temperature=2048.0)),
+    Case("DKD: BCE of new classes, 8×21×512²", _classification, L.MBCELoss(0)),
+    Case("DKD: decomposed distillation", _decomposed, L.DecomposedDistillationLoss("both")),
+    Case("LGKD, 8×21×512², 16 old", _label_guided, L.LabelGuidedKnowledgeDistillationLoss()),
+    Case("RCIL pooled cubes, B = 4", _pooled_cubes, L.PooledCubeDistillationLoss()),
 ]
 
 COLUMNS = [
@@ -166,13 +212,23 @@ COLUMNS = [
     ("target", "target", ""),
     ("released", "released", ""),
 ]
-PLAIN_COLUMNS = [("plain", "plain_ratio", ".3f"), ("saved", "saved", ".0%")]
+PLAIN_COLUMNS = [
+    ("kernel", "kernel_ratio", ".3f"),
+    ("formula", "formula_ratio", ".3f"),
+    ("saved", "saved", ".0%"),
+    ("used on this device", "verdict", ""),
+]
 
 
-def measure(cases: list[Case], device: torch.device, repeats: int, plain: bool = False) -> list[Row]:
+def measure(
+    cases: list[Case], device: torch.device, repeats: int, plain: bool = False, out: Path | None = None
+) -> list[Row]:
     """Time the cases; one row per case, with milliseconds and the ratio to cross entropy.
 
-    ``plain``: also the ratio of the formula without kernels, and the share of its time that the kernel saves.
+    Args:
+        cases, device, repeats: what is timed, where, how often.
+        plain: also time kernel and formula of the losses that have a kernel.
+        out: rewritten after each case.
     """
     logits, targets = _logits(device), _blobs(device, 8, 21)
     unit = _backward([logits], lambda: F.cross_entropy(logits, targets, ignore_index=L.VOID))
@@ -181,13 +237,17 @@ def measure(cases: list[Case], device: torch.device, repeats: int, plain: bool =
         torch.manual_seed(0)
         contenders = {"unit": unit, "case": case.make(device, case.of)}
         if plain:
-            contenders["plain"] = _as_formula(contenders["case"])
+            contenders |= _forms(contenders["case"], device)
         times = interleaved(contenders, device, repeats)
         seconds, ce = times["case"], times["unit"]
         row = {"case": case.name, "ms": 1000 * seconds, "ce_ms": 1000 * ce, "ratio": seconds / ce}
         rows.append({**row, "released": case.released, "target": case.target})
-        if plain:
-            rows[-1] |= {"plain_ratio": times["plain"] / ce, "saved": 1.0 - seconds / times["plain"]}
+        if "kernel" in times:
+            saved = 1.0 - times["kernel"] / times["formula"]
+            used = "kernel" if loss_kernels.gain(logits) else "formula"
+            rows[-1] |= {f"{form}_ratio": times[form] / ce for form in ("kernel", "formula")}
+            rows[-1] |= {"saved": saved, "used": used, "verdict": _verdict(used, saved)}
+        write_report(out, device, rows=rows)
         del contenders
         gc.collect()
     return rows
@@ -205,10 +265,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     cases = [case for case in CASES if options.only in case.name]
-    rows = measure(cases, device, options.repeats, options.plain)
+    rows = measure(cases, device, options.repeats, options.plain, options.out)
     print(heading(device))
     print(markdown([*COLUMNS, *(PLAIN_COLUMNS if options.plain else ())], rows))
-    write_report(options.out, device, rows=rows)
 
 
 if __name__ == "__main__":

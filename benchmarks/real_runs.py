@@ -1,11 +1,13 @@
-"""Real runs of two steps on the device, with kill and resume, ``--test``, and ``--compile``.
+"""Real runs of two steps on the device, with kill and resume, ``--test``, ``--compile`` and process groups.
 
     python -m benchmarks.real_runs --data_root DIR [--dataset voc] [--small] [--out FILE.json]
 
 MIB runs twice with ``--deterministic``: once without interruption, once killed by SIGKILL in the middle of
 step 1 and resumed. All tensors of the last checkpoints must be bit-identical, and ``--test`` must reproduce
-the results of training; ``--predict`` and t-SNE must read the checkpoint. SDR, PLOP, SATS, EWC and SSUL-M run
-two steps, FT with ``--compile``. The cases run concurrently. Exit code 1 if one fails or differs.
+the results of training; ``--predict`` and t-SNE must read the checkpoint. SDR, PLOP, SATS, DKD, EWC and
+SSUL-M run two steps, FT with ``--compile``, MIB in two Gloo processes that share the device and in an NCCL
+group of one (``benchmarks.one_gpu``). The cases run concurrently, and each outcome is printed and written
+when it is there. Exit code 1 if one fails or differs.
 """
 
 from __future__ import annotations
@@ -17,11 +19,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from benchmarks.measure import command_line, write_report
 from runs.checkpoint import load_checkpoint
@@ -44,12 +47,13 @@ class Runs:
     def __init__(self, options: argparse.Namespace, logs: Path) -> None:
         self.logs = logs
         self.dataset = options.dataset
-        crop, batch = (64, 4) if options.small else (192, 8)
+        crop, batch = (64, 4) if options.small else (192, 24)
+        self.batch = batch
         self.words = [
             *("--dataset", options.dataset, "--data_root", str(options.data_root)),
             *("--task", TASK, "--overlap"),
             *("--logdir", str(logs), "--epochs", "1", "--crop_size", str(crop)),
-            *("--batch_size", str(batch), "--step", "0", "1", "--lr", "0.01", "0.001", "--opt_level", "O1"),
+            *("--step", "0", "1", "--lr", "0.01", "0.001", "--opt_level", "O1"),
             *("--num_workers", str(options.num_workers), "--ckpt_minutes", "0.01", "--print_interval", "1"),
         ]
         weights = ["--pretrained_path", str(options.weights)] if options.weights else ["--no_pretrained"]
@@ -61,8 +65,12 @@ class Runs:
         return self.logs / f"{TASK}-{self.dataset}_{name}"
 
     def command(self, name: str, *words: str) -> list[str]:
-        """The command line of a run."""
-        return [sys.executable, "run.py", *self.words, "--name", name, *words]
+        """The command line of a run in one process."""
+        return [sys.executable, "run.py", *self.options(name, self.batch, *words)]
+
+    def options(self, name: str, batch: int, *words: str) -> list[str]:
+        """Options of ``run.py``."""
+        return [*self.words, "--batch_size", str(batch), "--name", name, *words]
 
     def checkpoint(self, name: str) -> Path:
         """Checkpoint of step 1 of a run."""
@@ -86,7 +94,15 @@ class Runs:
         Raises:
             Failed: the exit code is not 0.
         """
-        self.execute(name, self.command(name, *words))
+        return self.ended(name, self.command(name, *words))
+
+    def ended(self, name: str, command: list[str]) -> dict[str, Any]:
+        """Run a command to its end; returns the run's results of step 1.
+
+        Raises:
+            Failed: the exit code is not 0.
+        """
+        self.execute(name, command)
         return dict(json.loads(step_file(self.folder(name), RESULTS, 1).read_text(encoding="utf-8")))
 
     def kill(self, name: str, *words: str) -> None:
@@ -146,10 +162,31 @@ class Runs:
         """Two steps through ``torch.compile``."""
         return self.complete("compiled", *self.deeplab, "--method", "FT", "--compile")
 
+    def grouped(self, backend: str, processes: int) -> Callable[[], dict[str, Any]]:
+        """Two steps of MIB in a process group on one device, with the same total batch.
+
+        Its norm layers are not synchronised: processes that share a device would wait for each other a
+        hundred times per batch.
+        """
+        name = f"{backend}-{processes}"
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        launcher += [f"--nproc_per_node={processes}", "-m", "benchmarks.one_gpu", backend]
+        words = self.options(name, self.batch // processes, *self.deeplab, "--method", "MIB")
+        words += ["--norm_act", "abn"]
+        return lambda: self.ended(name, [*launcher, *words])
+
     def cases(self) -> dict[str, Callable[[], dict[str, Any]]]:
-        """All cases by name."""
-        methods = {name: self.method(name) for name in ("SDR", "PLOP", "SATS", "EWC", "SSUL-M")}
-        return {"MIB killed and resumed": self.resumed, **methods, "FT --compile": self.compiled}
+        """All cases by name, those that take longest first."""
+        methods = {name: self.method(name) for name in ("SDR", "PLOP", "SATS", "DKD", "EWC", "SSUL-M")}
+        cases = {
+            "MIB killed and resumed": self.resumed,
+            "FT --compile": self.compiled,
+            "MIB, two Gloo processes": self.grouped("gloo", 2),
+            **methods,
+        }
+        if dist.is_nccl_available() and torch.cuda.is_available():
+            cases["MIB, NCCL with one process"] = self.grouped("nccl", 1)
+        return cases
 
 
 def measure(case: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
@@ -173,18 +210,21 @@ def main(argv: list[str] | None = None) -> int:
         "--logs", type=path_option, default=Path("build/real_runs"), help="folder of the runs"
     )
     parser.add_argument("--num_workers", type=count, default=1)
-    parser.add_argument("--side_by_side", type=positive_int, default=7, help="concurrent cases")
-    parser.add_argument("--only", default="", help="cases whose name contains this text")
+    parser.add_argument("--side_by_side", type=positive_int, default=10, help="concurrent cases")
+    parser.add_argument("--only", nargs="+", default=[""], help="cases whose name contains one of these")
     parser.add_argument("--small", action="store_true", help="small crops and batches")
     options = parser.parse_args(argv)
     options.logs.mkdir(parents=True, exist_ok=True)
-    cases = {k: v for k, v in Runs(options, options.logs).cases().items() if options.only in k}
+    cases = {
+        k: v for k, v in Runs(options, options.logs).cases().items() if any(w in k for w in options.only)
+    }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     outcomes: dict[str, dict[str, Any]] = {}
     with ThreadPoolExecutor(options.side_by_side) as pool:
-        pending = {name: pool.submit(measure, case) for name, case in cases.items()}
-        for name, future in pending.items():
-            outcomes[name] = future.result()
+        pending = {pool.submit(measure, case): name for name, case in cases.items()}
+        for ended in as_completed(pending):
+            name = pending[ended]
+            outcomes[name] = ended.result()
             print(name, json.dumps(outcomes[name]), flush=True)
             write_report(options.out, device, cases=outcomes)
     return 0 if all(outcome["ok"] for outcome in outcomes.values()) else 1

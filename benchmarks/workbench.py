@@ -126,7 +126,9 @@ def prepare(args: argparse.Namespace) -> torch.device:
     if typed not in (None, args.opt_level):
         print(f"--opt_level {typed}: this CPU has no fast bfloat16, {args.opt_level} is used")
     torch.set_num_threads(args.threads)
-    if not cuda:
+    if cuda:
+        torch.backends.cudnn.benchmark = True
+    else:
         keep_freed_memory()
     return device
 
@@ -173,7 +175,7 @@ def bench(opts: Options, device: torch.device, *, step: int = 1, channels_last: 
         autocast=precision.network,
     )
     sample = make_sample(opts, context)
-    context.batches = lambda epoch=0: [(to_device(sample[0], device), sample[1].to(device).long())]
+    context.batches = _batches_of(sample, device)
     state: dict[str, Any] = {}
     if step:
         teacher = _placed(_model(opts, step - 1), precision, channels_last)
@@ -204,7 +206,8 @@ def _placed(
 
 
 def _state_before(opts: Options, context: Context) -> dict[str, Any]:
-    """State of the methods after an untrained previous step, e.g. importances."""
+    """State of the methods after an untrained previous step with labels of its own, e.g. importances."""
+    context.batches = _batches_of(make_sample(opts, context), context.device)
     methods = {name: m for name, m in build_methods(opts, context.step).items() if not m.needs_teacher}
     needs = frozenset().union(*(method.needs for method in methods.values()))
     context.model.eval().intermediates = needs  # type: ignore[assignment]
@@ -212,6 +215,11 @@ def _state_before(opts: Options, context: Context) -> dict[str, Any]:
         method.begin_step(context)
         method.end_step(context)
     return {name: method.state_dict() for name, method in methods.items()}
+
+
+def _batches_of(sample: Sample, device: torch.device) -> Callable[..., list[tuple[Tensor, Tensor]]]:
+    """One batch per epoch, as ``Context.batches`` has them."""
+    return lambda epoch=0: [(to_device(sample[0], device), sample[1].to(device).long())]
 
 
 def make_sample(opts: Options, context: Context) -> Sample:

@@ -1,47 +1,29 @@
 #!/usr/bin/env bash
-# All checks that need a GPU (tests on CUDA, real runs, speed), in at most nine minutes.
-#   bash scripts/gpu_check.sh --pack [DATA_ROOT [WEIGHTS]]
+# All checks that need a GPU (tests on CUDA, real runs, speed, loader, a small comparison), in at most nine minutes.
+#   bash scripts/gpu_check.sh --pack [--data_root DATA_ROOT] [--weights FILE]
 #                                            # first, on a machine with network access: packages, VOC's photos
 #                                            # and MobileNetV2's weights into build/gpu, to be copied along
 #   OUT=results bash scripts/gpu_check.sh    # on the GPU machine; options go to benchmarks.gpu_check
-#   bash scripts/gpu_check.sh --small        # small sizes on the CPU, with generated images
+#   bash scripts/gpu_check.sh --small        # small sizes on the CPU
 set -euo pipefail
 cd "$(dirname "$0")/.."
-pack=build/gpu
 
 if [ "${1:-}" = --pack ]; then
-    mkdir -p "$pack/wheels"
-    # Packages that a machine with PyTorch may lack; all are pure Python.
-    python3 -m pip download --quiet --no-deps --only-binary=:all: -d "$pack/wheels" \
-        tensorboardX threadpoolctl pytest-timeout pytest-xdist execnet
-    [ -z "${2:-}" ] || tar -czf "$pack/photos.tar.gz" -C "$2" PascalVOC12 # one file is copied faster than thousands
-    [ -z "${3:-}" ] || cp "$3" "$pack/mobilenet_v2.pth"
-    exit
+    shift
+    . scripts/environment.sh requirements-dev.txt # the wheels have its versions
+    exec python3 -m benchmarks.gpu_pack pack "$@"
 fi
-
-options=()
 if [ "${1:-}" = --small ]; then
     . scripts/environment.sh requirements-dev.txt
     export OMP_NUM_THREADS=1 # several processes at a time share the cores
     options=(--minutes 60)
 else
-    # Installs only missing packages.
-    for wheel in "$pack"/wheels/*.whl; do
-        name=$(basename "$wheel")
-        python3 -m pip show -q "${name%%-*}" >/dev/null 2>&1 || python3 -m pip install --quiet --no-index \
-            --no-deps --no-compile --no-cache-dir --target build/gpu_site "$wheel"
-    done
+    python3 -m benchmarks.gpu_pack unpack # installs only what is missing
     export PYTHONPATH="$PWD/build/gpu_site${PYTHONPATH:+:$PYTHONPATH}"
     options=(--pytest "-n 8")
-    if [ -f "$pack/photos.tar.gz" ]; then
-        mkdir -p build/gpu_photos
-        tar -xzf "$pack/photos.tar.gz" -C build/gpu_photos
-        options+=(--photos build/gpu_photos)
-    fi
-    [ ! -f "$pack/mobilenet_v2.pth" ] || options+=(--weights "$pack/mobilenet_v2.pth")
+    [ ! -d build/gpu_photos ] || options+=(--photos build/gpu_photos)
+    [ ! -f build/gpu_weights.pth ] || options+=(--weights build/gpu_weights.pth)
 fi
-if [[ ! " ${options[*]} " = *" --photos "* ]]; then
-    [ -d build/gpu_shapes ] || python3 data/make_shapes.py --out build/gpu_shapes --train 48 --val 16 --size 64
-    options+=(--shapes build/gpu_shapes)
-fi
-exec python3 -m benchmarks.gpu_check --out "${OUT:-build/gpu_check}" --logs build/gpu_runs "${options[@]}" "$@"
+[ -d build/gpu_shapes ] || python3 data/make_shapes.py --out build/gpu_shapes --train 48 --val 16 --size 64
+exec python3 -m benchmarks.gpu_check --out "${OUT:-build/gpu_check}" --work build/gpu_runs \
+    --shapes build/gpu_shapes "${options[@]}" "$@"

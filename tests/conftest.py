@@ -36,6 +36,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs CUDA")
 
 
+@pytest.fixture(autouse=True)
+def float32_convolutions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA networks compute convolutions in TF32, with 10 bits; the expected values have 23."""
+    if request.node.get_closest_marker("cuda"):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def either_device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
 @pytest.fixture(scope="session")
 def shapes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small generated data set: 48 + 16 pictures of 64 pixels; give it as --data_root. Read only."""

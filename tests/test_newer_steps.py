@@ -21,7 +21,6 @@ from session.optimizer import make_optimizer
 from tasks import Task
 from train import Trainer
 
-CPU = torch.device("cpu")
 RATE = 1e-3
 WORDS = {
     "ewf_step_mib": ["--method", "MIB+EWF", "--task", "15-1"],
@@ -58,8 +57,8 @@ def network(z: dict[str, Tensor], suffix: str, classes: list[int]) -> Incrementa
 
 
 @pytest.mark.parametrize("name", [name for kind in WORDS for name in cases(f"{kind}-*")])
-def test_a_batch(name: str) -> None:
-    z, meta = load(name, CPU)
+def test_a_batch(name: str, either_device: torch.device) -> None:
+    z, meta = load(name, either_device)
     old, new = meta["old_classes"], meta["new_classes"]
     opts = parse_options([*WORDS[name.rpartition("-")[0]], "--overlap", "--fidelity", "released"])
     published = {key: value for key, value in meta["options"].items() if value is not None}
@@ -71,14 +70,18 @@ def test_a_batch(name: str) -> None:
     assert opts.lgkd or opts.loss_kd == meta["options"]["loss_kd"]
 
     task = Task("few", "voc", (tuple(range(old)), tuple(range(old, old + new))))
-    model, teacher = network(z, "", [old, new]), network(z, "_old", [old]).requires_grad_(False).eval()
+    model, teacher = (
+        network(z, suffix, classes).to(either_device)
+        for suffix, classes in (("", [old, new]), ("_old", [old]))
+    )
+    teacher.requires_grad_(False).eval()
     methods = build_methods(opts, 1)
     for net in (model, teacher):
         net.intermediates = frozenset().union(*(method.needs for method in methods.values()))
     if opts.fix_pre_cls:
         model.fix_older_classifiers()
-    images, labels = torch.zeros(2, 3, *z["labels"].shape[-2:]), z["labels"]
-    context = Context(task, 1, model, teacher, fidelity="released")
+    images, labels = torch.zeros(2, 3, *z["labels"].shape[-2:], device=either_device), z["labels"]
+    context = Context(task, 1, model, teacher, device=either_device, fidelity="released")
     context.batches = lambda epoch=0: [(images, labels.long())]
     for method in methods.values():
         method.begin_step(context)

@@ -81,6 +81,19 @@ def _without_autocast(tensor: Tensor) -> torch.autocast:
     return torch.autocast(device_type=tensor.device.type, enabled=False)
 
 
+def _classify(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A 1×1 convolution in float32, also under autocast: B×D×h×w, C×D, C → B×C×h×w.
+
+    On CUDA it is a matrix product: cuDNN's convolutions, backward passes included, round float32 to TF32 by
+    default.
+    """
+    with _without_autocast(features):
+        if features.device.type == "cuda":
+            scores = (weight @ features.flatten(2)).unflatten(2, features.shape[2:])
+            return scores if bias is None else scores + bias[:, None, None]
+        return F.conv2d(features, weight[:, :, None, None], bias)
+
+
 def downsample_labels(labels: Tensor, size: Sequence[int], mode: str = "nearest") -> Tensor:
     """Downsample labels to the size of a feature map by nearest-neighbour interpolation.
 
@@ -1775,8 +1788,7 @@ class ClassifierTransform(nn.Module):
         """Features B×D×h×w → logits B×(C_old + N)×h×w, float32."""
         background, new = self._weights()
         weight = torch.cat([background[None], self.weight_old[1:], new])
-        with _without_autocast(features):
-            return F.conv2d(features.float(), weight[:, :, None, None], torch.cat([self.bias_old, self.bias]))
+        return _classify(features.float(), weight, torch.cat([self.bias_old, self.bias]))
 
     @torch.no_grad()
     def finish(self) -> dict[str, Tensor]:
@@ -1884,16 +1896,15 @@ def reasoning_scores(
 
 def _reasoning_scores(features: Tensor, weight: Tensor, fidelity: str) -> Tensor:
     """B×2C×h×w: the scores of the positive, then of the negative products."""
-    features, weight = features.float(), weight.float()[:, :, None, None]
+    features, weight = features.float(), weight.float()
     above, below = weight.clamp(min=0), weight.clamp(max=0)
-    with _without_autocast(features):
-        scores = F.conv2d(features, torch.cat([above, below]))
-        if _check_choice("fidelity", fidelity, FIDELITIES) == "released":
-            return scores
-        # Products of a negative feature have the other sign than their weight: they change sides. relu has no
-        # gradient at 0: a feature of 0 counts as positive.
-        moved = F.conv2d(F.relu(-features), above - below)
-        return scores + torch.cat([moved, -moved], dim=1)
+    scores = _classify(features, torch.cat([above, below]))
+    if _check_choice("fidelity", fidelity, FIDELITIES) == "released":
+        return scores
+    # Products of a negative feature have the other sign than their weight: they change sides. relu has no
+    # gradient at 0: a feature of 0 counts as positive.
+    moved = _classify(F.relu(-features), above - below)
+    return scores + torch.cat([moved, -moved], dim=1)
 
 
 class DecomposedDistillationLoss(nn.Module):

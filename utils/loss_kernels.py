@@ -22,23 +22,28 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BLOCK = 2**20  # numbers in a block: 4 MiB, of the order of a processor's caches
-_enabled = True
+_devices: tuple[str, ...] = ("cpu",)
 
 
 def gain(tensor: Tensor) -> bool:
-    """Whether to run the kernel on this tensor: on the CPU, outside ``disabled``."""
-    return _enabled and tensor.device.type == "cpu"
+    """Whether to run the kernel on this tensor: on the CPU, outside ``used_on``."""
+    return tensor.device.type in _devices
 
 
 @contextmanager
-def disabled() -> Iterator[None]:
-    """Context in which every loss computes its formula on the CPU too, for comparisons."""
-    global _enabled
-    before, _enabled = _enabled, False
+def used_on(*devices: str, block: int | None = None) -> Iterator[None]:
+    """Context in which kernels run on these types of devices only, for comparisons; without any, on none.
+
+    Args:
+        devices: "cpu", "cuda".
+        block: numbers in a block instead of ``BLOCK``.
+    """
+    global _devices, BLOCK
+    before, _devices, BLOCK = (_devices, BLOCK), devices, block or BLOCK
     try:
         yield
     finally:
-        _enabled = before
+        _devices, BLOCK = before
 
 
 def _blocks(batch: int, channels: int, pixels: int) -> Iterator[tuple[slice, slice]]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
-from benchmarks import profile, scaling, step
+from benchmarks import data, losses, profile, scaling, step
 from benchmarks.measure import interleaved, markdown, peak_bytes
 from benchmarks.workbench import ALL_METHODS, bench, methods_of, options
 from methods.presets import preset
+from utils import loss_kernels
 
 CPU = torch.device("cpu")
 TOY = ["--batch", "2", "--crop", "32", "--repeats", "1", "--threads", "1", "--device", "cpu"]
@@ -66,6 +68,37 @@ def test_the_bench_trains_every_method_as_its_options_say(method: str) -> None:
         assert "reg" in terms
 
 
+def test_losses_say_which_form_is_right_on_the_device(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(
+        losses, "_logits", lambda device, classes=21: torch.randn(1, classes, 8, 8).requires_grad_()
+    )
+    monkeypatch.setattr(losses, "_blobs", lambda device, batch, classes: torch.zeros(1, 8, 8).long())
+    seconds = iter([{"unit": 1.0, "case": 2.0, "kernel": 2.0, "formula": time} for time in (4.0, 2.1)])
+
+    def timed(contenders: dict[str, Callable[[], object]], *_: object) -> dict[str, float]:
+        for form in ("kernel", "formula") if "kernel" in contenders else ():
+            with mock.patch.object(loss_kernels, "unbiased_cross_entropy", wraps=kernel) as called:
+                contenders[form]()
+            assert called.called is (form == "kernel")
+        return next(seconds) if "kernel" in contenders else {"unit": 1.0, "case": 3.0}
+
+    kernel = loss_kernels.unbiased_cross_entropy
+    monkeypatch.setattr(losses, "interleaved", timed)
+    named = {case.name: case for case in losses.CASES}
+    chosen = [
+        named[name] for name in ("unbiased CE, 8×21×512²", "focal, 8×21×512²", "unbiased CE, 8×21×512²")
+    ]
+    rows = losses.measure(chosen, CPU, 1, plain=True, out=tmp_path / "losses.json")
+    assert [row.get("verdict") for row in rows] == [
+        "kernel, right",
+        None,
+        "kernel, WRONG: use the formula on this device",
+    ]
+    assert json.loads((tmp_path / "losses.json").read_text())["rows"] == rows
+
+
 def test_profile_divides_the_step_and_draws_it(tmp_path: Path) -> None:
     picture, trace, out = (tmp_path / name for name in ("parts.png", "trace.json", "parts.json"))
     files = ["--picture", str(picture), "--trace", str(trace), "--out", str(out)]
@@ -78,6 +111,27 @@ def test_profile_divides_the_step_and_draws_it(tmp_path: Path) -> None:
         event.get("name") == "aten::convolution" for event in json.loads(trace.read_text())["traceEvents"]
     )
     assert json.loads(out.read_text())["rows"] == rows
+
+
+def test_data_times_a_sample_and_the_loader(tmp_path: Path) -> None:
+    out = tmp_path / "data.json"
+    words = ["--crop", "64", "--samples", "4", "--repeats", "1", "--batch", "2", "--out", str(out)]
+    report = data.main([*words, "--num_workers", "1", "--seconds", "0.5"])
+    assert report["images_per_second"] > 0 and report["num_workers"] == 1
+    assert report["ms"]["whole sample"] > 0
+    assert json.loads(out.read_text())["images_per_second"] == report["images_per_second"]
+    assert "images_per_second" not in data.main(words)
+
+
+def test_photos_are_enlarged_with_their_masks(tmp_path: Path) -> None:
+    for name in ("small", "large"):
+        (tmp_path / name).mkdir()
+    small = data.generated(tmp_path / "small", 2)
+    large = data.enlarged(tmp_path / "large", small, 5, 750)
+    assert len(large) == 2
+    (image, mask), (_, expected) = large.read(0), small.read(0)
+    assert image.shape[-2:] == mask.shape[-2:] == (750, 1000)
+    assert torch.equal(mask[..., ::2, ::2].as_subclass(torch.Tensor), expected.as_subclass(torch.Tensor))
 
 
 def test_scaling_compares_a_compiled_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
-import json
-from pathlib import Path
 from types import SimpleNamespace
 
+import golden_files
 import numpy as np
 import pytest
 import torch
@@ -16,7 +15,6 @@ from torch import nn
 from methods.importance import get_regularizer
 from utils.errors import UserError
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 CPU = torch.device("cpu")
 NAMES = ("ewc", "pi", "rw")
 
@@ -43,10 +41,8 @@ def options(name, alpha=0.9, iterations=2, normalize=True):
     )
 
 
-def load(name):
-    with np.load(GOLDEN / f"regularizer_{name}.npz", allow_pickle=False) as archive:
-        meta = json.loads(str(archive["meta"]))
-        return {key: torch.from_numpy(archive[key]) for key in archive.files if key != "meta"}, meta
+def load(name, device=CPU):
+    return golden_files.load(f"regularizer_{name}", device)
 
 
 def give_gradients(net, z, task, i):
@@ -70,12 +66,12 @@ def learn(net, regularizer, z, meta, task=1, steps=range(6)):
 @pytest.mark.parametrize("wrap", [False, True])
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", NAMES)
-def test_golden(name, seed, wrap):
-    z, meta = load(f"{name}-{seed}")
+def test_golden(name, seed, wrap, either_device):
+    z, meta = load(f"{name}-{seed}", either_device)
     opts = options(name, meta["alpha"], meta["iterations"], meta["normalize"])
     net = Net(z["init_a"], z["init_b"])
     model = Wrapped(net) if wrap else net
-    regularizer = get_regularizer(model, None, CPU, opts, None)
+    regularizer = get_regularizer(model, None, either_device, opts, None)
     assert not regularizer.penalize
     assert regularizer.add_penalty() == 0
     learn(net, regularizer, z, meta)
@@ -93,14 +89,14 @@ def test_golden(name, seed, wrap):
     for key in ("fisher", "score"):
         if key in state:
             stored[key] = {parameter: z[f"state_{key}_{parameter}"] for parameter in ("a", "b")}
-    regularizer = get_regularizer(Wrapped(net) if wrap else net, old, CPU, opts, stored)
+    regularizer = get_regularizer(Wrapped(net) if wrap else net, old, either_device, opts, stored)
     penalties = []
     for i in range(3):
         give_gradients(net, z, 2, i)
         regularizer.update()
         descend(net, meta["lr2"])
         penalties.append(regularizer.add_penalty().item())
-    np.testing.assert_allclose(penalties, z["penalties"].numpy(), rtol=1e-5)
+    np.testing.assert_allclose(penalties, z["penalties"].cpu().numpy(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -19,7 +19,6 @@ from modules.resnet import TwoBranchBlock
 from segmentation_module import IncrementalSegmentationModule, make_model
 from utils.errors import UserError
 
-CPU = torch.device("cpu")
 SLOPE_1 = NormAct("iabn_sync_test")  # the arithmetic of in-place ABN, with which the released program runs
 
 
@@ -42,9 +41,9 @@ def block_of(z: dict[str, Tensor], meta: dict[str, Any]) -> TwoBranchBlock:
 
 
 @pytest.mark.parametrize("name", cases("rcil_block-*") + cases("rcil_block_stride-*"))
-def test_block(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    z, meta = load(name, CPU)
-    block = block_of(z, meta).eval()
+def test_block(name: str, either_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    z, meta = load(name, either_device)
+    block = block_of(z, meta).to(either_device).eval()
     output = block(z["x"].clone())
     assert_close(output, z["output"])
     assert_close(output, z["attention"])  # the map that is distilled: after the last activation
@@ -72,16 +71,16 @@ def head_of(z: dict[str, Tensor], meta: dict[str, Any], monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("name", cases("rcil_head-*"))
-def test_head(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    z, meta = load(name, CPU)
-    head = head_of(z, meta, monkeypatch)
+def test_head(name: str, either_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    z, meta = load(name, either_device)
+    head = head_of(z, meta, monkeypatch).to(either_device)
     assert set(released_state(z, meta)) == {k for k in head.state_dict() if "tracked" not in k}
     assert_close(head(z["x"]), z["output"])
 
 
 @pytest.mark.parametrize("name", cases("rcil_merge_map-*"))
 def test_the_four_maps_share_a_norm(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    z, meta = load(name, CPU)
+    z, meta = load(name, torch.device("cpu"))
     head = head_of(z, meta, monkeypatch)
     x = torch.randn(2, 4, 6, 7)
     expected = head(x)

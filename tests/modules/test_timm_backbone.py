@@ -47,6 +47,19 @@ def test_maps_of_any_size(name: str, model: str) -> None:
     assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.grad is not None)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", NETWORKS)
+def test_maps_on_a_gpu_are_those_of_the_cpu(name: str) -> None:
+    torch.manual_seed(0)
+    network = build_network(NetworkSpec(backbone=f"timm/{name}")).eval()
+    images = torch.randn(2, 3, 96, 68)
+    expected = network(images)[0]
+    maps = network.cuda().to(memory_format=torch.channels_last)(images.cuda())[0]
+    torch.testing.assert_close(maps.cpu(), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+    maps.square().mean().backward()
+    assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.grad is not None)
+
+
 @pytest.mark.parametrize("name", ["resnet10t", "swin_tiny_patch4_window7_224"])
 def test_checkpointing_changes_nothing(name: str) -> None:
     """Values, gradients, and the running statistics, which a recomputed batch must not move again."""

@@ -66,6 +66,22 @@ def test_both_signs_of_the_reasoning_scores_are_the_logits():
     assert_close(total, F.conv2d(features, weight[:, :, None, None]))
 
 
+def test_scores_are_float32_where_networks_are_not(device, monkeypatch):
+    """Under autocast, and on CUDA where convolutions are computed in TF32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    f, w = leaf(torch.randn(2, 64, 9, 8, device=device)), leaf(torch.randn(5, 64, device=device))
+    exact = [leaf(each.detach().double()) for each in (f, w)]
+    expected = (F.relu(exact[0][:, None] * exact[1][:, :, None, None])).sum(dim=2)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        scores = L.reasoning_scores(f, w, "positive")
+    weights = torch.randn_like(scores)
+    assert scores.dtype == torch.float32
+    assert_close(scores, expected.float())
+    gradients = gradient((scores * weights).sum(), f, w)
+    for found, value in zip(gradients, gradient((expected * weights).sum(), *exact), strict=True):
+        assert_close(found, value.float())
+
+
 @pytest.mark.parametrize("name", cases("dkd_ac*"))
 def test_auxiliary(name, device):
     z, _ = load(name, device)

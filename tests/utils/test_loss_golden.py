@@ -232,25 +232,72 @@ def test_sats_attention_transfer(name, fidelity, device):
             assert_close(grad, z[f"grad_paper_{i}"])
 
 
-@pytest.mark.cuda
+# Files, the leaf, the expected value, and the loss of (arrays, numbers, leaf).
+UNDER_AUTOCAST = {
+    "unbiased_ce-*": (
+        "inputs",
+        "loss_mean",
+        lambda z, meta, x: L.UnbiasedCrossEntropy(old_cl=meta["old_cl"])(x, z["targets"]),
+    ),
+    "unbiased_kd_alpha1-*": (
+        "inputs",
+        "loss",
+        lambda z, meta, x: L.UnbiasedKnowledgeDistillationLoss(alpha=meta["alpha"])(x, z["targets"]),
+    ),
+    "kd_alpha1-*": (
+        "inputs",
+        "loss",
+        lambda z, meta, x: L.KnowledgeDistillationLoss(alpha=meta["alpha"])(x, z["targets"]),
+    ),
+    "dkd_mbce_*": (
+        "logits",
+        "loss",
+        lambda z, meta, x: L.MBCELoss(meta["old_classes"], meta["pos_weight"])(x, z["labels"]),
+    ),
+    "dkd_kd*": ("logits", "loss", lambda z, meta, x: L.SigmoidDistillationLoss()(x, z["teacher_logits"])),
+    "dkd_dkd_*": (
+        "features",
+        "loss_paper",
+        lambda z, meta, x: L.DecomposedDistillationLoss(meta["sign"])(
+            x, z["features_old"], z["weight"], z["weight_old"]
+        ),
+    ),
+    "lgkd_p*": (
+        "logits",
+        "loss",
+        lambda z, meta, x: L.LabelGuidedKnowledgeDistillationLoss(
+            meta["prev_kd"], meta["novel_kd"], meta["alpha"]
+        )(x, z["teacher_logits"], z["labels"]),
+    ),
+    "star_pkd*": (
+        "features",
+        "loss",
+        lambda z, meta, x: L.OldClassFeaturesMaintainingLoss()(
+            x, z["features_old"], z["labels"], z["prediction_old"]
+        ),
+    ),
+    "star_cont*": (
+        "features",
+        "loss_present_paper",
+        lambda z, meta, x: L.SimilarityAwareDiscriminativeLoss(meta["old_classes"], meta["new_classes"])(
+            x, z["labels"], z["prototypes"]
+        ),
+    ),
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    "name", cases("unbiased_ce-*") + cases("unbiased_kd_alpha1-*") + cases("kd_alpha1-*")
+    ("pattern", "name"), [(pattern, name) for pattern in UNDER_AUTOCAST for name in cases(pattern)]
 )
-def test_losses_under_autocast_are_finite_and_near(name, dtype):
-    z, meta = load(name, torch.device("cuda"))
-    if name.startswith("unbiased_ce"):
-        criterion = L.UnbiasedCrossEntropy(old_cl=meta["old_cl"])
-    else:
-        unbiased = name.startswith("unbiased")
-        kind = L.UnbiasedKnowledgeDistillationLoss if unbiased else L.KnowledgeDistillationLoss
-        criterion = kind(alpha=meta["alpha"])
-    x = leaf(z["inputs"].to(dtype))
-    targets = z["targets"] if not z["targets"].is_floating_point() else z["targets"].to(dtype)
-    with torch.autocast("cuda", dtype=dtype):
-        loss = criterion(x, targets)
+def test_losses_under_autocast_are_finite_and_near(pattern, name, dtype, either_device):
+    z, meta = load(name, either_device)
+    trained, expected, loss_of = UNDER_AUTOCAST[pattern]
+    x = leaf(z[trained].to(dtype))
+    halved = {k: v.to(dtype) if v.is_floating_point() else v for k, v in z.items()}
+    with torch.autocast(either_device.type, dtype=dtype):
+        loss = loss_of(halved, meta, x)
     grad = gradient(loss, x)[0]
     assert torch.isfinite(loss) and torch.isfinite(grad).all()
-    expected = z["loss_mean"] if "loss_mean" in z else z["loss"]
     # The inputs themselves are rounded to 8 (bfloat16) or 11 (float16) bits.
-    torch.testing.assert_close(loss.double(), expected.double(), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(loss.double(), z[expected].double(), rtol=0.02, atol=0.02)

@@ -126,7 +126,7 @@ def make(batch: int, side: int, dtype: torch.dtype, layout: torch.memory_format)
 def value_and_gradient(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
     leaf = getattr(inputs, case.trained).detach().clone().requires_grad_()
     value = case.loss(inputs._replace(**{case.trained: leaf}))
-    weights = torch.linspace(0.5, 2.0, value.numel()).view_as(value)
+    weights = torch.linspace(0.5, 2.0, value.numel(), device=value.device).view_as(value)
     return value.detach(), torch.autograd.grad((value * weights).sum(), leaf)[0]
 
 
@@ -148,7 +148,7 @@ def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_kernel_is_the_formula(name, batch, side, block, dtype, layout, monkeypatch):
     case, inputs = CASES[name], make(batch, side, dtype, layout)
-    with loss_kernels.disabled():
+    with loss_kernels.used_on():
         expected, expected_gradient = value_and_gradient(case, inputs)
     calls = []
     kernel = getattr(loss_kernels, case.kernel)
@@ -160,12 +160,31 @@ def test_kernel_is_the_formula(name, batch, side, block, dtype, layout, monkeypa
     close(gradient, expected_gradient, 2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", CASES)
+def test_kernel_is_the_formula_on_a_gpu(name, layout):
+    """Not used there, but ``benchmarks.losses --plain`` compares their times."""
+    case = CASES[name]
+    inputs = Inputs(*(each.cuda() for each in make(3, 8, torch.float32, layout)))
+    assert not loss_kernels.gain(inputs.logits)
+    expected, expected_gradient = value_and_gradient(case, inputs)
+    with loss_kernels.used_on("cuda", block=2**62):
+        value, gradient = value_and_gradient(case, inputs)
+    close(value, expected, 1e-5)
+    close(gradient, expected_gradient, 1e-5)
+
+
 def test_formulas_run_where_kernels_do_not_gain(monkeypatch):
-    """On another device, and where kernels are disabled, none is called."""
+    """On another device, and where kernels are not to be used, none is called."""
     assert loss_kernels.gain(torch.zeros(1)) and not loss_kernels.gain(torch.zeros(1, device="meta"))
+    with loss_kernels.used_on("meta", block=7):
+        assert not loss_kernels.gain(torch.zeros(1)) and loss_kernels.gain(torch.zeros(1, device="meta"))
+        assert loss_kernels.BLOCK == 7
+    assert loss_kernels.BLOCK == 2**20
     for kernel in {case.kernel for case in CASES.values()}:
         monkeypatch.setattr(loss_kernels, kernel, lambda *_: pytest.fail("a kernel ran"))
-    with loss_kernels.disabled():
+    with loss_kernels.used_on():
         for case in CASES.values():
             value_and_gradient(case, make(1, 4, torch.float32, torch.contiguous_format))
     assert loss_kernels.gain(torch.zeros(1))

@@ -49,7 +49,7 @@ def test_the_limit_on_onednn_counts() -> None:
     assert "bfloat16 slow" in done.stdout
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.cuda
 def test_cuda_has_bfloat16_since_ampere() -> None:
     device = torch.device("cuda", 0)
     assert processor.fast_bfloat16(device) is (torch.cuda.get_device_capability(device) >= (8, 0))
