@@ -73,17 +73,22 @@ def start(*arguments: str | Path) -> Started:
     return Started(arguments)
 
 
-def launch(*arguments: str | Path, launcher: str | None = None, processes: int = 1) -> Outcome:
+def launch(
+    *arguments: str | Path,
+    launcher: str | None = None,
+    interpreter: str | Path = sys.executable,
+    processes: int = 1,
+) -> Outcome:
     """Run ``run.py`` to its end.
 
     Args:
         arguments: of the command line.
-        launcher: "torchrun", or "launch" for ``torch.distributed.launch``, where that is the point: the
-            launcher and each process import torch. None: without one.
+        launcher: "torchrun", or "launch" for ``torch.distributed.launch``. None: without one.
+        interpreter: the launcher's.
         processes: number of processes.
     """
     if launcher is not None:
-        return _by_launcher(arguments, launcher, processes)
+        return _by_launcher(arguments, launcher, interpreter, processes)
     started = Started(arguments, processes)
     try:
         out, err = started.communicate()
@@ -94,12 +99,14 @@ def launch(*arguments: str | Path, launcher: str | None = None, processes: int =
     return Outcome(code, out, err)
 
 
-def _by_launcher(arguments: Sequence[str | Path], launcher: str, processes: int) -> Outcome:
+def _by_launcher(
+    arguments: Sequence[str | Path], launcher: str, interpreter: str | Path, processes: int
+) -> Outcome:
     options = {
         "torchrun": ["-m", "torch.distributed.run", "--standalone"],
         "launch": ["-m", "torch.distributed.launch", f"--master_port={20000 + os.getpid() % 20000}"],
     }
-    words = [sys.executable, *options[launcher], f"--nproc_per_node={processes}", "run.py"]
+    words = [interpreter, *options[launcher], f"--nproc_per_node={processes}", "run.py"]
     done = subprocess.run(
         [*words, *map(str, arguments)],
         cwd=ROOT,
