@@ -16,11 +16,10 @@ from tensorboardX import SummaryWriter
 from metrics.continual import Results
 from runs.history import Entry
 from utils.distributed import World
-from utils.drawing import failure_is_a_warning
 from utils.files import cannot_write
 from utils.memory import SHARED_MEMORY_REMEDY, is_shared_memory_full
 from utils.tables import markdown_table
-from utils.visualize import confusion_figure
+from utils.visualize import Array
 
 _log = logging.getLogger(__name__)
 
@@ -84,16 +83,14 @@ class RunLogger:
         rows = [[name, str(value)] for name, value in sorted(options.items())]
         self._add("text", "options", markdown_table(["option", "value"], rows), 0)
 
-    def results(self, results: Results, step: int, confusion: Any = None) -> None:
+    def results(self, results: Results, step: int, confusion: Array | None = None) -> None:
         """Results of an evaluation: curves of means and of every class, the tables, the confusion matrix.
 
         Args:
             results: of the evaluation.
             step: of the curves: the number of the step, or of the epoch.
-            confusion: C×C counts, rows are labels, columns predictions; None: no figure.
+            confusion: picture of the matrix, H×W×3, uint8; None: none.
         """
-        if self._open() is None:  # a figure of 151 classes takes a second
-            return
         means = {
             "miou/old": results.miou_old,
             "miou/new": results.miou_new,
@@ -110,10 +107,7 @@ class RunLogger:
         text = "\n\n".join(markdown_table(*table) for table in results.tables())
         self._add("text", "results", text, step)
         if confusion is not None:
-            names = {index: name for name, index in results.indices.items()}
-            class_names = [names.get(index, "not evaluated") for index in range(len(confusion))]
-            with failure_is_a_warning("the confusion matrix in TensorBoard"):
-                self._add("figure", "confusion", confusion_figure(confusion, class_names), step)
+            self.image("confusion", confusion, step)
 
     def close(self) -> None:
         """Flush and close the file."""

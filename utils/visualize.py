@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
@@ -107,6 +108,13 @@ def confusion_figure(confusion: Array | Tensor, class_names: Sequence[str]) -> F
         colour = "white" if share > 55 else "black"
         axes.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=7, color=colour)
     return figure
+
+
+def confusion_image(confusion: Array | Tensor, class_names: Sequence[str]) -> Array:
+    """``confusion_figure`` as height×width×3, uint8."""
+    canvas = FigureCanvasAgg(confusion_figure(confusion, class_names))
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[:, :, :3]
 
 
 def write_samples(
