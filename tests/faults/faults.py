@@ -26,7 +26,7 @@ COMMON = (
     *("--batch_size", "4", "--lr", "0.01", "--task", "15-5", "--overlap"),
     *("--print_interval", "1"),
 )
-TINY = (*MOBILENET, *COMMON, "--ckpt_minutes", "0.01")
+TINY = (*SEGFORMER, *COMMON, "--ckpt_minutes", "0.01")
 
 
 class Process(Protocol):

@@ -20,7 +20,7 @@ from utils.loss import Prototypes
 
 def see_every_class(state: dict[str, torch.Tensor]) -> None:
     """Draw the classifier at random, centred: a network of one epoch sees background everywhere."""
-    model = make_model(NetworkSpec(backbone="mobilenet_v2", pooling=0), [16]).eval()
+    model = make_model(NetworkSpec(model="segformer_b0"), [16]).eval()
     model.load_state_dict(state)
     with torch.no_grad():
         pre_logits, _ = model.network(torch.randn(4, 3, 64, 64), frozenset())

@@ -40,17 +40,17 @@ EXAMPLES = {
 HALF = ("--opt_level", "O1")
 RELEASED = ("--fidelity", "released")
 BUILT_IN: dict[str, tuple[tuple[str, ...], tuple[str, ...], int]] = {
-    "DKD": (MOBILENET, ("--lr", "0.001", *HALF), 2),
-    "DKD-M": (SEGFORMER, ("--lr", "0.001", "--memory", "6", *RELEASED), 1),
-    "STAR": (SEGFORMER, ("--lr", "0.001", "--opt_level", "O3"), 1),
-    "STAR-M": (MOBILENET, ("--lr", "0.001", "--memory", "6", *RELEASED), 2),
-    "MIB+EWF": (SEGFORMER, (), 1),
-    "PLOP+EWF": (MOBILENET, HALF, 2),
-    "LGKD": (SEGFORMER, ("--spp_scales", "1", "2", *HALF), 1),
+    "DKD": (MOBILENET, ("--lr", "0.001", *HALF), 1),
+    "DKD-M": (SEGFORMER, ("--lr", "0.001", "--memory", "6", *RELEASED), 2),
+    "STAR": (SEGFORMER, ("--lr", "0.001", "--opt_level", "O3"), 2),
+    "STAR-M": (MOBILENET, ("--lr", "0.001", "--memory", "6", *RELEASED), 1),
+    "MIB+EWF": (SEGFORMER, (), 2),
+    "PLOP+EWF": (MOBILENET, HALF, 1),
+    "LGKD": (SEGFORMER, ("--spp_scales", "1", "2", *HALF), 2),
     "MIB+NeST": (SEGFORMER, ("--warm_epochs", "2", "--opt_level", "O3"), 2),
     "PLOP+NeST": (MOBILENET, ("--warm_epochs", "2", *RELEASED), 1),
     "RCIL": (MOBILENET, HALF, 2),
-    "DFT": (MOBILENET, (), 2),
+    "DFT": (MOBILENET, (), 1),
 }
 # After every batch, so that a process can be killed at any.
 SAVING = ("--ckpt_minutes", "0.00001")
@@ -60,7 +60,7 @@ LINES = {"weight_fusion": 35, "dkd": 75, "contrastive": 55, "cosine_distillation
 
 def command(data: Path, logs: Path, name: str, example: str, *more: object) -> list[object]:
     file = ROOT / "docs" / "examples" / f"{example}.py"
-    network, own, _ = BUILT_IN.get(example, (MOBILENET, ("--method_file", file), 1))
+    network, own, _ = BUILT_IN.get(example, (SEGFORMER, ("--method_file", file), 1))
     return [
         *(*network, *COMMON, "--data_root", data, "--logdir", logs, "--name", name, "--epochs", "1"),
         *("--step", "0", "1", *own, "--method", EXAMPLES.get(example, example), *more),
