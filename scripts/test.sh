@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets up and runs linter, formatter, type checker and tests. Arguments go to pytest.
-# --quick as the first one: a minute, without the tests that train networks or start processes.
+# --quick as the first one: a minute, without the tests that train or build large networks, start processes or read many files.
 # REQUIREMENTS=oldest PYTHON=python3.10 runs the tests with the oldest packages instead of the newest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -21,7 +21,12 @@ fi
 if [ "${1:-}" = --quick ]; then
     shift
     quick=(tests/test_{architecture,argparser,tasks}.py tests/{dataset,methods,metrics,modules,utils})
-    without=(tests/utils/test_{command,distributed,files}.py tests/modules/test_pretrained.py tests/methods/test_own_modules.py)
-    set -- "${quick[@]}" "${without[@]/#/--ignore=}" "$@"
+    without=(tests/utils/test_{command,distributed,drawing,files,hub,processor}.py
+        tests/modules/test_{branches,checkpointing,pretrained,resnet,timm_backbone}.py
+        tests/methods/test_{foreground,own_modules}.py tests/dataset/test_{image_labels,loaders,shapes}.py
+        tests/test_architecture.py::test_kinds_of_classifiers_are_known_to_a_new_process
+        tests/dataset/test_check.py::test_{published_lists,real_photos}
+        tests/dataset/test_protocols.py::test_published_lists_from_real_masks)
+    set -- "${quick[@]}" "${without[@]/#/--deselect=}" "$@"
 fi
 OMP_NUM_THREADS=1 python -m pytest -n "${TEST_WORKERS:-2}" --dist loadgroup --durations=20 "$@"

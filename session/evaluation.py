@@ -26,7 +26,7 @@ from utils import distributed
 from utils.drawing import failure_is_a_warning
 from utils.labels import VOID
 from utils.logger import progress
-from utils.visualize import prediction_grid, write_samples
+from utils.visualize import Array, confusion_image, prediction_grid, write_samples
 
 log = logging.getLogger(__name__)
 
@@ -83,8 +83,13 @@ class Evaluation:
             earlier=earlier,
         )
 
-    def report(self, step: int, data: EvaluationData, metrics: StreamSegMetrics) -> Results:
-        """Log the results of a step; on rank 0 also write them as JSON, CSV and curves."""
+    def report(
+        self, step: int, data: EvaluationData, metrics: StreamSegMetrics, course: RunLogger | None = None
+    ) -> None:
+        """Log the results of a step; on rank 0 also write them as JSON, CSV and curves.
+
+        ``course``: writer of the step's own curves, beside those of the whole task.
+        """
         opts = self.opts
         results = self.summarise(step, data, metrics, self.folder.earlier_results(step))
         log.info("step %d, %s protocol\n%s", step, opts.protocol, results.table())
@@ -103,8 +108,20 @@ class Evaluation:
             log.info("results: %s", ", ".join(map(str, (*written, matrix))))
             with contextlib.closing(self._task_writer()) as writer:
                 writer.options(self.folder.options)
-                writer.results(results, step, metrics.confusion_matrix)
-        return results
+                confusion = self._picture(results, metrics)
+                writer.results(results, step, confusion)
+            if course is not None:
+                course.results(results, opts.epochs, confusion)
+
+    def _picture(self, results: Results, metrics: StreamSegMetrics) -> Array | None:
+        """The confusion matrix, drawn once for all curves: that of 151 classes takes a second."""
+        if not self.opts.visualize and self.mirror is None:
+            return None
+        names = {index: name for name, index in results.indices.items()}
+        matrix = metrics.confusion_matrix
+        with failure_is_a_warning("the picture of the confusion matrix"):
+            return confusion_image(matrix, [names.get(i, "not evaluated") for i in range(len(matrix))])
+        return None
 
     def _task_writer(self) -> RunLogger:
         """Writer of the whole task's curves: a point and an image per step."""

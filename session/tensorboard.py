@@ -11,18 +11,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 
 from metrics.continual import Results
 from runs.history import Entry
 from session.wandb_mirror import Table, WandbBoard, WandbMirror
 from utils.distributed import World
-from utils.drawing import failure_is_a_warning
 from utils.files import cannot_write
 from utils.memory import SHARED_MEMORY_REMEDY, is_shared_memory_full
 from utils.tables import markdown_table
-from utils.visualize import confusion_figure
+from utils.visualize import Array
 
 _log = logging.getLogger(__name__)
 
@@ -60,9 +58,6 @@ class _TensorBoard:
 
     def image(self, tag: str, image: Any, step: int) -> None:
         self._add("image", tag, image, step, dataformats="HWC")
-
-    def figure(self, tag: str, figure: Figure, step: int) -> None:
-        self._add("figure", tag, figure, step)
 
     def tables(self, tag: str, tables: Sequence[Table], step: int) -> None:
         self._add("text", tag, "\n\n".join(markdown_table(*table) for table in tables), step)
@@ -132,16 +127,14 @@ class RunLogger:
         for board in self._boards:
             board.options(options)
 
-    def results(self, results: Results, step: int, confusion: Any = None) -> None:
+    def results(self, results: Results, step: int, confusion: Array | None = None) -> None:
         """Results of an evaluation: curves of means and of every class, the tables, the confusion matrix.
 
         Args:
             results: of the evaluation.
             step: of the curves: the number of the step, or of the epoch.
-            confusion: C×C counts, rows are labels, columns predictions; None: no figure.
+            confusion: picture of the matrix, H×W×3, uint8; None: none.
         """
-        if not self._boards:  # a figure of 151 classes takes a second
-            return
         means = {
             "miou/old": results.miou_old,
             "miou/new": results.miou_new,
@@ -158,12 +151,7 @@ class RunLogger:
         for board in self._boards:
             board.tables("results", results.tables(), step)
         if confusion is not None:
-            names = {index: name for name, index in results.indices.items()}
-            class_names = [names.get(index, "not evaluated") for index in range(len(confusion))]
-            with failure_is_a_warning("the confusion matrix in TensorBoard"):
-                figure = confusion_figure(confusion, class_names)
-                for board in self._boards:
-                    board.figure("confusion", figure, step)
+            self.image("confusion", confusion, step)
 
     def close(self) -> None:
         """Flush and close the files."""

@@ -206,8 +206,7 @@ class StepTraining:
         precision, writer = self.trainer.precision, self.monitor.writer
         metrics = self.evaluation.run(model, data.test, len(data.class_names), precision)
         with distributed.shared_errors():
-            results = self.evaluation.report(step, data, metrics)
-        writer.results(results, opts.epochs, metrics.confusion_matrix)
+            self.evaluation.report(step, data, metrics, writer)
         with distributed.shared_errors():
             if opts.sample_num and self.run.world.is_main:
                 networks = model, self.networks.previous_network()

@@ -7,15 +7,11 @@ need the package tensorboard.
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from matplotlib.figure import Figure
-from PIL import Image
 
 from runs.files import WANDB_ID
 from utils.errors import UserError
@@ -143,16 +139,10 @@ class WandbBoard:
         self._log(values, step)
 
     def image(self, tag: str, image: Any, step: int) -> None:
-        """An image of Pillow, or H×W×3, uint8."""
+        """An image, H×W×3, uint8."""
         import wandb
 
         self._log({tag: wandb.Image(image)}, step)
-
-    def figure(self, tag: str, figure: Figure, step: int) -> None:
-        """A figure of matplotlib, drawn here: wandb would need pyplot."""
-        drawn = io.BytesIO()
-        figure.savefig(drawn, format="png")
-        self.image(tag, Image.open(drawn), step)
 
     def tables(self, tag: str, tables: Sequence[Table], step: int) -> None:
         """Tables: headers and rows."""

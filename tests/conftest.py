@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -54,6 +56,21 @@ def shapes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data") / "shapes"
     make_shapes(root, ShapesConfig(train=48, val=16, size=64, seed=3), num_workers=2)
     return root
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """32 + 8 pictures of 64 pixels: 7 batches in step 0 of 15-5, 3 in step 1. Read only."""
+    root = tmp_path_factory.mktemp("data") / "shapes"
+    make_shapes(root, ShapesConfig(train=32, val=8, size=64, seed=3), num_workers=1)
+    return root
+
+
+@pytest.fixture(scope="session")
+def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A stand-in of ``sys.executable`` that has imported everything, for programs that start Python."""
+    with forked.interpreter(tmp_path_factory.mktemp("bin")) as file:
+        yield file
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,14 @@
-"""Real processes of commands, forked from one that has imported everything: without seconds of imports."""
+"""Real processes of commands, forked from one that has imported everything: without seconds of imports.
+
+``Fork`` and ``python`` start one from a test; ``interpreter`` makes a file that programs under test start as
+Python: shell scripts, torchrun, an experiment.
+"""
 
 from __future__ import annotations
 
 import atexit
+import contextlib
+import json
 import multiprocessing
 import os
 import runpy
@@ -11,9 +17,12 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from multiprocessing.context import ForkServerProcess
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import connection
+from multiprocessing.context import ForkProcess, ForkServerContext, ForkServerProcess
 from pathlib import Path
+
+import torch.multiprocessing
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,11 +60,8 @@ class Fork:
         prepare: Callable[[], None] | None = None,
         folder: Path = ROOT,
     ) -> None:
-        os.environ["OMP_NUM_THREADS"] = "1"  # read by the server when it imports torch
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(_PRELOADED))
         arguments = (list(words), environment, output, errors or output, prepare, folder)
-        self._process: ForkServerProcess = context.Process(target=_python, args=arguments)
+        self._process: ForkServerProcess = _server().Process(target=_to_files, args=arguments)
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -107,6 +113,12 @@ def environments(processes: int = 1) -> list[dict[str, str]]:
     return [base | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
+def spawn(function: Callable[..., None], args: tuple[object, ...], nprocs: int) -> None:
+    """``torch.multiprocessing.spawn`` whose processes need not import torch."""
+    _server()
+    torch.multiprocessing.start_processes(function, args, nprocs, start_method="forkserver")
+
+
 def free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
@@ -119,7 +131,113 @@ def to_foreground() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job would ignore
 
 
-def _python(
+@contextlib.contextmanager
+def interpreter(folder: Path) -> Iterator[Path]:
+    """A file ``python`` in a folder, which runs programs and modules as Python does, but forked.
+
+    It passes on arguments, variables, working directory, standard streams, signals and the exit code, and is
+    ``sys.executable`` there, so that torchrun starts it also. Variables that torch reads when it is imported
+    have no effect; ``-c`` is not known.
+    """
+    file, address = folder / "python", folder / "socket"
+    file.write_text(f"#!{sys.executable} -IS\n" + _CLIENT.format(address=str(address)), encoding="utf-8")
+    file.chmod(0o755)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(address))
+        listener.listen()
+        server = _server().Process(target=_serve, args=(listener, str(file)))
+        server.start()
+    try:
+        yield file
+    finally:
+        server.terminate()
+        server.join()
+
+
+_CLIENT = """\
+import json, os, signal, socket, sys
+
+server = socket.socket(socket.AF_UNIX)
+server.connect({address!r})
+words = [word for word in sys.argv[1:] if word != "-u"]
+request = json.dumps([words, dict(os.environ), os.getcwd()]).encode()
+socket.send_fds(server, [len(request).to_bytes(4, "big")], [0, 1, 2])
+server.sendall(request)
+replies = server.makefile()
+process = int(replies.readline())
+def pass_on(number, frame):
+    try:
+        os.kill(process, number)
+    except ProcessLookupError:  # it has just ended
+        pass
+
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, pass_on)
+code = int(replies.readline())
+if code < 0:
+    if -code != signal.SIGKILL:
+        signal.signal(-code, signal.SIG_DFL)
+    os.kill(os.getpid(), -code)
+os._exit(code)
+"""
+
+
+def _server() -> ForkServerContext:
+    os.environ["OMP_NUM_THREADS"] = "1"  # read by the server when it imports torch
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_PRELOADED))
+    return context
+
+
+def _serve(listener: socket.socket, executable: str) -> None:
+    """Fork a process for each client, until the tests end. A client that is killed takes it along."""
+    to_foreground()
+    fork = multiprocessing.get_context("fork")
+    tests = multiprocessing.parent_process()
+    assert tests is not None
+    running: dict[ForkProcess, socket.socket] = {}
+    while True:
+        sentinels = {each.sentinel: each for each in running}
+        clients = {client: each for each, client in running.items()}
+        for ready in connection.wait([listener, tests.sentinel, *sentinels, *clients]):
+            if ready is listener:
+                client = listener.accept()[0]
+                length, streams, *_ = socket.recv_fds(client, 4, 3)
+                with client.makefile("rb") as file:
+                    words, environment, folder = json.loads(file.read(int.from_bytes(length, "big")))
+                arguments = (words, environment, Path(folder), streams, executable)
+                child = fork.Process(target=_of_client, args=arguments)
+                child.start()
+                for stream in streams:
+                    os.close(stream)
+                client.sendall(f"{child.pid}\n".encode())
+                running[child] = client
+            elif ready == tests.sentinel:
+                for child in running:
+                    child.kill()
+                return
+            elif ready in clients:  # they send nothing more: it has ended
+                clients[ready].kill()
+            else:
+                child = sentinels[ready]
+                child.join()
+                with running.pop(child) as client, contextlib.suppress(OSError):
+                    client.sendall(f"{child.exitcode}\n".encode())
+
+
+def _of_client(
+    words: list[str], environment: dict[str, str], folder: Path, streams: Sequence[int], executable: str
+) -> None:
+    to_foreground()
+    for descriptor, stream in enumerate(streams):
+        os.dup2(stream, descriptor)
+        os.close(stream)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.executable = executable
+    _run(words, environment, folder)
+
+
+def _to_files(
     words: list[str],
     environment: dict[str, str],
     output: Path,
@@ -131,6 +249,13 @@ def _python(
     for descriptor, path in ((1, output), (2, errors)):
         with path.open("ab") as file:
             os.dup2(file.fileno(), descriptor)
+    _run(words, environment, folder, prepare)
+
+
+def _run(
+    words: list[str], environment: dict[str, str], folder: Path, prepare: Callable[[], None] | None = None
+) -> None:
+    """The program of a command line, on the standard streams as they are."""
     # As Python makes them, whatever the server's are.
     sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = sys.__stderr__ = open(  # noqa: SIM115

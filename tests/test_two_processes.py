@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forked import spawn
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
@@ -79,7 +79,7 @@ def test_gradients_equal_those_of_the_joined_batch(
     tmp_path: Path, accumulate: int, either_device: torch.device
 ) -> None:
     """On CUDA both processes share the GPU, which Gloo allows and NCCL does not."""
-    mp.spawn(process, args=(str(tmp_path), accumulate, either_device), nprocs=2)
+    spawn(process, args=(str(tmp_path), accumulate, either_device), nprocs=2)
     halves = [torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in range(2)]
     model = network(either_device)
     loss = step(model, model, [batch()])

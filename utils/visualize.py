@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
@@ -90,23 +91,31 @@ def confusion_figure(confusion: Array | Tensor, class_names: Sequence[str]) -> F
     counts = np.asarray(confusion, dtype=np.float64)
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     names, classes = [drawable(name) for name in class_names], len(class_names)
+    numbered, unit = classes <= _NUMBERED, "% of the true class's pixels"
     # 151 names need about 0.11 inch each to be legible; with few classes each cell shows a number.
-    side = 2.4 + (0.3 * classes if classes <= _NUMBERED else 0.115 * classes)
-    figure = new_figure(side + 1, side)
+    side = 2.4 + (0.3 if numbered else 0.115) * classes
+    figure = new_figure(side if numbered else side + 1, side)
     axes = figure.add_subplot()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
-    figure.colorbar(image, ax=axes, label="% of the true class's pixels", fraction=0.04, pad=0.02)
-    size = 8 if classes <= _NUMBERED else 5.5
-    axes.set_xticks(range(classes), names, rotation=90, fontsize=size)
-    axes.set_yticks(range(classes), names, fontsize=size)
-    axes.tick_params(length=2 if classes <= _NUMBERED else 0, pad=2)
-    axes.set_xlabel("predicted")
+    if not numbered:
+        figure.colorbar(image, ax=axes, label=unit, fraction=0.04, pad=0.02)
+    axes.tick_params(length=2 if numbered else 0, pad=2, labelsize=8 if numbered else 5.5)
+    axes.set_xticks(range(classes), names, rotation=90)
+    axes.set_yticks(range(classes), names)
+    axes.set_xlabel(f"predicted, in {unit}" if numbered else "predicted")
     axes.set_ylabel("true")
-    for row, column in np.argwhere(shares >= 0.5) if classes <= _NUMBERED else ():
+    for row, column in np.argwhere(shares >= 0.5) if numbered else ():
         share = shares[row, column]
         colour = "white" if share > 55 else "black"
         axes.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=7, color=colour)
     return figure
+
+
+def confusion_image(confusion: Array | Tensor, class_names: Sequence[str]) -> Array:
+    """``confusion_figure`` as height×width×3, uint8."""
+    canvas = FigureCanvasAgg(confusion_figure(confusion, class_names))
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[:, :, :3]
 
 
 def write_samples(

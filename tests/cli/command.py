@@ -12,11 +12,10 @@ from pathlib import Path
 
 from forked import BOUND, ROOT, Fork, environments
 
-# A network that trains in seconds on one core. Everything else is as a user gets it.
-SMALL = (
-    *("--backbone", "mobilenet_v2", "--no_pretrained", "--crop_size", "64"),
-    *("--batch_size", "4", "--epochs", "1"),
-)
+# Networks that train in seconds on one core. Everything else is as a user gets it.
+_SHORT = ("--no_pretrained", "--crop_size", "64", "--batch_size", "4", "--epochs", "1")
+SEGFORMER = SMALL = ("--model", "segformer_b0", *_SHORT)
+DEEPLAB = ("--backbone", "mobilenet_v2", *_SHORT)  # takes nearly twice as long
 
 
 @dataclass
@@ -73,17 +72,22 @@ def start(*arguments: str | Path) -> Started:
     return Started(arguments)
 
 
-def launch(*arguments: str | Path, launcher: str | None = None, processes: int = 1) -> Outcome:
+def launch(
+    *arguments: str | Path,
+    launcher: str | None = None,
+    interpreter: str | Path = sys.executable,
+    processes: int = 1,
+) -> Outcome:
     """Run ``run.py`` to its end.
 
     Args:
         arguments: of the command line.
-        launcher: "torchrun", or "launch" for ``torch.distributed.launch``, where that is the point: the
-            launcher and each process import torch. None: without one.
+        launcher: "torchrun", or "launch" for ``torch.distributed.launch``. None: without one.
+        interpreter: the launcher's.
         processes: number of processes.
     """
     if launcher is not None:
-        return _by_launcher(arguments, launcher, processes)
+        return _by_launcher(arguments, launcher, interpreter, processes)
     started = Started(arguments, processes)
     try:
         out, err = started.communicate()
@@ -94,12 +98,14 @@ def launch(*arguments: str | Path, launcher: str | None = None, processes: int =
     return Outcome(code, out, err)
 
 
-def _by_launcher(arguments: Sequence[str | Path], launcher: str, processes: int) -> Outcome:
+def _by_launcher(
+    arguments: Sequence[str | Path], launcher: str, interpreter: str | Path, processes: int
+) -> Outcome:
     options = {
         "torchrun": ["-m", "torch.distributed.run", "--standalone"],
         "launch": ["-m", "torch.distributed.launch", f"--master_port={20000 + os.getpid() % 20000}"],
     }
-    words = [sys.executable, *options[launcher], f"--nproc_per_node={processes}", "run.py"]
+    words = [interpreter, *options[launcher], f"--nproc_per_node={processes}", "run.py"]
     done = subprocess.run(
         [*words, *map(str, arguments)],
         cwd=ROOT,

@@ -99,11 +99,9 @@ def test_a_step_continues_from_another_run(cli: Launch, tmp_path: Path) -> None:
     }
 
 
-def test_resumed_epochs_give_the_weights_of_an_unbroken_run(
-    cli: Launch, shapes_root: Path, tmp_path: Path
-) -> None:
+def test_resumed_epochs_give_the_weights_of_an_unbroken_run(tiny_data: Path, tmp_path: Path) -> None:
     common = [
-        *("--dataset", "shapes", "--data_root", shapes_root, *SMALL, "--epochs", "6"),
+        *("--dataset", "shapes", "--data_root", tiny_data, *SMALL, "--epochs", "6"),
         *("--task", "15-5", "--logdir", tmp_path, "--step", "0"),
     ]
     assert launch(*common, "--name", "whole").code == 0

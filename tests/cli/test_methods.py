@@ -7,60 +7,46 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import SMALL, Launch
+from command import DEEPLAB, SEGFORMER, launch
 
-SEGFORMER = (
-    *("--model", "segformer_b0", "--no_pretrained", "--crop_size", "64"),
-    *("--batch_size", "4", "--epochs", "1"),
-)
 # (method, network, further options, processes): each network, precision, protocol and number of processes
-# meets many methods, each method runs twice.
+# meets many methods, each method runs twice, of which once in tests/faults/test_examples.py if it is there.
 RUNS = [
-    ("FT", SMALL, ["--opt_level", "O1"], 1),
+    ("FT", DEEPLAB, ["--opt_level", "O1"], 1),
     ("FT", SEGFORMER, ["--opt_level", "O3"], 2),
-    ("LWF", SMALL, ["--opt_level", "O1"], 2),
-    ("LWF-MC", SMALL, [], 1),
+    ("LWF", DEEPLAB, ["--opt_level", "O1"], 2),
+    ("LWF-MC", DEEPLAB, [], 1),
     ("LWF-MC", SEGFORMER, ["--icarl_disjoint", "--opt_level", "O1"], 1),
-    ("ILT", SMALL, ["--opt_level", "O2"], 2),
-    ("ILT", SEGFORMER, ["--loss_de_maskedold", "--loss_de_cosine"], 1),
-    ("EWC", SMALL, [], 2),
-    ("RW", SMALL, ["--opt_level", "O1", "--reg_iterations", "2"], 1),
+    ("ILT", DEEPLAB, ["--opt_level", "O2"], 1),
+    ("ILT", SEGFORMER, ["--loss_de_maskedold", "--loss_de_cosine"], 2),
+    ("EWC", SEGFORMER, [], 2),
+    ("RW", DEEPLAB, ["--opt_level", "O1", "--reg_iterations", "2"], 1),
     ("PI", SEGFORMER, [], 1),
     ("MIB", SEGFORMER, ["--opt_level", "O1", "--memory", "6"], 2),
-    ("CIL", SMALL, ["--opt_level", "O1"], 1),
-    ("SDR", SMALL, ["--loss_SNNL", "1e-3"], 2),
-    ("SDR", SMALL, ["--opt_level", "O1", "--fidelity", "released"], 1),
-    ("PLOP", SMALL, ["--opt_level", "O1"], 2),
-    ("PLOP", SEGFORMER, ["--fidelity", "released", "--spp_scales", "1", "2"], 1),
-    ("SSUL", SMALL, [], 2),
-    ("SSUL-M", SMALL, ["--opt_level", "O1", "--memory", "6"], 1),
-    ("RCIL", SMALL, ["--opt_level", "O1"], 2),
-    ("RCIL", SMALL, ["--fidelity", "released", "--norm_act", "abn"], 1),
-    ("DFT", SMALL, [], 2),
-    ("DFT", SEGFORMER, ["--opt_level", "O1"], 1),
+    ("CIL", DEEPLAB, ["--opt_level", "O1"], 1),
+    ("SDR", DEEPLAB, ["--loss_SNNL", "1e-3"], 2),
+    ("SDR", DEEPLAB, ["--opt_level", "O1", "--fidelity", "released"], 1),
+    ("PLOP", DEEPLAB, ["--opt_level", "O1"], 1),
+    ("PLOP", SEGFORMER, ["--fidelity", "released", "--spp_scales", "1", "2"], 2),
+    ("SSUL", DEEPLAB, [], 2),
+    ("SSUL-M", DEEPLAB, ["--opt_level", "O1", "--memory", "6"], 1),
+    ("RCIL", DEEPLAB, ["--fidelity", "released", "--norm_act", "abn"], 1),
+    ("DFT", SEGFORMER, ["--opt_level", "O1"], 2),
     ("SATS", SEGFORMER, [], 2),
     ("SATS-M", SEGFORMER, ["--opt_level", "O1", "--memory", "6"], 1),
-    ("SATS", SMALL, ["--distill_object", "sats-feature-CNN"], 1),
+    ("SATS", DEEPLAB, ["--distill_object", "sats-feature-CNN"], 1),
     ("SATS", SEGFORMER, ["--distill_object", "sats-selfattn-GP", "--fidelity", "released"], 1),
-    ("MIB+EWF", SEGFORMER, [], 1),
-    ("PLOP+EWF", SMALL, ["--opt_level", "O1"], 2),
-    ("LGKD", SMALL, ["--fidelity", "released"], 2),
-    ("LGKD", SEGFORMER, ["--opt_level", "O1", "--spp_scales", "1", "2"], 1),
-    ("MIB+NeST", SEGFORMER, ["--opt_level", "O3", "--warm_epochs", "2"], 2),
-    ("PLOP+NeST", SMALL, ["--fidelity", "released", "--warm_epochs", "2"], 1),
-    ("DKD", SMALL, ["--opt_level", "O1", "--lr", "0.001"], 2),
-    ("DKD-M", SEGFORMER, ["--memory", "6", "--lr", "0.001", "--fidelity", "released"], 1),
-    ("STAR", SEGFORMER, ["--opt_level", "O3", "--lr", "0.001"], 1),
-    ("STAR-M", SMALL, ["--memory", "6", "--lr", "0.001", "--fidelity", "released"], 2),
+    ("LGKD", DEEPLAB, ["--fidelity", "released"], 1),
 ]
 
 
 @pytest.mark.parametrize(("method", "network", "options", "processes"), RUNS)
 def test_three_steps(
-    cli: Launch, tmp_path: Path, method: str, network: tuple[str, ...], options: list[str], processes: int
+    tiny_data: Path, tmp_path: Path, method: str, network: tuple[str, ...], options: list[str], processes: int
 ) -> None:
-    outcome = cli(
-        *(*network, "--task", "10-5-5", "--overlap", "--step", "all", "--lr", "0.01"),
+    outcome = launch(
+        *("--dataset", "shapes", "--data_root", tiny_data, *network),
+        *("--task", "10-5-5", "--overlap", "--step", "all", "--lr", "0.01"),
         *("--logdir", tmp_path, "--name", "run", "--method", method, *options),
         processes=processes,
     )

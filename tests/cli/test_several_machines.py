@@ -7,7 +7,6 @@ import re
 import shlex
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 from command import ROOT, SMALL
@@ -26,7 +25,7 @@ def test_the_documented_options_are_the_published_ones() -> None:
     assert (opts.method, opts.steps, opts.epochs) == ("SATS", [0, 1, 2, 3, 4, 5], 30)
 
 
-def test_two_launchers_train_one_run(shapes_root: Path, tmp_path: Path) -> None:
+def test_two_launchers_train_one_run(tiny_data: Path, tmp_path: Path, interpreter: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -36,7 +35,7 @@ def test_two_launchers_train_one_run(shapes_root: Path, tmp_path: Path) -> None:
     ]
     launcher.append("--local_addr=127.0.0.1")  # a container's own name may not resolve
     run = [
-        *("--dataset", "shapes", "--data_root", str(shapes_root), *SMALL, "--task", "15-5", "--step", "0"),
+        *("--dataset", "shapes", "--data_root", str(tiny_data), *SMALL, "--task", "15-5", "--step", "0"),
         *("--lr", "0.01", "--logdir", str(tmp_path), "--name", "two"),
     ]
     processes = []
@@ -44,7 +43,7 @@ def test_two_launchers_train_one_run(shapes_root: Path, tmp_path: Path) -> None:
         with (tmp_path / f"output_{machine}").open("wb") as output:
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "torch.distributed.run", *launcher, "run.py", *run],
+                    [interpreter, "-m", "torch.distributed.run", *launcher, "run.py", *run],
                     cwd=ROOT,
                     env={**os.environ, "OMP_NUM_THREADS": "1"},
                     stdout=output,

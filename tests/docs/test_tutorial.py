@@ -19,7 +19,7 @@ UNCHANGED = ("--predict", "--test", "--check_data")  # without --epochs
 
 def run_in(folder: Path, words: list[str]) -> str:
     done = subprocess.run(
-        [sys.executable, *words],
+        words,
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -30,12 +30,12 @@ def run_in(folder: Path, words: list[str]) -> str:
     return done.stdout
 
 
-def test_every_command_of_the_tutorial(tmp_path: Path) -> None:
+def test_every_command_of_the_tutorial(tmp_path: Path, interpreter: Path) -> None:
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
     outputs = {}
     for language, block in BLOCKS:
         if language == "python":
-            run_in(tmp_path, ["-c", block])
+            run_in(tmp_path, [sys.executable, "-c", block])
             continue
         (command,) = block.replace("\\\n", " ").strip().splitlines()
         python, *words = shlex.split(command)
@@ -45,7 +45,7 @@ def test_every_command_of_the_tutorial(tmp_path: Path) -> None:
             more = ""
         if words[0] in SMALLER:
             words[0] = str(ROOT / words[0])
-        outputs[command] = run_in(tmp_path, [*words, *more.split()])
+        outputs[command] = run_in(tmp_path, [str(interpreter), *words, *more.split()])
     assert len(outputs) == 8
     (checked,) = [out for command, out in outputs.items() if "--check_data" in command]
     assert checked.endswith("the data is in order\n")

@@ -20,11 +20,13 @@ from forked import BOUND, ROOT, environments, to_foreground
 from runs.checkpoint import load_checkpoint
 
 # Trains in seconds on one core; saves after almost every batch. Everything else is as a user gets it.
-TINY = (
-    *("--dataset", "shapes", "--backbone", "mobilenet_v2", "--no_pretrained", "--crop_size", "64"),
+MOBILENET, SEGFORMER = ("--backbone", "mobilenet_v2"), ("--model", "segformer_b0")
+COMMON = (
+    *("--dataset", "shapes", "--no_pretrained", "--crop_size", "64"),
     *("--batch_size", "4", "--lr", "0.01", "--task", "15-5", "--overlap"),
-    *("--print_interval", "1", "--ckpt_minutes", "0.01"),
+    *("--print_interval", "1"),
 )
+TINY = (*SEGFORMER, *COMMON, "--ckpt_minutes", "0.01")
 
 
 class Process(Protocol):

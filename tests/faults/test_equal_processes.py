@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from faults import TINY, completed
+from forked import spawn
 
 from modules import NetworkSpec
 from runs.checkpoint import load_checkpoint, save_checkpoint
@@ -20,7 +20,7 @@ from utils.loss import Prototypes
 
 def see_every_class(state: dict[str, torch.Tensor]) -> None:
     """Draw the classifier at random, centred: a network of one epoch sees background everywhere."""
-    model = make_model(NetworkSpec(backbone="mobilenet_v2", pooling=0), [16]).eval()
+    model = make_model(NetworkSpec(model="segformer_b0"), [16]).eval()
     model.load_state_dict(state)
     with torch.no_grad():
         pre_logits, _ = model.network(torch.randn(4, 3, 64, 64), frozenset())
@@ -83,7 +83,7 @@ def test_prototypes_and_running_statistics(size: int, tmp_path: Path) -> None:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
-    mp.spawn(_process, args=(size, port, str(tmp_path)), nprocs=size)
+    spawn(_process, args=(size, port, str(tmp_path)), nprocs=size)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     alone = _prototypes(slice(None), reduce=False)

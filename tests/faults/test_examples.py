@@ -5,14 +5,25 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from faults import BOUND, ROOT, TINY, Fork, completed, differences, left_by, running, start_words
+from faults import (
+    BOUND,
+    COMMON,
+    MOBILENET,
+    ROOT,
+    SEGFORMER,
+    Fork,
+    completed,
+    differences,
+    left_by,
+    running,
+    start_words,
+)
 from PIL import Image
 
 from report.command import main as report
@@ -24,31 +35,35 @@ EXAMPLES = {
     "contrastive": "CONTRAST",
     "mean_replay": "REPLAY",
 }
-# Built-in methods with networks, classifiers or states of their own: options, and the number of processes.
-# Three steps, the last of which is killed. Half precision, processes and bases are spread over them.
+# Built-in methods with networks, classifiers or states of their own: network, options, and the number of
+# processes. Three steps, the last of which is killed. tests/cli/test_methods.py has other combinations.
 HALF = ("--opt_level", "O1")
-BUILT_IN: dict[str, tuple[tuple[str, ...], int]] = {
-    "DKD": (("--lr", "0.001"), 2),
-    "DKD-M": (("--lr", "0.001", "--memory", "6", *HALF), 1),
-    "STAR": (("--lr", "0.001", *HALF), 1),
-    "STAR-M": (("--lr", "0.001", "--memory", "6"), 2),
-    "MIB+EWF": ((), 1),
-    "PLOP+EWF": (HALF, 2),
-    "LGKD": (HALF, 1),
-    "MIB+NeST": (("--warm_epochs", "2", *HALF), 2),
-    "PLOP+NeST": (("--warm_epochs", "2", "--fidelity", "released"), 1),
-    "RCIL": (HALF, 2),
-    "DFT": ((), 1),
+RELEASED = ("--fidelity", "released")
+BUILT_IN: dict[str, tuple[tuple[str, ...], tuple[str, ...], int]] = {
+    "DKD": (MOBILENET, ("--lr", "0.001", *HALF), 1),
+    "DKD-M": (SEGFORMER, ("--lr", "0.001", "--memory", "6", *RELEASED), 2),
+    "STAR": (SEGFORMER, ("--lr", "0.001", "--opt_level", "O3"), 2),
+    "STAR-M": (MOBILENET, ("--lr", "0.001", "--memory", "6", *RELEASED), 1),
+    "MIB+EWF": (SEGFORMER, (), 2),
+    "PLOP+EWF": (MOBILENET, HALF, 1),
+    "LGKD": (SEGFORMER, ("--spp_scales", "1", "2", *HALF), 2),
+    "MIB+NeST": (SEGFORMER, ("--warm_epochs", "2", "--opt_level", "O3"), 2),
+    "PLOP+NeST": (MOBILENET, ("--warm_epochs", "2", *RELEASED), 1),
+    "RCIL": (MOBILENET, HALF, 2),
+    "DFT": (MOBILENET, (), 1),
 }
+# After every batch, so that a process can be killed at any.
+SAVING = ("--ckpt_minutes", "0.00001")
+RUN = "15-5-shapes_run"
 LINES = {"weight_fusion": 35, "dkd": 75, "contrastive": 55, "cosine_distillation": 35, "mean_replay": 65}
 
 
 def command(data: Path, logs: Path, name: str, example: str, *more: object) -> list[object]:
     file = ROOT / "docs" / "examples" / f"{example}.py"
-    own = ("--method_file", file) if example in EXAMPLES else BUILT_IN[example][0]
+    network, own, _ = BUILT_IN.get(example, (SEGFORMER, ("--method_file", file), 1))
     return [
-        *(*TINY, "--data_root", data, "--logdir", logs, "--name", name, "--epochs", "1", "--step", "0", "1"),
-        *("--ckpt_minutes", "0.00001", *own, "--method", EXAMPLES.get(example, example), *more),
+        *(*network, *COMMON, "--data_root", data, "--logdir", logs, "--name", name, "--epochs", "1"),
+        *("--step", "0", "1", *own, "--method", EXAMPLES.get(example, example), *more),
     ]
 
 
@@ -69,9 +84,9 @@ class Killing(Fork):
     prepare = kill_after_a_save
 
 
-def start_torchrun(arguments: Sequence[str], environment: dict[str, str], output: Path) -> Any:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return start_words([*torchrun, "run.py", *arguments], environment, output)
+def copy_steps(of: Path, to: Path, without: int) -> None:
+    """Copy the run folder of the steps before one."""
+    shutil.copytree(of, to, ignore=shutil.ignore_patterns(f"*_{without}", f"*_{without}.*"))
 
 
 def left(logs: Path, name: str) -> dict[str, Any]:
@@ -86,24 +101,25 @@ def test_an_example_from_training_to_report(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    completed(command(tiny_data, tmp_path, "whole", example), tmp_path / "out")
-    broken = command(tiny_data, tmp_path, "broken", example)
+    whole, broken = (command(tiny_data, tmp_path / kind, "run", example) for kind in ("whole", "broken"))
+    completed([*broken, "--step", "0"], tmp_path / "out")
+    copy_steps(tmp_path / "broken" / RUN, tmp_path / "whole" / RUN, without=1)
+    started = completed(whole, tmp_path / "out").output()
+    assert "step 0 is done" in started and "step 1 resumes" not in started
     monkeypatch.setenv("KILL_AT", "(1, 0, 2)")
-    with running(broken, tmp_path / "out", start=Killing) as run:
+    with running([*broken, *SAVING], tmp_path / "out", start=Killing) as run:
         assert run.wait(BOUND) == [-signal.SIGKILL]
     resumed = completed(broken, tmp_path / "out")
     assert "step 1 resumes at epoch 1 of 1, after batch 2 of 3" in resumed.output()
-    whole = left(tmp_path, "whole")
-    assert differences(whole, left(tmp_path, "broken")) == []
+    found = left_by(tmp_path / "whole" / RUN)
+    assert differences(found, left_by(tmp_path / "broken" / RUN)) == []
 
-    results = tmp_path / "15-5-shapes_broken" / "results_1.json"
+    results = tmp_path / "broken" / RUN / "results_1.json"
     results.unlink()
     completed([*broken, "--test"], tmp_path / "out")
-    assert differences(whole, left(tmp_path, "broken")) == []
+    assert differences(found, left_by(tmp_path / "broken" / RUN)) == []
 
-    pair = command(tiny_data, tmp_path, "pair", example, "--deterministic")
-    torchrun = completed(pair, tmp_path / "out", start=start_torchrun)
-    assert "2 processes (gloo)" in torchrun.output()
+    completed(command(tiny_data, tmp_path, "pair", example, "--deterministic"), tmp_path / "out", 2)
     for step in (0, 1):
         content = left(tmp_path, "pair")[f"checkpoint {step}"]
         for weights in (content["model_state"], content["modules"]):
@@ -114,7 +130,7 @@ def test_an_example_from_training_to_report(
     capsys.readouterr()
     assert report([str(tmp_path), "--out", str(tmp_path / "report")]) == 0
     table = capsys.readouterr().out
-    assert all(f"15-5-shapes_{name}" in table for name in ("whole", "broken", "pair"))
+    assert table.count(f"{RUN} ") == 4 and "15-5-shapes_pair " in table, table
     assert (tmp_path / "report" / "report.html").is_file()
 
 
@@ -123,16 +139,17 @@ def test_a_method_killed_in_its_last_step(
     tiny_data: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It ends with the bits of a run that was not; ``--test`` and ``--predict`` read them."""
-    processes = BUILT_IN[method][1]
+    processes = BUILT_IN[method][2]
     total = ("--batch_size", 4 // processes, *(("--deterministic",) if processes > 1 else ()))
     words = ("--task", "10-5-5", *total, "--step")
     logs = {kind: tmp_path / kind for kind in ("broken", "whole")}
     commands = {kind: command(tiny_data, logs[kind], "run", method, *words, "all") for kind in logs}
     folders = {kind: logs[kind] / "10-5-5-shapes_run" for kind in logs}
+    completed([*commands["broken"], "--step", "0", "1"], tmp_path / "out", processes)
+    copy_steps(folders["broken"], folders["whole"], without=2)
     monkeypatch.setenv("KILL_AT", "(2, 0, 2)")
-    with running(commands["broken"], tmp_path / "out", processes, Killing) as run:
+    with running([*commands["broken"], *SAVING], tmp_path / "out", processes, Killing) as run:
         assert -signal.SIGKILL in run.wait(BOUND)
-    shutil.copytree(folders["broken"], folders["whole"], ignore=shutil.ignore_patterns("*_2", "*_2.*"))
     started = completed(commands["whole"], tmp_path / "out", processes).output()
     assert "step 1 is done" in started and "step 2 resumes" not in started and "loaded from" not in started
     resumed = completed(commands["broken"], tmp_path / "out", processes).output()
@@ -158,14 +175,19 @@ def test_a_method_killed_in_its_last_step(
 
 
 def test_the_head_of_two_killed_processes(
-    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interpreter: Path
 ) -> None:
     """With the best epoch kept and gradients accumulated; torchrun's run is the unbroken one."""
+
+    def start_torchrun(arguments: Sequence[str], environment: dict[str, str], output: Path) -> Any:
+        torchrun = [str(interpreter), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        return start_words([*torchrun, "run.py", *arguments], environment, output)
+
     more = ("--deterministic", "--keep", "best", "--epochs", "2", "--batch_size", "2", "--accumulate", "2")
-    completed(
-        command(tiny_data, tmp_path, "whole", "contrastive", *more), tmp_path / "w", start=start_torchrun
-    )
-    broken = command(tiny_data, tmp_path, "broken", "contrastive", *more)
+    words = command(tiny_data, tmp_path, "whole", "contrastive", *more)
+    torchrun = completed(words, tmp_path / "w", start=start_torchrun)
+    assert "2 processes (gloo)" in torchrun.output()
+    broken = command(tiny_data, tmp_path, "broken", "contrastive", *more, *SAVING)
     for point in ("(0, 0, 4)", "(1, 0, 3)"):  # in the first epoch, so that the best one depends on it
         monkeypatch.setenv("KILL_AT", point)
         with running(broken, tmp_path / "b", 2, Killing) as run:

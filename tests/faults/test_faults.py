@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from faults import BOUND, ROOT, TINY, Run, completed, running, start_command
+from faults import BOUND, ROOT, TINY, Run, completed, running
 from test_stops import children
 
 from runs.checkpoint import load_checkpoint
@@ -133,7 +133,7 @@ def test_skip_corrupt_passes_over_images_lists_them_and_has_a_limit(own_data: Pa
 
 def test_killed_loader_process(tiny_data: Path, tmp_path: Path) -> None:
     words = command(tiny_data, tmp_path)
-    with running(words, tmp_path / "out", 1, start_command) as run:
+    with running(words, tmp_path / "out") as run:
         run.wait_for("step 0 epoch 1/2: 2/")
         for pid in children(run.processes[0].pid):
             os.kill(pid, signal.SIGKILL)
@@ -163,7 +163,7 @@ def test_other_options_are_told(tiny_data: Path, tmp_path: Path) -> None:
         (["--momentum", "0.5"], ["--momentum 0.9, now 0.5", "--fresh"]),
         (["--lr", "0.02"], ["--lr 0.01, now 0.02"]),
         (["--batch_size", "8"], ["total batch 4, now 8"]),
-        (["--backbone", "resnet50"], ["--backbone mobilenet_v2, not resnet50"]),
+        (["--model", "segformer_b1"], ["--model segformer_b0, not segformer_b1"]),
     ):
         with running([*command(tiny_data, tmp_path), *other], tmp_path / "out") as run:
             assert run.wait(BOUND) == [2]

@@ -10,7 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import BOUND, TINY, Fork, completed, differences, left_by, running, saves_now
+from faults import (
+    BOUND,
+    COMMON,
+    MOBILENET,
+    SEGFORMER,
+    Fork,
+    completed,
+    differences,
+    left_by,
+    running,
+    saves_now,
+)
 
 from runs.checkpoint import load_checkpoint
 from session.state import StepState
@@ -19,8 +30,9 @@ SCORES = (30.0, 60.0, 20.0)  # added to each epoch's validation mIoU, which deci
 
 
 def command(data: Path, logs: Path, name: str, method: str, *more: object) -> list[object]:
+    network = MOBILENET if method == "SDR" else SEGFORMER  # on which an untrained SegFormer diverges
     return [
-        *(*TINY, "--data_root", data, "--logdir", logs, "--name", name),
+        *(*network, *COMMON, "--ckpt_minutes", "0.01", "--data_root", data, "--logdir", logs, "--name", name),
         *("--method", method, "--step", "0", "1", *more),
     ]
 

@@ -6,11 +6,11 @@ import os
 import re
 import signal
 import subprocess
-import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from faults import BOUND, ROOT, TINY, completed, differences, left_by, running, start_command
+from faults import BOUND, ROOT, TINY, completed, differences, left_by, running
+from forked import Fork
 
 STAND_IN = Path(__file__).with_name("slurm_stand_in.py")
 
@@ -45,7 +45,7 @@ def test_one_process_of_two_is_told_and_both_save_and_end(tiny_data: Path, tmp_p
 
 def test_signals_to_the_whole_process_group_spare_the_loaders(tiny_data: Path, tmp_path: Path) -> None:
     broken = command(tiny_data, tmp_path, "broken")
-    with running(broken, tmp_path / "out", 1, start_command) as run:
+    with running(broken, tmp_path / "out") as run:
         run.wait_for("step 0 epoch 1/2: 1/")
         pid = run.processes[0].pid
         for process in (pid, *children(pid)):
@@ -58,7 +58,7 @@ def test_signals_to_the_whole_process_group_spare_the_loaders(tiny_data: Path, t
     assert differences(*left) == []
 
 
-def test_slurm_script_saves_requeues_and_goes_on(tiny_data: Path, tmp_path: Path) -> None:
+def test_slurm_script_saves_requeues_and_goes_on(tiny_data: Path, tmp_path: Path, interpreter: Path) -> None:
     for name in ("srun", "scontrol"):
         wrapper = tmp_path / "bin" / name
         wrapper.parent.mkdir(exist_ok=True)
@@ -67,7 +67,7 @@ def test_slurm_script_saves_requeues_and_goes_on(tiny_data: Path, tmp_path: Path
     environment = {
         **os.environ,
         **{"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "STAND_IN": str(tmp_path)},
-        **{"STAND_IN_PATTERN": "step 0 epoch 1/2: 2/", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+        **{"STAND_IN_PATTERN": "step 0 epoch 1/2: 2/", "PYTHON": str(interpreter), "OMP_NUM_THREADS": "1"},
         **{"SLURM_JOB_ID": str(os.getpid()), "SLURM_NTASKS": "2", "SLURM_SUBMIT_DIR": str(ROOT)},
     }
     # With --fresh a requeued job must go on with its own work all the same.
@@ -93,25 +93,16 @@ def test_slurm_script_saves_requeues_and_goes_on(tiny_data: Path, tmp_path: Path
     assert (tmp_path / "15-5-shapes_job" / "results_0.json").is_file()
 
 
-def test_torchrun_starts_killed_processes_again(tiny_data: Path, tmp_path: Path) -> None:
+def test_torchrun_starts_killed_processes_again(tiny_data: Path, tmp_path: Path, interpreter: Path) -> None:
+    def torchrun(words: Sequence[str], environment: dict[str, str], output: Path) -> Fork:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=1"]
+        return Fork([*launcher, "run.py", *words], environment | {"PYTHON_EXEC": str(interpreter)}, output)
+
     run_dir = tmp_path / "15-5-shapes_job"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    output = tmp_path / "out.txt"
-    arguments = [*map(str, command(tiny_data, tmp_path, "job")), "--ckpt_minutes", "0.001"]
-    with output.open("wb") as file:
-        process = subprocess.Popen(
-            [*launcher, "--max_restarts=1", "run.py", *arguments],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        while not (run_dir / "15-5-shapes_job_0.json").exists() and process.poll() is None:
-            time.sleep(0.01)
-        os.kill(children(process.pid)[0], signal.SIGKILL)
-        assert process.wait() == 0, output.read_text()[-3000:]
-    finally:
-        process.kill()
-    assert "step 0 resumes at epoch" in output.read_text()
+    words = [*command(tiny_data, tmp_path, "job"), "--ckpt_minutes", "0.001"]
+    with running(words, tmp_path / "out", start=torchrun) as run:
+        run.wait_until((run_dir / "15-5-shapes_job_0.json").exists)
+        os.kill(children(run.processes[0].pid)[0], signal.SIGKILL)
+        assert run.wait() == [0], run.output()[-3000:]
+        assert "step 0 resumes at epoch" in run.output()
     assert (run_dir / "results_0.json").is_file()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forked import spawn
 from torch import Tensor, nn
 
 from argparser import parse_options
@@ -265,7 +265,7 @@ def process(rank: int, folder: str) -> None:
 
 
 def test_two_processes_train_the_same_weights_with_the_mean_gradient(tmp_path: Path) -> None:
-    mp.spawn(process, args=(str(tmp_path),), nprocs=2)
+    spawn(process, args=(str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in range(2))
     for name, value in first["state"].items():
         assert torch.equal(value, second["state"][name]), name

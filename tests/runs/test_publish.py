@@ -5,30 +5,21 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import python
 from hub_server import REPOSITORY, environment, hub
 
 from argparser import parse_options
 from runs.publish import publish
 from utils.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
 RUN = "15-5-shapes_Experiment"
 
 
-def run(*words: str, **environment_of: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *words],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        check=False,
-        env=environment_of or None,
-    )
+def run(*words: str, **more: str) -> str:
+    done = python(*words, **more)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout + done.stderr
 

@@ -755,14 +755,14 @@ def test_ades_other_is_in_no_mean(tmp_path: Path) -> None:
 # ── all of it ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_real_runs_end_with_table_and_report(shapes_root: Path, tmp_path: Path) -> None:
+def test_real_runs_end_with_table_and_report(tiny_data: Path, tmp_path: Path, interpreter: Path) -> None:
     common = {
-        **{"dataset": "shapes", "data_root": str(shapes_root), "task": "10-10", "overlap": True, "lr": 0.01},
-        **{"backbone": "mobilenet_v2", "no_pretrained": True, "crop_size": 64, "epochs": 1, "batch_size": 4},
+        **{"dataset": "shapes", "data_root": str(tiny_data), "task": "10-10", "overlap": True, "lr": 0.01},
+        **{"model": "segformer_b0", "no_pretrained": True, "crop_size": 64, "epochs": 1, "batch_size": 4},
     }
     file = write(tmp_path, common=common, seeds=[1], step_0=None, processes=2)
     done = subprocess.run(
-        [sys.executable, "-m", "scripts.experiment", str(file)],
+        [interpreter, "-m", "scripts.experiment", str(file)],
         cwd=ROOT,
         capture_output=True,
         text=True,

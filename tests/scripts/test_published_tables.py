@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,10 +118,13 @@ def test_the_newer_methods_have_the_settings_of_the_scripts(dataset: str) -> Non
     assert compared >= 30
 
 
-def test_a_table_in_small_form(shapes_root: Path, tmp_path: Path) -> None:
+def test_a_table_in_small_form(
+    tiny_data: Path, tmp_path: Path, interpreter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A file of the kit on generated data, with a smaller network, to table and report."""
+    monkeypatch.setattr(sys, "executable", str(interpreter))  # which starts the runs
     given = [
-        f"data_root={shapes_root}",
+        f"data_root={tiny_data}",
         *("dataset=shapes", "epochs=1", "total_batch=4", "crop_size=32", "backbone=mobilenet_v2"),
         *("norm_act=std", "no_pretrained", "opt_level=O0", "fidelity=paper", "lr=0.01"),
     ]

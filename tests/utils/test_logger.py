@@ -17,6 +17,7 @@ from session.tensorboard import RunLogger
 from utils.distributed import World
 from utils.errors import UserError
 from utils.logger import progress, setup_logging
+from utils.visualize import confusion_image
 
 MAIN = World(0, 0, 2, torch.device("cpu"), None)
 OTHER = World(1, 1, 2, torch.device("cpu"), None)
@@ -113,9 +114,10 @@ def test_course_options_and_results_in_tensorboard(tmp_path):
     board = RunLogger(MAIN, tmp_path)
     board.progress(Entry(10, 1, 5.0, 16.0, 0.1, None, {"ce": 1.0, "kd": 2.0}))
     board.options({"method": "MIB", "lr": [0.1]})
-    confusion = np.array([[6, 2], [0, 8]])
+    confusion, names = np.array([[6, 2], [0, 8]]), ["background", "cat"]
     step_0 = {"class_iou": {}, "miou_all": 0.5}
-    board.results(summarise(confusion, ["background", "cat"], [1, 1], earlier={0: step_0}), 3, confusion)
+    picture = confusion_image(confusion, names)
+    board.results(summarise(confusion, names, [1, 1], earlier={0: step_0}), 3, picture)
     board.close()
     found = list(values(tmp_path))
     scalars = {(step, v.tag): v.simple_value for step, v in found if v.HasField("simple_value")}
@@ -126,7 +128,9 @@ def test_course_options_and_results_in_tensorboard(tmp_path):
         *((3, f"iou/{name}") for name in ("background", "cat")),
     }
     assert scalars[3, "iou/cat"] == pytest.approx(0.8)
-    assert [v.tag for _, v in found if v.HasField("image")] == ["confusion"]
+    assert [(v.tag, v.image.width) for _, v in found if v.HasField("image")] == [
+        ("confusion", picture.shape[1])
+    ]
     texts = {v.tag: v.tensor.string_val[0].decode() for _, v in found if v.tensor.string_val}
     assert "| method | MIB |" in next(text for tag, text in texts.items() if tag.startswith("options"))
     assert "| mIoU all |" in next(text for tag, text in texts.items() if tag.startswith("results"))
@@ -145,7 +149,7 @@ def test_a_curve_that_begins_again_hides_what_stood_there(tmp_path):
 def test_tensorboard_elsewhere_or_off_does_nothing(tmp_path, world, enabled):
     board = RunLogger(world, tmp_path / "run", enabled=enabled)
     board.scalars({"lr": 0.5}, 1)
-    board.results(summarise(np.eye(2), ["a", "b"]), 1, np.eye(2))
+    board.results(summarise(np.eye(2), ["a", "b"]), 1, np.zeros((2, 2, 3), np.uint8))
     board.options({"a": "b"})
     board.image("a", None, 1)
     board.close()
