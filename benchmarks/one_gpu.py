@@ -18,13 +18,22 @@ from pathlib import Path
 import torch
 
 from utils import distributed
+from utils.command import run_command
+from utils.errors import UserError
 from utils.processor import fast_bfloat16
 
 PROGRAM = Path(__file__).resolve().parent.parent / "run.py"
 
 
-def main(backend: str, words: list[str]) -> None:
-    """Run the program with these options, in a process group of this backend."""
+def main(argv: list[str]) -> None:
+    """Run the program in a process group: the backend, then its options.
+
+    Raises:
+        UserError: the first word is no backend.
+    """
+    backend, *words = argv or [""]
+    if backend not in ("gloo", "nccl"):
+        raise UserError(f"{backend!r} is no backend; give gloo or nccl, then the options of run.py")
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
     def start(where: str | None = None, local_rank: int | None = None, timeout_s: float = 1800.0) -> object:
@@ -40,4 +49,4 @@ def main(backend: str, words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    sys.exit(run_command("benchmarks.one_gpu", lambda: main(sys.argv[1:])))
