@@ -203,6 +203,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=positive_int, default=4, help="concurrent runs of the comparison")
     parser.add_argument("--set", nargs="+", default=[], help="options of the comparison, e.g. epochs=4")
     options = parser.parse_args(argv)
+    if options.experiment and not options.photos:
+        raise UserError("--experiment: the comparison needs photos; give --photos, or pack them")
     for folder in (options.out, options.work):
         folder.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -210,6 +212,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{device_name(device)}, torch {torch.__version__}, --opt_level O1: {precision}", flush=True)
     began, rows = time.monotonic(), list[Row]()
     end = began + 60 * options.minutes
+
+    def write_json() -> None:
+        seconds = round(time.monotonic() - began, 1)
+        told = {"precision": precision, "seconds": seconds, "answers": answers(rows)}
+        write_report(options.out / "gpu_check.json", device, **told, parts=rows)
+
     chosen = [part for part in parts(options) if any(word in part.name for word in options.only)]
     for part in chosen:
         if part.figures:
@@ -224,9 +232,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             running = {pool.submit(run_part, part, options.out, left): part for part in now}
             for ended in as_completed(running):
                 rows.append(record(running[ended], options.out, *ended.result()))
-                seconds = round(time.monotonic() - began, 1)
-                told = {"precision": precision, "seconds": seconds, "answers": answers(rows)}
-                write_report(options.out / "gpu_check.json", device, **told, parts=rows)
+                write_json()
+    write_json()  # with the parts for which no time was left
     table = markdown(ANSWER_COLUMNS, answers(rows))
     with (options.out / "gpu_check.txt").open("a", encoding="utf-8") as file:
         file.write(f"\n=== answers\n{table}\n")

@@ -32,8 +32,8 @@ WEIGHTS = Path("build/gpu_weights.pth")
 ARCHIVE, PACKED_WEIGHTS = PACK / "photos.tar.gz", PACK / "mobilenet_v2.pth.xz"
 REQUIREMENTS = ("requirements.txt", "requirements-dev.txt")
 LARGE = ("torch", "torchvision", "numpy", "pillow", "matplotlib", "scikit-learn", "transformers")
-# Of no use there: linters, and what only downloads.
-NOT_THERE = ("ruff", "mypy", "types-PyYAML", "types-tqdm", "hf-xet")
+# Of no use there: linters, what only downloads, and a large package that no test with the mark cuda needs.
+NOT_THERE = ("ruff", "mypy", "types-PyYAML", "types-tqdm", "hf-xet", "wandb")
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
 

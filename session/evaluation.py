@@ -84,11 +84,11 @@ class Evaluation:
         )
 
     def report(
-        self, step: int, data: EvaluationData, metrics: StreamSegMetrics, course: RunLogger | None = None
+        self, step: int, data: EvaluationData, metrics: StreamSegMetrics, step_writer: RunLogger | None = None
     ) -> None:
         """Log the results of a step; on rank 0 also write them as JSON, CSV and curves.
 
-        ``course``: writer of the step's own curves, beside those of the whole task.
+        ``step_writer``: writer of the step's own curves, beside those of the whole task.
         """
         opts = self.opts
         results = self.summarise(step, data, metrics, self.folder.earlier_results(step))
@@ -110,8 +110,8 @@ class Evaluation:
                 writer.options(self.folder.options)
                 confusion = self._picture(results, metrics)
                 writer.results(results, step, confusion)
-            if course is not None:
-                course.results(results, opts.epochs, confusion)
+            if step_writer is not None:
+                step_writer.results(results, opts.epochs, confusion)
 
     def _picture(self, results: Results, metrics: StreamSegMetrics) -> Array | None:
         """The confusion matrix, drawn once for all curves: that of 151 classes takes a second."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +86,11 @@ class WandbMirror:
         """The part of the run with a name, as TensorBoard has a folder."""
         return WandbBoard(self, name)
 
-    def log(self, values: Mapping[str, Any]) -> None:
-        """Send values by their names."""
+    def log(self, values: Callable[[], dict[str, Any]]) -> None:
+        """Send values by their names. They are made here, since images and tables are files of wandb's."""
         with self._tolerated():
             if self._run is not None:
-                self._run.log(dict(values))
+                self._run.log(values())
 
     def define_axis(self, names: str, axis: str) -> None:
         """Draw the curves of some names (``step_0/*``) over another value."""
@@ -131,25 +131,32 @@ class WandbBoard:
         self._mirror, self._name = mirror, name
         mirror.define_axis(f"{name}/*", f"{name}/step")
 
-    def _log(self, values: Mapping[str, Any], step: int) -> None:
-        self._mirror.log({f"{self._name}/{tag}": value for tag, value in {**values, "step": step}.items()})
+    def _log(self, values: Callable[[], Mapping[str, Any]], step: int) -> None:
+        self._mirror.log(
+            lambda: {f"{self._name}/{tag}": value for tag, value in {**values(), "step": step}.items()}
+        )
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """One point of several curves."""
-        self._log(values, step)
+        self._log(lambda: values, step)
 
     def image(self, tag: str, image: Any, step: int) -> None:
         """An image, H×W×3, uint8."""
         import wandb
 
-        self._log({tag: wandb.Image(image)}, step)
+        self._log(lambda: {tag: wandb.Image(image)}, step)
 
     def tables(self, tag: str, tables: Sequence[Table], step: int) -> None:
         """Tables: headers and rows."""
         import wandb
 
-        made = [wandb.Table(columns=[*headers], data=[*rows]) for headers, rows in tables]
-        self._log({f"{tag}/{number}": table for number, table in enumerate(made)}, step)
+        def made() -> dict[str, Any]:
+            return {
+                f"{tag}/{number}": wandb.Table(columns=[*headers], data=[*rows])
+                for number, (headers, rows) in enumerate(tables)
+            }
+
+        self._log(made, step)
 
     def options(self, options: Mapping[str, Any]) -> None:
         """The options of a run, as its configuration."""

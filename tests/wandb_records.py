@@ -7,17 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from wandb.proto.wandb_internal_pb2 import Record
-
 BLOCK, START, FULL, FIRST, LAST = 32768, 7, 1, 2, 4
 
 
-def records(path: Path) -> Iterator[Record]:
+def records(path: Path) -> Iterator[Any]:
     """Records of a ``.wandb`` file, in LevelDB's log format; an unfinished last one is left out.
 
     A file begins with 7 bytes of its own. A part of a record is 4 bytes of checksum, 2 of length, 1 of kind,
     and its content; fewer than 7 bytes at the end of a block are filled.
     """
+    from wandb.proto.wandb_internal_pb2 import Record
+
     data, place, content = path.read_bytes(), START, b""
     while place + START <= len(data):
         if BLOCK - place % BLOCK < START:

@@ -196,3 +196,10 @@ def test_the_packed_wheels_are_those_of_the_requirements_and_their_needs() -> No
     assert {"protobuf", "pluggy", "execnet"} < packed.keys()  # needs of those
     assert not {"torch", "numpy", "ruff", "types_tqdm"} & packed.keys()
     assert packed["timm"] == metadata.version("timm")
+
+
+def test_a_comparison_without_photos_is_refused(tmp_path: Path) -> None:
+    words = ["--out", tmp_path / "out", "--work", tmp_path / "work", "--experiment", tmp_path / "file.yaml"]
+    with pytest.raises(UserError, match="--experiment: the comparison needs photos"):
+        gpu_check.main([str(word) for word in words])
+    assert not list(tmp_path.iterdir())

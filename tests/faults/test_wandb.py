@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from faults import BOUND, TINY, completed, running, start_command
 from test_stops import children
@@ -98,6 +100,23 @@ def test_training_survives_the_end_of_wandbs_service(
     assert run.output().count("continuing without it") == 1
     assert "Traceback" not in run.output()
     assert (tmp_path / "15-5-shapes_run" / "results_0.json").is_file()
+
+
+def test_an_image_that_wandb_cannot_write_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    mirror = WandbMirror("board", tmp_path, anew=False)
+    try:
+        monkeypatch.setattr("wandb.Image", full)
+        for tag in ("predictions", "confusion"):
+            mirror.board("task").image(tag, np.zeros((4, 4, 3), np.uint8), 0)
+    finally:
+        mirror.close(failed=False)
+    assert caplog.text.count("No space left on device); continuing without it") == 1
 
 
 @pytest.mark.parametrize("key", [None, "short"])
