@@ -58,7 +58,7 @@ class Options(argparse.Namespace):
 
     def summary(self) -> str:
         """One line: what was typed, and what a preset or another option set."""
-        defaults = vars(build_parser().parse_args([], namespace=argparse.Namespace()))
+        defaults = vars(_parser(tuple(REGISTRY)).parse_args([], namespace=argparse.Namespace()))
         shown = [
             f"{name}={_plain(value)}" + ("" if name in self.typed else " (preset)")
             for name, value in sorted(vars(self).items())
@@ -478,7 +478,7 @@ def _parser_for(argv: Sequence[str]) -> OptionParser:
     first.add_argument("--method_file", type=path_option, default=None)
     path = first.parse_known_args(argv)[0].method_file
     if path is None:
-        return build_parser()
+        return _parser(tuple(REGISTRY))
     taken = {action.dest for action in build_parser()._actions} | set(Options.__annotations__)
     kinds, presets = load_method_file(path)
     try:
@@ -543,11 +543,16 @@ def _own_classes(opts: Options) -> tuple[str, ...] | None:
 
 
 def _typed(argv: Sequence[str]) -> set[str]:
-    """Names of the options that the user typed: parse again with every default left out."""
+    """Names of the options that the user typed."""
+    return set(vars(_parser_without_defaults(tuple(REGISTRY)).parse_known_args(argv)[0]))
+
+
+@functools.cache
+def _parser_without_defaults(kinds: tuple[type[Method], ...]) -> OptionParser:
     parser = build_parser()
     for action in parser._actions:
         action.default = argparse.SUPPRESS
-    return set(vars(parser.parse_known_args(argv)[0]))
+    return parser
 
 
 def _apply_preset(opts: Options, parser: OptionParser) -> None:

@@ -30,11 +30,14 @@ ROOT = Path(__file__).resolve().parents[1]
 # quiet machine with two cores, so that only a process that hangs reaches it.
 BOUND = 600.0
 
+# timm's network for tests, of four blocks, for runs whose point is not the network.
+SMALL_BACKBONE = "timm/test_resnet"
+
 _LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # What the programs import, also later than at their start.
 _PRELOADED = (
     *("forked", "run", "session", "session.tensorboard", "inference.images", "dataset.check"),
-    *("report.command", "utils.visualize", "torch.distributed.run"),
+    *("report.command", "utils.visualize", "torch.distributed.run", "timm"),
 )
 
 

@@ -7,36 +7,37 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import DEEPLAB, SEGFORMER, launch
+from command import MOBILENET, SEGFORMER, SMALL, launch
 
+MLP = ("--model", "mlp", *SMALL)
 # (method, network, further options, processes): each network, precision, protocol and number of processes
 # meets many methods, each method runs twice, of which once in tests/faults/test_examples.py if it is there.
 RUNS = [
-    ("FT", DEEPLAB, ["--opt_level", "O1"], 1),
+    ("FT", SMALL, ["--opt_level", "O1"], 1),
     ("FT", SEGFORMER, ["--opt_level", "O3"], 2),
-    ("LWF", DEEPLAB, ["--opt_level", "O1"], 2),
-    ("LWF-MC", DEEPLAB, [], 1),
-    ("LWF-MC", SEGFORMER, ["--icarl_disjoint", "--opt_level", "O1"], 1),
-    ("ILT", DEEPLAB, ["--opt_level", "O2"], 1),
-    ("ILT", SEGFORMER, ["--loss_de_maskedold", "--loss_de_cosine"], 2),
-    ("EWC", SEGFORMER, [], 2),
-    ("RW", DEEPLAB, ["--opt_level", "O1", "--reg_iterations", "2"], 1),
-    ("PI", SEGFORMER, [], 1),
+    ("LWF", SMALL, ["--opt_level", "O1"], 2),
+    ("LWF-MC", SMALL, [], 1),
+    ("LWF-MC", MLP, ["--icarl_disjoint", "--opt_level", "O1"], 1),
+    ("ILT", SMALL, ["--opt_level", "O2"], 1),
+    ("ILT", MLP, ["--loss_de_maskedold", "--loss_de_cosine"], 2),
+    ("EWC", MLP, [], 2),
+    ("RW", SMALL, ["--opt_level", "O1", "--reg_iterations", "2"], 1),
+    ("PI", MLP, [], 1),
     ("MIB", SEGFORMER, ["--opt_level", "O1", "--memory", "6"], 2),
-    ("CIL", DEEPLAB, ["--opt_level", "O1"], 1),
-    ("SDR", DEEPLAB, ["--loss_SNNL", "1e-3"], 2),
-    ("SDR", DEEPLAB, ["--opt_level", "O1", "--fidelity", "released"], 1),
-    ("PLOP", DEEPLAB, ["--opt_level", "O1"], 1),
+    ("CIL", SMALL, ["--opt_level", "O1"], 1),
+    ("SDR", MOBILENET, ["--loss_SNNL", "1e-3"], 2),
+    ("SDR", SMALL, ["--opt_level", "O1", "--fidelity", "released"], 1),
+    ("PLOP", MOBILENET, ["--opt_level", "O1"], 1),
     ("PLOP", SEGFORMER, ["--fidelity", "released", "--spp_scales", "1", "2"], 2),
-    ("SSUL", DEEPLAB, [], 2),
-    ("SSUL-M", DEEPLAB, ["--opt_level", "O1", "--memory", "6"], 1),
-    ("RCIL", DEEPLAB, ["--fidelity", "released", "--norm_act", "abn"], 1),
-    ("DFT", SEGFORMER, ["--opt_level", "O1"], 2),
+    ("SSUL", SMALL, [], 2),
+    ("SSUL-M", MOBILENET, ["--opt_level", "O1", "--memory", "6"], 1),
+    ("RCIL", MOBILENET, ["--fidelity", "released", "--norm_act", "abn"], 1),
+    ("DFT", MLP, ["--opt_level", "O1"], 2),
     ("SATS", SEGFORMER, [], 2),
     ("SATS-M", SEGFORMER, ["--opt_level", "O1", "--memory", "6"], 1),
-    ("SATS", DEEPLAB, ["--distill_object", "sats-feature-CNN"], 1),
+    ("SATS", MOBILENET, ["--distill_object", "sats-feature-CNN"], 1),
     ("SATS", SEGFORMER, ["--distill_object", "sats-selfattn-GP", "--fidelity", "released"], 1),
-    ("LGKD", DEEPLAB, ["--fidelity", "released"], 1),
+    ("LGKD", SMALL, ["--fidelity", "released"], 1),
 ]
 
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import torch
-from command import DEEPLAB, Launch
+from command import MOBILENET, Launch
 
 from dataset import open_dataset
 from dataset.image_labels import scan_image_labels
@@ -16,7 +16,7 @@ from tasks import get_task
 
 def test_norms_void_and_tested_images(cli: Launch, shapes_root: Path, tmp_path: Path) -> None:
     outcome = cli(
-        *(*DEEPLAB, "--task", "5-5", "--step", "0", "--lr", "0.01", "--method", "LWF", "--no_mask"),
+        *(*MOBILENET, "--task", "5-5", "--step", "0", "--lr", "0.01", "--method", "LWF", "--no_mask"),
         *("--fidelity", "released", "--fix_bn", "--logdir", tmp_path, "--name", "run"),
     )
     assert outcome.code == 0, outcome.err[-3000:]

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import torch
-from command import DEEPLAB, Launch
+from command import MOBILENET, Launch
 
 from dataset import open_dataset
 from dataset.image_labels import scan_image_labels
@@ -16,7 +16,8 @@ from tasks import get_task
 
 
 def test_two_steps_a_test_and_predictions(cli: Launch, shapes_root: Path, tmp_path: Path) -> None:
-    common = (*DEEPLAB, "--task", "15-5", "--overlap", "--logdir", tmp_path, "--name", "run", "--lr", "0.01")
+    common = (*MOBILENET, "--task", "15-5", "--overlap", "--lr", "0.01")
+    common = (*common, "--logdir", tmp_path, "--name", "run")
     ssul = (*common, "--method", "SSUL-M", "--memory", "6", "--fidelity", "released", "--keep", "last")
     trained = cli(*ssul, "--step", "all")
     assert trained.code == 0, trained.err[-3000:]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from forked import ROOT, python
+from forked import ROOT, SMALL_BACKBONE, python
 from PIL import Image
 from small_data import make_own
 
@@ -24,7 +24,7 @@ COMMANDS = [
     for command in block.replace("\\\n", " ").strip().splitlines()
 ]
 # Appended options override: a network and length that take seconds on one core.
-SMALL = "--backbone mobilenet_v2 --no_pretrained --crop_size 64 --batch_size 4 --epochs 1"
+SMALL = f"--backbone {SMALL_BACKBONE} --no_pretrained --crop_size 64 --batch_size 4 --epochs 1"
 
 
 @pytest.fixture(scope="module")

@@ -15,18 +15,19 @@ from typing import Any, Protocol
 
 import forked
 import torch
-from forked import BOUND, ROOT, environments, to_foreground
+from forked import BOUND, ROOT, SMALL_BACKBONE, environments, to_foreground
 
 from runs.checkpoint import load_checkpoint
 
 # Trains in seconds on one core; saves after almost every batch. Everything else is as a user gets it.
+SMALL = ("--backbone", SMALL_BACKBONE)
 MOBILENET, SEGFORMER = ("--backbone", "mobilenet_v2"), ("--model", "segformer_b0")
 COMMON = (
     *("--dataset", "shapes", "--no_pretrained", "--crop_size", "64"),
     *("--batch_size", "4", "--lr", "0.01", "--task", "15-5", "--overlap"),
     *("--print_interval", "1"),
 )
-TINY = (*SEGFORMER, *COMMON, "--ckpt_minutes", "0.01")
+TINY = (*SMALL, *COMMON, "--ckpt_minutes", "0.01")
 
 
 class Process(Protocol):
@@ -181,14 +182,14 @@ _COMPARED = (
 )
 
 
-def left_by(run_dir: Path) -> dict[str, Any]:
-    """Everything that must not depend on kills: checkpoints and results of all steps."""
+def left_by(run_dir: Path, step: int | str = "*") -> dict[str, Any]:
+    """Everything that must not depend on kills: checkpoints and results of a step or of all."""
     left: dict[str, Any] = {}
-    for path in sorted(run_dir.glob("*-*-*.pth")):
+    for path in sorted(run_dir.glob(f"*-*-*_{step}.pth")):
         content = load_checkpoint(path)
-        step = path.stem.rpartition("_")[2]
-        left[f"checkpoint {step}"] = {key: content.get(key) for key in _COMPARED}
-    for path in sorted(run_dir.glob("results_*.json")):
+        number = path.stem.rpartition("_")[2]
+        left[f"checkpoint {number}"] = {key: content.get(key) for key in _COMPARED}
+    for path in sorted(run_dir.glob(f"results_{step}.json")):
         left[path.stem] = json.loads(path.read_text(encoding="utf-8"))
     return left
 

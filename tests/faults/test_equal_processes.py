@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults import TINY, completed
+from faults import SMALL_BACKBONE, TINY, completed
 from forked import spawn
+from torchvision.io import decode_image
 
+from dataset.transforms import normalize
 from modules import NetworkSpec
 from runs.checkpoint import load_checkpoint, save_checkpoint
 from segmentation_module import make_model
@@ -18,12 +20,13 @@ from utils import distributed
 from utils.loss import Prototypes
 
 
-def see_every_class(state: dict[str, torch.Tensor]) -> None:
+def see_many_classes(state: dict[str, torch.Tensor], photos: Path) -> None:
     """Draw the classifier at random, centred: a network of one epoch sees background everywhere."""
-    model = make_model(NetworkSpec(model="segformer_b0"), [16]).eval()
+    images = [decode_image(str(path)) for path in sorted(photos.iterdir())[:8]]
+    model = make_model(NetworkSpec(backbone=SMALL_BACKBONE), [16]).eval()
     model.load_state_dict(state)
     with torch.no_grad():
-        pre_logits, _ = model.network(torch.randn(4, 3, 64, 64), frozenset())
+        pre_logits, _ = model.network(normalize(torch.stack(images)), frozenset())
     weight = torch.randn(16, pre_logits.shape[1], 1, 1, generator=torch.Generator().manual_seed(0))
     state["cls.0.weight"] = weight
     state["cls.0.bias"] = -weight[:, :, 0, 0] @ pre_logits.mean(dim=(0, 2, 3))
@@ -35,7 +38,7 @@ def test_evaluation(tiny_data: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "15-5-shapes_run"
     path = run_dir / "15-5-shapes_run_0.pth"
     content = load_checkpoint(path)
-    see_every_class(content["model_state"])
+    see_many_classes(content["model_state"], tiny_data / "JPEGImages")
     save_checkpoint(path, content)
     found = []
     for processes in (1, 2, 3):  # 8 images in batches of 3: shares of 8; 5 and 3; 3, 3 and 2

@@ -163,7 +163,7 @@ def test_other_options_are_told(tiny_data: Path, tmp_path: Path) -> None:
         (["--momentum", "0.5"], ["--momentum 0.9, now 0.5", "--fresh"]),
         (["--lr", "0.02"], ["--lr 0.01, now 0.02"]),
         (["--batch_size", "8"], ["total batch 4, now 8"]),
-        (["--model", "segformer_b1"], ["--model segformer_b0, not segformer_b1"]),
+        (["--model", "mlp"], ["--model deeplab, not mlp"]),
     ):
         with running([*command(tiny_data, tmp_path), *other], tmp_path / "out") as run:
             assert run.wait(BOUND) == [2]

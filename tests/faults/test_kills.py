@@ -14,7 +14,7 @@ from faults import (
     BOUND,
     COMMON,
     MOBILENET,
-    SEGFORMER,
+    SMALL,
     Fork,
     completed,
     differences,
@@ -30,7 +30,7 @@ SCORES = (30.0, 60.0, 20.0)  # added to each epoch's validation mIoU, which deci
 
 
 def command(data: Path, logs: Path, name: str, method: str, *more: object) -> list[object]:
-    network = MOBILENET if method == "SDR" else SEGFORMER  # on which an untrained SegFormer diverges
+    network = MOBILENET if method == "SDR" else SMALL
     return [
         *(*network, *COMMON, "--ckpt_minutes", "0.01", "--data_root", data, "--logdir", logs, "--name", name),
         *("--method", method, "--step", "0", "1", *more),

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from forked import python
+from forked import BOUND, ROOT, environments, python
 from hub_server import REPOSITORY, environment, hub
 
 from argparser import parse_options
@@ -18,8 +21,26 @@ from utils.errors import UserError
 RUN = "15-5-shapes_Experiment"
 
 
-def run(*words: str, **more: str) -> str:
-    done = python(*words, **more)
+def run(*words: str) -> str:
+    return output(python(*words))
+
+
+def run_with(environment: Mapping[str, str], *words: str) -> str:
+    """In a new process: huggingface_hub reads its variables when it is imported, as in the server of forks."""
+    environment = environments()[0] | environment
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=BOUND,
+        check=False,
+    )
+    return output(done)
+
+
+def output(done: subprocess.CompletedProcess[str]) -> str:
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout + done.stderr
 
@@ -48,8 +69,9 @@ def test_published_step(shapes_root: Path, tmp_path: Path) -> None:
     with hub(tmp_path / "out") as there:
         env = environment(tmp_path / "cache", **there)
         name, logs = f"hf:{REPOSITORY}/{file}@v1", str(tmp_path / "other")
-        run("run.py", *words, "--logdir", logs, "--test", "--ckpt", name, **env)
-        run("run.py", *words, "--logdir", logs, "--step", "1", "--step_ckpt", name, "--method", "MIB", **env)
+        words = ["run.py", *words, "--logdir", logs]
+        run_with(env, *words, "--test", "--ckpt", name)
+        run_with(env, *words, "--step", "1", "--step_ckpt", name, "--method", "MIB")
     tested = json.loads((tmp_path / "other" / RUN / "results_0.json").read_text())
     assert tested["class_iou"] == results["class_iou"] and tested["miou_all"] == results["miou_all"]
     later = json.loads((tmp_path / "other" / RUN / "results_1.json").read_text())

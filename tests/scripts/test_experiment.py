@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
+from forked import SMALL_BACKBONE
 
 from argparser import parse_options
 from report.groups import arrange
@@ -241,8 +242,7 @@ fails = json.loads((here / "fails").read_text())
 if fails.get(opts.name) == "wait":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     (here / "waiting").touch()
-    experiment = os.getppid()
-    while os.getppid() == experiment:
+    while True:
         time.sleep(0.05)
 if opts.name in fails:
     sys.exit("a word about it" if fails[opts.name] == 1 else fails[opts.name])
@@ -257,8 +257,11 @@ for step in opts.steps:
 
 
 @pytest.fixture
-def fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, object]], None]:
+def fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interpreter: Path
+) -> Callable[[dict[str, object]], None]:
     """Replace run.py by a stand-in; call with the runs that fail."""
+    monkeypatch.setattr(sys, "executable", str(interpreter))
     (tmp_path / "run.py").write_text(STAND_IN.format(root=str(ROOT)))
     monkeypatch.setattr(experiment, "ROOT", tmp_path)
     monkeypatch.setattr(experiment, "_report", lambda runs, logdir: 0)
@@ -399,16 +402,11 @@ def test_a_signal_is_forwarded_and_the_runs_save(
 ) -> None:
     file = write(tmp_path, seeds=[1], runs={"FT": {}})
     fails({"FT_1": "wait"})
-    code = "import pathlib, signal, sys; from scripts import experiment; "
-    # A shell's background jobs, and what they start, ignore interrupts; a user's do not.
-    code += "signal.signal(signal.SIGINT, signal.default_int_handler); "
-    code += "experiment.ROOT = pathlib.Path(sys.argv[1])"
-    process = subprocess.Popen(
-        [sys.executable, "-c", f"{code}; sys.exit(experiment.main(sys.argv[2:]))", str(tmp_path), str(file)],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    program = tmp_path / "program.py"
+    code = f"import pathlib, sys; sys.path.insert(0, {str(ROOT)!r}); from scripts import experiment\n"
+    code += "experiment.ROOT = pathlib.Path(__file__).parent; sys.exit(experiment.main(sys.argv[1:]))"
+    program.write_text(code)
+    process = subprocess.Popen([sys.executable, program, file], stderr=subprocess.PIPE, text=True)
     try:
         while not (tmp_path / "waiting").exists() and process.poll() is None:
             time.sleep(0.05)
@@ -758,7 +756,7 @@ def test_ades_other_is_in_no_mean(tmp_path: Path) -> None:
 def test_real_runs_end_with_table_and_report(tiny_data: Path, tmp_path: Path, interpreter: Path) -> None:
     common = {
         **{"dataset": "shapes", "data_root": str(tiny_data), "task": "10-10", "overlap": True, "lr": 0.01},
-        **{"model": "segformer_b0", "no_pretrained": True, "crop_size": 64, "epochs": 1, "batch_size": 4},
+        **{"backbone": SMALL_BACKBONE, "no_pretrained": True, "crop_size": 64, "epochs": 1, "batch_size": 4},
     }
     file = write(tmp_path, common=common, seeds=[1], step_0=None, processes=2)
     done = subprocess.run(

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from forked import BOUND
+from forked import BOUND, SMALL_BACKBONE
 
 from argparser import Options, parse_options
 from report.groups import arrange
@@ -125,7 +125,7 @@ def test_a_table_in_small_form(
     monkeypatch.setattr(sys, "executable", str(interpreter))  # which starts the runs
     given = [
         f"data_root={tiny_data}",
-        *("dataset=shapes", "epochs=1", "total_batch=4", "crop_size=32", "backbone=mobilenet_v2"),
+        *("dataset=shapes", "epochs=1", "total_batch=4", "crop_size=32", f"backbone={SMALL_BACKBONE}"),
         *("norm_act=std", "no_pretrained", "opt_level=O0", "fidelity=paper", "lr=0.01"),
     ]
     text = (ROOT / "scripts/published/lgkd_voc_overlapped.yaml").read_text(encoding="utf-8")

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked import SMALL_BACKBONE
 from torch import nn
 
 from argparser import parse_options
@@ -25,7 +26,7 @@ from utils.distributed import World
 from utils.signals import Stopped
 
 SMALL = (
-    "--dataset shapes --task 15-5 --overlap --backbone mobilenet_v2 --no_pretrained --crop_size 64 "
+    f"--dataset shapes --task 15-5 --overlap --backbone {SMALL_BACKBONE} --no_pretrained --crop_size 64 "
     "--pooling 0 --batch_size 4 --num_workers 0 --no_tensorboard --where_to_sim CPU --epochs 1 --lr 0.01 "
     "--method PLOP"
 )

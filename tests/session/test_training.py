@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import SMALL_BACKBONE
 from torch import nn
 
 from argparser import parse_options
@@ -23,7 +24,8 @@ from utils.signals import Stopped
 
 BATCHES = 5  # of 8 of the 46 images of step 0
 SMALL = (
-    "--dataset shapes --task 15-5 --overlap --step 0 --backbone mobilenet_v2 --no_pretrained --crop_size 64 "
+    "--dataset shapes --task 15-5 --overlap --step 0 --no_pretrained --crop_size 64 "
+    f"--backbone {SMALL_BACKBONE} "
     "--pooling 0 --batch_size 8 --num_workers 0 --print_interval 1 --no_tensorboard --where_to_sim CPU"
 )
 Run = Callable[[str], int]
