@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from command import MOBILENET, SMALL, Launch
+from command import SMALL, Launch
 
 from dataset import open_dataset
 from dataset.image_labels import scan_image_labels
@@ -48,18 +48,7 @@ def test_lists_log_and_changed_choices(cli: Launch, shapes_root: Path, tmp_path:
 
 def test_classes_that_the_network_predicts(cli: Launch, tmp_path: Path) -> None:
     """The list says by which classes each image was chosen, and depends on the previous network and list."""
-    common = (
-        *MOBILENET,
-        "--task",
-        "10-5-5",
-        "--overlap",
-        "--logdir",
-        tmp_path,
-        "--name",
-        "DKD",
-        "--lr",
-        "0.001",
-    )
+    common = (*SMALL, "--task", "10-5-5", "--overlap", "--lr", "0.001", "--logdir", tmp_path, "--name", "DKD")
     dkd = (*common, "--method", "DKD-M", "--memory", "8")
     trained = cli(*dkd, "--step", "all")
     assert trained.code == 0, trained.err

@@ -31,7 +31,7 @@ RUNS = [
     ("PLOP", SEGFORMER, ["--fidelity", "released", "--spp_scales", "1", "2"], 2),
     ("SSUL", SMALL, [], 2),
     ("SSUL-M", MOBILENET, ["--opt_level", "O1", "--memory", "6"], 1),
-    ("RCIL", MOBILENET, ["--fidelity", "released", "--norm_act", "abn"], 1),
+    ("RCIL", MOBILENET, ["--fidelity", "released", "--norm_act", "abn"], 2),
     ("DFT", MLP, ["--opt_level", "O1"], 2),
     ("SATS", SEGFORMER, [], 2),
     ("SATS-M", SEGFORMER, ["--opt_level", "O1", "--memory", "6"], 1),

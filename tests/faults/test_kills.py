@@ -12,9 +12,7 @@ from typing import Any
 import pytest
 from faults import (
     BOUND,
-    COMMON,
-    MOBILENET,
-    SMALL,
+    TINY,
     Fork,
     completed,
     differences,
@@ -30,9 +28,8 @@ SCORES = (30.0, 60.0, 20.0)  # added to each epoch's validation mIoU, which deci
 
 
 def command(data: Path, logs: Path, name: str, method: str, *more: object) -> list[object]:
-    network = MOBILENET if method == "SDR" else SMALL
     return [
-        *(*network, *COMMON, "--ckpt_minutes", "0.01", "--data_root", data, "--logdir", logs, "--name", name),
+        *(*TINY, "--data_root", data, "--logdir", logs, "--name", name),
         *("--method", method, "--step", "0", "1", *more),
     ]
 

@@ -26,7 +26,7 @@ def run(*words: str) -> str:
 
 
 def run_with(environment: Mapping[str, str], *words: str) -> str:
-    """In a new process: huggingface_hub reads its variables when it is imported, as in the server of forks."""
+    """In a new process: the server of forks has imported huggingface_hub, which reads its variables then."""
     environment = environments()[0] | environment
     done = subprocess.run(
         [sys.executable, *words],
