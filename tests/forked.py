@@ -39,6 +39,8 @@ _PRELOADED = (
     *("forked", "run", "session", "session.tensorboard", "inference.images", "dataset.check"),
     *("report.command", "utils.visualize", "torch.distributed.run", "timm"),
 )
+# Imported by timm, but anew by a program: they read variables, or make a folder, when they are imported.
+_FORGOTTEN = ("huggingface_hub", "wandb")
 
 
 class Fork:
@@ -269,6 +271,8 @@ def _run(
     os.environ.update(environment)
     # Its loaders are forked, as by default; it has inherited the fork server's way.
     multiprocessing.set_start_method("fork", force=True)
+    for name in [name for name in sys.modules if name.partition(".")[0] in _FORGOTTEN]:
+        del sys.modules[name]
     if prepare is not None:
         prepare()
     try:

@@ -153,10 +153,10 @@ def test_bad_input_is_one_line_and_exit_code_2(
         assert word in outcome.last_error
 
 
-def test_broken_files_are_named(shapes_root: Path, tmp_path: Path) -> None:
+def test_broken_files_are_named(tiny_data: Path, tmp_path: Path) -> None:
     for fault in ("mask", "image"):
         root = tmp_path / fault
-        shutil.copytree(shapes_root, root)
+        shutil.copytree(tiny_data, root)
         if fault == "mask":
             path = sorted(root.rglob("SegmentationClassAug/*.png"))[0]
             Image.new("L", Image.open(path).size, 99).save(path)

@@ -16,7 +16,7 @@ from dataset.shapes import SHAPE_CLASSES
 from tasks import get_task
 
 
-def test_lists_log_and_changed_choices(cli: Launch, shapes_root: Path, tmp_path: Path) -> None:
+def test_lists_log_and_changed_choices(cli: Launch, tiny_data: Path, tmp_path: Path) -> None:
     common = (*SMALL, "--task", "10-5-5", "--overlap", "--logdir", tmp_path, "--name", "FT", "--lr", "0.01")
     trained = cli(*common, "--step", "all", "--memory", "8")
     assert trained.code == 0, trained.err
@@ -24,7 +24,7 @@ def test_lists_log_and_changed_choices(cli: Launch, shapes_root: Path, tmp_path:
     assert not (run_dir / "exemplars_0.json").exists(), "step 0 has no earlier images"
 
     task = get_task("shapes", "10-5-5")
-    presence = scan_image_labels(open_dataset("shapes", shapes_root, "train").masks, progress=False)
+    presence = scan_image_labels(open_dataset("shapes", tiny_data, "train").masks, progress=False)
     lists = [task_indices(task, step, "overlapped", presence) for step in range(3)]
     for step in (1, 2):
         content = (run_dir / f"exemplars_{step}.json").read_text(encoding="utf-8")

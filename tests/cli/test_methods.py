@@ -30,7 +30,7 @@ RUNS = [
     ("PLOP", MOBILENET, ["--opt_level", "O1"], 1),
     ("PLOP", SEGFORMER, ["--fidelity", "released", "--spp_scales", "1", "2"], 2),
     ("SSUL", SMALL, [], 2),
-    ("SSUL-M", MOBILENET, ["--opt_level", "O1", "--memory", "6"], 1),
+    ("SSUL-M", MLP, ["--opt_level", "O1", "--memory", "6"], 1),
     ("RCIL", MOBILENET, ["--fidelity", "released", "--norm_act", "abn"], 2),
     ("DFT", MLP, ["--opt_level", "O1"], 2),
     ("SATS", SEGFORMER, [], 2),

@@ -46,7 +46,7 @@ PRESETS = {"FROZEN": {"frozen_features": True}}
 '''
 
 
-def test_it_trains_tests_predicts_and_goes_on(cli: Launch, tmp_path: Path, shapes_root: Path) -> None:
+def test_it_trains_tests_predicts_and_goes_on(cli: Launch, tmp_path: Path, tiny_data: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(FILE)
     task = ("--task", "10-5-5", "--overlap", "--logdir", tmp_path, "--name", "own", "--lr", "0.01")
@@ -68,7 +68,7 @@ def test_it_trains_tests_predicts_and_goes_on(cli: Launch, tmp_path: Path, shape
     # The next step and a prediction need the file, but not the method.
     assert cli(*run, "--step", "2").code == 0
     assert paths[2].is_file()
-    picture = next(shapes_root.rglob("*.jpg"))
+    picture = next(tiny_data.rglob("*.jpg"))
     predict = ("--predict", picture, "--ckpt", paths[1], "--out", tmp_path / "out")
     assert cli(*predict, "--method_file", file).code == 0
     outcome = cli(*predict)

@@ -22,11 +22,11 @@ def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def photos(shapes_root: Path, tmp_path: Path) -> Path:
+def photos(tiny_data: Path, tmp_path: Path) -> Path:
     """Five pictures in two folders."""
     folder = tmp_path / "photos"
     (folder / "sub").mkdir(parents=True)
-    for number, file in enumerate(sorted((shapes_root / "JPEGImages").iterdir())[:5]):
+    for number, file in enumerate(sorted((tiny_data / "JPEGImages").iterdir())[:5]):
         shutil.copy(file, folder / "sub" / file.name if number % 2 else folder / file.name)
     return folder
 

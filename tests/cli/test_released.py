@@ -14,7 +14,7 @@ from dataset.image_labels import scan_image_labels
 from tasks import get_task
 
 
-def test_norms_void_and_tested_images(cli: Launch, shapes_root: Path, tmp_path: Path) -> None:
+def test_norms_void_and_tested_images(cli: Launch, tiny_data: Path, tmp_path: Path) -> None:
     outcome = cli(
         *(*MOBILENET, "--task", "5-5", "--step", "0", "--lr", "0.01", "--method", "LWF", "--no_mask"),
         *("--fidelity", "released", "--fix_bn", "--logdir", tmp_path, "--name", "run"),
@@ -23,7 +23,7 @@ def test_norms_void_and_tested_images(cli: Launch, shapes_root: Path, tmp_path: 
     assert "void_label=ignore (preset)" in outcome.err + outcome.out
 
     seen = set(get_task("shapes", "5-5").seen_classes(0))
-    masks = open_dataset("shapes", shapes_root, "val").masks
+    masks = open_dataset("shapes", tiny_data, "val").masks
     shown = sum(bool(seen & ids) for ids in scan_image_labels(masks, progress=False))
     assert 0 < shown < len(masks)
     results = json.loads((tmp_path / "5-5-shapes_run" / "results_0.json").read_text(encoding="utf-8"))

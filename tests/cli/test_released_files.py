@@ -51,10 +51,10 @@ def first_step(program: str) -> dict[str, Tensor]:
     return {name: weight for name, weight in draw(program).items() if not later.search(name)}
 
 
-def go_on(path: Path, words: str, shapes_root: Path, tmp_path: Path) -> dict[str, Any]:
+def go_on(path: Path, words: str, data: Path, tmp_path: Path) -> dict[str, Any]:
     """Train the next step for an epoch, from a checkpoint of ``first_step``, which shows its backbone."""
     options = f"--dataset shapes --task 15-5 --overlap --step 1 {words} --epochs 1"
-    folders = ("--data_root", shapes_root, "--logdir", tmp_path, "--step_ckpt", path)
+    folders = ("--data_root", data, "--logdir", tmp_path, "--step_ckpt", path)
     small = ("--crop_size", "32", "--batch_size", "4")
     assert main([*shlex.split(options), *small, *map(str, folders)]) == 0
     saved = tmp_path / "15-5-shapes_Experiment" / "15-5-shapes_Experiment_1.pth"
@@ -82,19 +82,19 @@ def test_predictions(program: str, tmp_path: Path) -> None:
     assert torch.equal(found[clear], ids[scores.argmax(dim=0)][clear])
 
 
-def test_evaluation(shapes_root: Path, tmp_path: Path) -> None:
+def test_evaluation(tiny_data: Path, tmp_path: Path) -> None:
     """``--test`` finds what the released network predicts."""
     _, logits, _ = NETWORKS["SATS"]
     state, path = draw("SATS"), tmp_path / "released.pth"
     task = get_task("shapes", "15-5")
-    images = open_dataset("shapes", shapes_root, "val")
+    images = open_dataset("shapes", tiny_data, "val")
     x = torch.cat([pixels(image) for image in images.images])
     with torch.inference_mode():
         centre(state, logits(state, x))
         found = F.interpolate(logits(state, x), size=x.shape[2:], mode="bilinear").argmax(dim=1)
     truth = torch.stack([torch.from_numpy(np.array(Image.open(mask))).long() for mask in images.masks])
     torch.save(checkpoint("SATS", state), path)
-    folders = ("--data_root", shapes_root, "--logdir", tmp_path)
+    folders = ("--data_root", tiny_data, "--logdir", tmp_path)
     assert run(path, "--step 1 --whole_val --test", *folders) == 0
     results = json.loads((tmp_path / "15-5-shapes_Experiment" / "results_1.json").read_text(encoding="utf-8"))
     ids, seen = torch.tensor(task.seen_classes(1)), truth < VOID
@@ -104,12 +104,12 @@ def test_evaluation(shapes_root: Path, tmp_path: Path) -> None:
         assert iou == pytest.approx(int((ours & theirs).sum()) / union if union else iou, abs=1e-3)
 
 
-def test_the_next_step(shapes_root: Path, tmp_path: Path) -> None:
+def test_the_next_step(tiny_data: Path, tmp_path: Path) -> None:
     """``--step_ckpt``: the teacher and the methods' states are the file's."""
     words, path = NETWORKS["SDR_net_pytorch"][0], tmp_path / "released.pth"
     prototypes = {"prototypes": torch.rand(16, 2048), "count_features": torch.arange(16.0)}
     torch.save({**checkpoint("SDR_net_pytorch", first_step("SDR_net_pytorch")), **prototypes}, path)
-    saved = go_on(path, words, shapes_root, tmp_path)
+    saved = go_on(path, words, tiny_data, tmp_path)
     (kept,) = (entry for entry in saved["method_state"].values() if "prototypes" in entry)
     assert torch.equal(kept["count_features"][:16], prototypes["count_features"].long())
     assert (
@@ -118,7 +118,7 @@ def test_the_next_step(shapes_root: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_keeps_its_norms_where_inplace_abn_comes_or_goes(
-    shapes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The norms of a released file that shows in-place ones, with no ``--norm_act`` typed."""
     path = tmp_path / "released.pth"
@@ -129,16 +129,16 @@ def test_a_run_keeps_its_norms_where_inplace_abn_comes_or_goes(
         return package if name == "inplace_abn" else find(name, *more)
 
     monkeypatch.setattr("importlib.util.find_spec", found)
-    go_on(path, "--method FT", shapes_root, tmp_path)
+    go_on(path, "--method FT", tiny_data, tmp_path)
     assert "norm_act=iabn_sync_test" in caplog.text
     (tmp_path / "15-5-shapes_Experiment" / "results_1.json").unlink()
     package = object()
-    go_on(path, "--method FT", shapes_root, tmp_path)
+    go_on(path, "--method FT", tiny_data, tmp_path)
     assert (tmp_path / "15-5-shapes_Experiment" / "results_1.json").is_file()
     assert "norm_act=iabn_sync_test" in caplog.text and "norm_act=iabn_sync," not in caplog.text
 
 
-def test_statistics_beside_the_checkpoint(shapes_root: Path, tmp_path: Path) -> None:
+def test_statistics_beside_the_checkpoint(tiny_data: Path, tmp_path: Path) -> None:
     """STAR's statistics are in a file of their own, and go on to the next step."""
     words, path = NETWORKS["STAR"][0], tmp_path / "checkpoint-epoch60.pth"
     torch.save(checkpoint("STAR", first_step("STAR")), path)
@@ -149,12 +149,12 @@ def test_statistics_beside_the_checkpoint(shapes_root: Path, tmp_path: Path) -> 
         "noise": torch.rand(15, 256),
     }
     torch.save(known, tmp_path / "prototypes-epoch60.pth")
-    saved = go_on(path, words, shapes_root, tmp_path)
+    saved = go_on(path, words, tiny_data, tmp_path)
     (kept,) = (entry for entry in saved["method_state"].values() if "prototypes" in entry)
     assert torch.equal(kept["prototypes"][:15], known["prototypes"]) and len(kept["prototypes"]) == 20
 
 
-def test_a_step_is_continued(shapes_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_step_is_continued(tiny_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """``--ckpt`` within the first step: its weights, and momentum that begins with zeros."""
     words, path = NETWORKS["SATS"][0], tmp_path / "released.pth"
     state = {name: weight for name, weight in draw("SATS").items() if "cls.1." not in name}
@@ -162,7 +162,7 @@ def test_a_step_is_continued(shapes_root: Path, tmp_path: Path, caplog: pytest.L
     optimizer = torch.optim.SGD([{"params": part} for part in parts], lr=0.01, momentum=0.9)
     released = {**checkpoint("SATS", state), "epoch": 0, "optimizer_state": optimizer.state_dict()}
     torch.save({**released, "best_score": np.float64(0.5)}, path)
-    folders = ("--data_root", shapes_root, "--logdir", tmp_path)
+    folders = ("--data_root", tiny_data, "--logdir", tmp_path)
     assert run(path, f"--step 0 {words} --no_pretrained --lr 1e-12 --epochs 2 --crop_size 32", *folders) == 0
     assert "step 0 resumes at epoch 1 of 2" in caplog.text
     saved = torch.load(
@@ -173,10 +173,10 @@ def test_a_step_is_continued(shapes_root: Path, tmp_path: Path, caplog: pytest.L
 
 
 def test_a_file_without_its_epoch_cannot_be_continued(
-    shapes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "released.pth"
     torch.save(checkpoint("SSUL", draw("SSUL")), path)
-    folders = ("--data_root", shapes_root, "--logdir", tmp_path)
+    folders = ("--data_root", tiny_data, "--logdir", tmp_path)
     assert run(path, f"--step 1 {NETWORKS['SSUL'][0]}", *folders) == 2
     assert "does not say its epoch; give it to --step_ckpt, or --test" in capsys.readouterr().err

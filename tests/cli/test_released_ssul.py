@@ -15,7 +15,7 @@ from dataset.protocols import task_indices
 from tasks import get_task
 
 
-def test_two_steps_a_test_and_predictions(cli: Launch, shapes_root: Path, tmp_path: Path) -> None:
+def test_two_steps_a_test_and_predictions(cli: Launch, tiny_data: Path, tmp_path: Path) -> None:
     common = (*MOBILENET, "--task", "15-5", "--overlap", "--lr", "0.01")
     common = (*common, "--logdir", tmp_path, "--name", "run")
     ssul = (*common, "--method", "SSUL-M", "--memory", "6", "--fidelity", "released", "--keep", "last")
@@ -24,7 +24,7 @@ def test_two_steps_a_test_and_predictions(cli: Launch, shapes_root: Path, tmp_pa
     for words in ("head=aspp (preset)", "augmentation=scale_crop (preset)", "min_lr=1e-06 (preset)"):
         assert words in trained.out
 
-    masks = open_dataset("shapes", shapes_root, "train").masks
+    masks = open_dataset("shapes", tiny_data, "train").masks
     presence = scan_image_labels(masks, progress=False)
     run_dir = tmp_path / "15-5-shapes_run"
     for step in (0, 1):
@@ -42,7 +42,7 @@ def test_two_steps_a_test_and_predictions(cli: Launch, shapes_root: Path, tmp_pa
     results = json.loads((run_dir / "results_1.json").read_text(encoding="utf-8"))
     assert re.findall(r"mIoU.*", tested.out) and f"{100 * results['miou_all']:.2f}" in tested.out
 
-    pictures = shapes_root / "JPEGImages"
+    pictures = tiny_data / "JPEGImages"
     predicted = cli("--predict", pictures, "--ckpt", path, "--out", tmp_path / "out")
     assert predicted.code == 0, predicted.err[-3000:]
     assert len(list((tmp_path / "out" / "predictions").iterdir())) == len(list(pictures.iterdir()))

@@ -28,6 +28,8 @@ from faults import (
 from PIL import Image
 
 from report.command import main as report
+from report.groups import arrange
+from report.reading import read_run
 from session.state import StepState
 
 EXAMPLES = {
@@ -43,8 +45,8 @@ HALF = ("--opt_level", "O1")
 RELEASED = ("--fidelity", "released")
 BUILT_IN: dict[str, tuple[tuple[str, ...], tuple[str, ...], int]] = {
     "DKD": (SMALL, ("--lr", "0.001", *HALF), 1),
-    "DKD-M": (SEGFORMER, ("--lr", "0.001", "--memory", "6", *RELEASED), 2),
-    "STAR": (SEGFORMER, ("--lr", "0.001", "--opt_level", "O3"), 2),
+    "DKD-M": (MLP, ("--lr", "0.001", "--memory", "6", *RELEASED), 2),
+    "STAR": (MLP, ("--lr", "0.001", "--opt_level", "O3"), 2),
     "STAR-M": (SMALL, ("--lr", "0.001", "--memory", "6", *RELEASED), 1),
     "MIB+EWF": (MLP, (), 2),
     "PLOP+EWF": (SMALL, HALF, 1),
@@ -174,7 +176,8 @@ def test_a_method_killed_in_its_last_step(
     completed([*predicted, "--ckpt", trained], tmp_path / "out")
     with Image.open(tmp_path / "photos" / "predictions" / f"{photo.stem}.png") as mask:
         assert mask.size == (64, 64) and {value for _, value in mask.getcolors()} <= set(range(21))
-    assert report([str(logs["broken"]), "--out", str(tmp_path / "report")]) == 0
+    (group,) = arrange([read_run(folders["broken"])])
+    assert group.methods
 
 
 def test_the_head_of_two_killed_processes(

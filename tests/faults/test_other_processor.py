@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults import TINY, running, start_command
+from faults import TINY, running
 
 from runs.checkpoint import load_checkpoint
 from train import Precision
@@ -31,8 +31,7 @@ def test_a_step_goes_on_at_the_other_kind_of_machine(
             monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
         else:
             monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
-        # Not from the fork server, which has asked oneDNN already.
-        with running(command, tmp_path / "out", start=start_command) as run:
+        with running(command, tmp_path / "out") as run:
             if epoch < len(others):
                 run.wait_for(f"step 0 epoch {epoch}/{len(others)}: [12]/")
                 run.processes[0].send_signal(signal.SIGTERM)

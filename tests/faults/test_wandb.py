@@ -31,18 +31,16 @@ def kinds(path: Path, kind: str) -> list[Any]:
 def test_one_run_over_a_stop_and_a_later_step(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # New processes: the server of forks has imported wandb, whose temporary folder its first fork removes.
     monkeypatch.setenv("WANDB_MODE", "offline")
     run_dir = tmp_path / "15-5-shapes_run"
     step_0 = command(tiny_data, tmp_path, "--step", "0", "--no_tensorboard")
-    with running(step_0, tmp_path / "out", start=start_command) as run:
+    with running(step_0, tmp_path / "out") as run:
         run.wait_for("step 0 epoch 1/2: 2/")
         run.processes[0].send_signal(signal.SIGTERM)
         assert run.wait(BOUND) == [75], run.output()
-    completed(step_0, tmp_path / "out", start=start_command)
+    completed(step_0, tmp_path / "out")
     assert not (run_dir / "step_0").exists()
-    step_1 = command(tiny_data, tmp_path, "--step", "1", "--sample_num", "1", "--method", "MIB")
-    completed(step_1, tmp_path, start=start_command)
+    completed(command(tiny_data, tmp_path, "--step", "1", "--sample_num", "1", "--method", "MIB"), tmp_path)
 
     starts = files(run_dir)
     identity = (run_dir / "wandb_id").read_text().strip()

@@ -1,12 +1,10 @@
 import hashlib
 import json
-import os
 import pickle
 import random
 import resource
 import signal
 import subprocess
-import sys
 import time
 from collections import OrderedDict
 from dataclasses import replace
@@ -15,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked import Fork, environments
 from torch import nn
 
 from methods.classifiers import UnknownClassifier
@@ -134,23 +133,20 @@ while True:
 
 
 def test_killed_at_any_moment_the_checkpoint_is_whole(tmp_path):
-    path = tmp_path / "a.pth"
+    path, program, ready = (tmp_path / name for name in ("a.pth", "saver.py", "ready"))
+    program.write_text(SAVER)
     rng = random.Random(0)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     read_back = 0
     for _ in range(5):
-        saver = subprocess.Popen(
-            [sys.executable, "-c", SAVER, str(path)], env=environment, stdout=subprocess.PIPE
-        )
+        ready.unlink(missing_ok=True)
+        saver = Fork([str(program), str(path)], environments()[0], ready)
         try:
-            assert saver.stdout.readline() == b"ready\n"
-            while not path.exists() and saver.poll() is None:
+            while not (ready.exists() and ready.stat().st_size and path.exists()) and saver.poll() is None:
                 time.sleep(0.01)
             time.sleep(rng.uniform(0, 0.2))
         finally:
-            saver.send_signal(signal.SIGKILL)
-            saver.wait()
-            saver.stdout.close()
+            saver.kill()
+            assert saver.wait() == -signal.SIGKILL
         read = load_checkpoint(path)
         assert (read["model_state"]["w"] == read["epoch"]).all()
         read_back += 1
@@ -176,35 +172,20 @@ def test_kill_between_checkpoint_and_manifest(tmp_path, caplog):
     assert "another save" in caplog.text
 
 
-FULL_DISK = """
-import resource, sys, torch
-from pathlib import Path
-from runs.checkpoint import save_checkpoint
-from utils.errors import UserError
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
-try:
-    save_checkpoint(Path(sys.argv[1]), {"model_state": {"w": torch.rand(200_000)}, "epoch": 1})
-except UserError as error:
-    print("refused:", error)
-"""
-
-
 @pytest.mark.parametrize("limit", [0, 100, 300_000, 800_000])
 def test_full_disk_leaves_the_old_checkpoint_and_nothing_else(tmp_path, limit):
     # A limit on the file's size stops the write in the middle as a full disk does.
-    assert resource.RLIM_INFINITY in resource.getrlimit(resource.RLIMIT_FSIZE)
     path = tmp_path / "a.pth"
     save_checkpoint(path, content())
     before = path.read_bytes()
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(path), str(limit)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout.startswith(f"refused: {path}: cannot be written (File too large); free some space"), (
-        done
-    )
+    usual, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(UserError, match="File too large") as refused:
+            save_checkpoint(path, {"model_state": {"w": torch.rand(200_000)}, "epoch": 1})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (usual, hard))
+    assert str(refused.value).startswith(f"{path}: cannot be written (File too large); free some space")
     assert path.read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.pth"]
     load_checkpoint(path)

@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import subprocess
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from forked import BOUND, ROOT, environments, python
+from forked import python
 from hub_server import REPOSITORY, environment, hub
 
 from argparser import parse_options
@@ -21,34 +18,14 @@ from utils.errors import UserError
 RUN = "15-5-shapes_Experiment"
 
 
-def run(*words: str) -> str:
-    return output(python(*words))
-
-
-def run_with(environment: Mapping[str, str], *words: str) -> str:
-    """In a new process: the server of forks has imported huggingface_hub, which reads its variables then."""
-    environment = environments()[0] | environment
-    done = subprocess.run(
-        [sys.executable, *words],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=BOUND,
-        check=False,
-    )
-    return output(done)
-
-
-def output(done: subprocess.CompletedProcess[str]) -> str:
+def run(*words: str, **more: str) -> str:
+    done = python(*words, **more)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout + done.stderr
 
 
-def test_published_step(shapes_root: Path, tmp_path: Path) -> None:
-    common = (
-        f"--dataset shapes --data_root {shapes_root} --task 15-5 --overlap --crop_size 64 --no_pretrained"
-    )
+def test_published_step(tiny_data: Path, tmp_path: Path) -> None:
+    common = f"--dataset shapes --data_root {tiny_data} --task 15-5 --overlap --crop_size 64 --no_pretrained"
     words = [*common.split(), *["--backbone", "mobilenet_v2", "--epochs", "1", "--batch_size", "8"]]
     several = ["--step", "all", "--lr", "0.05", "0.02"]
     run("run.py", *words, *several, "--method", "FT", "--logdir", str(tmp_path / "logs"))
@@ -69,9 +46,8 @@ def test_published_step(shapes_root: Path, tmp_path: Path) -> None:
     with hub(tmp_path / "out") as there:
         env = environment(tmp_path / "cache", **there)
         name, logs = f"hf:{REPOSITORY}/{file}@v1", str(tmp_path / "other")
-        words = ["run.py", *words, "--logdir", logs]
-        run_with(env, *words, "--test", "--ckpt", name)
-        run_with(env, *words, "--step", "1", "--step_ckpt", name, "--method", "MIB")
+        run("run.py", *words, "--logdir", logs, "--test", "--ckpt", name, **env)
+        run("run.py", *words, "--logdir", logs, "--step", "1", "--step_ckpt", name, "--method", "MIB", **env)
     tested = json.loads((tmp_path / "other" / RUN / "results_0.json").read_text())
     assert tested["class_iou"] == results["class_iou"] and tested["miou_all"] == results["miou_all"]
     later = json.loads((tmp_path / "other" / RUN / "results_1.json").read_text())
