@@ -373,6 +373,9 @@ def _add_training(group: OptionGroup) -> None:
     group.choice("--opt_level", ("O0", "O1", "O2", "O3"), "O0",
         help="O0: fp32 (on CUDA TF32 in convolutions); O1: autocast of the network; O2: of the losses "
         "too; O3: weights in half precision; on processors without bfloat16 all are O0")
+    group.choice("--half", ("auto", "float16"), "auto",
+        help="half precision of O1 and O2; auto: bfloat16 where the device has it, else float16 with loss "
+        "scaling on CUDA; float16: on every GPU, as the published runs")
     group.value("--accumulate", positive_int, 1, metavar="N",
         help="batches per optimiser step; its gradient is the mean of theirs")
     group.flag("--grad_checkpointing", role="incidental",
@@ -754,6 +757,10 @@ def _check_unused(opts: Options) -> None:
     if "lr_old" in opts.typed and opts.fix_pre_cls:
         raise UserError(
             f"--lr_old {opts.lr_old:g} has no effect: --fix_pre_cls freezes the old classifiers; drop one"
+        )
+    if opts.half == "float16" and opts.opt_level not in ("O1", "O2"):
+        raise UserError(
+            f"--half float16 is of --opt_level O1 and O2, not {opts.opt_level}; give one of these, or drop it"
         )
     if "warmup_form" in opts.typed and (opts.warmup == 0 or opts.lr_policy != "poly"):
         raise UserError("--warmup_form goes with --warmup and --lr_policy poly; give them, or drop this")

@@ -8,6 +8,7 @@ its backward, optimiser, scheduler.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.util
 import itertools
@@ -44,8 +45,9 @@ class Precision:
 
     O0: float32. O1: networks under autocast, losses in float32. O2: losses under autocast too. O3: the
     weights of student and teacher are in half precision. Half precision is bfloat16 on devices with native
-    bfloat16 arithmetic. Otherwise it is float16 with loss scaling on CUDA (bfloat16 for O3, which has no
-    scaling); on the CPU, where emulation is several times slower than float32, every level is O0.
+    bfloat16 arithmetic, unless ``--half float16`` is given. Otherwise it is float16 with loss scaling on CUDA
+    (bfloat16 for O3, which has no scaling); on the CPU, where emulation is several times slower than
+    float32, every level is O0.
 
     Args:
         level: as typed.
@@ -69,10 +71,17 @@ class Precision:
         self.scaler = GradScaler(device.type, enabled=scaled)
 
     @classmethod
-    def of(cls, level: str, norm_act: str, device: torch.device, bfloat16: bool | None = None) -> Precision:
-        """Of a network: in-place norms have CUDA kernels for float16, but not for bfloat16."""
-        in_place = norm_act.startswith("iabn") and device.type == "cuda"
-        return cls(level, device, False if in_place else bfloat16)
+    def of(cls, opts: argparse.Namespace, device: torch.device, bfloat16: bool | None = None) -> Precision:
+        """Of options: in-place norms have CUDA kernels for float16, but not for bfloat16.
+
+        Raises:
+            UserError: float16 is asked for on a device that has no scaled float16.
+        """
+        asked = opts.half == "float16"
+        if asked and device.type != "cuda":
+            raise UserError("--half float16 needs a GPU; drop it to compute in bfloat16 or float32 here")
+        in_place = opts.norm_act.startswith("iabn") and device.type == "cuda"
+        return cls(opts.opt_level, device, False if asked or in_place else bfloat16)
 
     @property
     def description(self) -> str:

@@ -6,8 +6,8 @@ MIB runs twice with ``--deterministic``: once without interruption, once killed 
 step 1 and resumed. All tensors of the last checkpoints must be bit-identical, and ``--test`` must reproduce
 the results of training; ``--predict`` and t-SNE must read the checkpoint. SDR, PLOP, SATS, DKD, EWC and
 SSUL-M run two steps, FT with ``--compile``, MIB in two Gloo processes that share the device and in an NCCL
-group of one (``benchmarks.one_gpu``). The cases run concurrently, and each outcome is printed and written
-when it is there. Exit code 1 if one fails or differs.
+group of one (``benchmarks.one_gpu``), and on a GPU in float16. The cases run concurrently, and each outcome
+is printed and written when it is there. Exit code 1 if one fails or differs.
 """
 
 from __future__ import annotations
@@ -162,6 +162,10 @@ class Runs:
         """Two steps through ``torch.compile``."""
         return self.complete("compiled", *self.deeplab, "--method", "FT", "--compile")
 
+    def in_float16(self) -> dict[str, Any]:
+        """Two steps with loss scaling, also on a GPU that has bfloat16."""
+        return self.complete("float16", *self.deeplab, "--method", "MIB", "--half", "float16")
+
     def grouped(self, backend: str, processes: int) -> Callable[[], dict[str, Any]]:
         """Two steps of MIB in a process group on one device, with the same total batch.
 
@@ -186,6 +190,8 @@ class Runs:
         }
         if dist.is_nccl_available() and torch.cuda.is_available():
             cases["MIB, NCCL with one process"] = self.grouped("nccl", 1)
+        if torch.cuda.is_available():
+            cases["MIB in float16"] = self.in_float16
         return cases
 
 

@@ -163,7 +163,7 @@ def options(
 def bench(opts: Options, device: torch.device, *, step: int = 1, channels_last: bool = True) -> Bench:
     """Build networks with random weights, methods and optimiser of a step."""
     torch.manual_seed(0)
-    precision = Precision.of(opts.opt_level, opts.norm_act, device)
+    precision = Precision.of(opts, device)
     student = _placed(_model(opts, step), precision, channels_last)
     context = Context(
         task=opts.task_,

@@ -43,7 +43,7 @@ class Predictor:
     def __init__(self, network: TrainedNetwork, device: torch.device) -> None:
         opts = network.opts
         self.device = device
-        self.precision = Precision.of(opts.opt_level, opts.norm_act, device)
+        self.precision = Precision.of(opts, device)
         self.model = self.precision.place(network.model)
         self.predict = predictor(opts.test_scales, opts.test_flip, opts.fusion_mode)
         self.class_ids = torch.tensor(network.class_ids, dtype=torch.uint8)

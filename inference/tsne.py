@@ -138,7 +138,7 @@ def _forward(
     network: TrainedNetwork, data: EvaluationData, world: World, chosen: Sequence[int], layer: str
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Index in the list, features D×h×w and labels H×W of each chosen image."""
-    precision = Precision.of(network.opts.opt_level, network.opts.norm_act, world.device)
+    precision = Precision.of(network.opts, world.device)
     if world.is_main:
         precision.log_choice("opt_level" in network.opts.typed)
     model = precision.place(network.model)

@@ -36,8 +36,7 @@ class Run:
 
     def precision(self) -> Precision:
         """Number formats of the networks, with a loss scaling of their own."""
-        opts, world = self.opts, self.world
-        return Precision.of(opts.opt_level, opts.norm_act, world.device, world.bfloat16)
+        return Precision.of(self.opts, self.world.device, self.world.bfloat16)
 
     @property
     def reading(self) -> dict[str, Any]:

@@ -168,6 +168,8 @@ def test_steps_and_learning_rates() -> None:
         (["--min_lr", "1e-6", "--lr_policy", "step"], ["--min_lr", "--lr_policy step"]),
         (["--memory_labels", "current"], ["--memory_labels goes with --memory"]),
         (["--warmup_form", "factor"], ["--warmup_form goes with --warmup"]),
+        (["--half", "float16"], ["--half float16 is of --opt_level O1 and O2, not O0"]),
+        (["--half", "float16", "--opt_level", "O3"], ["not O3"]),
     ],
 )
 def test_faults_are_one_line_that_names_the_option(arguments: list[str], words: list[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import shutil
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -672,12 +673,20 @@ def test_what_a_level_means_on_a_device(
     precision = Precision(level, torch.device(device), bfloat16)
     assert precision.description == description
     assert precision.scaler.is_enabled() is (scaled and torch.cuda.is_available())
+
+    def chosen(**options: str) -> Precision:
+        given = {"opt_level": level, "norm_act": "abn", "half": "auto", **options}
+        return Precision.of(Namespace(**given), torch.device(device), bfloat16)
+
+    assert chosen().description == description
     # In-place norms have no kernels for bfloat16 on CUDA.
-    assert Precision.of(level, "abn", torch.device(device), bfloat16).description == description
-    own = Precision.of(level, "iabn_sync", torch.device(device), bfloat16)
-    assert own.description == (
-        description.replace("bfloat16 a", "float16 a") if device == "cuda" else description
-    )
+    in_float16 = description.replace("bfloat16 a", "float16 a")
+    assert chosen(norm_act="iabn_sync").description == (in_float16 if device == "cuda" else description)
+    if device == "cuda":
+        assert chosen(half="float16").description == in_float16
+    else:
+        with pytest.raises(UserError, match=r"^--half float16 needs a GPU; drop it"):
+            chosen(half="float16")
 
 
 @pytest.mark.parametrize("typed", [True, False])

@@ -24,8 +24,10 @@ def run(*words: str, **more: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_published_step(tiny_data: Path, tmp_path: Path) -> None:
-    common = f"--dataset shapes --data_root {tiny_data} --task 15-5 --overlap --crop_size 64 --no_pretrained"
+def test_published_step(shapes_root: Path, tmp_path: Path) -> None:
+    common = (
+        f"--dataset shapes --data_root {shapes_root} --task 15-5 --overlap --crop_size 64 --no_pretrained"
+    )
     words = [*common.split(), *["--backbone", "mobilenet_v2", "--epochs", "1", "--batch_size", "8"]]
     several = ["--step", "all", "--lr", "0.05", "0.02"]
     run("run.py", *words, *several, "--method", "FT", "--logdir", str(tmp_path / "logs"))
