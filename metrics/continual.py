@@ -15,9 +15,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from utils.lazy import torch
 from utils.tables import format_table
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -125,7 +124,7 @@ class Results:
 
 
 def summarise(
-    confusion: Tensor | Array,
+    confusion: torch.Tensor | Array,
     class_names: Sequence[str],
     classes_per_step: Sequence[int] = (),
     *,
@@ -143,7 +142,7 @@ def summarise(
         earlier: results of the steps before (``to_json``), by step; those that are missing leave forgetting
             and average undefined where they are needed.
     """
-    counts = torch.as_tensor(confusion).cpu().numpy().astype(np.float64)
+    counts = np.asarray(confusion if isinstance(confusion, np.ndarray) else confusion.cpu(), dtype=np.float64)
     if counts.shape != (len(class_names), len(class_names)):
         raise ValueError(f"{len(class_names)} class names for a confusion matrix of shape {counts.shape}")
     if len(set(class_names)) != len(class_names):

@@ -17,9 +17,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from runs.files import HISTORY, step_file
+from utils.lazy import torch
 
 try:
     import resource

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from metrics.continual import Results
 from runs.files import CONFUSION, RESULTS, step_file
 from utils.errors import UserError
 from utils.files import atomic_write_text
+from utils.lazy import torch
 from utils.tables import csv_text
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -76,7 +75,9 @@ def read_confusion(path: Path) -> tuple[Array, list[str]]:
     return counts, names
 
 
-def write_confusion(run_dir: Path, step: int, confusion: Tensor | Array, class_names: Sequence[str]) -> Path:
+def write_confusion(
+    run_dir: Path, step: int, confusion: torch.Tensor | Array, class_names: Sequence[str]
+) -> Path:
     """Write ``confusion_<step>.csv``: C×C counts, rows are labels, columns predictions; C class names.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Modules that are imported at their first use, so that the command line answers without waiting for torch.
+"""Modules that are imported at their first use: the command line and the report do not wait for torch.
 
 What declares or checks options imports them from here; ``tests/test_architecture.py`` keeps it so. Types are
 those of the modules themselves.

@@ -13,11 +13,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
-from torch import Tensor
 
 from utils.drawing import drawable, new_figure
 from utils.files import atomic_write
 from utils.labels import VOID
+from utils.lazy import torch
 from utils.palette import palette
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -26,13 +26,13 @@ _OPACITY = 0.6  # of the colours over an image
 _NUMBERED = 40  # largest number of classes for which cells of a confusion matrix show numbers
 
 
-def colorize(mask: Array | Tensor) -> Array:
+def colorize(mask: Array | torch.Tensor) -> Array:
     """Colours of a mask: H×W class ids (255 void, shown in VOC's cream) → H×W×3, uint8."""
     ids = np.asarray(mask)
     return palette(max(256, int(ids.max(initial=0)) + 1))[ids]
 
 
-def overlay(image: Array | Tensor, mask: Array | Tensor) -> Array:
+def overlay(image: Array | torch.Tensor, mask: Array | torch.Tensor) -> Array:
     """Blend the colours of a mask's classes into an image, except where it is background or void.
 
     Args:
@@ -49,12 +49,12 @@ def overlay(image: Array | Tensor, mask: Array | Tensor) -> Array:
 
 
 def prediction_grid(
-    images: Sequence[Array | Tensor],
-    targets: Sequence[Array | Tensor],
-    predictions: Sequence[Array | Tensor],
+    images: Sequence[Array | torch.Tensor],
+    targets: Sequence[Array | torch.Tensor],
+    predictions: Sequence[Array | torch.Tensor],
     class_names: Mapping[int, str],
     *,
-    old_predictions: Sequence[Array | Tensor] | None = None,
+    old_predictions: Sequence[Array | torch.Tensor] | None = None,
     path: Path | None = None,
 ) -> Array:
     """A grid with one row per image: image, labels, old model's prediction, prediction; a legend below.
@@ -81,7 +81,7 @@ def prediction_grid(
     return _render(figure, path)
 
 
-def confusion_figure(confusion: Array | Tensor, class_names: Sequence[str]) -> Figure:
+def confusion_figure(confusion: Array | torch.Tensor, class_names: Sequence[str]) -> Figure:
     """A matplotlib figure of a confusion matrix, in percent of each row (true class).
 
     Args:
@@ -111,7 +111,7 @@ def confusion_figure(confusion: Array | Tensor, class_names: Sequence[str]) -> F
     return figure
 
 
-def confusion_image(confusion: Array | Tensor, class_names: Sequence[str]) -> Array:
+def confusion_image(confusion: Array | torch.Tensor, class_names: Sequence[str]) -> Array:
     """``confusion_figure`` as height×width×3, uint8."""
     canvas = FigureCanvasAgg(confusion_figure(confusion, class_names))
     canvas.draw()
@@ -120,9 +120,9 @@ def confusion_image(confusion: Array | Tensor, class_names: Sequence[str]) -> Ar
 
 def write_samples(
     folder: Path,
-    images: Sequence[Array | Tensor],
-    targets: Sequence[Array | Tensor],
-    predictions: Sequence[Array | Tensor],
+    images: Sequence[Array | torch.Tensor],
+    targets: Sequence[Array | torch.Tensor],
+    predictions: Sequence[Array | torch.Tensor],
     step: int,
 ) -> None:
     """Write sample images of a step, for reports that compare steps and methods.
@@ -154,7 +154,7 @@ def write_samples(
 
 
 def _grid_figure(
-    images: Sequence[Array], masks: Mapping[str, Sequence[Array | Tensor]], names: Mapping[int, str]
+    images: Sequence[Array], masks: Mapping[str, Sequence[Array | torch.Tensor]], names: Mapping[int, str]
 ) -> Figure:
     present = set[int]()
     for column in masks.values():
@@ -192,11 +192,12 @@ def _grid_figure(
     return figure
 
 
-def _channels_last(image: Array | Tensor) -> Array:
+def _channels_last(image: Array | torch.Tensor) -> Array:
     """H×W×3 or 3×H×W, uint8 → H×W×3."""
     pixels = np.asarray(image)
     # 3×H×3 is ambiguous: a tensor has its channels first, an array last.
-    if pixels.ndim == 3 and pixels.shape[0] == 3 and (isinstance(image, Tensor) or pixels.shape[2] != 3):
+    is_tensor = not isinstance(image, np.ndarray)
+    if pixels.ndim == 3 and pixels.shape[0] == 3 and (is_tensor or pixels.shape[2] != 3):
         pixels = pixels.transpose(1, 2, 0)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise ValueError(f"an image must be H×W×3 or 3×H×W in uint8, not {pixels.dtype} {pixels.shape}")

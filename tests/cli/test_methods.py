@@ -38,6 +38,14 @@ RUNS = [
     ("SATS", MOBILENET, ["--distill_object", "sats-feature-CNN"], 1),
     ("SATS", SEGFORMER, ["--distill_object", "sats-selfattn-GP", "--fidelity", "released"], 1),
     ("LGKD", SMALL, ["--fidelity", "released"], 1),
+    ("DKD", MLP, ["--lr", "0.001", "--opt_level", "O1"], 2),
+    ("DKD-M", SMALL, ["--lr", "0.001", "--memory", "6"], 1),
+    ("STAR", SMALL, ["--fidelity", "released"], 1),
+    ("STAR-M", MLP, ["--memory", "6"], 2),
+    ("MIB+EWF", SMALL, ["--opt_level", "O1"], 1),
+    ("PLOP+EWF", MLP, [], 2),
+    ("MIB+NeST", SMALL, ["--warm_epochs", "2"], 1),
+    ("PLOP+NeST", SMALL, ["--warm_epochs", "2", "--opt_level", "O1"], 2),
 ]
 
 
