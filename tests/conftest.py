@@ -23,13 +23,7 @@ SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 LONGEST = ("faults", "cli", "scripts", "docs")
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups here
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Longest first; tests with a fixture of their file stay together, each other one goes to any worker."""
-    for item in items:
-        made = getattr(item, "_fixtureinfo", None)
-        if made and any(each[-1].scope == "module" for each in made.name2fixturedefs.values()):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     items.sort(key=lambda item: item.path.parent.name not in LONGEST)
 
 

@@ -14,7 +14,6 @@ from PIL import Image
 from dataset import check
 from dataset.base import SegmentationDataset
 from dataset.check import SplitReport, check_data, check_split, check_task, print_class_table
-from dataset.image_labels import scan_image_labels
 from dataset.protocols import task_indices
 from tasks import Task, get_task
 
@@ -279,15 +278,8 @@ def test_progress_is_shown(tmp_path, capsys):
     assert "6/6" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(
-    not (SHARED / "voc_masks").is_dir(), reason="the VOC masks in shared/voc_masks are not there"
-)
-def test_published_lists(capsys):
-    lines = (SHARED / "voc_masks" / "splits" / "train_aug.txt").read_text().splitlines()
-    image_labels = scan_image_labels(
-        [SHARED / "voc_masks" / line.split()[1].lstrip("/") for line in lines], progress=False
-    )
-    task = get_task("voc", "15-1")
+def test_published_lists(voc_train_labels, capsys):
+    image_labels, task = voc_train_labels, get_task("voc", "15-1")
     assert check_task(task, "overlapped", image_labels)
     assert capsys.readouterr().out.count("equal to the published list") == 6
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dataset import protocols
-from dataset.image_labels import label_matrix, scan_image_labels
+from dataset.image_labels import label_matrix
 from dataset.protocols import list_digest, load_step_list, published_list, step_indices, task_indices
 from tasks import Task, get_task
 from utils.errors import UserError
@@ -24,26 +24,12 @@ PUBLISHED = json.loads((ROOT / "dataset" / "published_splits.json").read_text())
 needs_lists = pytest.mark.skipif(
     not (SHARED / "splits").is_dir(), reason="the class lists in shared/splits are not there"
 )
-needs_masks = pytest.mark.skipif(
-    not (SHARED / "voc_masks").is_dir(), reason="the VOC masks in shared/voc_masks are not there"
-)
 
 
 @cache
 def class_lists(name: str) -> list[set[int]]:
     lines = (SHARED / "splits" / f"{name}_classes.txt").read_text().splitlines()
     return [{int(word) for word in line.split()[1:]} for line in lines]
-
-
-@cache
-def voc_masks(split: str) -> list[Path]:
-    lines = (SHARED / "voc_masks" / "splits" / f"{split}.txt").read_text().splitlines()
-    return [SHARED / "voc_masks" / line.split()[1].lstrip("/") for line in lines]
-
-
-@cache
-def voc_labels(split: str) -> list[frozenset[int]]:
-    return scan_image_labels(voc_masks(split), num_classes=21, progress=False)
 
 
 # --- published lists -------------------------------------------------------------------------------
@@ -68,11 +54,10 @@ def test_published_lists_from_class_lists(entry):
     assert (len(indices), list_digest(indices)) == (entry["images"], entry["sha256"])
 
 
-@needs_masks
 @pytest.mark.parametrize("entry", [e for e in PUBLISHED if e["dataset"] == "voc"], ids=entry_name)
-def test_published_lists_from_real_masks(entry):
+def test_published_lists_from_real_masks(entry, voc_train_labels):
     task = get_task("voc", entry["task"])
-    indices = task_indices(task, entry["step"], entry["protocol"], voc_labels("train_aug"))
+    indices = task_indices(task, entry["step"], entry["protocol"], voc_train_labels)
     expected = published_list(task, entry["step"], entry["protocol"])
     assert expected == (entry["images"], entry["sha256"])
     assert (len(indices), list_digest(indices)) == expected
