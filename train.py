@@ -79,7 +79,7 @@ class Precision:
         """
         asked = opts.half == "float16"
         if asked and device.type != "cuda":
-            raise UserError("--half float16 needs a GPU; drop it to compute in bfloat16 or float32 here")
+            raise UserError("--half float16 needs a GPU: use one, or for a new run drop the option")
         in_place = opts.norm_act.startswith("iabn") and device.type == "cuda"
         return cls(opts.opt_level, device, False if asked or in_place else bfloat16)
 

@@ -685,7 +685,7 @@ def test_what_a_level_means_on_a_device(
     if device == "cuda":
         assert chosen(half="float16").description == in_float16
     else:
-        with pytest.raises(UserError, match=r"^--half float16 needs a GPU; drop it"):
+        with pytest.raises(UserError, match=r"^--half float16 needs a GPU: "):
             chosen(half="float16")
 
 

@@ -11,7 +11,7 @@ from command import MOBILENET, SEGFORMER, SMALL, launch
 
 MLP = ("--model", "mlp", *SMALL)
 # (method, network, further options, processes): each network, precision, protocol and number of processes
-# meets many methods, each method runs twice, of which once in tests/faults/test_examples.py if it is there.
+# meets many methods; those of tests/faults/test_examples.py run there with another number of processes.
 RUNS = [
     ("FT", SMALL, ["--opt_level", "O1"], 1),
     ("FT", SEGFORMER, ["--opt_level", "O3"], 2),
@@ -31,7 +31,7 @@ RUNS = [
     ("PLOP", SEGFORMER, ["--fidelity", "released", "--spp_scales", "1", "2"], 2),
     ("SSUL", SMALL, [], 2),
     ("SSUL-M", MLP, ["--opt_level", "O1", "--memory", "6"], 1),
-    ("RCIL", MOBILENET, ["--fidelity", "released", "--norm_act", "abn"], 2),
+    ("RCIL", MOBILENET, ["--fidelity", "released", "--norm_act", "abn"], 1),
     ("DFT", MLP, ["--opt_level", "O1"], 2),
     ("SATS", SEGFORMER, [], 2),
     ("SATS-M", SEGFORMER, ["--opt_level", "O1", "--memory", "6"], 1),

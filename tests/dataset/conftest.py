@@ -8,13 +8,10 @@ import pytest
 
 from dataset.image_labels import scan_image_labels
 
-MASKS = Path(__file__).resolve().parents[3] / "shared" / "voc_masks"
-
 
 @pytest.fixture(scope="session")
-def voc_train_labels() -> list[frozenset[int]]:
+def voc_train_labels(shared: Path) -> list[frozenset[int]]:
     """Classes of each of the 10,582 training masks."""
-    if not MASKS.is_dir():
-        pytest.skip("the VOC masks in shared/voc_masks are not there")
-    lines = (MASKS / "splits" / "train_aug.txt").read_text().splitlines()
-    return scan_image_labels([MASKS / line.split()[1].lstrip("/") for line in lines], progress=False)
+    masks = shared / "voc_masks"
+    lines = (masks / "splits" / "train_aug.txt").read_text().splitlines()
+    return scan_image_labels([masks / line.split()[1].lstrip("/") for line in lines], progress=False)

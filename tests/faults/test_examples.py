@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import shutil
 import signal
@@ -53,7 +54,7 @@ BUILT_IN: dict[str, tuple[tuple[str, ...], tuple[str, ...], int]] = {
     "LGKD": (MLP, ("--spp_scales", "1", "2", *HALF), 2),
     "MIB+NeST": (SEGFORMER, ("--warm_epochs", "2", "--opt_level", "O3"), 2),
     "PLOP+NeST": (SMALL, ("--warm_epochs", "2", *RELEASED), 1),
-    "RCIL": (MOBILENET, HALF, 1),
+    "RCIL": (MOBILENET, HALF, 2),
     "DFT": (SMALL, (), 1),
 }
 # After every batch, so that a process can be killed at any.
@@ -164,6 +165,8 @@ def test_a_method_killed_in_its_last_step(
         assert all(weight.isfinite().all() for weight in whole[f"checkpoint {step}"]["model_state"].values())
     ended = {name: whole[name] for name in ("checkpoint 2", "results_2")}
     assert differences(ended, left_by(folders["broken"], 2)) == []
+    earlier = [f"10-5-5-shapes_run_{step}.pth" for step in (0, 1)]
+    assert filecmp.cmpfiles(folders["broken"], folders["whole"], earlier, shallow=False)[0] == earlier
 
     (folders["broken"] / "results_2.json").unlink()
     test = command(tiny_data, logs["broken"], "run", method, *words, "2", "--test")
@@ -176,8 +179,8 @@ def test_a_method_killed_in_its_last_step(
     completed([*predicted, "--ckpt", trained], tmp_path / "out")
     with Image.open(tmp_path / "photos" / "predictions" / f"{photo.stem}.png") as mask:
         assert mask.size == (64, 64) and {value for _, value in mask.getcolors()} <= set(range(21))
-    (group,) = arrange([read_run(folders["broken"])])
-    assert group.methods
+    ((compared,),) = (group.methods for group in arrange([read_run(folders["broken"])]))
+    assert (compared.label, compared.step) == ("run", 2)
 
 
 def test_the_head_of_two_killed_processes(
