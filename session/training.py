@@ -235,7 +235,7 @@ class StepTraining:
         except Stopped:
             if not self.state.is_saved:
                 self.state.save()
-            raise
+            raise self._stopped() from None
         results = self.evaluation.summarise(self.step, data, metrics)
         self.monitor.validation(results, self.state.progress.epoch)
         self.state.add_score(results.miou_all)
@@ -250,11 +250,15 @@ class StepTraining:
             return
         self._save()
         if flag == _STOP:
-            progress = self.state.progress
-            raise Stopped(
-                f"{self.run.stop.reason}: saved step {self.step} after batch {progress.batch} of epoch "
-                f"{progress.epoch + 1}; the same command resumes there"
-            )
+            raise self._stopped()
+
+    def _stopped(self) -> Stopped:
+        """The end of a run by a signal, after saving."""
+        progress = self.state.progress
+        return Stopped(
+            f"{self.run.stop.reason}: saved step {self.step} after batch {progress.batch} of epoch "
+            f"{progress.epoch + 1}; the same command resumes there"
+        )
 
     def _save_is_due(self) -> bool:
         """Whether ``--ckpt_minutes`` have passed since the last save; on rank 0 only, once per interval."""

@@ -107,7 +107,9 @@ def confusion_figure(confusion: Array | torch.Tensor, class_names: Sequence[str]
     for row, column in np.argwhere(shares >= 0.5) if numbered else ():
         share = shares[row, column]
         colour = "white" if share > 55 else "black"
-        axes.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=7, color=colour)
+        axes.text(
+            column, row, f"{share:.0f}", ha="center", va="center", fontsize=7, color=colour, in_layout=False
+        )
     return figure
 
 

@@ -141,6 +141,18 @@ def test_a_signal_to_all_its_processes_ends_with_75(
             assert line.startswith(f"run.py: {sent.name}: saved step 0 after batch")
 
 
+def test_ctrl_c_in_a_validation_saves_the_epoch(tiny_data: Path, tmp_path: Path) -> None:
+    slow = ("--epochs", "500", "--whole_val", "--test_scales", "8", "8")
+    with with_each_number(command(tiny_data, tmp_path, *slow), tmp_path / "out", (1,)) as (run,):
+        run.wait_for("step 0 epoch 1/500: ce ")
+        os.killpg(run.processes[0].pid, signal.SIGINT)
+        (line,) = assert_ends(run, 75)
+        assert line == (
+            "run.py: SIGINT: saved step 0 after batch 7 of epoch 1; the same command resumes there"
+        )
+        assert "validation mIoU" not in run.output()
+
+
 def test_ctrl_c_in_an_evaluation_ends_with_75(tiny_data: Path, tmp_path: Path) -> None:
     more = ("--test", "--batch_size", "1")
     completed([*command(tiny_data, tmp_path), "--name", "w1"], tmp_path / "w1")
