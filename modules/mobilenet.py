@@ -21,19 +21,21 @@ STAGE_ENDS = (3, 6, 13, 17)
 """Last block before the resolution halves (strides 4, 8, 16, 32 of the undilated network)."""
 STAGE_STARTS = (7, 14)
 """Blocks that take the stride from 8 to 16 and from 16 to 32."""
+_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 class AtrousDepthwiseConv2d(nn.Conv2d):
     """3×3 atrous depthwise convolution, padded by its dilation d, with stride 1.
 
-    In bfloat16 on the CPU the convolution library (oneDNN, torch 2.15) has no fast backward pass for dilated
-    convolutions. There each of the d×d grids of every d-th pixel is convolved undilated, as a separate image:
-    the same products in a quarter of the time (docs/performance.md).
+    On the CPU the convolution library (oneDNN, torch 2.15) has no fast backward pass for dilated convolutions,
+    except in float32 with AVX-512. There each of the d×d grids of every d-th pixel is convolved undilated, as
+    a separate image: the same products in a third of the time (docs/performance.md).
     """
 
     def forward(self, features: Tensor) -> Tensor:
         """B×C×h×w → B×C×h×w."""
-        if features.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        fast_backward = _AVX512 and not torch.is_autocast_enabled("cpu")
+        if features.device.type != "cpu" or fast_backward or not torch.is_grad_enabled():
             return super().forward(features)
         d = self.dilation[0]
         height, width = features.shape[2:]

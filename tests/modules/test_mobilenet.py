@@ -2,6 +2,7 @@ import pytest
 import torch
 import torchvision
 
+from modules import mobilenet
 from modules.mobilenet import AtrousDepthwiseConv2d, MobileNetV2Backbone
 from modules.norm import NormAct
 
@@ -54,7 +55,10 @@ def test_equals_torchvision_dilated_by_hand(output_stride, dilations):
         dilation = dilations[max(start for start in dilations if start <= index)]
         depthwise.stride, depthwise.dilation, depthwise.padding = (1, 1), (dilation,) * 2, (dilation,) * 2
     images = torch.randn(1, 3, 65, 97)
-    assert torch.equal(body(images)[0], theirs.features(images))
+    expected = theirs.features(images)
+    torch.testing.assert_close(body(images)[0], expected, rtol=1e-5, atol=1e-5)
+    with torch.inference_mode():
+        assert torch.equal(body(images)[0], expected)
 
 
 def test_stages_only_when_asked():
@@ -70,23 +74,28 @@ def test_leaky_kinds_replace_relu6():
     assert torch.nn.ReLU6 in {type(module) for module in MobileNetV2Backbone(NormAct("std"), 16).modules()}
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("avx512", [False, True])
 @pytest.mark.parametrize("dilation", [2, 4])
 @pytest.mark.parametrize("size", [(8, 8), (7, 10), (3, 1)])
-def test_atrous_depthwise_convolution_on_grids_is_the_plain_one(size, dilation):
+def test_atrous_depthwise_convolution_on_grids_is_the_plain_one(
+    size, dilation, avx512, autocast, monkeypatch
+):
     """On small whole numbers, which bfloat16 holds exactly, values and gradients are equal."""
+    monkeypatch.setattr(mobilenet, "_AVX512", avx512)
     torch.manual_seed(0)
     layer = AtrousDepthwiseConv2d(6, 6, 3, padding=dilation, dilation=dilation, groups=6, bias=False)
     layer.weight.data = torch.randint(-1, 2, layer.weight.shape).float()
     features, grad = (torch.randint(-1, 2, (2, 6, *size)).float() for _ in range(2))
     x = features.contiguous(memory_format=torch.channels_last).requires_grad_()
-    found = []
-    for autocast in (True, False):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            y = layer(x)
-        assert y.dtype == (torch.bfloat16 if autocast else torch.float32)
-        found.append((y.float(), *torch.autograd.grad(y, (x, layer.weight), grad.to(y.dtype))))
-    for on_grids, plain in zip(*found, strict=True):
-        assert torch.equal(on_grids, plain)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = layer(x)
+    assert y.dtype == (torch.bfloat16 if autocast else torch.float32)
+    plain = torch.conv2d(x, layer.weight, padding=dilation, dilation=dilation, groups=6)
+    assert torch.equal(y.float(), plain)
+    of_layer = torch.autograd.grad(y, (x, layer.weight), grad.to(y.dtype))
+    of_plain = torch.autograd.grad(plain, (x, layer.weight), grad)
+    assert all(torch.equal(*pair) for pair in zip(of_layer, of_plain, strict=True))
 
 
 def test_only_dilated_blocks_are_atrous():
