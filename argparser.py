@@ -396,8 +396,8 @@ def _add_evaluation(group: OptionGroup) -> None:
         help="checkpoint to test, or to continue training from")
     group.choice("--unseen_label", ("ignore", "background"), "ignore", role="evaluation", restored=True,
         with_results=False,
-        help="what classes of later steps count as: ignored (MiB, SDR) or background (PLOP, SATS, "
-        "SSUL)")
+        help="what classes of later steps count as: ignored (MiB, SDR, released SSUL) or background (PLOP, "
+        "SATS)")
     group.choice("--eval_images", ("all", "seen"), "all", role="evaluation",
         help="images of the final evaluation: all, or those with a class seen so far (--fidelity "
         "released)")

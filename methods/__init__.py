@@ -67,7 +67,9 @@ __all__ = [
 ]
 
 # Names for --classifier; --method_file adds those of a user's file.
-CLASSIFIERS: list[str] = ["linear", *{kind.classifier: None for kind in REGISTRY if kind.classifier}]
+CLASSIFIERS: list[str] = list(
+    dict.fromkeys(["linear", *(kind.classifier for kind in REGISTRY if kind.classifier)])
+)
 
 _LOADED: set[Path] = set()
 

@@ -64,7 +64,7 @@ class EncoderDistillation(Method):
     def add_options(cls, group: OptionGroup) -> None:
         """``--loss_de``, ``--loss_de_maskedold``, ``--loss_de_cosine``."""
         group.value("--loss_de", loss_weight, 0.0, metavar="W", help="weight of feature distillation (ILT)")
-        group.flag("--loss_de_maskedold", help="distil only where the label is an old class")
+        group.flag("--loss_de_maskedold", help="distil only where the label is background or an old class")
         group.flag("--loss_de_cosine", help="cosine distance instead of MSE")
 
     @classmethod

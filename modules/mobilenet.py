@@ -27,9 +27,9 @@ _AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 class AtrousDepthwiseConv2d(nn.Conv2d):
     """3×3 atrous depthwise convolution, padded by its dilation d, with stride 1.
 
-    On the CPU the convolution library (oneDNN, torch 2.15) has no fast backward pass for dilated convolutions,
-    except in float32 with AVX-512. There each of the d×d grids of every d-th pixel is convolved undilated, as
-    a separate image: the same products in a third of the time (docs/performance.md).
+    On the CPU the convolution library (oneDNN, torch 2.15) has no fast backward pass for dilated
+    convolutions, except in float32 with AVX-512. There each of the d×d grids of every d-th pixel is convolved
+    undilated, as a separate image: the same products in a third of the time (docs/performance.md).
     """
 
     def forward(self, features: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def test_command_follows_the_table(command: str) -> None:
     opts = parse_options(shlex.split(options))
     if opts.check_data:
         return
-    processes = int(launcher.split("=")[1])
+    processes = int(launcher.partition("--nproc_per_node=")[2] or 1)
     voc = opts.dataset == "voc"
     total, epochs, crop, first, later = 24, 30 if voc else 60, 512, 0.01, 0.001
     if opts.unknown:
