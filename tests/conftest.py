@@ -11,10 +11,13 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from dataset.shapes import ShapesConfig, make_shapes
+from utils.memory import keep_freed_memory
 
 # How long an example takes says something about the machine only.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
+
+keep_freed_memory()  # as every command does; otherwise each step's tensors are new pages
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 
