@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from forked import python
+from forked import SMALL_BACKBONE, python
 from hub_server import REPOSITORY, environment, hub
 
 from argparser import parse_options
@@ -28,7 +28,7 @@ def test_published_step(shapes_root: Path, tmp_path: Path) -> None:
     common = (
         f"--dataset shapes --data_root {shapes_root} --task 15-5 --overlap --crop_size 64 --no_pretrained"
     )
-    words = [*common.split(), *["--backbone", "mobilenet_v2", "--epochs", "1", "--batch_size", "8"]]
+    words = [*common.split(), *["--backbone", SMALL_BACKBONE, "--epochs", "1", "--batch_size", "8"]]
     several = ["--step", "all", "--lr", "0.05", "0.02"]
     run("run.py", *words, *several, "--method", "FT", "--logdir", str(tmp_path / "logs"))
     trained = tmp_path / "logs" / RUN
@@ -39,7 +39,7 @@ def test_published_step(shapes_root: Path, tmp_path: Path) -> None:
     assert not any(str(tmp_path) in path.read_text() for path in (tmp_path / "out").glob("*.[jm]*"))
     assert str(tmp_path).encode() not in (tmp_path / "out" / file).read_bytes()
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "--backbone mobilenet_v2 --batch_size 8" in card and "without restrictions" in card
+    assert f"--backbone {SMALL_BACKBONE} --batch_size 8" in card and "without restrictions" in card
     (command,) = re.findall(r"^python run\.py (.*)", card, re.M)
     assert parse_options(shlex.split(command)).lrs == [0.05, 0.02]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["id2label"]["15"] == "arrow"
