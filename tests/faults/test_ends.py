@@ -142,7 +142,7 @@ def test_a_signal_to_all_its_processes_ends_with_75(
 
 
 def test_ctrl_c_in_a_validation_saves_the_epoch(tiny_data: Path, tmp_path: Path) -> None:
-    slow = ("--epochs", "500", "--whole_val", "--test_scales", "8", "8")
+    slow = ("--epochs", "500", "--whole_val", "--test_scales", "16", "16", "16")
     with with_each_number(command(tiny_data, tmp_path, *slow), tmp_path / "out", (1,)) as (run,):
         run.wait_for("step 0 epoch 1/500: ce ")
         os.killpg(run.processes[0].pid, signal.SIGINT)
