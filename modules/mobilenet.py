@@ -28,14 +28,14 @@ class AtrousDepthwiseConv2d(nn.Conv2d):
     """3×3 atrous depthwise convolution, padded by its dilation d, with stride 1.
 
     On the CPU the convolution library (oneDNN, torch 2.15) has no fast backward pass for dilated
-    convolutions, except in float32 with AVX-512. There each of the d×d grids of every d-th pixel is convolved
-    undilated, as a separate image: the same products in a third of the time (docs/performance.md).
+    convolutions in bfloat16, nor in float32 without AVX-512. There each of the d×d grids of every d-th pixel is
+    convolved undilated, as a separate image: the same products in a third of the time (docs/performance.md).
     """
 
     def forward(self, features: Tensor) -> Tensor:
         """B×C×h×w → B×C×h×w."""
-        fast_backward = _AVX512 and not torch.is_autocast_enabled("cpu")
-        if features.device.type != "cpu" or fast_backward or not torch.is_grad_enabled():
+        fast = not torch.is_autocast_enabled("cpu") and (_AVX512 or not torch.is_grad_enabled())
+        if features.device.type != "cpu" or fast:
             return super().forward(features)
         d = self.dilation[0]
         height, width = features.shape[2:]
