@@ -28,8 +28,9 @@ class AtrousDepthwiseConv2d(nn.Conv2d):
     """3×3 atrous depthwise convolution, padded by its dilation d, with stride 1.
 
     On the CPU the convolution library (oneDNN, torch 2.15) has no fast backward pass for dilated
-    convolutions in bfloat16, nor in float32 without AVX-512. There each of the d×d grids of every d-th pixel is
-    convolved undilated, as a separate image: the same products in a third of the time (docs/performance.md).
+    convolutions in bfloat16, nor in float32 without AVX-512. There each of the d×d grids of every d-th pixel
+    is convolved undilated, as a separate image: the same products in a third of the time
+    (docs/performance.md).
     """
 
     def forward(self, features: Tensor) -> Tensor:
