@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -199,10 +198,7 @@ def check_pair(image: Path, mask: Path, num_classes: int) -> SplitReport:
 
 def _check_image(path: Path, pair: SplitReport) -> StoredImage | None:
     try:
-        data = path.read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
-            image.verify()  # checksums of PNG; damage of other formats is found by load()
-        return load_image(path, data)
+        return load_image(path, path.read_bytes())
     except DataError as error:
         pair.fault("images without a defined black and white", _named(path, error))
     except _DAMAGE as error:
@@ -213,19 +209,10 @@ def _check_image(path: Path, pair: SplitReport) -> StoredImage | None:
 def _check_mask(path: Path, pair: SplitReport, num_classes: int) -> tuple[int, int] | None:
     """Size of the mask (width, height), or None."""
     try:
-        with Image.open(path) as mask:
-            mask.verify()
-        with Image.open(path) as mask:
-            mask.load()
-            size, kind = mask.size, f"{mask.format}, {mask.mode}"
-    except _DAMAGE as error:
-        pair.fault("unreadable masks", _named(path, error))
-        return None
-    try:
-        pixels = np.bincount(read_mask(path).numpy().reshape(-1), minlength=256)
+        mask = read_mask(path)
     except DataError as error:
-        pair.fault("wrongly coded masks", f"{path} ({kind}; {_reason(path, error)})")
-        return size
+        return _check_unread_mask(path, pair, error)
+    pixels = np.bincount(mask.numpy().reshape(-1), minlength=256)
     values = np.flatnonzero(pixels)
     unknown = values[(values >= num_classes) & (values != VOID)]
     if unknown.size:
@@ -234,7 +221,22 @@ def _check_mask(path: Path, pair: SplitReport, num_classes: int) -> tuple[int, i
         pair.fault("wrongly coded masks", f"{path} ({detail})")
     else:
         pair.image_labels, pair.pixels = [frozenset(values.tolist()) - {0, VOID}], pixels
-    return size
+    return mask.shape[2], mask.shape[1]
+
+
+def _check_unread_mask(path: Path, pair: SplitReport, reason: DataError) -> tuple[int, int] | None:
+    """Size of a mask that training would not read, or None if it is no image."""
+    try:
+        with Image.open(path) as mask:
+            mask.verify()
+        with Image.open(path) as mask:
+            mask.load()
+    except _DAMAGE as error:
+        pair.fault("unreadable masks", _named(path, error))
+        return None
+    detail = f"{mask.format}, {mask.mode}; {_reason(path, reason)}"
+    pair.fault("wrongly coded masks", f"{path} ({detail})")
+    return mask.size
 
 
 def _named(path: Path, error: BaseException) -> str:

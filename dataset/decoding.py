@@ -119,8 +119,6 @@ def _decode_rgb(path: Path, data: bytearray, *, upright: bool) -> Tensor:
             encoded = torch.frombuffer(data, dtype=torch.uint8)
             return decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=upright)
     try:
-        if data.startswith(PNG_SIGNATURE):
-            _check_png(data)
         stored = load_image(path, data)
     except _PIL_ERRORS as error:
         raise _broken(path, "image", error) from error
@@ -150,6 +148,8 @@ def load_image(path: Path, data: bytes | bytearray) -> StoredImage:
         DataError: its pixels have no defined white.
         OSError, ValueError, SyntaxError, Image.DecompressionBombError: the file is damaged.
     """
+    if data.startswith(PNG_SIGNATURE):
+        _check_png(data)
     with PILImage.open(io.BytesIO(data)) as image:
         value, bits = image.getexif().get(_ORIENTATION), _bits(image, data)
         orientation = value if value in _UPRIGHT else 1
@@ -193,7 +193,7 @@ def _rgb(path: Path, image: PILImage.Image, bits: int) -> PILImage.Image:
     return rgb
 
 
-def _check_png(data: bytearray) -> None:
+def _check_png(data: bytes | bytearray) -> None:
     """Raise Pillow's error for a PNG that is truncated or has a chunk with a wrong CRC.
 
     Decoding does not check the CRC of the pixels.

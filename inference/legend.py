@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from utils.drawing import in_one_font
+from utils.drawing import font
 from utils.labels import VOID
 from utils.palette import palette
 
@@ -36,9 +35,8 @@ def with_legend(image: Array, mask: Array, class_names: Sequence[str]) -> Array:
     height, width = image.shape[:2]
     size = max(_SMALLEST_FONT, width // _WIDTH_OF_FONT)
     shown = [int(c) for c in np.unique(mask) if c != VOID]
-    names = {c: in_one_font(class_names[c]) for c in shown}
-    fonts = {c: _font(file, size) for c, (_, file) in names.items()}
-    lengths = [round(2.5 * size + fonts[c].getlength(names[c][0])) for c in shown]
+    names = {c: font(class_names[c], size) for c in shown}
+    lengths = [round(2.5 * size + drawn.getlength(name)) for name, drawn in names.values()]
     canvas_width = max(width, _NARROWEST, *(size + length for length in lengths))
     places, lines = _flow(lengths, canvas_width, size)
     line_height = round(1.6 * size)
@@ -53,7 +51,7 @@ def with_legend(image: Array, mask: Array, class_names: Sequence[str]) -> Array:
             box, fill=tuple(colours[c]) if c else "white", outline=(110, 110, 110), width=1 + size // 24
         )
         place = (left + round(1.4 * size), middle)
-        draw.text(place, names[c][0], fill="black", font=fonts[c], anchor="lm")
+        draw.text(place, names[c][0], "black", names[c][1], "lm")
     return np.asarray(canvas)
 
 
@@ -67,8 +65,3 @@ def _flow(lengths: Sequence[int], width: int, margin: int) -> tuple[list[tuple[i
         places.append((left, line))
         left += length
     return places, line + 1
-
-
-@cache
-def _font(file: str, size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(file, size)

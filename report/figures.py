@@ -23,7 +23,7 @@ from report.reading import Run
 from report.tables import Line
 from utils.drawing import drawable, new_figure
 from utils.errors import UserError
-from utils.visualize import confusion_figure
+from utils.visualize import confusion_image
 
 # Colour-blind safe palette of Okabe and Ito; dashed lines after seven methods. Black is for joint training.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
@@ -279,8 +279,8 @@ def _cell_legend(figure: Figure, values: Array, never: Array) -> None:
         figure.legend(handles=handles, loc="outside lower left", ncols=2, frameon=False, fontsize=9)
 
 
-def confusion(method: Method) -> Figure | None:
-    """Confusion matrix after the last step, counts summed over seeds."""
+def confusion(method: Method) -> Array | None:
+    """Image of the confusion matrix after the last step, counts summed over seeds."""
     step = method.step
     read = [
         found for run in method.latest() if step is not None and (found := run.confusion(step)) is not None
@@ -288,9 +288,8 @@ def confusion(method: Method) -> Figure | None:
     if not read:
         return None
     names = read[0][1]
-    figure = confusion_figure(np.sum([counts for counts, other in read if other == names], axis=0), names)
-    figure.axes[0].set_title(drawable(method.label))
-    return figure
+    summed = np.sum([counts for counts, other in read if other == names], axis=0)
+    return confusion_image(summed, names, method.label)
 
 
 def total_losses(group: Group) -> Figure | None:

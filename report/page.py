@@ -15,7 +15,9 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
+from PIL import Image
 
+from metrics.continual import Array
 from report import figures, tables
 from report.groups import JOINT, MEANS, Group, Stat, arrange
 from report.published import of_group
@@ -98,13 +100,24 @@ class _Folder:
         """Write a figure as PNG. On the page, photographs are JPEG, a tenth of the size."""
         if figure is None:
             return []
-        png = _encoded(figure, "png")
+        shown = _encoded(figure, "jpeg") if photo else None
+        return self._add(name, alt, round(96 * figure.get_size_inches()[0]), _encoded(figure, "png"), shown)
+
+    def image(self, name: str, alt: str, pixels: Array) -> list[PageFigure]:
+        """Write an image, height×width×3 in uint8, as PNG."""
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "png")
+        return self._add(name, alt, pixels.shape[1], buffer.getvalue())
+
+    def _add(
+        self, name: str, alt: str, width: int, png: bytes, jpeg: bytes | None = None
+    ) -> list[PageFigure]:
         with atomic_write(self.out / f"{name}.png", _REMEDY) as file:
             file.write(png)
         self.written.append(f"{name}.png")
-        kind, content = ("jpeg", _encoded(figure, "jpeg")) if photo else ("png", png)
+        kind, content = ("png", png) if jpeg is None else ("jpeg", jpeg)
         uri = f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
-        return [PageFigure(f"{name}.png", alt, uri, round(96 * figure.get_size_inches()[0]))]
+        return [PageFigure(f"{name}.png", alt, uri, width)]
 
 
 def _stem(*parts: str) -> str:
@@ -266,8 +279,8 @@ def _sections(folder: _Folder, group: Group, lines: Sequence[Line]) -> list[Sect
 def _confusions(folder: _Folder, group: Group) -> list[PageFigure]:
     found = []
     for method in group.methods:
-        name = _stem(group.slug, "confusion", method.label)
-        found += folder.figure(name, method.label, figures.confusion(method))
+        if (image := figures.confusion(method)) is not None:
+            found += folder.image(_stem(group.slug, "confusion", method.label), method.label, image)
     return found
 
 

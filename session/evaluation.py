@@ -114,7 +114,7 @@ class Evaluation:
                 step_writer.results(results, opts.epochs, confusion)
 
     def _picture(self, results: Results, metrics: StreamSegMetrics) -> Array | None:
-        """The confusion matrix, drawn once for all curves: that of 151 classes takes a second."""
+        """The confusion matrix, drawn once for all curves."""
         if not self.opts.visualize and self.mirror is None:
             return None
         names = {index: name for name, index in results.indices.items()}

@@ -1,17 +1,21 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share.
+
+pytest-xdist's controller imports this file before its workers start; torch would hold all of them up.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import forked
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 
-from dataset.shapes import ShapesConfig, make_shapes
 from utils.memory import keep_freed_memory
+
+if TYPE_CHECKING:
+    import torch
 
 # How long an example takes says something about the machine only.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -31,6 +35,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    import torch
+
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("needs CUDA")
 
@@ -38,34 +44,44 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def float32_convolutions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """On CUDA networks compute convolutions in TF32, with 10 bits; the expected values have 23."""
+    import torch
+
     if request.node.get_closest_marker("cuda"):
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def either_device(request: pytest.FixtureRequest) -> torch.device:
+    import torch
+
     return torch.device(request.param)
 
 
 @pytest.fixture(scope="session")
 def shapes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small generated data set: 48 + 16 pictures of 64 pixels; give it as --data_root. Read only."""
-    root = tmp_path_factory.mktemp("data") / "shapes"
-    make_shapes(root, ShapesConfig(train=48, val=16, size=64, seed=3), num_workers=2)
-    return root
+    return _shapes(tmp_path_factory, 48, 16)
 
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """32 + 8 pictures of 64 pixels: 7 batches in step 0 of 15-5, 3 in step 1. Read only."""
+    return _shapes(tmp_path_factory, 32, 8)
+
+
+def _shapes(tmp_path_factory: pytest.TempPathFactory, train: int, val: int) -> Path:
+    from dataset.shapes import ShapesConfig, make_shapes
+
     root = tmp_path_factory.mktemp("data") / "shapes"
-    make_shapes(root, ShapesConfig(train=32, val=8, size=64, seed=3), num_workers=1)
+    make_shapes(root, ShapesConfig(train=train, val=val, size=64, seed=3), num_workers=1)
     return root
 
 
 @pytest.fixture(scope="session")
 def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A stand-in of ``sys.executable`` that has imported everything, for programs that start Python."""
+    import forked
+
     with forked.interpreter(tmp_path_factory.mktemp("bin")) as file:
         yield file
 

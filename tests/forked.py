@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
 from multiprocessing.context import ForkProcess, ForkServerContext, ForkServerProcess
@@ -273,6 +274,7 @@ def _run(
     multiprocessing.set_start_method("fork", force=True)
     for name in [name for name in sys.modules if name.partition(".")[0] in _FORGOTTEN]:
         del sys.modules[name]
+    weakref.finalize._registry.clear()  # type: ignore[attr-defined]  # the server's: torch's take long
     if prepare is not None:
         prepare()
     try:

@@ -15,6 +15,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontEntry, findfont, findSystemFonts, fontManager
 from matplotlib.ft2font import FT2Font
+from PIL import ImageFont
 
 from utils.errors import UserError
 
@@ -46,14 +47,23 @@ def drawable(text: str) -> str:
     return f"\u200b{shown}" if shown.startswith("_") else shown
 
 
-def in_one_font(text: str) -> tuple[str, str]:
-    """The text as from ``drawable`` and the file of one font that has all its characters, for Pillow."""
+def font(text: str, size: int) -> tuple[str, ImageFont.FreeTypeFont]:
+    """For Pillow: the text as from ``drawable``, and one font that has all its characters.
+
+    ``size``: of the letters, in pixels. A character that only another font has is replaced by its code.
+    """
     shown = drawable(text)
     for path in (_base_file(), *_fallbacks.values()):
         if _characters(path).issuperset(map(ord, shown)):
-            return shown, path
+            return shown, _font(path, size)
     base = _characters(_base_file())
-    return "".join(char if ord(char) in base else _code(char) for char in shown), _base_file()
+    shown = "".join(char if ord(char) in base else _code(char) for char in shown)
+    return shown, _font(_base_file(), size)
+
+
+@cache
+def _font(file: str, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(file, size)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from forked import spawn
 
 from benchmarks import data, losses, profile, scaling, step
 from benchmarks.measure import interleaved, markdown, peak_bytes
@@ -143,7 +144,10 @@ def test_scaling_compares_a_compiled_step(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(compiled) == 1  # in one of the two; FT has no teacher
 
 
-def test_scaling_compares_classes_steps_crops_and_processes(tmp_path: Path) -> None:
+def test_scaling_compares_classes_steps_crops_and_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scaling.mp, "spawn", spawn)  # without imports
     out = tmp_path / "scaling.json"
     rows = scaling.main(["--method", "FT", *TOY, "--model", "segformer_b0", "--out", str(out)])
     cases = [row["case"] for row in rows]

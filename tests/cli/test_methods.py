@@ -31,7 +31,7 @@ RUNS = [
     ("PLOP", SEGFORMER, ["--fidelity", "released", "--spp_scales", "1", "2"], 2),
     ("SSUL", SMALL, [], 2),
     ("SSUL-M", MLP, ["--opt_level", "O1", "--memory", "6"], 1),
-    ("RCIL", MOBILENET, ["--fidelity", "released", "--norm_act", "abn"], 1),
+    ("RCIL", MOBILENET, ["--fidelity", "released", "--norm_act", "abn", "--opt_level", "O1"], 1),
     ("DFT", MLP, ["--opt_level", "O1"], 2),
     ("SATS", SEGFORMER, [], 2),
     ("SATS-M", SEGFORMER, ["--opt_level", "O1", "--memory", "6"], 1),
@@ -44,7 +44,7 @@ RUNS = [
     ("STAR-M", MLP, ["--memory", "6"], 2),
     ("MIB+EWF", SMALL, ["--opt_level", "O1"], 1),
     ("PLOP+EWF", MLP, [], 2),
-    ("MIB+NeST", SMALL, ["--warm_epochs", "2"], 1),
+    ("MIB+NeST", SMALL, ["--warm_epochs", "2", "--opt_level", "O3"], 1),
     ("PLOP+NeST", SMALL, ["--warm_epochs", "2", "--opt_level", "O1"], 2),
 ]
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from command import ROOT, SMALL, Outcome
-from forked import BOUND
+from forked import python
 from PIL import Image
 from small_checkpoint import save_untrained
 from small_data import make_own
 
-# One start of Python for several commands: torch takes seconds to import.
+# One process for several commands.
 PROGRAM = """
 import json, sys
 from run import main
@@ -28,18 +26,11 @@ for words in json.loads(sys.argv[1]):
 """
 
 
-def commands(*several: list[str | Path], **environment: str) -> list[Outcome]:
-    """Every command's outcome, one after the other in one process."""
+def commands(folder: Path, *several: list[str | Path], **environment: str) -> list[Outcome]:
+    """Every command's outcome, one after the other in one process. ``folder``: for a file."""
+    (folder / "program.py").write_text(PROGRAM)
     words = json.dumps([[os.fspath(word) for word in one] for one in several])
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, words],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=BOUND,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
+    done = python(folder / "program.py", words, **environment)
     assert done.returncode == 0, done.stderr
     outs, errs = (stream.split("=== ") for stream in (done.stdout, done.stderr))
     codes = [int(part.split("\n")[0]) for part in outs[1:]]
@@ -87,7 +78,7 @@ def test_what_training_refuses_the_check_has_told(tmp_path: Path) -> None:
             ["--check_data", *common],
             [*common, *SMALL, "--logdir=~/logs", "--name", damage.__name__],
         ]
-    outcomes = commands(*several, HOME=str(tmp_path), USERPROFILE=str(tmp_path))
+    outcomes = commands(tmp_path, *several, HOME=str(tmp_path), USERPROFILE=str(tmp_path))
     assert [outcome.code for outcome in outcomes] == [2] * len(several)
     for (checked, trained), words in zip(
         zip(outcomes[::2], outcomes[1::2], strict=True), wanted.values(), strict=True
@@ -117,7 +108,8 @@ def test_prediction_takes_every_file_that_training_takes(tmp_path: Path) -> None
         others.remove(os.fsdecode(b"caf\xe9.bmp"))
     Image.fromarray(np.ones((40, 48), np.float32)).save(folder / "float.tif")
     (folder / "notes.txt").write_text("no picture")
-    (outcome,) = commands(["--predict", folder, "--ckpt", tmp_path / "step.pth", "--out", tmp_path / "out"])
+    words = ["--predict", folder, "--ckpt", tmp_path / "step.pth", "--out", tmp_path / "out"]
+    (outcome,) = commands(tmp_path, words)
     assert outcome.code == 2 and "float.tif: the image's pixels are floating-point" in outcome.last_error
     assert "9 of 10 images predicted" in outcome.out
     found = {path.stem: Image.open(path).size for path in (tmp_path / "out" / "predictions").iterdir()}

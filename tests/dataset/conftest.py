@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,12 @@ from dataset.image_labels import scan_image_labels
 
 
 @pytest.fixture(scope="session")
-def voc_train_labels(shared: Path) -> list[frozenset[int]]:
-    """Classes of each of the 10,582 training masks."""
+def voc_train_labels(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> list[frozenset[int]]:
+    """Classes of each of the 10,582 training masks, which the first worker reads for all."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
     masks = shared / "voc_masks"
     lines = (masks / "splits" / "train_aug.txt").read_text().splitlines()
-    return scan_image_labels([masks / line.split()[1].lstrip("/") for line in lines], progress=False)
+    paths = [masks / line.split()[1].lstrip("/") for line in lines]
+    return scan_image_labels(paths, cache_dir=folder, progress=False)

@@ -278,7 +278,7 @@ def test_progress_is_shown(tmp_path, capsys):
     assert "6/6" in capsys.readouterr().err
 
 
-def test_published_lists(voc_train_labels, capsys):
+def test_published_lists(voc_train_labels, capsys, tmp_path):
     image_labels, task = voc_train_labels, get_task("voc", "15-1")
     assert check_task(task, "overlapped", image_labels)
     assert capsys.readouterr().out.count("equal to the published list") == 6
@@ -289,6 +289,15 @@ def test_published_lists(voc_train_labels, capsys):
     out = capsys.readouterr().out
     assert "step 3: 1 classes, 490 images; differs from the published list of 491 images" in out
     assert "fault: the training set has the published size, but its masks or their order differ" in out
+
+    for step in range(6):
+        indices = task_indices(task, step, "overlapped", image_labels)
+        np.save(tmp_path / f"train-{step}.npy", indices[:100] if step == 5 else indices)
+    assert check_task(task, "overlapped", image_labels, splits_dir=tmp_path)
+    out = capsys.readouterr().out
+    assert out.count("equal to the published list") == 5
+    assert "step 5: 1 classes, 100 images; differs from the published list of" in out
+    assert "warning: results on other lists cannot be compared with published ones" in out
 
     assert check_task(task, "overlapped", image_labels[:5000])
     out = capsys.readouterr().out

@@ -6,7 +6,6 @@ import errno
 import os
 import signal
 import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -190,14 +189,11 @@ def scan(paths, cache_dir):
     return scan_image_labels(paths, cache_dir=cache_dir, progress=False)
 
 
-def start_scanner(tmp_path: Path, delay: float) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", SCANNER, str(tmp_path / "masks"), str(tmp_path / "cache"), str(delay)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+def start_scanner(interpreter: Path, tmp_path: Path, delay: float) -> subprocess.Popen[str]:
+    program = tmp_path / "scanner.py"
+    program.write_text(SCANNER)
+    words = [interpreter, program, tmp_path / "masks", tmp_path / "cache", str(delay)]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
 
 
 def test_second_scan_reads_no_mask(tmp_path, reads):
@@ -283,18 +279,18 @@ def test_without_locks_the_index_is_kept_all_the_same(tmp_path, monkeypatch, cap
 
 
 @pytest.mark.skipif(files.fcntl is None, reason="file locks need POSIX")
-def test_processes_that_start_together_read_once(tmp_path):
+def test_processes_that_start_together_read_once(tmp_path, interpreter):
     make_masks(tmp_path / "masks", 6)
-    processes = [start_scanner(tmp_path, 0.4) for _ in range(2)]
+    processes = [start_scanner(interpreter, tmp_path, 0.4) for _ in range(2)]
     last_lines = [process.communicate()[0].splitlines()[-1] for process in processes]
     read = sorted(int(line.split()[1]) for line in last_lines)
     assert read == [0, 6]
     assert len({line.split("labels")[1] for line in last_lines}) == 1
 
 
-def test_kill_in_the_middle_leaves_no_half_file(tmp_path):
+def test_kill_in_the_middle_leaves_no_half_file(tmp_path, interpreter):
     make_masks(tmp_path / "masks", 200)
-    process = start_scanner(tmp_path, 0.2)
+    process = start_scanner(interpreter, tmp_path, 0.2)
     assert process.stdout is not None
     assert process.stdout.readline() == "reading\n"
     process.send_signal(signal.SIGKILL)
@@ -302,7 +298,7 @@ def test_kill_in_the_middle_leaves_no_half_file(tmp_path):
     process.stdout.close()
     assert not list((tmp_path / "cache").glob("*.npz"))
 
-    again = start_scanner(tmp_path, 0.0)  # the dead process's lock does not hold it up
+    again = start_scanner(interpreter, tmp_path, 0.0)  # the dead process's lock does not hold it up
     last = again.communicate()[0].splitlines()[-1]
     assert last.startswith("read 200 ")
 

@@ -78,18 +78,16 @@ def test_training_testing_and_predicting_end(tiny_data: Path, tmp_path: Path) ->
         assert [assert_ends(run, 0) for run in runs] == [[], [], []]
 
 
-def test_the_command_itself_and_torchrun_end(tiny_data: Path, tmp_path: Path) -> None:
+def test_torchrun_itself_ends(tiny_data: Path, tmp_path: Path) -> None:
+    """Without a forked Python; tests/cli/test_commands.py has the command itself, with its defaults."""
+
     def under_torchrun(words: Sequence[str], environment: dict[str, str], output: Path) -> subprocess.Popen:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         return start_words([*launcher, "run.py", *words], environment, output)
 
-    with (
-        running(command(tiny_data, tmp_path, "--name", "one"), tmp_path / "one", 1, start_command) as one,
-        running(command(tiny_data, tmp_path, "--name", "two"), tmp_path / "two", 1, under_torchrun) as two,
-    ):
-        assert assert_ends(one, 0) == []
-        assert assert_ends(two, 0) == []
-        assert "2 processes (gloo)" in two.output()
+    with running(command(tiny_data, tmp_path), tmp_path / "out", 1, under_torchrun) as run:
+        assert assert_ends(run, 0) == []
+        assert "2 processes (gloo)" in run.output()
 
 
 def test_two_processes_with_two_loaders_each_end(tiny_data: Path, tmp_path: Path) -> None:

@@ -52,9 +52,9 @@ BUILT_IN: dict[str, tuple[tuple[str, ...], tuple[str, ...], int]] = {
     "MIB+EWF": (MLP, (), 2),
     "PLOP+EWF": (SMALL, HALF, 1),
     "LGKD": (MLP, ("--spp_scales", "1", "2", *HALF), 2),
-    "MIB+NeST": (SEGFORMER, ("--warm_epochs", "2", "--opt_level", "O3"), 2),
+    "MIB+NeST": (SEGFORMER, ("--warm_epochs", "2"), 2),
     "PLOP+NeST": (SMALL, ("--warm_epochs", "2", *RELEASED), 1),
-    "RCIL": (MOBILENET, HALF, 2),
+    "RCIL": (MOBILENET, ("--crop_size", "32"), 2),
     "DFT": (SMALL, (), 1),
 }
 # After every batch, so that a process can be killed at any.

@@ -18,9 +18,9 @@ from inference.legend import with_legend
 from inference.tsne import draw
 from session.tensorboard import _tags
 from utils import drawing
-from utils.drawing import drawable, failure_is_a_warning, in_one_font
+from utils.drawing import drawable, failure_is_a_warning, font
 from utils.errors import UserError
-from utils.visualize import confusion_figure, prediction_grid
+from utils.visualize import confusion_image, prediction_grid
 
 ROOT = Path(__file__).resolve().parents[2]
 STRANGE = [
@@ -61,12 +61,11 @@ def test_strange_names_are_drawn_letter_by_letter(tmp_path: Path) -> None:
     picture = np.zeros((*mask.shape, 3), np.uint8)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        figure = confusion_figure(np.eye(len(STRANGE)), STRANGE)
-        figure.canvas.draw()
+        confusion_image(np.eye(len(STRANGE)), STRANGE)
         prediction_grid([picture], [mask], [mask], dict(enumerate(STRANGE)), path=tmp_path / "grid.png")
         points = draw(np.zeros((9, 2)), np.arange(9), STRANGE, range(9), old=0, title="run $a$")
         points.savefig(tmp_path / "tsne.png")
-    shown = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    shown = [font(name, 12)[0] for name in STRANGE]
     assert shown == [name if "\t" not in name else "tab\\there" for name in map(drawable, STRANGE)]
     legend = [text.get_text().strip("\u200b") for text in points.axes[0].get_legend().get_texts()]
     assert legend == ["classes", *(name.replace("\t", "\\t") for name in STRANGE)], "none is left out"
@@ -81,7 +80,7 @@ def test_characters_that_no_font_has_are_reported_once(
     with caplog.at_level(logging.WARNING):
         assert drawable("big 猫") == "big \\u732b"
         assert drawable("鹰") == "\\u9e70"
-        assert in_one_font("猫")[0] == "\\u732b"
+        assert font("猫", 12)[0] == "\\u732b"
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [
         "no installed font has all characters of big 猫"
     ]
@@ -94,14 +93,13 @@ def test_a_font_that_has_the_letters_is_used(tmp_path: Path) -> None:
 import warnings
 warnings.simplefilter("error")
 import numpy as np
-from utils.drawing import drawable, in_one_font
+from utils.drawing import drawable, font
 from inference.legend import with_legend
-from utils.visualize import confusion_figure
+from utils.visualize import confusion_image
 names = ["background", "猫", "big 鹰"]
 assert [drawable(name) for name in names] == names
-figure = confusion_figure(np.eye(3), names)
-figure.savefig("/dev/null", format="png")
-assert in_one_font("猫") == ("猫", in_one_font("鹰")[1])
+confusion_image(np.eye(3), names)
+assert font("猫", 12) == ("猫", font("鹰", 12)[1]) != font("cat", 12)
 plain = with_legend(np.zeros((9, 9, 3), np.uint8), np.full((9, 9), 1), names)
 assert (plain[9:].max(axis=2) < 90).any(), "something black stands beside the box"
 """

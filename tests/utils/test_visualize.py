@@ -1,11 +1,12 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib import colormaps
 from PIL import Image
 
 from utils.errors import UserError
 from utils.palette import palette
-from utils.visualize import colorize, confusion_figure, overlay, prediction_grid, write_samples
+from utils.visualize import colorize, confusion_image, overlay, prediction_grid, write_samples
 
 NAMES = dict(enumerate(["background", "aeroplane", "bicycle", "bird"]))
 
@@ -82,15 +83,24 @@ def test_grid_needs_as_many_masks_as_images(tmp_path):
         prediction_grid([image], [mask], [mask], NAMES, path=tmp_path / "file" / "grid.png")
 
 
-@pytest.mark.parametrize("classes", [4, 60])
-def test_confusion_figure(classes, tmp_path):
-    counts = torch.randint(50, (classes, classes), generator=torch.Generator().manual_seed(0))
-    counts[1] = 0
-    figure = confusion_figure(counts, [f"class {index}" for index in range(classes)])
-    shares = figure.axes[0].get_images()[0].get_array()
-    np.testing.assert_allclose(shares.sum(axis=1)[[0, 1]], [100, 0])
-    figure.savefig(tmp_path / "confusion.png")
-    assert (tmp_path / "confusion.png").stat().st_size > 1000
+@pytest.mark.parametrize(("classes", "cell"), [(4, 30), (40, 30), (41, 12), (151, 12)])
+def test_cells_of_a_confusion_matrix(classes, cell):
+    counts = np.zeros((classes, classes))
+    counts[range(1, classes), range(classes - 1)] = 7  # as the class before; the first is absent
+    counts[2] = 2
+    names = [f"class {index}" for index in range(classes)]
+    image = confusion_image(torch.from_numpy(counts), names, "a title")
+    full, none = ((255 * np.asarray(colormaps["Blues"](share)[:3])).astype(int) for share in (1.0, 0.0))
+    rows, columns = (image == full).all(axis=2).nonzero()
+    left, top = columns.min(), rows.max() + 1 - cell * classes
+    corners = image[top + 1 :: cell, left + 1 :: cell][:classes, :classes]  # beside the numbers
+    shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    np.testing.assert_array_equal((corners == full).all(axis=2), shares == 100)
+    np.testing.assert_array_equal((corners == none).all(axis=2), shares == 0)
+    inside = image[top : top + cell * classes, left : left + cell * classes]
+    assert (inside == 255).all(axis=2).any() == (classes <= 40), "white numbers"
+    assert not np.array_equal(image, confusion_image(counts, names[::-1], "a title"))
+    assert not np.array_equal(image, confusion_image(counts, names))
 
 
 def test_grid_with_the_old_models_prediction_has_a_column_more():
