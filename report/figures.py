@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -181,7 +182,9 @@ def class_heat_maps(group: Group) -> Figure | None:
             image = _heat(
                 axes, 100 * values, names if position == 0 else None, cmap="viridis", vmin=0, vmax=100
             )
-            axes.set_title(drawable(methods[place].label), fontsize=9)
+            # About as many characters as the panel is wide, so that neighbouring titles do not overlap.
+            label = textwrap.fill(drawable(methods[place].label), max(9, 7 * columns[place]))
+            axes.set_title(label, fontsize=9)
             axes.set_xlabel("step")
             _mark_new(axes, methods[place], names)
         part.colorbar(image, ax=list(panels), label="IoU (%)", shrink=min(1.0, 3 / height), pad=0.01)

@@ -13,15 +13,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from argparser import option_defaults
-from report.reading import Run
+from report.reading import JOINT, Run
 from runs.options import deciding, same_group
 from tasks import DATASETS, get_task
 from utils.errors import UserError
 
 MEANS = ("first", "later", "all")  # classes of step 0, of all later steps, and all of them
 Item = TypeVar("Item")
-
-JOINT = "offline"  # joint training of all classes in one step, shown beside every task
 
 _ORDER = {"class_order", "class_order_seed"}
 _SEED = re.compile(r"[_-](?:seed|s)?\d+$")
@@ -59,7 +57,7 @@ class Method:
     @property
     def joint(self) -> bool:
         """Whether it is joint training of all classes."""
-        return self.runs[0].task == JOINT
+        return self.runs[0].joint
 
     @property
     def step(self) -> int | None:
@@ -150,7 +148,7 @@ class Group:
             return {key: results.get(old.get(key, f"miou_{key}")) for key in MEANS}
         # Runs of a group may have different class orders; joint training has no first step of its own.
         names = [name for name in run.class_names if run.introduced[name] <= step]
-        first = set(self.first_classes) if run.task == JOINT else {n for n in names if run.introduced[n] == 0}
+        first = set(self.first_classes) if run.joint else {n for n in names if run.introduced[n] == 0}
 
         def mean(which: Iterable[str], with_background: bool) -> float | None:
             found = stat(run.iou(name, step) for name in which if with_background or name != "background")
@@ -219,23 +217,31 @@ def _differs_by_order(one: Run, other: Run) -> bool:
 
 
 def arrange(runs: Sequence[Run]) -> list[Group]:
-    """Sort runs into groups, best methods first. Joint training joins all groups of its data and network."""
+    """Sort runs into groups, best methods first.
+
+    Joint training joins all groups of its data, network and classes.
+    """
     keys: dict[tuple[Any, ...], list[Run]] = {}
-    joint = [run for run in runs if run.task == JOINT]
+    joint = [run for run in runs if run.joint]
     for run in runs:
-        if run.task != JOINT:
+        if not run.joint:
             keys.setdefault((run.dataset, run.task, run.protocol, run.backbone), []).append(run)
     placed: set[Any] = set()
     groups = []
     for (dataset, task, protocol, backbone), members in keys.items():
-        beside = [run for run in joint if (run.dataset, run.backbone) == (dataset, backbone)]
+        classes = {run.classes for run in members}
+        beside = [
+            run
+            for run in joint
+            if (run.dataset, run.backbone) == (dataset, backbone) and classes & {run.classes, frozenset()}
+        ]
         placed.update(run.folder for run in beside)
         groups.append(_ranked(Group(dataset, task, protocol, backbone, _methods([*members, *beside]))))
-    alone: dict[tuple[Any, ...], list[Run]] = {}
+    alone: dict[tuple[str, str, None, str | None], list[Run]] = {}
     for run in joint:
         if run.folder not in placed:
-            alone.setdefault((run.dataset, run.backbone), []).append(run)
-    groups += [_ranked(Group(key[0], JOINT, None, key[1], _methods(runs))) for key, runs in alone.items()]
+            alone.setdefault((run.dataset, run.task, None, run.backbone), []).append(run)
+    groups += [_ranked(Group(*key, _methods(runs))) for key, runs in alone.items()]
     return groups
 
 

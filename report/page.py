@@ -19,7 +19,7 @@ from PIL import Image
 
 from metrics.continual import Array
 from report import figures, tables
-from report.groups import JOINT, MEANS, Group, Stat, arrange
+from report.groups import MEANS, Group, Stat, arrange
 from report.published import of_group
 from report.reading import Run
 from report.tables import Line, Table
@@ -211,7 +211,7 @@ def _group(folder: _Folder, group: Group) -> dict[str, Any]:
     return {
         "title": group.title,
         "slug": group.slug,
-        "joint_only": group.task == JOINT,
+        "joint_only": all(method.joint for method in group.methods),
         "lines": lines,
         "orders": orders,
         "over_orders": _OVER_ORDERS,

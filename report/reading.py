@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import bisect
 import filecmp
-import itertools
 import json
 import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from runs.results import read_confusion
 from tasks import DATASETS, Task, get_task
 from utils.errors import UserError
 
+JOINT = "offline"  # task of joint training, shown beside every task of the same classes
 _FOLDER = re.compile(rf"(?P<task>.+)-(?P<dataset>{'|'.join(DATASETS)})_(?P<name>.+)")
 _SAMPLE = re.compile(r"(\d+)_(?:input|truth|step(\d+))\.png")
 _TRACES = (RESULTS.format(step="*"), HISTORY.format(step="*"), OPTIONS)
@@ -111,6 +112,16 @@ class Run:
         return f"deeplab-{self.options.get('backbone')}" if model == "deeplab" else model
 
     @property
+    def classes(self) -> frozenset[int]:
+        """Dataset class ids of the whole task; empty if not recorded."""
+        return frozenset(chain(*self.steps))
+
+    @property
+    def joint(self) -> bool:
+        """Whether it is joint training: of all classes in one step."""
+        return len(self.steps) == 1 or (not self.steps and self.task == JOINT)
+
+    @property
     def last_step(self) -> int | None:
         """The last step that this run trained and that has results."""
         return max((step for step in self.results if step not in self.taken_over), default=None)
@@ -128,7 +139,7 @@ class Run:
     @cached_property
     def introduced(self) -> dict[str, int]:
         """Step that introduces each class with results; class names in network order."""
-        ends = list(itertools.accumulate(map(len, self.steps)))
+        ends = list(accumulate(map(len, self.steps)))
         found: dict[str, int] = {}
         for step, results in self.results.items():
             for name, index in sorted(results.get("indices", {}).items(), key=lambda item: item[1]):
@@ -248,7 +259,11 @@ def read_run(folder: Path) -> Run:
     match = _FOLDER.fullmatch(folder.name)
     named = match.groupdict() if match else {"task": "", "dataset": "", "name": folder.name}
     task, dataset, name = (str(options.get(key, text)) for key, text in named.items())
-    task = canonical_task(dataset, task)
+    published = published_steps(dataset, task)
+    steps = known.steps or published
+    # A task of the user's own may have a published one's name; class orders change the order only.
+    if sorted(chain(*steps)) == sorted(chain(*published)) and [*map(len, steps)] == [*map(len, published)]:
+        task = canonical_task(dataset, task)
     results = read_results(folder)
     histories = {step: read_history(path) for step, path in step_files(folder, HISTORY).items()}
     taken_over: dict[int, str] = {}
@@ -267,7 +282,7 @@ def read_run(folder: Path) -> Run:
         options_by_step=dict(sorted(by_step.items())),
         group=known.group,
         group_by_step=groups,
-        steps=known.steps or published_steps(dataset, task),
+        steps=steps,
         task=task,
         dataset=dataset,
         name=name,

@@ -18,7 +18,7 @@ from report.page import _class_colours, write_report
 from report.published import of_group, of_method
 from report.reading import read_run
 from report.tables import summary
-from runs.options import deciding
+from runs.options import deciding, write_run_options
 from utils.errors import UserError
 from utils.palette import palette
 
@@ -171,6 +171,22 @@ def test_joint_training_is_split_as_the_task_is(runs: Path) -> None:
     assert line.numbers["first"].mean == pytest.approx(statistics.mean(iou[:16]))
     assert line.numbers["later"].mean == pytest.approx(statistics.mean(iou[16:]))
     assert {compared.row.method for compared in line.published} == {"joint"}
+
+
+def test_joint_training_of_other_classes_is_a_table_of_its_own(tmp_path: Path) -> None:
+    """A task file may call it joint, too."""
+    for name, task in (("MIB", "15-5"), ("all", "offline"), ("few", "offline"), ("alone", "offline")):
+        write_run(tmp_path, name, 1, task=task, done=(0,), pictures=0)
+    few, alone = (read_run(tmp_path / f"offline-voc_{name}_1") for name in ("few", "alone"))
+    write_run_options(few.folder, {**few.options, "task": "joint"}, [[0, 15, 8, 12]])
+    write_run_options(alone.folder, {**alone.options, "backbone": "resnet50"}, alone.steps)
+    groups = arrange([read_run(folder) for folder in find_runs([tmp_path])])
+    assert {group.title: [method.label for method in group.methods] for group in groups} == {
+        "VOC · 15-5 · overlapped · deeplab-resnet101": ["MIB", "all"],
+        "VOC · all classes at once · deeplab-resnet50": ["alone"],
+        "VOC · joint · deeplab-resnet101": ["few"],
+    }
+    assert len({group.slug for group in groups}) == 3
 
 
 def test_an_unfinished_run_shows_its_progress(runs: Path, report: Path) -> None:
