@@ -8,8 +8,12 @@ missing files are included with what they have.
 
 from __future__ import annotations
 
-from report.command import main
-from report.reading import find_runs, read_results
-from report.tables import comparison
+from utils.command import interrupts_in_one_line
+
+interrupts_in_one_line()
+
+from report.command import main  # noqa: E402
+from report.reading import find_runs, read_results  # noqa: E402
+from report.tables import comparison  # noqa: E402
 
 __all__ = ["comparison", "find_runs", "main", "read_results"]

@@ -233,7 +233,8 @@ def arrange(runs: Sequence[Run]) -> list[Group]:
         beside = [
             run
             for run in joint
-            if (run.dataset, run.backbone) == (dataset, backbone) and classes & {run.classes, frozenset()}
+            if (run.dataset, run.backbone) == (dataset, backbone)
+            and (not run.classes or classes & {run.classes, frozenset()})  # empty: not recorded
         ]
         placed.update(run.folder for run in beside)
         groups.append(_ranked(Group(dataset, task, protocol, backbone, _methods([*members, *beside]))))

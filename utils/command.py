@@ -29,13 +29,17 @@ def run_command(name: str, body: Callable[[], object]) -> int:
 
     Returns:
         The exit code: the result of ``body`` if it is an int, else 0; 1 after a ``Fault``, 2 after a
-        ``UserError``, 130 after Ctrl-C.
+        ``UserError`` or if a package is not installed, 130 after Ctrl-C.
     """
     set_up_output()
     try:
         code = body()
     except UserError as error:
         return _end(f"{name}: error: {error}", EXIT_BAD_INPUT)
+    except ModuleNotFoundError as error:
+        if not _is_package(error.name):
+            raise
+        return _end(f"{name}: error: {_not_installed(error)}", EXIT_BAD_INPUT)
     except Fault as fault:
         return _end(f"{name}: fault: {fault}", EXIT_FAULT)
     except KeyboardInterrupt:
@@ -44,7 +48,7 @@ def run_command(name: str, body: Callable[[], object]) -> int:
 
 
 def interrupts_in_one_line() -> None:
-    """Report Ctrl-C in one line also during imports, which take seconds with torch.
+    """Report Ctrl-C, and a package that is not installed, in one line also during imports.
 
     Packages with programs call this first. It does nothing if they are imported as a library.
     """
@@ -80,10 +84,23 @@ def _end(line: str, code: int) -> int:
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if not issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, trace)
-        return
-    raise SystemExit(_end("interrupted", EXIT_INTERRUPTED))
+    if isinstance(error, KeyboardInterrupt):
+        raise SystemExit(_end("interrupted", EXIT_INTERRUPTED))
+    if isinstance(error, ModuleNotFoundError) and _is_package(error.name):
+        raise SystemExit(_end(f"error: {_not_installed(error)}", EXIT_BAD_INPUT))
+    sys.__excepthook__(kind, error, trace)
+
+
+def _is_package(module: str | None) -> bool:
+    """Whether a module that was not found is that of a package, not a part of one nor a file of ours."""
+    return module is not None and "." not in module and not any(_ROOT.glob(f"{module}*"))
+
+
+def _not_installed(error: ModuleNotFoundError) -> str:
+    return (
+        f"the package {error.name} is not installed for {sys.executable}; activate the environment "
+        "(. .venv/bin/activate) or install the packages (pip install -r requirements.txt)"
+    )
 
 
 def _unfailing(stream: TextIO) -> TextIO:

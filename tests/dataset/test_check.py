@@ -305,6 +305,14 @@ def test_published_lists(voc_train_labels, capsys, tmp_path):
     assert "(training set: 5000 images, published: 10582)" in out
 
 
+def test_data_of_the_published_size_with_other_lists_is_not_in_order(shapes_root, monkeypatch, capsys):
+    found = options(shapes_root, dataset="voc", task_=get_task("voc", "15-1"), protocol="overlapped")
+    assert check_data(found) == 0
+    monkeypatch.setitem(check.PUBLISHED_SIZE, "voc", 48)
+    assert check_data(found) == 2
+    assert "fault: the training set has the published size, but its masks or" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(not (SHARED / "voc_subset").is_dir(), reason="shared/voc_subset is not there")
 def test_real_photos(tmp_path, capsys):
     found = options(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from utils.errors import Fault, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 GUARD = 120  # seconds; only against hanging
+NOT_OURS = ("build", "docs", "logs", "tests")
 
 
 def programs() -> list[list[str]]:
@@ -28,7 +30,7 @@ def programs() -> list[list[str]]:
     found = []
     for path in [
         *ROOT.glob("*.py"),
-        *(p for name in ("benchmarks", "data", "scripts", "utils") for p in (ROOT / name).rglob("*.py")),
+        *(p for folder in ROOT.glob("[!.]*/") if folder.name not in NOT_OURS for p in folder.rglob("*.py")),
     ]:
         parts = path.relative_to(ROOT).with_suffix("").parts
         if path.name != "__main__.py" and '\nif __name__ == "__main__":' not in path.read_text("utf-8"):
@@ -75,8 +77,9 @@ def test_every_program_goes_through_run_command() -> None:
     assert len(found) >= 10
     for words in found:
         name = words[-1].removesuffix(".py").replace(".", "/") + ".py"
-        path = ROOT / name if (ROOT / name).is_file() else ROOT / words[-1].replace(".", "/") / "command.py"
-        assert "run_command(" in path.read_text("utf-8"), words
+        path = ROOT / name
+        files = [path] if path.is_file() else path.with_suffix("").glob("*.py")
+        assert any("run_command(" in file.read_text("utf-8") for file in files), words
 
 
 @pytest.mark.parametrize("words", programs(), ids=" ".join)
@@ -84,11 +87,34 @@ def test_ctrl_c_while_a_program_is_imported(words: list[str], tmp_path: Path) ->
     if words[-1] in ("scripts.experiment", "benchmarks.gpu_pack"):
         pytest.skip("imports nothing that takes long")
     reached = tmp_path / "reached"
-    (tmp_path / "torch.py").write_text(f"import time\nopen({str(reached)!r}, 'w')\ntime.sleep({GUARD})\n")
+    for package in ("torch", "matplotlib"):
+        slow = f"import time\nopen({str(reached)!r}, 'w')\ntime.sleep({GUARD})\n"
+        (tmp_path / f"{package}.py").write_text(slow)
     process = start(*words, PYTHONPATH=str(tmp_path))
     code, lines = interrupt(process, reached.is_file)
     # run.py imports torch after it has read the options, within its main function.
     assert (code, lines) == (130, ["run.py: interrupted" if words == ["run.py"] else "interrupted"])
+
+
+@pytest.mark.parametrize("words", programs(), ids=" ".join)
+def test_packages_that_are_not_installed_are_one_line(words: list[str]) -> None:
+    """Without the environment, or without having activated it."""
+    if words[-1] == "benchmarks.gpu_pack":
+        pytest.skip("imports no package")
+    done = subprocess.run(
+        [sys.executable, "-S", *words], cwd=ROOT, capture_output=True, text=True, timeout=GUARD
+    )
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2
+    assert re.search(r"error: the package \w+ is not installed for \S+; activate the environment", line)
+
+
+def test_a_part_of_a_package_that_is_missing_keeps_its_traceback() -> None:
+    def body() -> None:
+        importlib.import_module("numpy.nosuchpart")
+
+    with pytest.raises(ModuleNotFoundError):
+        run_command("name", body)
 
 
 def test_ctrl_c_while_data_is_drawn_and_checked(tmp_path: Path) -> None:
