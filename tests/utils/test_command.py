@@ -88,7 +88,8 @@ def test_ctrl_c_while_a_program_is_imported(words: list[str], tmp_path: Path) ->
         pytest.skip("imports nothing that takes long")
     reached = tmp_path / "reached"
     for package in ("torch", "matplotlib"):
-        slow = f"import time\nopen({str(reached)!r}, 'w')\ntime.sleep({GUARD})\n"
+        # A file object would end right after the file appears: Python ignores an interrupt in a destructor.
+        slow = f"import os, time\nos.close(os.open({str(reached)!r}, os.O_CREAT))\ntime.sleep({GUARD})\n"
         (tmp_path / f"{package}.py").write_text(slow)
     process = start(*words, PYTHONPATH=str(tmp_path))
     code, lines = interrupt(process, reached.is_file)
