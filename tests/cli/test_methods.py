@@ -10,6 +10,7 @@ import torch
 from command import MOBILENET, SEGFORMER, SMALL, launch
 
 MLP = ("--model", "mlp", *SMALL)
+RELEASED = ("--fidelity", "released")
 # (method, network, further options, processes): each network, precision, protocol and number of processes
 # meets many methods; those of tests/faults/test_examples.py run there with another number of processes.
 RUNS = [
@@ -26,21 +27,21 @@ RUNS = [
     ("MIB", SEGFORMER, ["--opt_level", "O1", "--memory", "6"], 2),
     ("CIL", SMALL, ["--opt_level", "O1"], 1),
     ("SDR", MOBILENET, ["--loss_SNNL", "1e-3"], 2),
-    ("SDR", SMALL, ["--opt_level", "O1", "--fidelity", "released"], 1),
-    ("PLOP", MOBILENET, ["--opt_level", "O1"], 1),
-    ("PLOP", SEGFORMER, ["--fidelity", "released", "--spp_scales", "1", "2"], 2),
+    ("SDR", SMALL, ["--opt_level", "O1", *RELEASED], 1),
+    ("PLOP", SMALL, ["--opt_level", "O1"], 1),
+    ("PLOP", SEGFORMER, ["--spp_scales", "1", "2", *RELEASED], 2),
     ("SSUL", SMALL, [], 2),
-    ("SSUL-M", MLP, ["--opt_level", "O1", "--memory", "6"], 1),
-    ("RCIL", MOBILENET, ["--fidelity", "released", "--norm_act", "abn", "--opt_level", "O1"], 1),
+    ("SSUL-M", SMALL, ["--opt_level", "O1", "--memory", "6"], 1),
+    ("RCIL", MOBILENET, ["--crop_size", "32", "--norm_act", "abn", "--opt_level", "O1", *RELEASED], 1),
     ("DFT", MLP, ["--opt_level", "O1"], 2),
     ("SATS", SEGFORMER, [], 2),
     ("SATS-M", SEGFORMER, ["--opt_level", "O1", "--memory", "6"], 1),
-    ("SATS", MOBILENET, ["--distill_object", "sats-feature-CNN"], 1),
-    ("SATS", SEGFORMER, ["--distill_object", "sats-selfattn-GP", "--fidelity", "released"], 1),
-    ("LGKD", SMALL, ["--fidelity", "released"], 1),
+    ("SATS", SMALL, ["--distill_object", "sats-feature-CNN"], 1),
+    ("SATS", SEGFORMER, ["--distill_object", "sats-selfattn-GP", *RELEASED], 1),
+    ("LGKD", SMALL, [*RELEASED], 1),
     ("DKD", MLP, ["--lr", "0.001", "--opt_level", "O1"], 2),
     ("DKD-M", SMALL, ["--lr", "0.001", "--memory", "6"], 1),
-    ("STAR", SMALL, ["--fidelity", "released"], 1),
+    ("STAR", SMALL, [*RELEASED], 1),
     ("STAR-M", MLP, ["--memory", "6"], 2),
     ("MIB+EWF", SMALL, ["--opt_level", "O1"], 1),
     ("PLOP+EWF", MLP, [], 2),
