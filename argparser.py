@@ -143,7 +143,7 @@ def build_parser() -> OptionParser:
         prog="python run.py",
         usage="python run.py [options], or torchrun --nproc_per_node=N run.py [options]",
         description="Continual semantic segmentation: learn classes step by step.",
-        epilog="What is typed wins over the preset of --method. README.md has whole commands, "
+        epilog="What is typed wins over the preset of --method. docs/recipes.md has whole commands, "
         "docs/methods.md the equations behind the options.",
         formatter_class=_HelpFormatter,
         allow_abbrev=False,

@@ -67,4 +67,4 @@ def _common(folders: Sequence[Path]) -> Path:
         raise UserError(remedy) from error
     if common == Path(common.anchor):
         raise UserError(remedy)
-    return common
+    return common if any(folder.is_absolute() for folder in folders) else Path(os.path.relpath(common))

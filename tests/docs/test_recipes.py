@@ -35,7 +35,7 @@ COMMANDS = [command for command in commands(_TRAINING + _RELEASED) if " run.py "
 
 
 def test_all_commands_are_found() -> None:
-    assert len(COMMANDS) == 14
+    assert len(COMMANDS) == 13
     assert len(commands(_PREDICTION)) == 4
 
 

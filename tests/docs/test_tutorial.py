@@ -50,5 +50,5 @@ def test_every_command_of_the_tutorial(tmp_path: Path, interpreter: Path) -> Non
     (checked,) = [out for command, out in outputs.items() if "--check_data" in command]
     assert checked.endswith("the data is in order\n")
     (table,) = [out for command, out in outputs.items() if "-m report" in command]
-    assert re.search(r"15-5-folder_MIB +1 .*\n15-5-folder_FT +1 .*\nreport: report/report.html", table)
+    assert re.search(r"15-5-folder_MIB +1 .*\n15-5-folder_FT +1 .*\nreport: logs/report/report.html", table)
     assert len(list((tmp_path / "predictions" / "overlays").glob("*.png"))) == 12
