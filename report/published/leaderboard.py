@@ -40,7 +40,7 @@ data set, task and protocol has a table, the best result first.
   steps, and of all steps. They include the background unless a remark says otherwise.
 - **remarks**: "background not said": the source does not tell whether the background counts. "The numbers do
   not agree with each other": no way of counting the background gives all three.
-- **source**: a number of the [list of sources](#sources). Many sources quote methods of others: only sources of a
+- **source**: a number of the [list of sources](#sources). Many quote methods of others: only sources of a
   method's own authors (a paper's rows for its own method, a README) are first-hand.
 - **names**: -M: with exemplars; task 50 is elsewhere called 50-50; `DKD-2026` is a method of 2026, not DKD.
   Cityscapes' "domain" tasks add cities instead of classes, and cannot be run here.
