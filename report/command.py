@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from report.tables import comparison
 from runs.files import PREDICTIONS, step_files
 from utils.command import run_command
 from utils.errors import UserError
-from utils.option_types import path_option
+from utils.option_types import Parser, path_option
 
 _LISTED = 12  # images that are listed by path; more are only counted
 
@@ -24,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _report(argv: list[str] | None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m report",
         description="Compare runs: print a table, and write a self-contained page with figures and tables.",
     )
@@ -42,13 +41,13 @@ def _report(argv: list[str] | None) -> None:
         help="folder for report.html, figures and tables (default: report in the common LOGDIR)",
     )
     args = parser.parse_args(argv)
-    runs = find_runs(args.folders)
-    table = comparison(runs)
+    folders = find_runs(args.folders)
+    runs, table = [read_run(folder) for folder in folders], comparison(folders)
     try:
-        page = write_report([read_run(run) for run in runs], args.out or _common(args.folders) / "report")
+        page = write_report(runs, args.out or _common(args.folders) / "report")
     finally:  # print the numbers even if the page cannot be written
         print(table)
-    images = [path for run in runs for path in step_files(run, PREDICTIONS).values()]
+    images = [path for folder in folders for path in step_files(folder, PREDICTIONS).values()]
     if len(images) > _LISTED:
         print(f"images: {len(images)}, {PREDICTIONS.format(step='<step>')} in the folders of the runs")
     else:

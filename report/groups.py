@@ -140,12 +140,8 @@ class Group:
             step: after which step; None: the run's last.
         """
         step = run.last_step if step is None else step
-        if step is None:
+        if step is None or step not in run.results:
             return dict.fromkeys(MEANS)
-        results = run.results.get(step, {})
-        if "class_iou" not in results:
-            old = {"first": "miou_old", "later": "miou_new"}
-            return {key: results.get(old.get(key, f"miou_{key}")) for key in MEANS}
         # Runs of a group may have different class orders; joint training has no first step of its own.
         names = [name for name in run.class_names if run.introduced[name] <= step]
         first = set(self.first_classes) if run.joint else {n for n in names if run.introduced[n] == 0}

@@ -67,7 +67,7 @@ class _Folder:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self.before = _listed(out / _LIST)
+        self.before = _listed(out)
         self.written: list[str] = []
 
     def __enter__(self) -> _Folder:
@@ -130,9 +130,12 @@ def _stem(*parts: str) -> str:
     return f"{plain[:_LONGEST]}-{digest.hexdigest()[:8]}"
 
 
-def _listed(path: Path) -> list[str]:
+def _listed(out: Path) -> list[str]:
     """File names in ``report_files.txt``; ignores paths and file types that a report does not write."""
+    path = out / _LIST
     try:
+        if out.is_file():
+            raise UserError(f"{out}: is a file; give a folder with --out")
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); remove it") from error

@@ -17,8 +17,8 @@ from typing import Any
 from metrics.continual import Array
 from runs.files import CONFUSION, HISTORY, OPTIONS, RESULTS, SAMPLES, step_file, step_files
 from runs.history import StepHistory, read_history
-from runs.options import base_folder, read_run_options
-from runs.results import read_confusion
+from runs.options import RunOptions, base_folder, read_run_options
+from runs.results import read_confusion, read_step_results
 from tasks import DATASETS, Task, get_task
 from utils.errors import UserError
 
@@ -57,14 +57,8 @@ def read_results(run: Path) -> dict[int, dict[str, Any]]:
     Raises:
         UserError: a file cannot be read as results.
     """
-    results = {}
-    for path in step_files(run, RESULTS).values():
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            results[int(content["step"])] = content
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: is not a results file ({error}); remove it") from error
-    return dict(sorted(results.items()))
+    found = {step: read_step_results(run, step) for step in step_files(run, RESULTS)}
+    return {step: content for step, content in found.items() if content is not None}
 
 
 @dataclass(frozen=True)
@@ -142,7 +136,7 @@ class Run:
         ends = list(accumulate(map(len, self.steps)))
         found: dict[str, int] = {}
         for step, results in self.results.items():
-            for name, index in sorted(results.get("indices", {}).items(), key=lambda item: item[1]):
+            for name, index in sorted(results["indices"].items(), key=lambda item: item[1]):
                 guess = step if index >= results.get("old_classes", 0) else 0
                 found.setdefault(name, bisect.bisect_right(ends, index) if ends else guess)
         return found
@@ -153,7 +147,7 @@ class Run:
         order = [number for ids in self.steps for number in ids]
         found: dict[str, int] = {}
         for results in self.results.values():
-            for name, index in results.get("indices", {}).items():
+            for name, index in results["indices"].items():
                 found[name] = order[index] if index < len(order) else index
         return found
 
@@ -254,7 +248,7 @@ def read_run(folder: Path) -> Run:
     Raises:
         UserError: a file in it is damaged or unreadable.
     """
-    known = read_run_options(folder)
+    known = _read_options(folder)
     options, by_step, groups = known.options, known.by_step, known.group_by_step
     match = _FOLDER.fullmatch(folder.name)
     named = match.groupdict() if match else {"task": "", "dataset": "", "name": folder.name}
@@ -273,7 +267,7 @@ def read_run(folder: Path) -> Run:
         for step, content in read_results(base).items():
             if step < first:
                 results[step], taken_over[step] = content, base.name
-        theirs = read_run_options(base)
+        theirs = _read_options(base)
         by_step |= {step: each for step, each in theirs.by_step.items() if step < first}
         groups |= {step: key for step, key in theirs.group_by_step.items() if step < first}
     return Run(
@@ -291,6 +285,20 @@ def read_run(folder: Path) -> Run:
         base=base,
         histories=histories,
     )
+
+
+def _read_options(folder: Path) -> RunOptions:
+    """``read_run_options``, with steps of class ids; a file of other content is refused in these words."""
+    try:
+        known = read_run_options(folder)
+        if all(isinstance(class_id, int) for class_id in chain(*known.steps)):
+            return known
+    except UserError as error:
+        if isinstance(error.__cause__, OSError | UnicodeError | json.JSONDecodeError):
+            raise
+    except TypeError:  # a step that is no list
+        pass
+    raise UserError(f"{folder / OPTIONS}: lacks the options and steps of a run; remove it")
 
 
 def _samples(folder: Path) -> dict[int, dict[str, Path]]:

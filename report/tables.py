@@ -40,13 +40,21 @@ class Table:
 
 
 def comparison(runs: Iterable[Path]) -> str:
-    """Text table of mIoU and mean forgetting of the old classes in percent, one row per run and step."""
+    """Text table of mIoU and mean forgetting of the old classes in percent, one row per run and step.
+
+    Runs without results are named below it.
+    """
     rows: list[list[object]] = []
+    without = []
     for run in runs:
-        for step, results in read_results(run).items():
+        found = read_results(run)
+        for step, results in found.items():
             numbers = [results.get(key) for key in (*NUMBERS.values(), "mean_forgetting")]
             rows.append([run.name, step, *map(_percent, numbers)])
-    return format_table(["run", "step", *(f"mIoU {name}" for name in NUMBERS), "forgetting"], rows)
+        if not found:
+            without.append(f"{run}: no results yet")
+    headers = ["run", "step", *(f"mIoU {name}" for name in NUMBERS), "forgetting"]
+    return "\n".join([*([format_table(headers, rows)] if rows else []), *without])
 
 
 REPRODUCED_WITHIN = 1.0  # points of mIoU over all classes

@@ -18,6 +18,7 @@ from argparser import declared, option_defaults
 from dataset import class_names
 from runs.checkpoint import load_checkpoint, saved_options, write_manifest
 from runs.files import CHECKPOINT, RESULTS, step_file
+from runs.results import read_step_results
 from runs.tensor_file import SUFFIX, to_bytes
 from utils.command import run_command
 from utils.errors import UserError
@@ -75,11 +76,13 @@ def publish(
     """
     path = step_file(run, CHECKPOINT, step)
     path = path if checkpoints is None else checkpoints / path.name
-    results = {number: _results(run, number) for number in range(step + 1)}
-    if results[step] is None:
-        raise UserError(
-            f"{step_file(run, RESULTS, step)}: not there, so step {step} is not finished; finish it"
-        )
+    evaluated, results = step_file(run, RESULTS, step), read_step_results(run, step)
+    if results is None:
+        raise UserError(f"{evaluated}: not there, so step {step} is not finished; finish it")
+    if results.get("miou_all") is None:
+        raise UserError(f"{evaluated}: has no miou_all to publish; test the step again")
+    earlier = {number: read_step_results(run, number) for number in range(step)}
+    _check_there(path, step)
     content = {name: value for name, value in load_checkpoint(path).items() if name in _KEPT}
     manifest = content.get("manifest")
     if not isinstance(manifest, Mapping):
@@ -92,26 +95,33 @@ def publish(
     content["manifest"] = manifest = {**manifest, "options": _without_folders(saved_options(content))}
     weights = out / path.with_suffix(SUFFIX).name
     data = to_bytes(content)
+    texts = {
+        RESULTS.format(step=number): _json(found)
+        for number, found in {**earlier, step: results}.items()
+        if found is not None
+    }
+    texts["config.json"] = _json(_config(manifest, step))
+    texts["README.md"] = _card(manifest, step, results, licence, weights.name)
     with atomic_write(weights) as file:
         file.write(data)
     write_manifest(weights, content, len(data), hashlib.sha256(data).hexdigest())
-    for number, found in results.items():
-        if found is not None:
-            atomic_write_text(out / RESULTS.format(step=number), _json(found))
-    atomic_write_text(out / "config.json", _json(_config(manifest, step)))
-    atomic_write_text(out / "README.md", _card(manifest, step, results[step], licence, weights.name))
+    for name, text in texts.items():
+        atomic_write_text(out / name, text)
     return f"{out}: {len(data) / 1e6:.0f} MB; evaluate it with --test --ckpt {weights}"
 
 
-def _results(run: Path, step: int) -> dict[str, Any] | None:
-    try:
-        return dict(json.loads(step_file(run, RESULTS, step).read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
+def _check_there(path: Path, step: int) -> None:
+    """Refuse a checkpoint that is not there; if the run's folder was renamed, name the one that is."""
+    found = sorted(path.parent.glob(CHECKPOINT.format(run="*", step=step)))
+    others = [file.name for file in found if file.with_suffix(".json").is_file()]  # not a method's tensors
+    if path in found:
+        return
+    if others:
         raise UserError(
-            f"{step_file(run, RESULTS, step)}: cannot be read ({error}); test the step again"
-        ) from error
+            f"{path}: no such checkpoint, but {others[0]}; give the run's folder the name with which its "
+            "checkpoints begin"
+        )
+    raise UserError(f"{path}: no such checkpoint; train the step, or give its folder with --checkpoint")
 
 
 def _without_folders(options: Mapping[str, Any]) -> dict[str, Any]:

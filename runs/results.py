@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,14 @@ from metrics.continual import Results
 from runs.files import CONFUSION, RESULTS, step_file
 from utils.errors import UserError
 from utils.files import atomic_write_text
+from utils.labels import VOID
 from utils.lazy import torch
+from utils.option_types import Number, whole
 from utils.tables import csv_text
 
 Array = np.ndarray[Any, np.dtype[Any]]
+
+_IN_ALL_VERSIONS = ("class_iou", "indices")
 
 
 def write_results(
@@ -56,6 +61,61 @@ def write_results(
     rows.sort(key=lambda row: int(row[0]))
     atomic_write_text(csv_path, csv_text(rows))
     return [json_path, csv_path]
+
+
+def read_step_results(run_dir: Path, step: int) -> dict[str, Any] | None:
+    """Read what ``write_results`` of this or an earlier version wrote for a step; None without a file.
+
+    Raises:
+        UserError: the file cannot be read, or has other content.
+    """
+    path = step_file(run_dir, RESULTS, step)
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        fault = _fault(content, step)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        fault = str(error)
+    if fault is not None:
+        raise UserError(f"{path}: is not a results file ({fault}); remove it, or test the step again")
+    return content
+
+
+def _fault(content: Any, step: int) -> str | None:
+    """What a results file has otherwise than ``Results``; None if nothing."""
+    if not isinstance(content, dict):
+        return "it has no names and values"
+    if content.get("step") != step:
+        return f"its step is {_shown(content.get('step'))}, not {step}"
+    for name, kind in ((field.name, str(field.type)) for field in fields(Results)):
+        if name not in content:
+            if name in _IN_ALL_VERSIONS:
+                return f"it has no {name}"
+            continue
+        by_class, allowed = kind.startswith("dict"), _range(name, kind)
+        if by_class and not isinstance(content[name], dict):
+            return f"{name} is {_shown(content[name])}, not a number per class"
+        for label, value in content[name].items() if by_class else [("", content[name])]:
+            undefined = value is None and allowed.kind is float
+            if not undefined and not (type(value) in (int, allowed.kind) and value in allowed):
+                of = f" of {label}" if by_class else ""
+                return f"{name}{of} is {_shown(value)}, not {allowed.description}"
+    if content["class_iou"].keys() != content["indices"].keys():
+        return "class_iou and indices name different classes"
+    return None if isinstance(content.get("evaluation", {}), dict) else "evaluation is not options and values"
+
+
+def _range(name: str, kind: str) -> Number:
+    """The range of a number of ``Results``, by the attribute's name and type."""
+    if "int" in kind:
+        return whole(0, 2**63 - 1 if name == "class_pixels" else VOID)
+    return Number(float, -1 if "forgetting" in name else 0, 1)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else f"{text[:40]}…"
 
 
 def read_confusion(path: Path) -> tuple[Array, list[str]]:

@@ -196,9 +196,12 @@ def test_an_unfinished_run_shows_its_progress(runs: Path, report: Path) -> None:
     assert read_run(runs / "15-5-voc_SDR_1").state() == "finished"
 
 
-def test_a_run_that_has_just_started(tmp_path: Path) -> None:
-    write_run(tmp_path, "MIB", 1, done=(), going_on=0)
+def test_a_run_that_has_just_started(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_run(tmp_path, "MIB", 1, done=(), going_on=0)
     assert main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == f"{folder}: no results yet"
+    write_run(tmp_path, "FT", 1, pictures=0)
+    assert comparison(find_runs([tmp_path])).splitlines()[4:] == [f"{folder}: no results yet"]
     assert "no results yet" in (tmp_path / "report" / "report.html").read_text()
 
 
@@ -284,22 +287,45 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert main(list(arguments)) == 2
         captured = capsys.readouterr()
         assert captured.err.count("\n") == 1 and captured.err.startswith("report: error: ")
+        assert captured.out.count("\n") in (0, 4)  # the table, whole or not at all
         return captured.err
 
+    assert "LOGDIR" in error("--out", "x")
     assert "contains no results" in error(str(tmp_path))
     assert "no such folder" in error(str(tmp_path / "missing"))
     folder = write_run(tmp_path, "MIB", 1)
     (tmp_path / "file").write_text("")
     assert "is a file" in error(str(tmp_path / "file"))
-    assert "choose another --out" in error(str(folder), "--out", str(tmp_path / "file"))
+    assert "file: is a file; give a folder with --out" in error(str(folder), "--out", str(tmp_path / "file"))
+    assert "choose another --out" in error(str(folder), "--out", str(tmp_path / "file" / "report"))
     (folder / "samples" / "0_input.png").write_bytes(b"no picture")
     assert "0_input.png" in error(str(folder))
     (folder / "confusion_1.csv").write_text("a,b\nc,d\n")
     assert "confusion_1.csv" in error(str(folder))
-    (folder / "run.json").write_text("{")
-    assert "run.json" in error(str(folder))
     (folder / "results_1.json").write_text("{}")
     assert "results_1.json" in error(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "cannot be read (Expecting property name"),
+        ("{}", "lacks the options and steps of a run"),
+        ("[]", "lacks the options and steps of a run"),
+        ('{"options": "x", "steps": []}', "lacks the options and steps of a run"),
+        ('{"options": {}, "steps": [3]}', "lacks the options and steps of a run"),
+        ('{"options": {}, "steps": [["a"]]}', "lacks the options and steps of a run"),
+    ],
+)
+def test_a_damaged_run_json_is_refused_before_the_table(
+    content: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_run(tmp_path, "MIB", 1, pictures=0)
+    (folder / "run.json").write_text(content)
+    assert main([str(folder)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith(f"report: error: {folder / 'run.json'}: {said}")
+    assert captured.err.endswith("; remove it\n")
 
 
 def test_folders_without_a_common_parent_need_out(monkeypatch: pytest.MonkeyPatch) -> None:
