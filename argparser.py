@@ -662,6 +662,8 @@ def _steps(opts: Options) -> list[int]:
             raise UserError(
                 f"--step {step}: task {opts.task} of {opts.dataset} has the steps 0 to {number - 1}"
             )
+    if steps != sorted(set(steps)):
+        raise UserError(f"--step {' '.join(opts.step)}: give each step once, in ascending order")
     return steps
 
 
@@ -678,6 +680,8 @@ def _check(opts: Options) -> None:
             f"--task_num {opts.task_num}: task {opts.task} of {opts.dataset} has {opts.task_.num_steps} "
             "steps; drop it"
         )
+    if opts.step_ckpt is not None and opts.predict is not None:
+        raise UserError("--predict reads --ckpt only; drop --step_ckpt")
     if opts.step_ckpt is not None and opts.steps[0] == 0:
         raise UserError("--step_ckpt is the checkpoint of the previous step, but step 0 has none; drop it")
     if opts.ckpt is not None and len(opts.steps) > 1:
@@ -691,6 +695,8 @@ def _check(opts: Options) -> None:
         raise UserError("--pretrained_path and --no_pretrained exclude each other; give one")
     _check_prediction(opts)
     _check_unused(opts)
+    if _trains(opts):
+        _check_classifier(opts)
     _check_network(opts)
     fixed = opts.fix_bn and opts.fidelity == "paper"  # released: the statistics move all the same
     own_statistics = opts.model == "deeplab" and opts.norm_act in ("std", "abn", "iabn") and not fixed
@@ -720,7 +726,7 @@ def _check(opts: Options) -> None:
             "use at most 180"
         )
     if _trains(opts):
-        _check_classifier(opts)
+        _note_unread(opts)
 
 
 def _trains(opts: Options) -> bool:
@@ -762,8 +768,15 @@ def _check_unused(opts: Options) -> None:
         raise UserError(
             f"--half float16 is of --opt_level O1 and O2, not {opts.opt_level}; give one of these, or drop it"
         )
+    for name, policy in (("lr_power", "poly"), ("lr_decay_step", "step"), ("lr_decay_factor", "step")):
+        if name in opts.typed and opts.lr_policy != policy:
+            raise UserError(f"--{name} is of --lr_policy {policy}, not {opts.lr_policy}; drop one of the two")
     if "warmup_form" in opts.typed and (opts.warmup == 0 or opts.lr_policy != "poly"):
         raise UserError("--warmup_form goes with --warmup and --lr_policy poly; give them, or drop this")
+    if opts.model.startswith("segformer_"):
+        for name in ("backbone", "output_stride"):
+            if name in opts.typed:
+                raise UserError(f"--{name} is of --model deeplab and mlp, not {opts.model}; drop it")
     if "head" in opts.typed and opts.model != "deeplab":
         other = ", which has --decoder" if opts.model.startswith("segformer_") else ""
         raise UserError(f"--head is of --model deeplab, not {opts.model}{other}; drop it")
@@ -786,9 +799,41 @@ def _check_unused(opts: Options) -> None:
         raise UserError(f"--min_lr {opts.min_lr:g} is above --lr {min(opts.lrs):g}; give less")
 
 
+def _recording(opts: Options, read: set[str]) -> Options:
+    """A copy that adds to ``read`` the names of the options that are read."""
+
+    class Recording(Options):
+        def __getattribute__(self, name: str) -> Any:
+            read.add(name)
+            return super().__getattribute__(name)
+
+    copy = Recording()
+    vars(copy).update(vars(opts))
+    return copy
+
+
+def _note_unread(opts: Options) -> None:
+    """Note typed options of methods that are off, unless a method that is on reads them.
+
+    They are not refused, because published command lines have such options.
+    """
+    read: set[str] = set()
+    unread: dict[str, str] = {}
+    for kind in REGISTRY:
+        reads: set[str] = set()
+        if kind.from_options(_recording(opts, reads)) is None:
+            own = OptionParser(add_help=False)
+            kind.add_options(own.group(kind.__name__, role="learning"))
+            unread |= {a.dest: kind.__name__ for a in own._actions if getattr(opts, a.dest) != a.default}
+        else:
+            read |= reads
+    for name in sorted(opts.typed & unread.keys() - read):
+        opts.notes.append(f"--{name} has no effect: its method, {unread[name]}, is off")
+
+
 def _check_classifier(opts: Options) -> None:
     """Options that the kind of classifier does not know."""
-    from methods.classifiers import Classifier, classifier_kind  # needs torch, so this check is the last
+    from methods.classifiers import Classifier, classifier_kind  # needs torch
 
     kind = classifier_kind(opts.classifier)
     if kind.needs_its_method and classifier_of(opts) is None:

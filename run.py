@@ -16,6 +16,7 @@ command resumes; 130: Ctrl-C with nothing to save, or a second Ctrl-C (docs/long
 from __future__ import annotations
 
 import sys
+import traceback
 
 import utils.command  # first: handles Ctrl-C during the other imports
 from argparser import Options, parse_options
@@ -30,7 +31,12 @@ def main(argv: list[str] | None = None) -> int:
     rank = distributed.launch_rank()
     others_lost = True  # the default also holds for unexpected exceptions
     try:
-        code = run(parse_options(argv))
+        opts = parse_options(argv)
+        try:
+            code = run(opts)
+        except SystemExit as error:  # whose exit code could be 0
+            file, line, *_ = traceback.extract_tb(error.__traceback__)[-1]
+            raise UserError(f"{file}, line {line}: ends the program; raise an error instead") from error
         others_lost = False
         return code
     except UserError as error:

@@ -24,7 +24,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from dataset.transforms import normalize
 from methods.base import Batch, Context, Method
-from methods.checks import LossTerms, call_hook
+from methods.checks import LossTerms, call_hook, relabel
 from metrics.stream_metrics import StreamSegMetrics
 from utils.distributed import average_gradients
 from utils.errors import Fault, UserError
@@ -246,7 +246,7 @@ class Trainer:
             for method in self.methods.values():
                 call_hook(method, "observe", batch)
             for method in self.methods.values():
-                call_hook(method, "relabel", batch)
+                relabel(method, batch)
             terms: dict[str, Tensor] = {}
             for method in self.methods.values():
                 self._loss_terms.add(terms, method, "losses", method.losses(batch))

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from methods.base import Method
+from methods.base import Batch, Method
 from utils.errors import UserError
 from utils.lazy import torch
 from utils.option_roles import OptionParser
@@ -40,6 +40,22 @@ def refuse_without(opts: Any, flags: Sequence[str], names: Sequence[str]) -> Non
     typed = [name for name in names if name in opts.typed]
     if typed and not any(getattr(opts, flag) for flag in flags):
         raise UserError(f"--{typed[0]} goes with --{' or --'.join(flags)}; give it, or drop this")
+
+
+def refuse_other_channels(opts: Any, option: str) -> None:
+    """Refuse an option that takes channel c of the logits for class c where the classifier's are others.
+
+    Raises:
+        UserError: the classifier is trained only by its own method, and not for its parts of later steps.
+    """
+    from methods.classifiers import classifier_kind  # needs torch
+
+    kind = classifier_kind(opts.classifier)
+    if kind.needs_its_method and not kind.of_all_steps:
+        raise UserError(
+            f"--{option} takes channel c of the logits for class c, but those of --classifier "
+            f"{opts.classifier} are others; drop one of the two"
+        )
 
 
 # ── When a method file is loaded ─────────────────────────────────────────────────────────────────────
@@ -214,6 +230,21 @@ def call_hook(method: Method, hook: str, *arguments: Any) -> None:
     if returned is not None:
         remedy = "replace batch.targets instead" if hook == "relabel" else "return nothing"
         raise fault(method, hook, f"returned {shown(returned)}, which is not used; {remedy}")
+
+
+def relabel(method: Method, batch: Batch) -> None:
+    """Call ``relabel`` and check what it left as ``batch.targets``.
+
+    Raises:
+        UserError: they are no longer labels of the same shape and type.
+    """
+    before = batch.targets.shape, batch.targets.dtype
+    call_hook(method, "relabel", batch)
+    after = batch.targets
+    if not isinstance(after, torch.Tensor) or (after.shape, after.dtype) != before:
+        kind = (tuple(after.shape), after.dtype) if isinstance(after, torch.Tensor) else shown(after)
+        what = f"left {kind} as batch.targets; they must stay labels of shape {tuple(before[0])}, {before[1]}"
+        raise fault(method, "relabel", what)
 
 
 def checked_factor(method: Method, hook: str, parameter: str, factor: object) -> float:

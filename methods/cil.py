@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from methods.base import Batch, Method
+from methods.checks import refuse_other_channels
 from utils.lazy import loss, torch
 from utils.option_roles import OptionGroup
 from utils.option_types import loss_weight
@@ -31,8 +32,15 @@ class CIL(Method):
 
     @classmethod
     def from_options(cls, opts: Any) -> CIL | None:
-        """Enabled if ``--loss_CIL`` is above 0."""
-        return cls(opts.loss_CIL, fidelity=opts.fidelity) if opts.loss_CIL > 0 else None
+        """Enabled if ``--loss_CIL`` is above 0.
+
+        Raises:
+            UserError: the classifier has other channels.
+        """
+        if opts.loss_CIL <= 0:
+            return None
+        refuse_other_channels(opts, "loss_CIL")
+        return cls(opts.loss_CIL, fidelity=opts.fidelity)
 
     def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The weighted distillation."""

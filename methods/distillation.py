@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from methods.base import Batch, Context, Method
+from methods.checks import refuse_other_channels
 from utils.lazy import loss, torch
 from utils.option_roles import OptionGroup
 from utils.option_types import loss_weight
@@ -35,9 +36,14 @@ class OutputDistillation(Method):
 
     @classmethod
     def from_options(cls, opts: Any) -> OutputDistillation | None:
-        """Enabled if ``--loss_kd`` is above 0."""
+        """Enabled if ``--loss_kd`` is above 0.
+
+        Raises:
+            UserError: the classifier has other channels.
+        """
         if opts.loss_kd <= 0:
             return None
+        refuse_other_channels(opts, "loss_kd")
         return cls(opts.loss_kd, unbiased=opts.unkd, alpha=opts.alpha, scheduled=opts.kd_scheduling)
 
     def begin_step(self, context: Context) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from methods.base import Batch, Method
+from methods.checks import refuse_other_channels
 from utils.lazy import loss, torch
 from utils.option_roles import OptionGroup
 from utils.option_types import loss_weight
@@ -37,9 +38,14 @@ class ICaRL(Method):
 
     @classmethod
     def from_options(cls, opts: Any) -> ICaRL | None:
-        """Enabled with ``--icarl``."""
+        """Enabled with ``--icarl``.
+
+        Raises:
+            UserError: the classifier has other channels.
+        """
         if not opts.icarl:
             return None
+        refuse_other_channels(opts, "icarl")
         return cls(opts.icarl_importance, disjoint=opts.icarl_disjoint, bkg=opts.icarl_bkg)
 
     def losses(self, batch: Batch) -> dict[str, torch.Tensor]:

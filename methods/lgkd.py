@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from methods.base import Batch, Method
-from methods.checks import refuse_without
+from methods.checks import refuse_other_channels, refuse_without
 from utils.lazy import loss, torch
 from utils.option_roles import OptionGroup
 from utils.option_types import loss_weight
@@ -36,10 +36,13 @@ class LabelGuidedDistillation(Method):
         """Enabled with ``--lgkd``.
 
         Raises:
-            UserError: a weight is typed without it.
+            UserError: a weight is typed without it, or the classifier has other channels.
         """
         refuse_without(opts, ["lgkd"], ["prev_kd", "novel_kd"])
-        return cls(opts.prev_kd, opts.novel_kd) if opts.lgkd else None
+        if not opts.lgkd:
+            return None
+        refuse_other_channels(opts, "lgkd")
+        return cls(opts.prev_kd, opts.novel_kd)
 
     def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Mean over the non-void positions."""

@@ -75,11 +75,11 @@ def _run(path: Path) -> ModuleType:
     sys.modules[spec.name] = module  # for the file's dataclasses and pickled objects
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [
             frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)
         ]
-        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else 1
+        line = error.lineno if isinstance(error, SyntaxError) and error.lineno else lines[-1] if lines else 1
         reason = " ".join(str(error).split())
         raise UserError(f"--method_file {path}, line {line}: {type(error).__name__}: {reason}") from error
     return module

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from methods.base import Batch, Context, Method
+from methods.checks import refuse_other_channels
 from methods.presets import FAMILY_PLOP
 from utils.lazy import loss, no_grad, torch
 from utils.option_roles import OptionGroup
@@ -86,8 +87,15 @@ class PseudoLabels(Method):
 
     @classmethod
     def from_options(cls, opts: Any) -> PseudoLabels | None:
-        """Enabled with ``--pseudo``."""
-        return cls(opts) if opts.pseudo is not None else None
+        """Enabled with ``--pseudo``.
+
+        Raises:
+            UserError: the classifier has other channels.
+        """
+        if opts.pseudo is None:
+            return None
+        refuse_other_channels(opts, "pseudo")
+        return cls(opts)
 
     @classmethod
     def implied_options(cls, opts: Any) -> dict[str, Any]:

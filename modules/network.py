@@ -42,8 +42,9 @@ class Network(nn.Module):
         """Raise a UserError if ``needs`` contains a name that is not in ``intermediates``."""
         if unknown := needs - cls.intermediates:
             raise UserError(
-                f"the network has no {', '.join(sorted(unknown))} for the method "
-                f"(it has {', '.join(sorted(cls.intermediates))}): choose another --model or --method"
+                f"the network has no {', '.join(sorted(unknown))}, which the method needs "
+                f"(it has {', '.join(sorted(cls.intermediates))}): choose another --model or --method, or "
+                "correct the needs of your own"
             )
 
     def from_previous(self, state: Mapping[str, Tensor], prefix: str) -> Mapping[str, Tensor]:

@@ -60,7 +60,8 @@ def predicted_exemplars(run: Run, step: int) -> list[Exemplar] | None:
     if (loaded := distributed.broadcast_object(exemplars)) is not None:
         return list(loaded)
     log.info("exemplars: listing the classes of %d images", len(images))
-    with distributed.shared_errors():
+    # What the loader draws must not shift the random numbers of this start against one that finds the list.
+    with distributed.shared_errors(), torch.random.fork_rng(devices=[]):
         mine = _listed(run, images, network)
     run.stop.raise_if_set()
     parts = distributed.gather_objects(mine)

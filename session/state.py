@@ -293,6 +293,8 @@ class StepState:
         torch.manual_seed(self.run.opts.random_seed + self.start.step)
         for trained in self.networks.trained:
             trained.eval()
+            # Running statistics differ between processes after the last batch; rank 0's are saved.
+            distributed.broadcast_buffers(trained)
         for method in self.trainer.methods.values():
             call_hook(method, "end_step", self.networks.context)
         for trained in self.networks.trained:

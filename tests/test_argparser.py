@@ -435,6 +435,45 @@ def test_the_method_names_the_classifier() -> None:
         parse_options(["--classifier", "liner"])
 
 
+@pytest.mark.parametrize("words", ["--loss_kd 10", "--loss_CIL 1", "--icarl", "--pseudo entropy", "--lgkd"])
+@pytest.mark.parametrize("method", ["SSUL", "STAR", "DKD"])
+def test_logits_of_other_channels_are_not_read_class_by_class(method: str, words: str) -> None:
+    option = words.split()[0]
+    with pytest.raises(UserError, match=f"{option} takes channel c of the logits for class c, but"):
+        parse_options(["--method", method, *words.split()])
+    parse_options(["--method", "DFT", *words.split()])  # its teacher's logits are those of the seen classes
+
+
+def test_typed_options_of_methods_that_are_off_are_noted() -> None:
+    def notes(*words: str) -> list[str]:
+        return [note for note in parse_options(list(words)).notes if "has no effect" in note]
+
+    off = "--threshold has no effect: its method, PseudoLabels, is off"
+    assert notes("--method", "FT", "--threshold", "0.5", "--pod_logits") == [
+        "--pod_logits has no effect: its method, PooledOutputDistillation, is off", off
+    ]  # fmt: skip
+    assert notes("--method", "PLOP", "--threshold", "0.5", "--pod_factor", "1") == []
+    assert notes("--method", "SSUL", "--threshold", "0.5") == [], "SSUL reads it too"
+    assert notes("--method", "MIB", "--loss_CIL", "0") == [], "the default"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--lr_policy step --lr_power 2", "--lr_power is of --lr_policy poly, not step"),
+        ("--lr_decay_step 3", "--lr_decay_step is of --lr_policy step, not poly"),
+        ("--lr_decay_factor 0.3", "--lr_decay_factor is of --lr_policy step, not poly"),
+        ("--model segformer_b0 --backbone resnet50", "--backbone is of --model deeplab and mlp"),
+        ("--model segformer_b0 --output_stride 8", "--output_stride is of --model deeplab and mlp"),
+        ("--task 15-1 --step 1 0", "--step 1 0: give each step once, in ascending order"),
+        ("--task 15-1 --step 0 0", "--step 0 0: give each step once, in ascending order"),
+    ],
+)
+def test_options_of_another_choice_are_refused(words: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        parse_options(words.split())
+
+
 def test_two_methods_that_need_different_classifiers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     class Other(UnknownClass):
         classifier = "linear"
@@ -477,7 +516,7 @@ def test_released_programs_of_exemplars_schedule_and_evaluation() -> None:
     plain = ("balanced", "stored", "halves", "before")
     assert chosen("--method", "SSUL-M") == chosen() == ("all", *plain)
     assert chosen("--method", "SATS-M", *released) == ("seen", *plain)
-    for words in (["--method", "SSUL-M"], ["--unknown"], ["--method", "PLOP", "--unknown"]):
+    for words in (["--method", "SSUL-M"], ["--unknown"]):
         assert chosen(*words, *released) == ("all", "in_turn", "current", "overwrite", "factor")
     typed = ("--eval_images", "seen", "--memory_labels", "stored")
     assert chosen("--method", "SSUL-M", *released, *typed)[:3] == ("seen", "in_turn", "stored")

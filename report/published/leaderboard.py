@@ -42,8 +42,8 @@ data set, task and protocol has a table, the best result first.
   not agree with each other": no way of counting the background gives all three.
 - **source**: a number of the [list of sources](#sources). Many quote methods of others: only sources of a
   method's own authors (a paper's rows for its own method, a README) are first-hand.
-- **names**: -M: with exemplars; task 50 is elsewhere called 50-50; `DKD-2026` is a method of 2026, not DKD.
-  Cityscapes' "domain" tasks add cities instead of classes, and cannot be run here.
+- **names**: -M: with exemplars; task 50 is elsewhere called 50-50. Cityscapes' "domain" tasks add cities
+  instead of classes, and cannot be run here.
 
 Compare only rows with the same backbone that count the background in the same way.
 

@@ -87,3 +87,28 @@ def test_it_happens_once_also_across_kills(cli: Launch, tmp_path: Path, keep: st
     trained = json.loads(results.read_text())
     assert cli(*base, "--name", "broken", "--test").code == 0
     assert json.loads(results.read_text()) == trained
+
+
+STATISTICS = """
+import torch
+from methods import Method
+
+
+class Same(Method):
+    @classmethod
+    def from_options(cls, opts):
+        return cls()
+
+    def end_step(self, context):
+        own = torch.stack([m.running_var.sum() for m in context.model.modules() if hasattr(m, "running_var")])
+        total = context.reduce(own.clone())
+        assert torch.equal(total, own + own), (total, own)
+"""
+
+
+def test_all_processes_end_the_step_with_the_network_that_is_saved(cli: Launch, tmp_path: Path) -> None:
+    """Each process has its own running statistics after the last batch."""
+    (tmp_path / "same.py").write_text(STATISTICS)
+    words = (*SMALL, "--method_file", tmp_path / "same.py", "--task", "15-5", "--logdir", tmp_path)
+    outcome = cli(*words, processes=2)
+    assert outcome.code == 0, outcome.err[-2000:]

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import torch
 from command import SMALL, Launch
 
 from dataset import open_dataset
@@ -67,3 +68,17 @@ def test_classes_that_the_network_predicts(cli: Launch, tmp_path: Path) -> None:
     outcome = cli(*dkd, "--step", "2", "--fresh")
     assert outcome.code == 2
     assert "exemplars_1.json: no exemplars of step 1" in outcome.last_error
+
+
+def test_a_list_that_exists_gives_the_same_weights(cli: Launch, tmp_path: Path) -> None:
+    """Choosing exemplars draws no random number that the new classifier would start from."""
+    words = (*SMALL, "--task", "15-5", "--overlap", "--lr", "0.001", "--logdir", tmp_path, "--name", "STAR")
+    star = (*words, "--method", "STAR-M", "--memory", "6")
+    weights = []
+    for step, more in (("all", ()), ("1", ("--fresh",))):
+        outcome = cli(*star, "--step", step, *more)
+        assert outcome.code == 0, outcome.err
+        assert ("listing the classes" in outcome.out) == (step == "all")
+        path = tmp_path / "15-5-shapes_STAR" / "15-5-shapes_STAR_1.pth"
+        weights.append(torch.load(path, weights_only=True)["model_state"])
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())

@@ -63,6 +63,8 @@ OWN_ROLE = """
         ("x = 1\n", "defines no subclass of methods.Method"),
         ("x = 1\ndef f(:\n", "line 2: SyntaxError"),
         ("x = 1\nimport no_such_module\n", "line 2: ModuleNotFoundError"),
+        ("x = 1\nraise SystemExit(0)\n", "line 2: SystemExit: 0"),
+        ("x = 1\0\n", "line 1: SyntaxError"),
         (METHOD.replace("Mine", "CIL"), "method CIL already exists"),
         (METHOD + "PRESETS = ['MINE']\n", "PRESETS must map names to options"),
         (METHOD + "PRESETS = {'sdr': {}}\n", "there is a --method sdr already"),
@@ -98,6 +100,19 @@ def test_a_bad_file_ends_the_command_with_one_line(
     assert outcome.code == 2, outcome.err
     assert said in outcome.last_error
     assert "Traceback" not in outcome.err
+
+
+def test_a_method_that_exits_is_no_success(cli: Launch, tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        METHOD.replace("None", "cls()") + "    def losses(self, batch):\n        raise SystemExit(0)\n"
+    )
+    outcome = cli(*SMALL, "--method_file", file, "--task", "15-5", "--logdir", tmp_path)
+    assert outcome.code == 2, outcome.err
+    line = len(file.read_text().splitlines())
+    assert (
+        outcome.last_error == f"run.py: error: {file}, line {line}: ends the program; raise an error instead"
+    )
 
 
 UNSAVABLE = """

@@ -21,7 +21,7 @@ RUNS = [
     ("LWF-MC", MLP, ["--icarl_disjoint", "--opt_level", "O1"], 1),
     ("ILT", SMALL, ["--opt_level", "O2"], 1),
     ("ILT", MLP, ["--loss_de_maskedold", "--loss_de_cosine"], 2),
-    ("EWC", MLP, [], 2),
+    ("EWC", ("--model", "mlp", *MOBILENET), ["--crop_size", "32"], 2),
     ("RW", SMALL, ["--opt_level", "O1", "--reg_iterations", "2"], 1),
     ("PI", MLP, [], 1),
     ("MIB", SEGFORMER, ["--opt_level", "O1", "--memory", "6"], 2),

@@ -20,14 +20,15 @@ def options(*words: str) -> Any:
     return parse_options(["--task", "15-5", *words])
 
 
-def test_who_brings_the_classification_loss() -> None:
+def test_who_brings_the_classification_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Classification" in build_methods(options("--method", "MIB"), 1)
     assert "Classification" not in build_methods(options("--method", "SSUL"), 0)
     disjoint = options("--method", "LWF-MC", "--icarl_disjoint")
     assert "Classification" in build_methods(disjoint, 0)  # its other half begins where there is a teacher
     assert list(build_methods(disjoint, 1)) == ["ICaRL"]
-    with pytest.raises(UserError, match="ICaRL and UnknownClass each replace the classification loss"):
-        build_methods(options("--method", "SSUL", "--icarl", "--icarl_disjoint"), 1)
+    monkeypatch.setattr("methods.CIL.replaces_classification", True)
+    with pytest.raises(UserError, match="ICaRL and CIL each replace the classification loss"):
+        build_methods(options("--method", "LWF-MC", "--icarl_disjoint", "--loss_CIL", "1"), 1)
 
 
 def test_a_method_names_the_form_of_the_classification_loss(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,6 +121,14 @@ HOOKS = {
         "def relabel(self, batch): return batch.targets",
         "Mine.relabel: returned a tensor of shape (2, 8, 8), which is not used; replace batch.targets",
     ),
+    "relabel that loses the labels": (
+        "def relabel(self, batch): batch.targets = None",
+        "Mine.relabel: left None as batch.targets; they must stay labels of shape (2, 8, 8), torch.int64",
+    ),
+    "relabel that leaves scores": (
+        "def relabel(self, batch): batch.targets = batch.targets[:, None].float()",
+        "Mine.relabel: left ((2, 1, 8, 8), torch.float32) as batch.targets; they must stay labels",
+    ),
     "observe that returns": (
         "def observe(self, batch): return 3",
         "Mine.observe: returned 3, which is not used",
