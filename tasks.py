@@ -14,7 +14,6 @@ step sizes in the order of ids, and as permutations (``_VOC_ORDERS``, ``_ADE_ORD
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,10 +22,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from utils.errors import UserError
 from utils.files import name_fault, read_text
+from utils.structured_text import parse_text
 
 Steps = tuple[tuple[int, ...], ...]
 
@@ -388,12 +387,8 @@ def _check_last_size(name: str, steps: Steps) -> None:
 
 def _read_task_file(path: Path, name: str | None, dataset: str, num_classes: int) -> tuple[str, str, Steps]:
     """Name, data set and steps of a task in a user's file."""
-    try:
-        text = read_text(path, "task file ")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"task file {path}: not valid YAML or JSON ({reason})") from error
+    text = read_text(path, "task file ")
+    content = parse_text(text, f"task file {path}", as_json=path.suffix == ".json")
     if isinstance(content, dict):
         tasks = {str(key): value for key, value in content.items()}
         if name is None and len(tasks) == 1:

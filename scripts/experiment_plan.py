@@ -22,6 +22,7 @@ from utils.errors import UserError
 from utils.files import given_path, read_text
 from utils.option_roles import Declaration
 from utils.option_types import SEEDS
+from utils.structured_text import parse_text
 
 _KEYS = ("logdir", "processes", "gpus", "seeds", "tasks", "common", "step_0", "runs", "slurm")
 # Entries of a run that are not options of run.py.
@@ -130,12 +131,9 @@ def read_experiment(
         UserError: it cannot be read, is not YAML, or has unknown, missing or wrong entries.
     """
     text = read_text(path)
-    try:
-        content = yaml.safe_load(text)
-        # All values as strings: safe_load reads 4:00:00 as the number 14400.
-        as_written = yaml.load(text, Loader=yaml.BaseLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    content = parse_text(text, str(path))
+    # All values as strings: YAML reads 4:00:00 as the number 14400.
+    as_written = yaml.load(text, Loader=yaml.BaseLoader)
     try:
         if isinstance(content, dict):
             if slurm is False:
@@ -154,15 +152,12 @@ def _with_given(content: dict[str, Any], given: Sequence[str]) -> dict[str, Any]
     """The content with options of ``--set`` in ``common`` and nowhere else.
 
     Raises:
-        UserError: a value is not YAML.
+        UserError: a value is not valid YAML.
     """
     new: dict[str, Any] = {}
     for word in given:
         name, equals, value = word.removeprefix("--").partition("=")
-        try:
-            new[name] = yaml.safe_load(value) if equals else True
-        except yaml.YAMLError as error:
-            raise UserError(f"--set {word}: the value is not valid YAML; quote it") from error
+        new[name] = parse_text(value, f"--set {word}") if equals else True
     both = {"batch_size", _TOTAL_BATCH}
     replaced = new.keys() | both if both & new.keys() else set(new)
 
@@ -203,9 +198,10 @@ def check_content(content: object) -> Experiment:
     processes = _numbers(content.get("processes", 1), "processes", single=True, least=1, most=1024)[0]
     gpus = _numbers(content.get("gpus", []), "gpus", most=1023)
     share = max(len(gpus) // processes, 1) if slurm is None else _tasks_of_job(slurm)
-    runs = {
-        str(name): _options(own, f"runs: {name}", share) for name, own in _mapping(content, "runs").items()
-    }
+    runs = {name: _options(own, f"runs: {name}", share) for name, own in _mapping(content, "runs").items()}
+    for name in runs:
+        if not isinstance(name, str):
+            raise UserError(f"runs: {name}: the name of a run must be text; put it in quotes")
     if not runs:
         raise UserError("runs: give at least one, e.g. FT: {method: FT}")
     experiment = Experiment(
@@ -249,7 +245,12 @@ def _options(value: object, where: str, processes: int) -> dict[str, Any]:
         return {}
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected options of run.py, e.g. {{lr: 0.01}}, got {value!r}")
-    options = {str(name).removeprefix("--"): entry for name, entry in value.items()}
+    options: dict[str, Any] = {}
+    for name, entry in value.items():
+        option = str(name).removeprefix("--")
+        if option in options:
+            raise UserError(f"{where}: '{option}' appears twice; remove one")
+        options[option] = entry
     for name in options:
         if declared(name).set_by_experiment:
             raise UserError(f"{where}: {name} is set by the experiment; remove it")
@@ -398,8 +399,10 @@ def _for_task(experiment: Experiment, method: str, task: str | None) -> dict[str
     return _options(own.get(str(task)), f"tasks of runs: {method}", experiment.processes_per_run)
 
 
-def _base(experiment: Experiment, planned: Mapping[_Key, Run], run: Run, begin: str) -> Run:
+def _base(experiment: Experiment, planned: Mapping[_Key, Run], run: Run, begin: object) -> Run:
     """The run named by ``from``, with the same task and seed."""
+    if not isinstance(begin, str):
+        raise UserError(f"runs: {run.method}: from: {begin!r} is not the name of a run; put a name in quotes")
     base = planned.get((begin, run.task.name, run.seed))
     if begin not in experiment.runs:
         reason = "is not a run of the file"

@@ -219,7 +219,11 @@ def test_task_file(tmp_path, file, content):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("mine: [[0, 1], [2", "not valid YAML or JSON"),
+        ("mine: [[0, 1], [2", r"tasks\.yaml: not valid YAML \(while .*; correct or quote it"),
+        ("mine: [[0], [1]]\nmine: [[0], [2]]", r"tasks\.yaml: line 2: 'mine' appears twice; remove one"),
+        ("mine: [[0]]\nno: [[0]]", "line 2: the name 'no' is not text in YAML; put it in quotes"),
+        ("15_1: [[0]]", "line 1: the name '15_1' is not text in YAML; put it in quotes"),
+        ("mine: [[2024-13-45]]", "not valid YAML .*month"),
         ("yours: [[0], [1]]", "no task 'mine'; it has yours"),
         ("mine: 3", "expected a list of steps"),
         ("mine: []", "expected a list of steps"),
@@ -238,6 +242,20 @@ def test_faulty_task_file(tmp_path, content, message):
     with pytest.raises(UserError, match=message) as caught:
         get_task("folder", "mine", task_file=path, num_classes=5)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"mine": [[0], [1]], "mine": [[0], [2]]}', "'mine' appears twice; remove one"),
+        ('{"mine": [[0]', "not valid JSON"),
+    ],
+)
+def test_faulty_json(tmp_path, content, message):
+    path = tmp_path / "tasks.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=rf"tasks\.json: {message}"):
+        get_task("folder", "mine", task_file=path, num_classes=5)
 
 
 def test_task_file_missing_or_with_an_order(tmp_path):

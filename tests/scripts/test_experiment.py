@@ -215,6 +215,36 @@ def test_a_wrong_entry_is_reported_before_any_run(
     assert not (tmp_path / "logs").exists()
 
 
+@pytest.mark.parametrize(
+    ("runs", "said"),
+    [
+        (["FT: {method: FT}", "'FT': {method: MIB}"], "line 4: 'FT' appears twice; remove one"),
+        (["FT:", "  lr: 0.1", "  method: FT", "  lr: 0.2"], "line 6: 'lr' appears twice; remove one"),
+        (["FT: {lr: 0.1, --lr: 0.2}"], "runs: FT: 'lr' appears twice; remove one"),
+        (["NO: {method: FT}"], "line 3: the name 'NO' is not text in YAML; put it in quotes"),
+        (["FT: {null: 3}"], "line 3: the name 'null' is not text in YAML; put it in quotes"),
+        (["1: {method: FT}"], "runs: 1: the name of a run must be text; put it in quotes"),
+        (["'1': {}", "A: {from: 1}"], "runs: A: from: 1 is not the name of a run; put a name in quotes"),
+    ],
+)
+def test_names_are_text_and_none_is_given_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], runs: list[str], said: str
+) -> None:
+    file = tmp_path / "experiment.yaml"
+    file.write_text("\n  ".join([f"logdir: {tmp_path}\nruns:", *runs]))
+    assert experiment.main([str(file), "--dry-run"]) == 2
+    assert capsys.readouterr().err == f"scripts.experiment: error: {file}: {said}\n"
+
+
+def test_a_merged_mapping_may_be_overridden(tmp_path: Path) -> None:
+    file = tmp_path / "experiment.yaml"
+    file.write_text(
+        f"logdir: {tmp_path}\ncommon: {{dataset: shapes}}\n"
+        "runs:\n  FT: &FT {task: 15-5, lr: 0.1}\n  A: &A {<<: *FT, lr: 0.2}\n  B: {<<: *A, lr: 0.3}\n"
+    )
+    assert [run.options["lr"] for run in plan(read_experiment(file))] == [0.1, 0.2, 0.3]
+
+
 @pytest.mark.parametrize("text", [b"runs: {", b"- a list", b"\xff\xfe"])
 def test_a_file_that_is_not_an_experiment_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: bytes
@@ -392,7 +422,10 @@ def test_options_of_the_command_line_replace_those_of_the_file(
     parsed = [parse_options(words[words.index(str(ROOT / "run.py")) + 1 :]) for words in commands]
     assert [(o.epochs, o.no_pretrained, o.batch_size) for o in parsed] == [(1, True, 3)] * 2
     assert [o.method for o in parsed] == ["FT", "MIB"]
-    for word, said in (("epoch=1", "unknown option --epoch"), ("epochs=[1", "--set epochs=[1: the value is")):
+    for word, said in (
+        ("epoch=1", "unknown option --epoch"),
+        ("epochs=[1", "--set epochs=[1: not valid YAML"),
+    ):
         assert experiment.main([str(file), "--dry-run", "--set", word]) == 2
         assert said in capsys.readouterr().err
 
