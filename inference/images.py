@@ -8,8 +8,10 @@ pixel by pixel.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -72,7 +74,8 @@ def predict(opts: Options, world: World) -> int:
     network = model_from_checkpoint(opts.ckpt, opts)
     classes = len(network.class_ids)
     what = f"step {network.step} of task {network.task.name} on {network.task.dataset}, {classes} classes"
-    log.info("%s: %s; %d images", opts.ckpt, what, len(files))
+    counted = f"{len(files)} image{'' if len(files) == 1 else 's'}"
+    log.info("%s: %s; %s", opts.ckpt, what, counted)
     began = time.perf_counter()
     with distributed.shared_errors():
         own = list(files.items())[world.rank :: world.size]
@@ -86,8 +89,8 @@ def predict(opts: Options, world: World) -> int:
     left_out = f", {failed} skipped" if failed else ""
     done = len(files) - failed
     log.info(
-        "%d of %d images predicted into %s/{%s,%s}%s (%.1f s)",
-        *(done, len(files), opts.out, PREDICTIONS, OVERLAYS, left_out, seconds),
+        "%d of %s predicted into %s/{%s,%s}%s (%.1f s)",
+        *(done, counted, opts.out, PREDICTIONS, OVERLAYS, left_out, seconds),
     )
     return 2 if failed else 0
 
@@ -95,7 +98,8 @@ def predict(opts: Options, world: World) -> int:
 def find_images(path: Path, out: Path) -> dict[Path, Path]:
     """The image, or all images in a folder and its subfolders, sorted, without hidden files and results.
 
-    The keys are the paths of their results, relative to the result folders.
+    Of a folder, also what is named like an image and is a broken link or no regular file. The keys are the
+    paths of their results, relative to the result folders.
 
     Raises:
         UserError: no such file or folder, no image in it, or two images would get the same name.
@@ -103,17 +107,13 @@ def find_images(path: Path, out: Path) -> dict[Path, Path]:
     if path.is_file():
         return {Path(f"{path.stem}.png"): path}
     if not path.is_dir():
-        raise UserError(f"--predict {path}: no such file or folder; check the path")
-    results = [(out / name).resolve() for name in (PREDICTIONS, OVERLAYS)]
+        raise UserError(f"--predict {path}: {_why_no_file(path)}")
+    results = {(out / name).resolve() for name in (PREDICTIONS, OVERLAYS)}
     files: dict[Path, Path] = {}
-    for file in sorted(path.rglob("*")):
-        relative = file.relative_to(path)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if hidden or file.suffix.lower() not in IMAGE_SUFFIXES or not file.is_file():
+    for file in sorted(_files(path, results)):
+        if file.name.startswith(".") or file.suffix.lower() not in IMAGE_SUFFIXES:
             continue
-        if any(folder in file.resolve().parents for folder in results):
-            continue
-        name = relative.with_suffix(".png")
+        name = file.relative_to(path).with_suffix(".png")
         if name in files:
             raise UserError(f"{file}: {files[name].name} would get the same name; rename one of them")
         files[name] = file
@@ -122,10 +122,40 @@ def find_images(path: Path, out: Path) -> dict[Path, Path]:
     return files
 
 
+def _files(path: Path, left_out: set[Path]) -> Iterator[Path]:
+    """Files in a folder and its subfolders, without hidden folders.
+
+    Linked folders are followed. Each folder is read once, so that loops end; by its own path if it has one.
+    """
+    read, waiting = set[Path](), [path]
+    for start in waiting:
+        for top, subfolders, names in os.walk(start):  # does not follow links
+            folder = Path(top)
+            real = folder.resolve()
+            if real in read or not left_out.isdisjoint((real, *real.parents)):
+                subfolders.clear()
+                continue
+            read.add(real)
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            waiting += [folder / name for name in subfolders if (folder / name).is_symlink()]
+            yield from (folder / name for name in names)
+
+
+def _why_no_file(path: Path) -> str:
+    """Why a path is neither a file nor a folder, and the remedy."""
+    if path.exists():
+        return "not a regular file; give an image, or a folder of images"
+    if path.is_symlink():
+        return "a broken link; correct or remove it"
+    return "no such file or folder; check the path"
+
+
 def _predict_one(path: Path, name: Path, predictor: Predictor, network: TrainedNetwork) -> bool:
     """Predict one image and write its results; on failure print the reason and return False."""
     opts = network.opts
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise DataError(f"{path}: {_why_no_file(path)}")
         image = read_image(path)
         ids = _within_memory(path, predictor, image).numpy()
     except DataError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 
@@ -130,6 +131,51 @@ def test_folders_keep_their_structure(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="contains no image"):
         find_images(tmp_path / "empty", tmp_path)
+
+
+def test_linked_folders_are_followed_and_each_is_read_once(tmp_path: Path) -> None:
+    photos, names = tmp_path / "photos", ("photos/a.png", "photos/own/b.png", "else/c.png", "else/.d.png")
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    links = {"linked": "../else", "again": "../else", "first": "own", "own/loop": "..", "linked/loop": "."}
+    for name, target in links.items():
+        (photos / name).symlink_to(target)
+    (photos / ".hidden").symlink_to("../else")
+    (tmp_path / "out" / "predictions").mkdir(parents=True)
+    (tmp_path / "out" / "predictions" / "old.png").touch()
+    (photos / "results").symlink_to("../out")
+    found = find_images(photos, tmp_path / "out")
+    assert {str(name): file.relative_to(photos) for name, file in found.items()} == {
+        name: Path(name) for name in ("a.png", "again/c.png", "own/b.png")
+    }
+
+
+def test_broken_links_and_pipes_are_left_out_with_a_line(
+    tmp_path: Path, ckpt: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_image(tmp_path / "in" / "a.png", 40, 40).parent
+    (folder / "broken.png").symlink_to("nowhere.png")
+    (folder / "loop.png").symlink_to("loop.png")
+    os.mkfifo(folder / "pipe.png")
+    said = {
+        "broken.png": "a broken link; correct or remove it",
+        "loop.png": "a broken link; correct or remove it",
+        "pipe.png": "not a regular file; give an image, or a folder of images",
+    }
+    code, out = run(folder, ckpt)
+    assert code == 2 and [path.name for path in (out / "predictions").iterdir()] == ["a.png"]
+    lines = [f"run.py: error: {folder / name}: {reason}" for name, reason in said.items()]
+    assert capsys.readouterr().err.splitlines() == lines
+    for name, reason in said.items():
+        with pytest.raises(UserError, match=f"^--predict .*{name}: {reason}"):
+            find_images(folder / name, out)
+
+
+def test_one_image_is_counted_as_one(tmp_path: Path, ckpt: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    run(write_image(tmp_path / "in" / "a.png", 40, 40), ckpt)
+    assert "classes; 1 image\n" in caplog.text and "1 of 1 image predicted" in caplog.text
 
 
 def test_a_released_checkpoint_needs_the_options_typed(tmp_path: Path) -> None:
