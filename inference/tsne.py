@@ -265,7 +265,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Options]:
     """Parse this program's options, and the rest as options of ``run.py``.
 
     Raises:
-        UserError: an option is wrong or ``--ckpt`` is missing.
+        UserError: an option is wrong, one of another mode of ``run.py``, or ``--ckpt`` is missing.
     """
     parser = Parser(
         prog="python -m inference.tsne",
@@ -285,6 +285,9 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Options]:
     args, rest = parser.parse_known_args(argv)
     if args.out is not None and args.out.suffix.lower() != ".png":
         raise UserError(f"--out {args.out}: the plot is a PNG file; give a name that ends in .png")
+    for mode in ("--check_data", "--test", "--predict"):
+        if any(word.partition("=")[0] == mode for word in rest):
+            raise UserError(f"{mode}: t-SNE only draws a plot; drop it, or start run.py instead")
     opts = parse_options(rest)
     if opts.ckpt is None:
         raise UserError("--ckpt FILE is required: the checkpoint whose features are plotted")

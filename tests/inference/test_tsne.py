@@ -148,6 +148,9 @@ def test_segformer_and_a_missing_data_set(shapes_root: Path, tmp_path: Path, cap
         ("--ckpt a.pth --per_class inf", "--per_class: inf is not a whole number"),
         ("--ckpt a.pth --out a.jpg", r"--out a\.jpg: .* \.png"),
         ("--ckpt a.pth --imags 3", "unknown option --imags"),
+        ("--ckpt a.pth --out a.png --check_data", "--check_data: t-SNE only draws a plot; drop it"),
+        ("--ckpt a.pth --test --epochs 3", "--test: t-SNE only draws a plot; drop it"),
+        ("--ckpt a.pth --out a.png --predict=z", "--predict: t-SNE only draws a plot; drop it"),
     ],
 )
 def test_wrong_options(argv: str, words: str) -> None:
