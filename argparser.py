@@ -773,10 +773,9 @@ def _check_unused(opts: Options) -> None:
             raise UserError(f"--{name} is of --lr_policy {policy}, not {opts.lr_policy}; drop one of the two")
     if "warmup_form" in opts.typed and (opts.warmup == 0 or opts.lr_policy != "poly"):
         raise UserError("--warmup_form goes with --warmup and --lr_policy poly; give them, or drop this")
-    if opts.model.startswith("segformer_"):
-        for name in ("backbone", "output_stride"):
-            if name in opts.typed:
-                raise UserError(f"--{name} is of --model deeplab and mlp, not {opts.model}; drop it")
+    for name in ("backbone", "output_stride"):
+        if name in opts.typed and opts.model.startswith("segformer_"):  # as an experiment's common options
+            opts.notes.append(f"--{name} has no effect on --model {opts.model}")
     if "head" in opts.typed and opts.model != "deeplab":
         other = ", which has --decoder" if opts.model.startswith("segformer_") else ""
         raise UserError(f"--head is of --model deeplab, not {opts.model}{other}; drop it")
@@ -866,3 +865,10 @@ def _check_prediction(opts: Options) -> None:
         if getattr(opts, name) is None:
             what = {"ckpt": "FILE, the checkpoint", "out": "DIR, the folder for the results"}[name]
             raise UserError(f"--predict needs --{name} {what}")
+    unread = [
+        each.flag
+        for each in declarations()
+        if each.name in opts.typed and each.role == "learning" and not each.precedes_presets
+    ]
+    if unread := [flag for flag in unread if flag not in ("--opt_level", "--half")]:
+        opts.notes.append(f"no effect on --predict: {', '.join(unread)}")

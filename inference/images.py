@@ -70,6 +70,8 @@ def predict(opts: Options, world: World) -> int:
         UserError: there is no image, the checkpoint cannot be used, or results cannot be written.
     """
     setup_logging(world, None, debug=opts.debug)
+    for note in opts.notes:
+        log.info(note)
     files = find_images(opts.predict, opts.out)
     network = model_from_checkpoint(opts.ckpt, opts)
     classes = len(network.class_ids)
