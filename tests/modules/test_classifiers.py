@@ -45,7 +45,7 @@ def test_a_kind_that_has_no_balanced_start_refuses_it(method: str) -> None:
 def test_a_preset_s_balanced_start_without_effect_is_noted() -> None:
     assert any(
         "--init_balanced has no effect" in note
-        for note in parse_options(["--method", "MIB", "--dkd", "--bce"]).notes
+        for note in parse_options(["--method", "MIB", "--loss_kd", "0", "--dkd", "--bce"]).notes
     )
 
 
