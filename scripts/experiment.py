@@ -57,7 +57,7 @@ from scripts.experiment_slurm import job_script, submit
 from tasks import Task
 from utils.command import run_command
 from utils.errors import UserError
-from utils.option_types import path_option
+from utils.option_types import Parser, path_option
 from utils.signals import EXIT_STOPPED, StopRequest
 from utils.tables import format_table
 
@@ -232,7 +232,7 @@ def _report(runs: Sequence[Run], logdir: Path) -> int:
 
 
 def _options(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m scripts.experiment",
         description="Methods × tasks × seeds from one file: train what is missing, then table and report.",
         epilog="Repeat the command to resume interrupted runs. "

@@ -21,7 +21,7 @@ from report.tables import summary
 from utils.command import run_command
 from utils.errors import UserError
 from utils.files import atomic_write_text
-from utils.option_types import path_option
+from utils.option_types import Parser, path_option
 from utils.tables import format_table, markdown_table, markdown_text
 
 HEADERS = ["method", "backbone", "first", "later", "all", "remarks", "source"]
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _command(argv: list[str] | None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m report.published", description="Published results, best first, one table per task."
     )
     for name, example in (("dataset", "voc"), ("task", "15-1"), ("protocol", "overlapped")):
