@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from dataset.incremental import Sample, SampleKey, Substitute
 from utils.distributed import World, loader_fault
 from utils.errors import DataError, UserError
-from utils.signals import outlive_signals
+from utils.signals import end_with_parent, outlive_signals
 
 ONE_PROCESS = World(0, 0, 1, torch.device("cpu"), None)  # alone on the CPU
 log = logging.getLogger(__name__)
@@ -237,7 +237,7 @@ class Loader(DataLoader[Sample]):
             collate_fn=collate,
             pin_memory=world.device.type == "cuda",
             persistent_workers=num_workers > 0,
-            worker_init_fn=functools.partial(outlive_signals, self._unwanted),
+            worker_init_fn=functools.partial(_begin_worker, self._unwanted),
             **sampling,
         )
         self.tolerance = tolerance or Tolerance()
@@ -297,6 +297,11 @@ class Loader(DataLoader[Sample]):
         """What the worker processes died of, in the system's words ("Killed", "Bus error")."""
         codes = {worker.exitcode or 0 for worker in getattr(self._iterator, "_workers", ())}
         return sorted(signal.strsignal(-code) or str(-code) for code in codes if code < 0)
+
+
+def _begin_worker(unwanted: Any, worker: int) -> None:
+    outlive_signals(unwanted)
+    end_with_parent()
 
 
 @contextlib.contextmanager

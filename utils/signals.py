@@ -7,8 +7,10 @@ once.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -89,7 +91,7 @@ class Flag(Protocol):
     value: bool
 
 
-def outlive_signals(unwanted: Flag, worker: int = 0) -> None:
+def outlive_signals(unwanted: Flag) -> None:
     """Let this loader process ignore signals while its parent process needs it.
 
     Slurm and Ctrl-C signal the loaders too; ending there would lose the batches that the run still needs.
@@ -97,7 +99,6 @@ def outlive_signals(unwanted: Flag, worker: int = 0) -> None:
 
     Args:
         unwanted: set by the run when it no longer needs its loaders.
-        worker: number of the worker, passed by torch; not used.
     """
     parent = os.getppid()
 
@@ -107,6 +108,17 @@ def outlive_signals(unwanted: Flag, worker: int = 0) -> None:
 
     for number in _signals():
         signal.signal(number, end_if_unwanted)
+
+
+def end_with_parent() -> None:
+    """Let Linux kill this process as soon as the thread that started it ends.
+
+    torch's loader processes look for their parent every five seconds, but wait for ever if it was killed
+    while it held the lock of the event that they read first.
+    """
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1  # of <linux/prctl.h>
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def _signals() -> list[signal.Signals]:

@@ -1,9 +1,11 @@
+import contextlib
 import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -302,6 +304,33 @@ def test_workers_outlive_signals_while_they_are_wanted(shapes_root: Path) -> Non
         os.kill(worker.pid, signal.SIGTERM)
         worker.join(60)
         assert worker.exitcode == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+def test_workers_end_with_a_killed_parent(shapes_root: Path) -> None:
+    """Also if it held the lock of torch's event, for which they would wait."""
+    receive, send = multiprocessing.Pipe()
+
+    def parent() -> None:
+        loader = make_train_loader(make(shapes_root), 8, num_workers=2)
+        next(iter(loader))
+        loader._iterator._workers_done_event._cond.acquire()
+        send.send([worker.pid for worker in workers_of(loader)])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def runs(pid: int) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return False
+
+    process = multiprocessing.get_context("fork").Process(target=parent)
+    process.start()
+    process.join(BOUND)
+    assert process.exitcode == -signal.SIGKILL
+    pids, end = receive.recv(), time.monotonic() + BOUND
+    while any(map(runs, pids)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(map(runs, pids))
 
 
 def test_python_ends_though_a_loader_was_not_closed(shapes_root: Path) -> None:
