@@ -680,8 +680,7 @@ def _check(opts: Options) -> None:
             f"--task_num {opts.task_num}: task {opts.task} of {opts.dataset} has {opts.task_.num_steps} "
             "steps; drop it"
         )
-    if opts.step_ckpt is not None and opts.predict is not None:
-        raise UserError("--predict reads --ckpt only; drop --step_ckpt")
+    _check_prediction(opts)
     if opts.step_ckpt is not None and opts.steps[0] == 0:
         raise UserError("--step_ckpt is the checkpoint of the previous step, but step 0 has none; drop it")
     if opts.ckpt is not None and len(opts.steps) > 1:
@@ -693,7 +692,6 @@ def _check(opts: Options) -> None:
         raise UserError("--wandb needs the package wandb; install it (pip install wandb), or drop the option")
     if opts.pretrained_path is not None and opts.no_pretrained:
         raise UserError("--pretrained_path and --no_pretrained exclude each other; give one")
-    _check_prediction(opts)
     _check_unused(opts)
     if _trains(opts):
         _check_classifier(opts)
@@ -861,14 +859,13 @@ def _check_prediction(opts: Options) -> None:
     for name in ("test", "check_data"):
         if getattr(opts, name):
             raise UserError(f"--predict and --{name} exclude each other; give one")
+    if opts.step_ckpt is not None:
+        raise UserError("--predict reads --ckpt only; drop --step_ckpt")
     for name in ("ckpt", "out"):
         if getattr(opts, name) is None:
             what = {"ckpt": "FILE, the checkpoint", "out": "DIR, the folder for the results"}[name]
             raise UserError(f"--predict needs --{name} {what}")
-    unread = [
-        each.flag
-        for each in declarations()
-        if each.name in opts.typed and each.role == "learning" and not each.precedes_presets
-    ]
-    if unread := [flag for flag in unread if flag not in ("--opt_level", "--half")]:
+    precision = ("opt_level", "half")  # also of a prediction
+    learning = (each for each in declarations() if each.role == "learning" and not each.precedes_presets)
+    if unread := [each.flag for each in learning if each.name in opts.typed and each.name not in precision]:
         opts.notes.append(f"no effect on --predict: {', '.join(unread)}")

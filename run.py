@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         others_lost = False
         return code
     except UserError as error:
-        others_lost = isinstance(error, DataError)
+        others_lost = isinstance(error, DataError) or isinstance(error.__cause__, SystemExit)
         # Every process raises the error of a wrong option, but only one that of a broken file that it reads.
         if distributed.prints_shared_errors() or isinstance(error, DataError):
             print(f"run.py: error: {error}", file=sys.stderr, flush=True)

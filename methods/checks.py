@@ -46,7 +46,7 @@ def refuse_other_channels(opts: Any, option: str) -> None:
     """Refuse an option that takes channel c of the logits for class c where the classifier's are others.
 
     Raises:
-        UserError: the classifier is trained only by its own method, and not for its parts of later steps.
+        UserError: the classifier's logits have another meaning; more parts, for later steps, are allowed.
     """
     from methods.classifiers import classifier_kind  # needs torch
 

@@ -459,6 +459,8 @@ def test_typed_options_of_methods_that_are_off_are_noted() -> None:
     assert parse_options([*predict, "--epochs", "7", "--memory", "3"]).notes == [
         "no effect on --predict: --memory, --epochs"
     ]
+    with pytest.raises(UserError, match="--predict reads --ckpt only; drop --step_ckpt"):
+        parse_options([*predict, "--step_ckpt", "w"])
     of_deeplab = ("--backbone", "resnet50", "--output_stride", "8")
     assert [note.split()[0] for note in notes("--model", "segformer_b0", *of_deeplab)] == [*of_deeplab[::2]]
 
