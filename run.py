@@ -40,8 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         others_lost = False
         return code
     except UserError as error:
-        # Every process raises the error of a wrong option, but only one that of a broken file that it reads, and
-        # perhaps that of a method that ends it.
+        # Every process raises the error of a wrong option, but only one that of a broken file that it reads,
+        # and perhaps that of a method that ends it.
         others_lost = isinstance(error, DataError) or isinstance(error.__cause__, SystemExit)
         if distributed.prints_shared_errors() or others_lost:
             print(f"run.py: error: {error}", file=sys.stderr, flush=True)
