@@ -134,10 +134,10 @@ def draw(path: Path, title: str, rows: list[Row]) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    from utils.drawing import new_figure  # imports matplotlib, which only this needs
+    from utils.drawing import new_figure, render  # imports matplotlib, which only this needs
 
     shown = [row for row in rows if row["share"] >= 0.001][::-1]
-    figure = new_figure(7, 0.6 + 0.3 * len(shown))
+    figure = new_figure(7, 0.6 + 0.3 * len(shown), dpi=90)
     axes = figure.add_subplot()
     colours = ["#777777" if row["part"] in (*NETWORK, "rest") else "#c44e52" for row in shown]
     bars = axes.barh([row["part"] for row in shown], [100 * row["share"] for row in shown], color=colours)
@@ -147,7 +147,7 @@ def draw(path: Path, title: str, rows: list[Row]) -> None:
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=90)
+        render(figure).save(file, "png")
 
 
 def trace(made: Bench, path: Path, *, operators: int = 20) -> str:

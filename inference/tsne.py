@@ -11,7 +11,6 @@ PCA reduces them to 50 dimensions, t-SNE (van der Maaten and Hinton, "Visualizin
 from __future__ import annotations
 
 import argparse
-import io
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -39,7 +38,7 @@ from train import Precision, to_device
 from utils import distributed
 from utils.command import run_command
 from utils.distributed import World
-from utils.drawing import drawable, new_figure
+from utils.drawing import drawable, new_figure, render
 from utils.errors import UserError
 from utils.files import atomic_write, atomic_write_text
 from utils.hub import local_file
@@ -219,11 +218,10 @@ def write(path: Path, figure: Figure, rows: Sequence[Sequence[object]]) -> Path:
     Raises:
         UserError: a file cannot be written.
     """
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
+    image = render(figure)
     titles = ["x", "y", "class_id", "class_name", "new", "image", "row", "column"]
     with atomic_write(path, _REMEDY) as file:
-        file.write(png.getvalue())
+        image.save(file, "png")
     atomic_write_text(path.with_suffix(".csv"), csv_text([titles, *rows]), _REMEDY)
     return path.with_suffix(".csv")
 

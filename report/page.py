@@ -24,6 +24,7 @@ from report.published import of_group
 from report.reading import Run
 from report.tables import Line, Table
 from runs.options import deciding
+from utils.drawing import render
 from utils.errors import UserError
 from utils.files import atomic_write, atomic_write_text, cannot_write
 from utils.palette import palette
@@ -100,14 +101,13 @@ class _Folder:
         """Write a figure as PNG. On the page, photographs are JPEG, a tenth of the size."""
         if figure is None:
             return []
-        shown = _encoded(figure, "jpeg") if photo else None
-        return self._add(name, alt, round(96 * figure.get_size_inches()[0]), _encoded(figure, "png"), shown)
+        image, width = render(figure), round(96 * figure.get_size_inches()[0])
+        shown = _encoded(image, "jpeg", quality=90) if photo else None
+        return self._add(name, alt, width, _encoded(image, "png"), shown)
 
     def image(self, name: str, alt: str, pixels: Array) -> list[PageFigure]:
         """Write an image, height×width×3 in uint8, as PNG."""
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "png")
-        return self._add(name, alt, pixels.shape[1], buffer.getvalue())
+        return self._add(name, alt, pixels.shape[1], _encoded(Image.fromarray(pixels), "png"))
 
     def _add(
         self, name: str, alt: str, width: int, png: bytes, jpeg: bytes | None = None
@@ -142,11 +142,9 @@ def _listed(out: Path) -> list[str]:
     return [name for name in lines if _PLAIN.fullmatch(name)]
 
 
-def _encoded(figure: Figure, kind: str) -> bytes:
+def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(
-        buffer, format=kind, dpi=figure.dpi, pil_kwargs={"quality": 90} if kind == "jpeg" else None
-    )
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 

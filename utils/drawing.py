@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from functools import cache
 
 import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontEntry, findfont, findSystemFonts, fontManager
 from matplotlib.ft2font import FT2Font
-from PIL import ImageFont
+from PIL import Image, ImageFont
 
 from utils.errors import UserError
 
@@ -31,6 +33,13 @@ _warned: list[str] = []  # the first text with characters that no font has
 def new_figure(width: float, height: float, dpi: int = 100) -> Figure:
     """A figure of a size in inches that pyplot does not register: no need to close it, no display needed."""
     return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+
+
+def render(figure: Figure) -> Image.Image:
+    """The figure as an RGB image, drawn once; ``savefig`` draws twice, the first time for the layout."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def drawable(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image, ImageDraw
 
-from utils.drawing import drawable, font, new_figure
+from utils.drawing import drawable, font, new_figure, render
 from utils.files import atomic_write
 from utils.labels import VOID
 from utils.lazy import torch
@@ -78,7 +77,11 @@ def prediction_grid(
     if not images or any(len(column) != len(images) for column in masks.values()):
         raise ValueError("prediction_grid needs as many labels and predictions as images, and at least one")
     figure = _grid_figure([_channels_last(image) for image in images], masks, class_names)
-    return _render(figure, path)
+    image = render(figure)
+    if path is not None:
+        with atomic_write(path, "free some space or choose another --logdir") as file:
+            image.save(file, "png")
+    return np.asarray(image)
 
 
 def confusion_image(confusion: Array | torch.Tensor, class_names: Sequence[str], title: str = "") -> Array:
@@ -228,13 +231,3 @@ def _channels_last(image: Array | torch.Tensor) -> Array:
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise ValueError(f"an image must be H×W×3 or 3×H×W in uint8, not {pixels.dtype} {pixels.shape}")
     return pixels
-
-
-def _render(figure: Figure, path: Path | None) -> Array:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    if path is not None:
-        with atomic_write(path, "free some space or choose another --logdir") as file:
-            file.write(buffer.getvalue())
-    with Image.open(buffer) as rendered:
-        return np.asarray(rendered.convert("RGB"))
