@@ -5,6 +5,7 @@ pytest-xdist's controller imports this file before its workers start; torch woul
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 
 keep_freed_memory()  # as every command does; otherwise each step's tensors are new pages
+os.fsync = os.fstat  # as in forked.py
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 

@@ -34,6 +34,10 @@ BOUND = 600.0
 # timm's network for tests, of four blocks, for runs whose point is not the network.
 SMALL_BACKBONE = "timm/test_resnet"
 
+# What was written is there for the next process also without waiting for the disk: only a machine that fails
+# could lose it. The suite writes 14 GB. Other Pythons than the forked ones do wait.
+os.fsync = os.fstat
+
 _LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # What the programs import, also later than at their start.
 _PRELOADED = (
