@@ -228,7 +228,7 @@ def make_bad_file(kind, path, target):
     elif kind == "hostile":
         torch.save({"model_state": {}, "x": Hostile(target)}, path)
     elif kind == "hostile plain pickle":
-        path.write_bytes(pickle.dumps(Hostile(target)))
+        path.write_bytes(pickle.dumps(Hostile(target), protocol=2))
     elif kind == "no dict":
         torch.save([torch.ones(1)], path)
     elif kind == "newer":
