@@ -35,7 +35,8 @@ from train import Precision
 from utils.command import run_command
 from utils.errors import UserError
 from utils.files import read_text
-from utils.option_types import Number, path_option, positive_int
+from utils.option_types import Number, Parser, path_option, positive_int
+from utils.structured_text import parse_text
 
 ROOT = Path(__file__).resolve().parent.parent
 GRACE = 15.0  # seconds between SIGTERM, after which experiments save and print their table, and SIGKILL
@@ -121,7 +122,7 @@ def _comparison(options: argparse.Namespace) -> Path:
     Raises:
         UserError: the experiment has no run of a chosen name.
     """
-    content: dict[str, Any] = yaml.safe_load(read_text(options.experiment))
+    content: dict[str, Any] = parse_text(read_text(options.experiment), str(options.experiment))
     waiting, chosen = list(options.runs or content["runs"]), dict[str, Any]()
     while waiting:
         name = waiting.pop()
@@ -186,7 +187,7 @@ def record(part: Part, folder: Path, code: int, seconds: float, printed: str) ->
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the parts within the time limit; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=path_option, required=True, help="folder of the reports")
     parser.add_argument("--work", type=path_option, required=True, help="folder of the runs and figures")
     parser.add_argument("--shapes", type=path_option, help="generated data set")

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from utils.command import run_command
 from utils.errors import UserError
-from utils.option_types import path_option, positive_int
+from utils.option_types import Parser, path_option, positive_int
 
 PACK, SITE, PHOTOS = Path("build/gpu"), Path("build/gpu_site"), Path("build/gpu_photos")
 WEIGHTS = Path("build/gpu_weights.pth")
@@ -165,7 +165,7 @@ def _numbers(version: str) -> list[int]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("what", choices=("pack", "unpack"))
     parser.add_argument("--data_root", type=path_option, help="folder that holds PascalVOC12")
     parser.add_argument("--weights", type=path_option, help="MobileNetV2's pretrained weights")

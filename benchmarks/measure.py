@@ -14,7 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from utils.files import atomic_write_text
-from utils.option_types import path_option
+from utils.option_types import Parser, path_option
 from utils.processor import model_name
 
 Row = dict[str, Any]
@@ -113,9 +113,7 @@ def markdown(columns: Sequence[Column], rows: Sequence[Row]) -> str:
 
 def command_line(description: str | None) -> argparse.ArgumentParser:
     """The parser of a benchmark, with its ``--out``."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=path_option, help="write the figures as JSON")
     return parser
 

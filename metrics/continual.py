@@ -171,7 +171,7 @@ def summarise(
     miou_all, miou_old, miou_new = mean_iou(), mean_iou(old), mean_iou(~old)
     miou_first, miou_later = mean_iou(first), mean_iou(~first)
     complete = all(step in earlier for step in range(len(classes_per_step) - 1))
-    before = [math.nan if (miou := result["miou_all"]) is None else miou for result in earlier.values()]
+    before = [math.nan if (miou := result.get("miou_all")) is None else miou for result in earlier.values()]
     return Results(
         miou_all=miou_all,
         miou_first=miou_first,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import filecmp
-import json
 import re
 import time
 from collections.abc import Iterable
@@ -17,7 +16,7 @@ from typing import Any
 from metrics.continual import Array
 from runs.files import CONFUSION, HISTORY, OPTIONS, RESULTS, SAMPLES, step_file, step_files
 from runs.history import StepHistory, read_history
-from runs.options import RunOptions, base_folder, read_run_options
+from runs.options import base_folder, read_run_options
 from runs.results import read_confusion, read_step_results
 from tasks import DATASETS, Task, get_task
 from utils.errors import UserError
@@ -248,7 +247,7 @@ def read_run(folder: Path) -> Run:
     Raises:
         UserError: a file in it is damaged or unreadable.
     """
-    known = _read_options(folder)
+    known = read_run_options(folder)
     options, by_step, groups = known.options, known.by_step, known.group_by_step
     match = _FOLDER.fullmatch(folder.name)
     named = match.groupdict() if match else {"task": "", "dataset": "", "name": folder.name}
@@ -267,7 +266,7 @@ def read_run(folder: Path) -> Run:
         for step, content in read_results(base).items():
             if step < first:
                 results[step], taken_over[step] = content, base.name
-        theirs = _read_options(base)
+        theirs = read_run_options(base)
         by_step |= {step: each for step, each in theirs.by_step.items() if step < first}
         groups |= {step: key for step, key in theirs.group_by_step.items() if step < first}
     return Run(
@@ -285,20 +284,6 @@ def read_run(folder: Path) -> Run:
         base=base,
         histories=histories,
     )
-
-
-def _read_options(folder: Path) -> RunOptions:
-    """``read_run_options``, with steps of class ids; a file of other content is refused in these words."""
-    try:
-        known = read_run_options(folder)
-        if all(isinstance(class_id, int) for class_id in chain(*known.steps)):
-            return known
-    except UserError as error:
-        if isinstance(error.__cause__, OSError | UnicodeError | json.JSONDecodeError):
-            raise
-    except TypeError:  # a step that is no list
-        pass
-    raise UserError(f"{folder / OPTIONS}: lacks the options and steps of a run; remove it")
 
 
 def _samples(folder: Path) -> dict[int, dict[str, Path]]:

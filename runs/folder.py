@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from runs.checkpoint import (
 )
 from runs.files import CHECKPOINT, RESULTS, run_folder, step_file
 from runs.options import base_folder, read_run_options
+from runs.results import read_step_results
 from runs.resume import differences, is_trained, job_id, restarted
 from utils import distributed
 from utils.distributed import World
@@ -231,17 +231,17 @@ class RunFolder:
         first, folder = self._origin()
         found: dict[int, dict[str, Any]] = {}
         for earlier in range(step):
-            path = self.results(earlier)
-            if folder is not None and earlier < first:
-                path = folder / path.name
+            theirs = folder if folder is not None and earlier < first else self.path
+            fault = "its results file is missing"
             try:
-                content = json.loads(path.read_text(encoding="utf-8"))
-                found[earlier] = {"class_iou": dict(content["class_iou"]), "miou_all": content["miou_all"]}
-            except (OSError, ValueError, TypeError, KeyError) as error:
+                content = read_step_results(theirs, earlier)
+            except UserError as error:
+                content, fault = None, str(error)
+            if content is None:
                 # This step is trained already: it is reported without what depends on that file.
-                log.warning(
-                    "%s cannot be read (%r): forgetting and average lack step %d", path, error, earlier
-                )
+                log.warning("forgetting and average lack step %d of %s: %s", earlier, theirs, fault)
+            else:
+                found[earlier] = content
         return found
 
     def _origin(self) -> tuple[int, Path | None]:

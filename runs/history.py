@@ -156,19 +156,21 @@ class HistoryWriter:
 def read_history(path: Path) -> StepHistory:
     """Read the history of a step; empty if there is no readable file.
 
-    Truncated and unknown lines are skipped. If a step was resumed, lines that the resumed run repeats are
-    discarded.
+    Truncated and unknown lines are left out, with a warning. If a step was resumed, lines that the resumed
+    run repeats are discarded.
     """
-    history = StepHistory()
+    history, left_out = StepHistory(), list[str]()
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return history
-    for line in lines:
+    for number, line in enumerate(lines, 1):
         try:
             _add(history, json.loads(line))
         except (ValueError, TypeError, KeyError):  # truncated by a kill or a full disk
-            continue
+            left_out.append(str(number))
+    if left_out:
+        _log.warning("%s: cannot be read in line %s; continuing without", path, ", ".join(left_out))
     return history
 
 

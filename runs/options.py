@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,13 @@ def read_run_options(run_dir: Path) -> RunOptions:
     path = run_dir / OPTIONS
     if path.is_file():
         try:
-            return _from_json(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read ({error}); remove it") from error
+        try:
+            return _from_json(content)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: lacks the options and steps of a run; remove it") from error
     for manifest in reversed(step_files(run_dir, MANIFEST).values()) if run_dir.is_dir() else ():
         try:
             return _from_json(json.loads(manifest.read_text(encoding="utf-8"))["manifest"])
@@ -121,9 +126,10 @@ def _from_json(content: dict[str, Any]) -> RunOptions:
     options = dict(content["options"])
     by_step = {int(step): dict(each) for step, each in content.get("options_by_step", {}).items()}
     keys = {int(step): str(key) for step, key in content.get("group_by_step", {}).items()}
+    steps = [[index(class_id) for class_id in step] for step in content["steps"]]
     return RunOptions(
         options=options,
-        steps=list(content["steps"]),
+        steps=steps,
         group=content.get("group"),
         by_step=dict(sorted(by_step.items())),
         group_by_step={step: key for step, key in keys.items() if step in by_step},

@@ -39,7 +39,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import shlex
@@ -52,6 +51,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from runs.files import OUTPUT
+from runs.results import read_step_results
 from scripts.experiment_plan import Experiment, Run, check_existing_steps, plan, read_experiment
 from scripts.experiment_slurm import job_script, submit
 from tasks import Task
@@ -177,7 +177,9 @@ def scores(run: Run, task: Task) -> list[float | None]:
     of all later steps. For joint training they are the classes of ``task``. A task of one step has no first
     and later classes. Classes without IoU are left out.
     """
-    results = json.loads(run.results.read_text(encoding="utf-8"))
+    results = read_step_results(run.folder, run.task.num_steps - 1)
+    if results is None:
+        raise UserError(f"{run.results}: is gone; start the experiment again")
     iou = {run.task.order[results["indices"][name]]: value for name, value in results["class_iou"].items()}
     means: list[float | None] = []
     own = run.task if run.task.num_steps > 1 else task  # which may have another class order

@@ -97,9 +97,14 @@ def test_a_truncated_last_line_costs_that_line_only(tmp_path: Path, cut: int) ->
     assert losses(tmp_path) == [*expected, (40, 2.0)]
 
 
-def test_unknown_lines_are_skipped(tmp_path: Path) -> None:
-    step_file(tmp_path, HISTORY, 0).write_text('[1]\n{"iteration": 3}\n7\n{"begin": "x"}\n\x00\n')
-    assert read_history(step_file(tmp_path, HISTORY, 0)).entries == []
+def test_unknown_lines_are_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path, range(10, 20, 10), 1.0)
+    path = step_file(tmp_path, HISTORY, 0)
+    path.write_text('[1]\n{"iteration": 3}\n7\n{"begin": "x"}\n' + path.read_text() + "\x00\n")
+    assert losses(tmp_path) == [(10, 1.0)]
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{path}: cannot be read in line 1, 2, 3, 4, 7; continuing without"
+    ]
     assert read_history(tmp_path / "missing.jsonl").entries == []
 
 

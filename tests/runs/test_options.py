@@ -39,12 +39,27 @@ def test_options_of_every_step_are_kept(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [OPTIONS]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"options_by_step": 3}', '{"options_by_step": {"x": {}}}'])
+OTHER_CONTENT = "lacks the options and steps of a run"
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("{", "cannot be read .*"),
+        ("[]", OTHER_CONTENT),
+        ('{"options": {}, "steps": [["a"]]}', "lacks the options and steps of a run"),
+        ('{"options": {}, "steps": [], "options_by_step": 3}', "lacks the options and steps of a run"),
+        (
+            '{"options": {}, "steps": [], "options_by_step": {"x": {}}}',
+            "lacks the options and steps of a run",
+        ),
+    ],
+)
 def test_a_damaged_file_is_reported_and_training_starts(
-    tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, text: str, fault: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / OPTIONS).write_text(text)
-    with pytest.raises(UserError, match=r"run\.json: cannot be read .*; remove it"):
+    with pytest.raises(UserError, match=rf"run\.json: {fault}; remove it"):
         read_run_options(tmp_path)
     write_run_options(tmp_path, {"epochs": 1}, step=0, lr=0.1)
     assert read_run_options(tmp_path).by_step == {0: {"epochs": 1, "lr": 0.1}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -72,27 +73,36 @@ def test_the_network_of_sdr_is_not_taken_for_torchvisions(tmp_path: Path) -> Non
         RunFolder(parse_options([*shlex.split(resnet), "--fidelity", "released"]), WORLD).load(path, 0)
 
 
+def write(results: Path, iou: float) -> None:
+    """Results of which only the names and the values that later steps read matter."""
+    results.parent.mkdir(exist_ok=True)
+    step = int(results.stem.removeprefix("results_"))
+    iou_by_class = {"ball": iou, "moon": None}
+    content = {"step": step, "class_iou": iou_by_class, "indices": {"ball": 0, "moon": 1}, "miou_all": iou}
+    results.write_text(json.dumps(content))
+
+
 def test_forgetting_is_counted_from_the_run_that_trained_the_previous_step(tmp_path: Path) -> None:
     """Not from a step 0 that this run's folder has of earlier."""
     folder = folder_of(STEP_1, tmp_path, tmp_path / "other" / "other_0.pth")
     for path, iou in ((folder.path, 0.1), (tmp_path / "other", 0.7)):
-        path.mkdir()
-        (path / "results_0.json").write_text(
-            json.dumps({"class_iou": {"ball": iou, "moon": None}, "miou_all": iou})
-        )
-    assert folder.earlier_results(1) == {0: {"class_iou": {"ball": 0.7, "moon": None}, "miou_all": 0.7}}
+        write(path / "results_0.json", iou)
+    (found,) = folder.earlier_results(1).values()
+    assert found["class_iou"] == {"ball": 0.7, "moon": None} and found["miou_all"] == 0.7
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"class_iou": 3, "miou_all": 1}', '{"miou_all": 1}'])
+@pytest.mark.parametrize("text", [None, "", "[]", '{"step": 0, "class_iou": 3}', '{"step": 0}'])
 def test_damaged_results_of_an_earlier_step_are_logged_and_left_out(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str | None
 ) -> None:
     """The step is trained by then: its own results must come out."""
     folder = folder_of(STEP_1, tmp_path, tmp_path / "other" / "other_0.pth")
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "results_0.json").write_text(text)
+    if text is not None:
+        (tmp_path / "other" / "results_0.json").write_text(text)
     assert folder.earlier_results(1) == {}
-    assert "results_0.json cannot be read" in caplog.text and "lack step 0" in caplog.text
+    fault = "its results file is missing" if text is None else r"\S+results_0\.json: is not a results file .*"
+    assert re.search(rf"forgetting and average lack step 0 of {tmp_path}/other: {fault}", caplog.text)
 
 
 @pytest.mark.parametrize("there", ["logs", "moved"])
@@ -104,9 +114,8 @@ def test_a_later_command_finds_the_results_of_the_run_that_it_started_from(
     logs.mkdir()
     monkeypatch.chdir(logs)
     first = folder_of(STEP_1, logs, Path("other") / "other_0.pth")
-    for path, iou in ((logs / "other" / "results_0.json", 0.7), (first.results(1), 0.4)):
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({"class_iou": {"ball": iou}, "miou_all": iou}))
+    write(logs / "other" / "results_0.json", 0.7)
+    write(first.results(1), 0.4)
     write_run_options(first.path, first.options, step=1, lr=0.1)
     monkeypatch.chdir(tmp_path)
     logs.rename(there)
