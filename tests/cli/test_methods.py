@@ -26,7 +26,7 @@ RUNS = [
     ("PI", MLP, [], 1),
     ("MIB", SEGFORMER, ["--opt_level", "O1", "--memory", "6"], 2),
     ("CIL", SMALL, ["--opt_level", "O1"], 1),
-    ("SDR", MOBILENET, ["--loss_SNNL", "1e-3"], 2),
+    ("SDR", MOBILENET, ["--crop_size", "32", "--loss_SNNL", "1e-3"], 2),
     ("SDR", SMALL, ["--opt_level", "O1", *RELEASED], 1),
     ("PLOP", SMALL, ["--opt_level", "O1"], 1),
     ("PLOP", SEGFORMER, ["--spp_scales", "1", "2", *RELEASED], 2),

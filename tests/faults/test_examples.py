@@ -28,7 +28,8 @@ from faults import (
 )
 from PIL import Image
 
-from report.command import main as report
+from report import comparison, find_runs
+from report import main as report
 from report.groups import arrange
 from report.reading import read_run
 from session.state import StepState
@@ -99,12 +100,8 @@ def left(logs: Path, name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_an_example_from_training_to_report(
-    tiny_data: Path,
-    tmp_path: Path,
-    example: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+def test_an_example_from_training_to_table(
+    tiny_data: Path, tmp_path: Path, example: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, broken = (command(tiny_data, tmp_path / kind, "run", example) for kind in ("whole", "broken"))
     completed([*broken, "--step", "0"], tmp_path / "out")
@@ -132,11 +129,8 @@ def test_an_example_from_training_to_report(
         names = [name.split(".")[:2] for name in content["modules"]]
         assert names == (4 * [["Contrast", "head"]] if example == "contrastive" else [])
 
-    capsys.readouterr()
-    assert report([str(tmp_path), "--out", str(tmp_path / "report")]) == 0
-    table = capsys.readouterr().out
+    table = comparison(find_runs([tmp_path]))
     assert table.count(f"{RUN} ") == 4 and "15-5-shapes_pair " in table, table
-    assert (tmp_path / "report" / "report.html").is_file()
 
 
 @pytest.mark.parametrize("method", BUILT_IN)
@@ -206,6 +200,8 @@ def test_the_head_of_two_killed_processes(
     assert differences(whole, left(tmp_path, "broken")) == []
     heads = [whole[f"checkpoint {step}"]["modules"]["Contrast.head.0.weight"] for step in (0, 1)]
     assert not torch.equal(*heads)
+    assert report([str(tmp_path), "--out", str(tmp_path / "report")]) == 0
+    assert "15-5-shapes_broken" in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
