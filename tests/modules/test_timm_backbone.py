@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from pathlib import Path
 
@@ -78,9 +79,15 @@ def test_checkpointing_changes_nothing(name: str) -> None:
         assert key.endswith("num_batches_tracked") or torch.equal(one, two), key
 
 
-@pytest.mark.parametrize("name", ["resnet10t", "swin_tiny_patch4_window7_224"])
-def test_compiled_as_one_graph(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "size_of_network"),
+    [("resnet10t", {}), ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 2, 1)})],
+)
+def test_compiled_as_one_graph(
+    name: str, size_of_network: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """``--compile``: the whole network is captured, also for a second size, and computes the same."""
+    monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, **size_of_network))
     torch.manual_seed(0)
     network = build_network(NetworkSpec(backbone=f"timm/{name}", drop_path=0.0))
     compiled = torch.compile(copy.deepcopy(network), backend="eager", fullgraph=True)
