@@ -5,6 +5,4 @@ import os
 from utils.command import interrupts_in_one_line
 
 interrupts_in_one_line()
-os.environ.setdefault(
-    "KINETO_LOG_LEVEL", "6"
-)  # else torch's profiler prints lines of its own to the terminal
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler prints lines of its own
