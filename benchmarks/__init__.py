@@ -5,4 +5,5 @@ import os
 from utils.command import interrupts_in_one_line
 
 interrupts_in_one_line()
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler prints lines of its own
+# Else torch's profiler prints lines of its own.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
