@@ -117,11 +117,13 @@ class Group:
 
     @property
     def first_classes(self) -> list[str]:
-        """Classes of the first step, with the background."""
-        for method in self.methods:
-            if not method.joint and method.class_names:
-                return [name for name in method.class_names if method.introduced(name) == 0]
-        return []
+        """Classes of the first step, with the background; none if the class orders differ in them."""
+        found = [
+            [name for name in method.class_names if method.introduced(name) == 0]
+            for method in self.methods
+            if not method.joint and method.class_names
+        ]
+        return found[0] if found and all(set(names) == set(found[0]) for names in found) else []
 
     @property
     def num_steps(self) -> int:

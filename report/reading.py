@@ -260,7 +260,8 @@ def read_run(folder: Path) -> Run:
     results = read_results(folder)
     histories = {step: read_history(path) for step, path in step_files(folder, HISTORY).items()}
     taken_over: dict[int, str] = {}
-    base = base_folder(folder, options)
+    # As for the results themselves: a later command may have gone on without --step_ckpt.
+    base = base_folder(folder, by_step[min(by_step)] if by_step else options)
     if base is not None:
         first = min([*results, *histories], default=0)
         for step, content in read_results(base).items():

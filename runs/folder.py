@@ -84,9 +84,10 @@ class RunFolder:
         self.world = world
         self.path: Path = run_folder(opts.logdir, opts.task, opts.dataset, opts.name)
         self.options = opts.as_json()
-        if opts.step_ckpt is not None:  # a later command may run in another working directory
-            of_hub = local_file(opts.step_ckpt) != opts.step_ckpt
-            self.options["step_ckpt"] = str(opts.step_ckpt if of_hub else opts.step_ckpt.absolute())
+        for name in ("ckpt", "step_ckpt"):  # a later command may run in another working directory
+            path = getattr(opts, name)
+            if path is not None and local_file(path) == path:
+                self.options[name] = str(path.absolute())
         self.spec = NetworkSpec.of(opts)
 
     def checkpoint(self, step: int) -> Path:
@@ -198,8 +199,18 @@ class RunFolder:
         content = self.load(path, step)
         if self.opts.resume == "fresh":
             return content if content.get("job") == job_id() != "" else None
-        # Of a run with another --ckpt it is not this run's.
-        return content if saved_options(content).get("ckpt") == self.options["ckpt"] else None
+        if self.opts.ckpt is None:
+            return content
+        was = saved_options(content).get("ckpt")
+        if was is not None and Path(was).absolute() == Path(self.options["ckpt"]).absolute():
+            return content
+        if path.absolute() == Path(self.options["ckpt"]).absolute():
+            return None  # the run goes on from its own checkpoint with other options
+        begun = "without --ckpt" if was is None else f"from --ckpt {was}"
+        raise UserError(
+            f"{path}: step {step} was begun {begun}, now --ckpt {self.opts.ckpt}; give the same one, or "
+            "none, to resume it, --fresh to start the step over, or another --name"
+        )
 
     def differences(self, content: dict[str, Any], fingerprint: dict[str, Any]) -> list[str]:
         """Differences between a checkpoint's options and fingerprint and this run's; see ``differences``."""

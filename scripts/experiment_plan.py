@@ -173,9 +173,11 @@ def _with_given(content: dict[str, Any], given: Sequence[str]) -> dict[str, Any]
     if not new:
         return content
     kept = {
-        key: without(value) if key in ("common", "step_0", "tasks", "runs") else value
+        key: without(value) if key in ("common", "step_0", "tasks") else value
         for key, value in content.items()
     }
+    if isinstance(runs := kept.get("runs"), dict):  # whose names may be those of options
+        kept["runs"] = {name: without(options) for name, options in runs.items()}
     return {**kept, "common": {**_mapping(kept, "common"), **new}}
 
 
@@ -316,6 +318,10 @@ def _tasks(content: Mapping[str, Any], processes: int) -> dict[str | None, dict[
     return found
 
 
+# Options of sbatch from which Slurm computes the number of tasks.
+_TASKS_BY_OTHERS = {"ntasks-per-gpu", "ntasks-per-socket", "ntasks-per-core", "gpus-per-task"}
+
+
 def _slurm(value: object) -> dict[str, str] | None:
     if value is None:
         return None
@@ -329,6 +335,8 @@ def _slurm(value: object) -> dict[str, str] | None:
 
 def _tasks_of_job(slurm: Mapping[str, str]) -> int:
     """Processes of a job; 0 if its options do not say it as numbers."""
+    if "ntasks" not in slurm and _TASKS_BY_OTHERS & slurm.keys():
+        return 0
     names = ("ntasks",) if "ntasks" in slurm else ("nodes", "ntasks-per-node")
     words = [slurm.get(name, "1") for name in names]
     return math.prod(int(word) if word.isdigit() else 0 for word in words)
@@ -401,6 +409,10 @@ def _for_task(experiment: Experiment, method: str, task: str | None) -> dict[str
 
 def _base(experiment: Experiment, planned: Mapping[_Key, Run], run: Run, begin: object) -> Run:
     """The run named by ``from``, with the same task and seed."""
+    if "step_0" in experiment.runs[run.method]:
+        raise UserError(
+            f"runs: {run.method}: step_0 has no effect with from:, which takes another run's; remove one"
+        )
     if not isinstance(begin, str):
         raise UserError(f"runs: {run.method}: from: {begin!r} is not the name of a run; put a name in quotes")
     base = planned.get((begin, run.task.name, run.seed))
@@ -420,12 +432,19 @@ def _origin(planned: Iterable[Run], run: Run) -> Run:
     # Without overlap, each ADE20K image is in the list of one step, so that lists differ between tasks.
     if run.task.num_steps == 1 or (run.task.dataset == "ade" and not run.first.get("overlap")):
         return run
+    known = 1
+    options = _parsed(arguments({**run.first, "step": 0}), f"runs: {run.method}")
+    if options.classifier != "linear":
+        from methods.classifiers import classifier_kind  # needs torch
+
+        if classifier_kind(options.classifier).of_all_steps:
+            known = run.task.num_steps
     return next(
         other
         for other in planned
         if (other.method, other.seed) == (run.method, run.seed)
         and other.task.num_steps > 1
-        and other.task.steps[0] == run.task.steps[0]
+        and other.task.steps[:known] == run.task.steps[:known]
         and set(other.task.order) == set(run.task.order)
         and {**other.first, "task": None} == {**run.first, "task": None}
     )
@@ -473,8 +492,14 @@ def check_existing_steps(runs: Iterable[Run]) -> None:
         UserError: a step differs; names folder, step and options.
     """
     for run in runs:
-        recorded = read_run_options(run.folder).by_step
+        known = read_run_options(run.folder)
+        recorded = known.by_step
         started = {step for step in recorded if run.has_started(step)}
+        if started and known.steps and known.steps != [list(classes) for classes in run.task.steps]:
+            raise UserError(
+                f"{run.folder}: was trained with other classes per step, or in another order, than the file "
+                "says; change logdir or the name of the run, or restore the order"
+            )
         for command in run.commands if started else ():
             options = parse_options(command)
             for step, lr in zip(options.steps, options.lrs, strict=True):

@@ -62,8 +62,6 @@ class Session:
         with distributed.shared_errors():
             self._lock = FolderLock(folder.path, "choose another --logdir") if world.is_main else None
             setup_logging(world, folder.path / LOG, debug=opts.debug)
-            if world.is_main and not opts.test:
-                write_run_options(folder.path, folder.options, opts.task_.steps)
             if tracked:
                 mirror = WandbMirror(opts.wandb, folder.path, anew=_starts_over(opts))
                 self.run = dataclasses.replace(self.run, mirror=mirror)

@@ -173,6 +173,23 @@ def test_joint_training_is_split_as_the_task_is(runs: Path) -> None:
     assert {compared.row.method for compared in line.published} == {"joint"}
 
 
+def test_joint_training_beside_several_class_orders_is_not_split(tmp_path: Path) -> None:
+    write_run(tmp_path, "FT", 1, pictures=0)
+    other = write_run(tmp_path, "FT", 2, pictures=0, class_order_seed=5)
+    known = json.loads((other / "run.json").read_text())
+    known["steps"] = [[{3: 18, 18: 3}.get(c, c) for c in step] for step in known["steps"]]
+    (other / "run.json").write_text(json.dumps(known))
+    path = other / "results_1.json"
+    content = path.read_text()
+    for old, new in (("class 3", "class -"), ("class 18", "class 3"), ("class -", "class 18")):
+        content = content.replace(f'"{old}"', f'"{new}"')
+    path.write_text(content)
+    write_run(tmp_path, "joint", 1, task="offline", done=(0,), pictures=0)
+    (group,) = arrange([read_run(path) for path in find_runs([tmp_path])])
+    line = next(line for line in summary(group) if line.method.joint)
+    assert line.numbers["first"] is None and line.numbers["later"] is None and line.numbers["all"] is not None
+
+
 def test_joint_training_of_other_classes_is_a_table_of_its_own(tmp_path: Path) -> None:
     """A task file may call it joint, too."""
     for name, task in (("MIB", "15-5"), ("all", "offline"), ("few", "offline"), ("alone", "offline")):
@@ -381,6 +398,15 @@ def test_first_steps_of_another_run_count(tmp_path: Path) -> None:
         given: dict[str, object] = {"step_ckpt": path}
         folders.append(write_run(tmp_path, "MIB", seed, pictures=0, done=(1,), by_step={1: {}}, **given))
     assert sorted(len(names) for names in methods(*folders).values()) == [1, 2]
+
+
+def test_a_later_command_without_step_ckpt_keeps_the_first_steps_of_another_run(tmp_path: Path) -> None:
+    base = write_run(tmp_path, "FT", 1, task="10-5-5", dataset="shapes", done=(0,), pictures=0)
+    first = {"step_ckpt": str(base / f"{base.name}_0.pth")}
+    steps = {1: first, 2: {"lr": 0.005}}
+    write_run(tmp_path, "MIB", 1, task="10-5-5", dataset="shapes", done=(1, 2), pictures=0, by_step=steps)
+    run = read_run(tmp_path / "10-5-5-shapes_MIB_1")
+    assert run.base == base and run.taken_over == {0: base.name} and [*run.results] == [0, 1, 2]
 
 
 def test_sample_images_of_a_first_step_of_another_run(tmp_path: Path) -> None:

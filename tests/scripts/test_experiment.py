@@ -99,6 +99,13 @@ def test_ade_shares_step_0_only_where_steps_overlap(tmp_path: Path, overlap: boo
     assert (second.starts_from is first) == shares
 
 
+def test_a_classifier_of_all_steps_shares_no_step_0_with_other_steps(tmp_path: Path) -> None:
+    runs: dict[str, Any] = {"FT": {"method": "FT"}, "DFT": {"method": "DFT"}}
+    made = planned(tmp_path, seeds=[1], tasks=["15-5", "15-1"], common={"dataset": "voc"}, runs=runs)
+    starts = {(run.method, run.task.name): run.starts_from for run in made}
+    assert starts["DFT", "15-5"] is starts["DFT", "15-5s"] is None and starts["FT", "15-5s"] is not None
+
+
 def test_a_run_starts_from_the_step_0_of_another(tmp_path: Path) -> None:
     runs = planned(tmp_path)
     assert [(run.method, run.seed) for run in runs] == [
@@ -200,6 +207,10 @@ def test_the_experiment_of_shapes_is_in_order() -> None:
         ({"step_0": {"timeout": math.inf}}, "argument --timeout: inf is not a number of at least 1"),
         ({"step_0": {"lr": [math.nan]}}, "argument --lr: nan is not a number"),
         ({"processes": 2, "gpus": [0, 1, 2]}, "gpus: 3 cannot be divided among 2 processes"),
+        (
+            {"runs": {"FT": {}, "MIB": {"from": "FT", "step_0": {"lr": 0.5}}}},
+            "runs: MIB: step_0 has no effect with from:",
+        ),
         ({"slurm": "gpu"}, "slurm: expected options of sbatch"),
         ({"slurm": {"dependency": "x"}}, "slurm: dependency is set by the experiment"),
     ],
@@ -406,14 +417,20 @@ def test_the_total_batch_of_a_job_is_divided_among_its_tasks(
     assert all(parse_options(command).batch_size == share for command in run.commands)
     with pytest.raises(UserError, match="common: total_batch and batch_size exclude each other"):
         planned(tmp_path, common={**common, "batch_size": 4})
-    with pytest.raises(UserError, match="total_batch needs the job's number of processes; give ntasks"):
-        planned(tmp_path, common=common, slurm={"nodes": "1-2"})
+    for unknown in (
+        {"nodes": "1-2"},
+        {"gpus": "4", "ntasks-per-gpu": "1"},
+        {"gpus": "4", "gpus-per-task": "1"},
+    ):
+        with pytest.raises(UserError, match="total_batch needs the job's number of processes; give ntasks"):
+            planned(tmp_path, common=common, slurm=unknown)
 
 
 def test_options_of_the_command_line_replace_those_of_the_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runs = {"MIB": {"method": "MIB", "epochs": 7, "step_0": {"--epochs": 9, "method": "FT"}}}
+    # A run may have the name of an option.
+    runs = {"epochs": {"method": "MIB", "epochs": 7, "step_0": {"--epochs": 9, "method": "FT"}}}
     file = write(tmp_path, seeds=[1], runs=runs)
     assert (
         experiment.main([str(file), "--dry-run", "--set", "epochs=1", "no_pretrained", "batch_size=3"]) == 0
@@ -512,6 +529,21 @@ def test_a_changed_origin_is_reported(tmp_path: Path, capsys: pytest.CaptureFixt
         said = capsys.readouterr().err
         assert f"MIB_1: step 1 was trained from step 0 of FT_1, the file says of {word};" in said
         assert said.count("\n") == 1
+
+
+def test_a_changed_class_order_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The order's file has the same name; a second seed would be averaged with the first one's order."""
+    order = tmp_path / "order.txt"
+    common = {**CONTENT["common"], "class_order": str(order)}
+    order.write_text("\n".join(map(str, range(1, 21))))
+    file = write(tmp_path, seeds=[1], runs={"FT": {"method": "FT"}}, common=common)
+    trained(file, "FT")
+    assert experiment.main([str(file), "--table"]) == 0
+    order.write_text("\n".join(map(str, range(20, 0, -1))))
+    assert experiment.main([str(file), "--table"]) == 2
+    said = capsys.readouterr().err
+    assert "FT_1: was trained with other classes per step, or in another order" in said
+    assert said.count("\n") == 1
 
 
 def test_another_task_may_train_the_shared_step_0(tmp_path: Path) -> None:

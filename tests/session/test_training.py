@@ -98,11 +98,12 @@ def test_a_step_resumes_only_with_its_own_options(
 ) -> None:
     common = "" if "--epochs" in options else "--epochs 2 "
     common += "" if "--lr " in options else "--lr 0.01 "
-    before = whole.read_bytes()
+    files = [whole, whole.with_name("run.json")]  # the report reads the latter
+    before = [file.read_bytes() for file in files]
     assert run(f"--name whole {common}{options}") == 2
     said = capsys.readouterr().err
     assert "was trained differently" in said and said.count("\n") == 1
-    assert whole.read_bytes() == before and (whole.parent / "results_0.json").is_file()
+    assert [file.read_bytes() for file in files] == before and (whole.parent / "results_0.json").is_file()
 
 
 def test_other_images_in_the_data_folder_are_reported(
@@ -168,14 +169,23 @@ def test_another_runs_checkpoint_resumes_with_the_commands_options(
     assert "was trained differently: " in said and "--epochs 2, now 4" in said
 
 
-def test_more_epochs_train_at_the_rates_of_the_whole_schedule(run: Run, whole: Path, logs: Path) -> None:
+def test_more_epochs_train_at_the_rates_of_the_whole_schedule(
+    run: Run, whole: Path, logs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(f"--name longer --ckpt {whole} --epochs 3 --lr 0.1") == 0
     rates = [entry.lr for entry in read_history(logs / "15-5-shapes_longer" / "history_0.jsonl").entries]
     # A point of the curve tells the rate after its update, and the step's last is 0.
     assert rates == pytest.approx([*unbroken("--epochs 3 --lr 0.1", 3 * BATCHES)[-BATCHES + 1 :], 0])
     # The same command again: it is this run's own step now.
     before = checkpoint(logs, "longer").read_bytes()
-    assert run(f"--name longer --ckpt {whole} --epochs 3 --lr 0.1") == 0
+    monkeypatch.chdir(logs)
+    for same in (f"--ckpt {whole}", f"--ckpt {whole.relative_to(logs)}", ""):
+        assert run(f"--name longer {same} --epochs 3 --lr 0.1") == 0
+    other = whole.with_name("half.pth")
+    said = refused(run, capsys, f"--name longer --ckpt {other} --epochs 3 --lr 0.1")
+    assert f"step 0 was begun from --ckpt {whole}, now --ckpt {other}; give the same one, or none" in said
+    said = refused(run, capsys, f"--name whole --ckpt {other} --epochs 2 --lr 0.01")
+    assert "was begun without --ckpt" in said
     assert checkpoint(logs, "longer").read_bytes() == before
 
 
