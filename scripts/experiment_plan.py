@@ -362,7 +362,8 @@ def plan(experiment: Experiment) -> list[Run]:
     """All runs in the file's order; every command is checked by the parser of ``run.py``.
 
     Tasks with the same first step, such as 15-5 and 15-1, share step 0: the runs of the first task train it,
-    the others start from its checkpoint. (Not on ADE20K without overlap, whose lists depend on all steps.)
+    the others start from its checkpoint. (Not on ADE20K without overlap, whose lists depend on all steps, nor
+    with a classifier that has the parts of all steps from step 0 on.)
 
     Raises:
         UserError: an option is wrong, or the run named by ``from`` has no such step 0.
@@ -432,19 +433,19 @@ def _origin(planned: Iterable[Run], run: Run) -> Run:
     # Without overlap, each ADE20K image is in the list of one step, so that lists differ between tasks.
     if run.task.num_steps == 1 or (run.task.dataset == "ade" and not run.first.get("overlap")):
         return run
-    known = 1
+    same = 1  # steps that must be the same: all, if the classifier has the parts of all from step 0 on
     options = _parsed(arguments({**run.first, "step": 0}), f"runs: {run.method}")
     if options.classifier != "linear":
         from methods.classifiers import classifier_kind  # needs torch
 
         if classifier_kind(options.classifier).of_all_steps:
-            known = run.task.num_steps
+            same = run.task.num_steps
     return next(
         other
         for other in planned
         if (other.method, other.seed) == (run.method, run.seed)
         and other.task.num_steps > 1
-        and other.task.steps[:known] == run.task.steps[:known]
+        and other.task.steps[:same] == run.task.steps[:same]
         and set(other.task.order) == set(run.task.order)
         and {**other.first, "task": None} == {**run.first, "task": None}
     )
