@@ -159,7 +159,7 @@ def read_history(path: Path) -> StepHistory:
     Truncated and unknown lines are left out, with a warning. If a step was resumed, lines that the resumed
     run repeats are discarded.
     """
-    history, left_out = StepHistory(), list[str]()
+    history, left_out = StepHistory(), list[int]()
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -168,9 +168,11 @@ def read_history(path: Path) -> StepHistory:
         try:
             _add(history, json.loads(line))
         except (ValueError, TypeError, KeyError):  # truncated by a kill or a full disk
-            left_out.append(str(number))
+            left_out.append(number)
     if left_out:
-        _log.warning("%s: cannot be read in line %s; continuing without", path, ", ".join(left_out))
+        _log.warning(
+            "%s: %d lines cannot be read (the first: %d) and are left out", path, len(left_out), left_out[0]
+        )
     return history
 
 

@@ -433,22 +433,28 @@ def _origin(planned: Iterable[Run], run: Run) -> Run:
     # Without overlap, each ADE20K image is in the list of one step, so that lists differ between tasks.
     if run.task.num_steps == 1 or (run.task.dataset == "ade" and not run.first.get("overlap")):
         return run
-    same = 1  # steps that must be the same: all, if the classifier has the parts of all from step 0 on
-    options = _parsed(arguments({**run.first, "step": 0}), f"runs: {run.method}")
-    if options.classifier != "linear":
-        from methods.classifiers import classifier_kind  # needs torch
-
-        if classifier_kind(options.classifier).of_all_steps:
-            same = run.task.num_steps
-    return next(
+    alike = [
         other
         for other in planned
         if (other.method, other.seed) == (run.method, run.seed)
         and other.task.num_steps > 1
-        and other.task.steps[:same] == run.task.steps[:same]
+        and other.task.steps[0] == run.task.steps[0]
         and set(other.task.order) == set(run.task.order)
         and {**other.first, "task": None} == {**run.first, "task": None}
-    )
+    ]
+    if alike[0] is not run and _has_all_steps(run):
+        alike = [other for other in alike if other.task.steps == run.task.steps]
+    return alike[0]
+
+
+def _has_all_steps(run: Run) -> bool:
+    """Whether the classifier has the parts of all steps from step 0 on."""
+    options = _parsed(arguments({**run.first, "step": 0}), f"runs: {run.method}")
+    if options.classifier == "linear":
+        return False
+    from methods.classifiers import classifier_kind  # needs torch
+
+    return classifier_kind(options.classifier).of_all_steps
 
 
 def _parsed(words: Sequence[str], where: str) -> Options:

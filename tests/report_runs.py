@@ -50,6 +50,16 @@ def write_run(
     return folder
 
 
+def exchange_classes(folder: Path) -> None:
+    """Let a VOC run's class order have classes 3 and 18 in each other's place."""
+    path = folder / "run.json"
+    known = json.loads(path.read_text())
+    known["steps"] = [
+        [{3: 18, 18: 3}.get(class_id, class_id) for class_id in step] for step in known["steps"]
+    ]
+    path.write_text(json.dumps(known))
+
+
 def _train(folder: Path, step: int, rng: np.random.Generator, epochs: int) -> None:
     history = HistoryWriter(folder, step, images=8)
     for iteration in range(10, 40 * epochs + 1, 10):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from report_runs import write_run
+from report_runs import exchange_classes, write_run
 
 from report import comparison, figures, find_runs, main
 from report.command import _common
@@ -115,9 +115,7 @@ def test_a_run_with_another_class_order_is_split_by_its_own(tmp_path: Path) -> N
         for part in ("class_iou", "class_accuracy", "class_pixels", "indices", "forgetting"):
             content[part] = {change.get(name, name): value for name, value in content[part].items()}
         path.write_text(json.dumps(content))
-    known = json.loads((other / "run.json").read_text())
-    known["steps"] = [[{3: 18, 18: 3}.get(c, c) for c in step] for step in known["steps"]]
-    (other / "run.json").write_text(json.dumps(known))
+    exchange_classes(other)
     (group,) = arrange([read_run(plain), read_run(other)])
     assert len(group.methods) == 2
     for method in group.methods:
@@ -134,9 +132,7 @@ def test_runs_over_class_orders_are_taken_together(tmp_path: Path) -> None:
         given = {} if order is None else {"class_order_seed": order}
         folder = write_run(tmp_path, name, seed, pictures=0, **given)
         if order is not None:
-            known = json.loads((folder / "run.json").read_text())
-            known["steps"] = [[{3: 18, 18: 3}.get(c, c) for c in step] for step in known["steps"]]
-            (folder / "run.json").write_text(json.dumps(known))
+            exchange_classes(folder)
         names = json.loads((folder / "results_1.json").read_text())["class_iou"]
         _change(folder, 1, class_iou=dict.fromkeys(names, miou))
     write_run(tmp_path, "FT", 1, pictures=0)  # of one order
@@ -176,9 +172,7 @@ def test_joint_training_is_split_as_the_task_is(runs: Path) -> None:
 def test_joint_training_beside_several_class_orders_is_not_split(tmp_path: Path) -> None:
     write_run(tmp_path, "FT", 1, pictures=0)
     other = write_run(tmp_path, "FT", 2, pictures=0, class_order_seed=5)
-    known = json.loads((other / "run.json").read_text())
-    known["steps"] = [[{3: 18, 18: 3}.get(c, c) for c in step] for step in known["steps"]]
-    (other / "run.json").write_text(json.dumps(known))
+    exchange_classes(other)
     path = other / "results_1.json"
     content = path.read_text()
     for old, new in (("class 3", "class -"), ("class 18", "class 3"), ("class -", "class 18")):

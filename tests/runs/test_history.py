@@ -103,7 +103,7 @@ def test_unknown_lines_are_left_out_with_a_warning(tmp_path: Path, caplog: pytes
     path.write_text('[1]\n{"iteration": 3}\n7\n{"begin": "x"}\n' + path.read_text() + "\x00\n")
     assert losses(tmp_path) == [(10, 1.0)]
     assert [r.getMessage() for r in caplog.records] == [
-        f"{path}: cannot be read in line 1, 2, 3, 4, 7; continuing without"
+        f"{path}: 5 lines cannot be read (the first: 1) and are left out"
     ]
     assert read_history(tmp_path / "missing.jsonl").entries == []
 

@@ -47,12 +47,9 @@ OTHER_CONTENT = "lacks the options and steps of a run"
     [
         ("{", "cannot be read .*"),
         ("[]", OTHER_CONTENT),
-        ('{"options": {}, "steps": [["a"]]}', "lacks the options and steps of a run"),
-        ('{"options": {}, "steps": [], "options_by_step": 3}', "lacks the options and steps of a run"),
-        (
-            '{"options": {}, "steps": [], "options_by_step": {"x": {}}}',
-            "lacks the options and steps of a run",
-        ),
+        ('{"options": {}, "steps": [["a"]]}', OTHER_CONTENT),
+        ('{"options": {}, "steps": [], "options_by_step": 3}', OTHER_CONTENT),
+        ('{"options": {}, "steps": [], "options_by_step": {"x": {}}}', OTHER_CONTENT),
     ],
 )
 def test_a_damaged_file_is_reported_and_training_starts(
