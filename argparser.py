@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from methods import CLASSIFIERS, METHODS, REGISTRY, Method, classifier_of, load_method_file, preset
-from methods.checks import fault, options_of, preset_fault, shown
+from methods.checks import defaults_of, fault, options_of, preset_fault, shown
 from methods.presets import preset_note
 from tasks import Task, get_task, read_class_order
 from utils.errors import UserError
@@ -523,7 +523,7 @@ def _task(opts: Options) -> Task:
     class_names = _own_classes(opts)
     class_order = None
     if opts.class_order is not None:
-        from dataset import class_names as names_of  # takes a second, which --help need not wait for
+        from dataset import class_names as names_of  # imports numpy, which --help need not wait for
 
         class_order = read_class_order(opts.class_order, names_of(opts.dataset, opts.data_root))
     return get_task(
@@ -540,7 +540,7 @@ def _own_classes(opts: Options) -> tuple[str, ...] | None:
     """Class names of a data set of the user's own, the background's first."""
     if opts.dataset != "folder":
         return None
-    from dataset.folder import read_class_names  # its imports take a second that --help need not wait for
+    from dataset.folder import read_class_names  # numpy too
 
     return read_class_names(opts.data_root / "classes.txt")
 
@@ -814,14 +814,14 @@ def _note_unread(opts: Options) -> None:
 
     They are not refused, because published command lines have such options.
     """
-    read: set[str] = set()
+    read, reads = set[str](), set[str]()
     unread: dict[str, str] = {}
+    recording = _recording(opts, reads)
     for kind in REGISTRY:
-        reads: set[str] = set()
-        if kind.from_options(_recording(opts, reads)) is None:
-            own = OptionParser(add_help=False)
-            kind.add_options(own.group(kind.__name__, role="learning"))
-            unread |= {a.dest: kind.__name__ for a in own._actions if getattr(opts, a.dest) != a.default}
+        reads.clear()
+        if kind.from_options(recording) is None:
+            defaults = defaults_of(kind).items()
+            unread |= {name: kind.__name__ for name, default in defaults if getattr(opts, name) != default}
         else:
             read |= reads
     for name in sorted(opts.typed & unread.keys() - read):

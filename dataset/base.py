@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torchvision import tv_tensors
-
 from dataset.decoding import read_image, read_mask
 from utils.errors import DataError, UserError
 from utils.files import is_utf8, printable
 from utils.labels import VOID
+from utils.lazy import tv_tensors
 
 MAX_CLASSES = 255  # ids 0..254
 

@@ -14,15 +14,16 @@ import contextlib
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image as PILImage
-from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
-from torchvision.transforms.v2 import functional as F
 
 from utils.errors import DataError
+from utils.lazy import torch, torchvision_io, transforms
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Pillow's errors for unreadable files (SyntaxError: damaged PNG chunk).
 _PIL_ERRORS = (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError)
@@ -117,13 +118,14 @@ def _decode_rgb(path: Path, data: bytearray, *, upright: bool) -> Tensor:
     if data.startswith(_JPEG_SIGNATURE):
         with contextlib.suppress(RuntimeError):  # e.g. some kinds of CMYK, which Pillow may read
             encoded = torch.frombuffer(data, dtype=torch.uint8)
-            return decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=upright)
+            rgb = torchvision_io.ImageReadMode.RGB
+            return torchvision_io.decode_jpeg(encoded, mode=rgb, apply_exif_orientation=upright)
     try:
         stored = load_image(path, data)
     except _PIL_ERRORS as error:
         raise _broken(path, "image", error) from error
     turn = _UPRIGHT.get(stored.orientation) if upright else None
-    return F.pil_to_tensor(stored.image if turn is None else stored.image.transpose(turn))
+    return transforms.pil_to_tensor(stored.image if turn is None else stored.image.transpose(turn))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ _HOOKS = {name for name in _PUBLIC if callable(getattr(Method, name, None))}
 _NEAR = 0.75  # difflib ratio from which a name counts as a misspelt hook: "loss" and "penalties" do
 _NAME_SETS = ("needs", "teacher_needs", "extras")
 _RENAMED = {"resume": "load_state_dict, and what load_state_dict did is now from_previous_step"}
+_DEFAULTS: dict[type[Method], dict[str, Any]] = {}
 _MISSING = object()  # default of an option declared without one
 
 
@@ -128,6 +129,15 @@ def options_of(kind: type[Method]) -> list[argparse.Action]:
         reason = " ".join(str(error).split())
         raise fault(kind, "add_options", f"{type(error).__name__}: {reason}") from error
     return parser._actions
+
+
+def defaults_of(kind: type[Method]) -> dict[str, Any]:
+    """The defaults of the options that a class adds, by attribute name."""
+    if kind not in _DEFAULTS:  # a parser for each command of an experiment would take most of its planning
+        parser = OptionParser(add_help=False)
+        kind.add_options(parser.group(kind.__name__, role="learning"))
+        _DEFAULTS[kind] = {action.dest: action.default for action in parser._actions}
+    return _DEFAULTS[kind]
 
 
 def check_options(kind: type[Method]) -> None:

@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from methods.base import Context, Method
-from methods.checks import options_of, refuse_without
+from methods.checks import defaults_of, refuse_without
 from utils.errors import UserError
 from utils.labels import VOID
 from utils.lazy import loss, no_grad, torch
@@ -56,7 +56,7 @@ class ClassifierPreTuning(Method):
         Raises:
             UserError: an option of it is typed without it.
         """
-        refuse_without(opts, ["nest"], [option.dest for option in options_of(cls)])
+        refuse_without(opts, ["nest"], list(defaults_of(cls)))
         return cls(opts) if opts.nest else None
 
     def begin_step(self, context: Context) -> None:

@@ -146,7 +146,7 @@ def test_options_are_declared_without_slow_packages() -> None:
     assert not found, "\n".join(found)
 
 
-def test_wrong_options_and_the_report_do_not_wait_for_slow_packages() -> None:
+def test_wrong_options_drawn_data_and_the_report_do_not_wait_for_slow_packages() -> None:
     commands = "--help", "--version", "--lrr 1", "--lr -1", "--method FOO", "--classifier x", "--step 9"
     code = f"""
 import contextlib, os, sys
@@ -155,7 +155,7 @@ for words in {commands}:
     with contextlib.suppress(SystemExit), open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
         assert run.main(words.split()) == 2, words
 print(sorted({SLOW} & set(sys.modules)))
-import report.command
+import dataset.shapes, report.command
 print("torch" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -1,7 +1,7 @@
-"""Modules that are imported at their first use: the command line and the report do not wait for torch.
+"""Modules that are imported at their first use: what needs no torch does not wait for it.
 
-What declares or checks options imports them from here; ``tests/test_architecture.py`` keeps it so. Types are
-those of the modules themselves.
+What declares or checks options, draws data or writes the report imports them from here;
+``tests/test_architecture.py`` keeps it so. Types are those of the modules themselves.
 """
 
 from __future__ import annotations
@@ -27,10 +27,15 @@ class _Lazy:
 if TYPE_CHECKING:
     import torch as torch
     import torch.distributed as dist
+    from torchvision import io as torchvision_io
+    from torchvision import tv_tensors as tv_tensors
+    from torchvision.transforms.v2 import functional as transforms
 
     from utils import loss as loss
 else:
     torch, dist, loss = _Lazy("torch"), _Lazy("torch.distributed"), _Lazy("utils.loss")
+    torchvision_io, tv_tensors = _Lazy("torchvision.io"), _Lazy("torchvision.tv_tensors")
+    transforms = _Lazy("torchvision.transforms.v2.functional")
 
 
 def no_grad(function: F) -> F:

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision.io
 from PIL import Image, ImageOps
 
-from dataset import decoding
 from dataset.check import check_pair
 from dataset.decoding import PNG_SIGNATURE, read_image, read_mask
 from dataset.image_labels import mask_values
@@ -172,7 +172,7 @@ def test_camera_orientation_is_applied_only_where_the_mask_asks_for_it(
     tmp_path: Path, decoder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if decoder == "pillow":
-        monkeypatch.setattr(decoding, "decode_jpeg", _refuse)
+        monkeypatch.setattr(torchvision.io, "decode_jpeg", _refuse)
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned by 90° clockwise
     path = save(tmp_path / "x.jpg", Image.fromarray(PICTURE), quality=95, subsampling=0, exif=exif)
