@@ -289,7 +289,7 @@ def _add_task(group: OptionGroup) -> None:
     group.value("--splits_dir", path_option, None, compared_by_meaning=True, restored=False,
         help="folder with own image lists train-<step>.npy")
     group.value("--skip_corrupt", count, 0, metavar="N", role="incidental", restored=True,
-        help="skip up to N unreadable images instead of stopping; they are listed")
+        help="skip up to N unreadable images, not masks, instead of stopping; they are listed")
     group.flag("--check_data", role="incidental", set_by_experiment=True,
         help="check the data set and its lists, then end")
 

@@ -162,6 +162,7 @@ class Trainer:
         self.precision = precision or Precision("O0", context.device)
         self.own_modules = own_modules if own_modules is not None else nn.Module()
         self._loss_terms = LossTerms()
+        self._values_checked = False  # of the first batch, after ``relabel``
 
     def compile(self) -> None:
         """Use ``torch.compile`` for both networks in training; weights keep their names.
@@ -246,7 +247,9 @@ class Trainer:
             for method in self.methods.values():
                 call_hook(method, "observe", batch)
             for method in self.methods.values():
-                relabel(method, batch)
+                own = not type(method).__module__.startswith("methods.")
+                relabel(method, batch, check_values=own and not self._values_checked)
+            self._values_checked = True
             terms: dict[str, Tensor] = {}
             for method in self.methods.values():
                 self._loss_terms.add(terms, method, "losses", method.losses(batch))
@@ -256,6 +259,11 @@ class Trainer:
                 "choose a method or option with a loss"
             )
         total = torch.stack([term.float() for term in terms.values()]).sum()
+        if not total.requires_grad:
+            raise UserError(
+                f"step {self.context.step}: no loss depends on trained weights ({', '.join(terms)}); compute "
+                "one from batch.outputs or batch.features"
+            )
         self.precision.scaler.scale(total / share).backward()
         terms["total"] = total
         return {name: term.detach() for name, term in terms.items()}

@@ -111,7 +111,7 @@ class MemoryMixSampler(EpochSampler):
         super().__init__(num_samples, **kwargs)
 
     def _count_batches(self) -> int:
-        _check_half(self.total_batch)
+        check_half(self.total_batch)
         own_half = self.total_batch - self.total_batch // 2
         if self.num_samples < own_half:
             raise _too_few(self.num_samples, self.batch_size, self.world_size, 2 * self.num_samples)
@@ -147,7 +147,7 @@ class MemoryOverwriteSampler(EpochSampler):
 
     def __init__(self, num_samples: int, num_memory: int, **kwargs: Any) -> None:
         super().__init__(num_samples, **kwargs)
-        _check_half(self.total_batch)
+        check_half(self.total_batch)
         self.memory = [num_samples + i for i in range(num_memory)]
         while len(self.memory) < self.total_batch:
             self.memory *= 2
@@ -382,7 +382,12 @@ def collate(samples: list[Any]) -> Any:
     return Substitute(batch, reasons) if reasons else batch
 
 
-def _check_half(total_batch: int) -> None:
+def check_half(total_batch: int) -> None:
+    """Check that a batch over all processes has place for exemplars beside the step's own images.
+
+    Raises:
+        UserError: it has not.
+    """
     if total_batch < 2:
         raise UserError("--batch_size 1 leaves no place for exemplars; use 2 or more, or --memory 0")
 

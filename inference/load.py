@@ -161,6 +161,33 @@ def with_network_of(
     return completed
 
 
+def as_trained(opts: Options, content: Mapping[str, Any], path: Path) -> tuple[Options, dict[str, str]]:
+    """The options of a test, completed by those of the checkpoint's manifest.
+
+    Args:
+        opts: checked options.
+        content: of ``load_checkpoint``.
+        path: of the checkpoint.
+
+    Returns:
+        A copy in which network and data are as in training unless they were typed; and, by name, what was
+        typed otherwise, e.g. ``--crop_size 512, trained with 32``. Where the data are may differ.
+
+    Raises:
+        UserError: the manifest has an invalid value.
+    """
+    saved = saved_options(content)
+    completed, values = _completed(opts, saved, path), opts.as_json()
+    differing = {}
+    for option in declarations():
+        name = option.name
+        compared = option.comes_with_checkpoint and not option.says_where_data_are and name in opts.typed
+        if compared and name in saved and saved[name] != values[name]:
+            was, now = option.as_typed(saved[name]), option.as_typed(values[name])
+            differing[name] = f"{option.flag} {now}, trained with {was}"
+    return completed, differing
+
+
 def _completed(opts: Options, saved: Mapping[str, Any], path: Path) -> Options:
     """A copy of the options in which the manifest's values replace those that were not typed."""
     completed = copy.copy(opts)

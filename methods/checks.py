@@ -13,6 +13,7 @@ from typing import Any
 
 from methods.base import Batch, Method
 from utils.errors import UserError
+from utils.labels import VOID
 from utils.lazy import torch
 from utils.option_roles import OptionParser
 
@@ -242,19 +243,39 @@ def call_hook(method: Method, hook: str, *arguments: Any) -> None:
         raise fault(method, hook, f"returned {shown(returned)}, which is not used; {remedy}")
 
 
-def relabel(method: Method, batch: Batch) -> None:
-    """Call ``relabel`` and check what it left as ``batch.targets``.
+def relabel(method: Method, batch: Batch, *, check_values: bool) -> None:
+    """Call ``relabel`` and check what it left as ``batch.targets`` and as weights.
+
+    Args:
+        method: its owner.
+        batch: with the labels that the method replaces.
+        check_values: also of the labels, for which a GPU has to be waited for.
 
     Raises:
-        UserError: they are no longer labels of the same shape and type.
+        UserError: they are no longer labels of the same shape and type, or were changed in place, which
+            changes ``batch.original_targets`` too; or weights have another shape.
     """
-    before = batch.targets.shape, batch.targets.dtype
+    shape, dtype = batch.targets.shape, batch.targets.dtype
+    version = batch.original_targets._version
     call_hook(method, "relabel", batch)
     after = batch.targets
-    if not isinstance(after, torch.Tensor) or (after.shape, after.dtype) != before:
+    if not isinstance(after, torch.Tensor) or (after.shape, after.dtype) != (shape, dtype):
         kind = (tuple(after.shape), after.dtype) if isinstance(after, torch.Tensor) else shown(after)
-        what = f"left {kind} as batch.targets; they must stay labels of shape {tuple(before[0])}, {before[1]}"
+        what = f"left {kind} as batch.targets; they must stay labels of shape {tuple(shape)}, {dtype}"
         raise fault(method, "relabel", what)
+    if batch.original_targets._version != version:
+        what = "changes batch.targets in place, and so batch.original_targets; change a clone() and set it"
+        raise fault(method, "relabel", what)
+    if check_values:
+        classes = batch.classes_old + batch.classes_new
+        if (strange := after[(after != VOID) & ((after < 0) | (after >= classes))]).numel():
+            what = f"left the label {int(strange[0])}; classes are 0 to {classes - 1}, and {VOID} is void"
+            raise fault(method, "relabel", what)
+    for name, expected in (("image_weights", shape[:1]), ("pixel_weights", shape)):
+        weights = getattr(batch, name)
+        if weights is not None and (not isinstance(weights, torch.Tensor) or weights.shape != expected):
+            what = f"set batch.{name} to {shown(weights)}; it must be a tensor of shape {tuple(expected)}"
+            raise fault(method, "relabel", what)
 
 
 def checked_factor(method: Method, hook: str, parameter: str, factor: object) -> float:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from argparser import option_defaults
+from argparser import declared, option_defaults
 from report.reading import JOINT, Run
 from runs.options import deciding, same_group
 from tasks import DATASETS, get_task
@@ -321,12 +321,12 @@ def _same_method(one: Run, other: Run) -> bool:
 
 
 def _unusual(run: Run) -> dict[str, Any]:
-    """Options of its last evaluation that differ from the default."""
-    defaults = option_defaults()
+    """Options of its last evaluation that differ from the default, or, in a test, from the training."""
+    usual = {name: value for name, value in option_defaults().items() if declared(name).is_named_with_results}
     return {
         name: value
         for name, value in sorted((run.evaluation or {}).items())
-        if name not in defaults or value != defaults[name]
+        if name not in usual or value != usual[name]
     }
 
 

@@ -106,13 +106,34 @@ class RunFolder:
         """Results file of a step; written last, it marks the step as done."""
         return step_file(self.path, RESULTS, step)
 
+    def tested(self, step: int) -> Path:
+        """The checkpoint that ``--test`` evaluates: ``--ckpt``, else this run's.
+
+        Raises:
+            UserError: this run has a checkpoint of the step, whose results those of another would replace.
+        """
+        own, given = self.checkpoint(step), self.opts.ckpt
+        if given is not None and own.is_file() and local_file(given).resolve() != own.resolve():
+            raise UserError(
+                f"{own}: this run trained step {step} itself; --ckpt {given} would replace its results: "
+                "give another --name"
+            )
+        return given or own
+
     def load(self, path: Path, step: int) -> dict[str, Any]:
         """Load a checkpoint and check that it is of this run's network, task and step.
 
         Raises:
             UserError: it is damaged, or of another network, task or step.
         """
-        content = load_checkpoint(path)
+        return self.fitting(load_checkpoint(path), path, step)
+
+    def fitting(self, content: dict[str, Any], path: Path, step: int) -> dict[str, Any]:
+        """A loaded checkpoint, with this program's names, if it is of this run's network, task and step.
+
+        Raises:
+            UserError: it is not.
+        """
         local = local_file(path)
         if (beside := companion(local)) != local and beside.is_file():
             content = {**load_checkpoint(beside), **content}

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from argparser import Options
-from dataset.loaders import Tolerance
+from dataset.loaders import Tolerance, check_half
 from dataset.step_data import DataSpec, evaluation_data
-from inference.load import load_model, with_network_of
+from inference.load import as_trained, load_model, with_network_of
 from runs.checkpoint import load_checkpoint, save_id
 from runs.files import LOG, run_folder
 from runs.folder import RunFolder
@@ -25,6 +25,7 @@ from runs.options import read_run_options, write_run_options
 from runs.resume import restarted
 from session.evaluation import Evaluation
 from session.run import Run
+from session.tensorboard import RunLogger
 from session.training import StepTraining
 from session.wandb_mirror import WandbMirror, check_login
 from utils import distributed
@@ -52,6 +53,8 @@ class Session:
             if tracked:
                 check_login()
             opts = _with_network_of_file(opts)
+        if opts.memory and max(opts.steps) > 0 and opts.memory_batches != "joined" and not opts.test:
+            check_half(opts.batch_size * world.size)  # else found in step 1, after the training of step 0
         folder = RunFolder(opts, world)
         self.run = Run(opts, world, folder, StopRequest().listen(), Tolerance(opts.skip_corrupt))
         if opts.deterministic:
@@ -93,7 +96,11 @@ class Session:
         run.stop.raise_if_set()
         start = folder.start(step, lr)
         if start.resumed is not None and folder.is_done(start.resumed, step):
-            log.info("step %d is done (%s); --fresh starts it over", step, folder.checkpoint(step))
+            log.info(
+                "step %d is done (%s); --test evaluates it again, --fresh starts it over",
+                step,
+                folder.checkpoint(step),
+            )
             return
         with distributed.shared_errors():
             if run.world.is_main:
@@ -108,17 +115,31 @@ class Session:
     def test(self, step: int) -> None:
         """Evaluate a step's checkpoint on the images of the final evaluation.
 
+        Network and data are those with which it was trained, unless other options are typed, which the log
+        and the results name.
+
         Raises:
-            UserError: the checkpoint does not fit, or the data cannot be read.
+            UserError: the checkpoint does not fit, is another run's while this one has its own, or the data
+                cannot be read.
         """
-        opts, folder = self.run.opts, self.run.folder
-        path = opts.ckpt or folder.checkpoint(step)
-        model = load_model(folder.spec, folder.load(path, step), path, opts.task_, step)
-        precision = self.run.precision()
-        data, evaluation = evaluation_data(DataSpec.of(opts), step), Evaluation(self.run)
+        path = self.run.folder.tested(step)
+        content = load_checkpoint(path)
+        opts, differing = as_trained(self.run.opts, content, path)
+        folder = RunFolder(opts, self.run.world)
+        run = dataclasses.replace(self.run, opts=opts, folder=folder)
+        if differing:
+            listed = "; ".join(differing.values())
+            log.warning("not evaluated as trained, which the results name: %s", listed)
+        model = load_model(folder.spec, folder.fitting(content, path, step), path, opts.task_, step)
+        precision = run.precision()
+        data, evaluation = evaluation_data(DataSpec.of(opts), step), Evaluation(run)
         log.info("testing %s on %d images", path, len(data.test))
-        metrics = evaluation.run(precision.place(model), data.test, len(data.class_names), precision)
-        evaluation.report(step, data, metrics)
+        placed = precision.place(model)
+        metrics = evaluation.run(placed, data.test, len(data.class_names), precision)
+        evaluation.report(step, data, metrics, differing=differing)
+        if "sample_num" in opts.typed:  # else those of the training stay, which show the previous network too
+            nowhere = RunLogger(run.world, folder.path, enabled=False)
+            evaluation.images(step, data, (placed, None), precision, nowhere)
 
 
 def _with_network_of_file(opts: Options) -> Options:

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from methods.checks import shown
 from runs.checkpoint import load_checkpoint, save_checkpoint
 from runs.files import CACHED
 from runs.folder import RunFolder
 from utils import distributed
 from utils.distributed import World
+from utils.errors import UserError
 from utils.randomness import rng_state, set_rng_state
 
 log = logging.getLogger(__name__)
@@ -42,7 +44,11 @@ class Cache:
     def __call__(
         self, name: str, inputs: dict[str, Any], compute: Callable[[], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """The tensors of ``compute``, on this process's device. Every process must call it."""
+        """The tensors of ``compute``, on this process's device. Every process must call it.
+
+        Raises:
+            UserError: ``compute`` returned something else.
+        """
         path = self.folder.path / CACHED.format(name=name, step=self.step)
         computed_from, values = "", None
         with distributed.shared_errors():
@@ -59,6 +65,9 @@ class Cache:
         # What ``compute`` draws must not shift the random numbers of this start against one that loads.
         rng = rng_state(self.world.device)
         values = compute()
+        if not isinstance(values, dict) or not all(isinstance(v, Tensor) for v in values.values()):
+            what = f"compute returned {shown(values)}; return a dict of tensors by name"
+            raise UserError(f"context.cached('{name}', ...): {what}")
         set_rng_state(rng, self.world.device)
         with distributed.shared_errors():
             if self.world.is_main:

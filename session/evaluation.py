@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -48,6 +48,8 @@ class Evaluation:
             Stopped: a signal was received.
         """
         opts = self.opts
+        if not len(images):
+            log.warning("no image to evaluate on: the results are empty")
         batch_size = opts.batch_size if opts.crop_val else 1
         loader = make_eval_loader(images, batch_size, world=self.world, **self.reading)
         batches = progress(
@@ -84,17 +86,27 @@ class Evaluation:
         )
 
     def report(
-        self, step: int, data: EvaluationData, metrics: StreamSegMetrics, step_writer: RunLogger | None = None
+        self,
+        step: int,
+        data: EvaluationData,
+        metrics: StreamSegMetrics,
+        step_writer: RunLogger | None = None,
+        differing: Collection[str] = (),
     ) -> None:
         """Log the results of a step; on rank 0 also write them as JSON, CSV and curves.
 
-        ``step_writer``: writer of the step's own curves, beside those of the whole task.
+        Args:
+            step: its number.
+            data: what was evaluated.
+            metrics: the confusion matrix.
+            step_writer: writer of the step's own curves, beside those of the whole task.
+            differing: options whose values are not those of the training, saved with the results.
         """
         opts = self.opts
         results = self.summarise(step, data, metrics, self.folder.earlier_results(step))
         log.info("step %d, %s protocol\n%s", step, opts.protocol, results.table())
         if self.world.is_main:
-            named = (option.name for option in declarations() if option.is_named_with_results)
+            named = {option.name for option in declarations() if option.is_named_with_results} & opts.typed
             # First, since the results mark the step as done.
             matrix = write_confusion(self.folder.path, step, metrics.confusion_matrix, data.class_names)
             written = write_results(
@@ -103,7 +115,7 @@ class Evaluation:
                 step=step,
                 num_classes=len(opts.task_.order),
                 csv_name=results_csv(opts.date, opts.dataset, opts.task, opts.name),
-                evaluation={name: getattr(opts, name) for name in named if name in opts.typed},
+                evaluation={name: getattr(opts, name) for name in sorted(named | {*differing})},
             )
             log.info("results: %s", ", ".join(map(str, (*written, matrix))))
             with contextlib.closing(self._task_writer()) as writer:

@@ -167,8 +167,10 @@ class StepNetworks:
             # find_unused_parameters keeps the initial gradient buckets. Otherwise they are rebuilt after the
             # first batch of every start, also of a resumed run; with three or more processes the order in
             # which gradients are summed depends on the buckets. Some of timm's networks have weights of
-            # stages that only some methods use, and --model mlp does not read MobileNetV2's last layer.
+            # stages that only some methods use, --model mlp does not read MobileNetV2's last layer, and a
+            # method of the user's may read any part of a network.
             find_unused_parameters=self.opts.deterministic
+            or self.opts.method_file is not None
             or self.opts.model == "mlp"
             or self.opts.backbone.startswith("timm/"),
         )

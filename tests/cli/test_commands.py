@@ -45,6 +45,19 @@ def test_two_steps_under_torchrun_then_test_gives_the_same_digits(cli: Launch, t
     assert cli(*common, "--step", "1", "--test", "--test_flip").code == 0
     assert results(run_dir, 1)["evaluation"] == {"test_flip": True}, "numbers got otherwise say so"
 
+    # Network and data are those of the training unless typed; then the results say so.
+    short = ("--task", "15-5", "--logdir", tmp_path, "--name", "MIB", "--step", "1", "--test")
+    cut = cli(*short, "--crop_size", "48", "--sample_num", "2")
+    assert cut.code == 0 and "--crop_size 48, trained with 64" in cut.out, cut.err
+    assert results(run_dir, 1)["evaluation"] == {"crop_size": 48}
+    assert (run_dir / "predictions_1.png").is_file()
+    assert cli(*short).code == 0
+    assert results(run_dir, 1) == after_training
+    other = shutil.copy(run_dir / "15-5-shapes_MIB_1.pth", tmp_path / "other.pth")
+    refused = cli(*short, "--ckpt", other)
+    assert refused.code == 2 and "would replace its results: give another --name" in refused.last_error
+    assert results(run_dir, 1) == after_training
+
     with (run_dir / "shapes_15-5_MIB.csv").open(encoding="utf-8") as file:
         rows = list(csv.reader(file))
     assert [row[0] for row in rows] == ["0", "1"], "a step tested again replaces its row"

@@ -47,6 +47,14 @@ def test_lists_log_and_changed_choices(cli: Launch, tiny_data: Path, tmp_path: P
     assert len(json.loads(list_2.read_text(encoding="utf-8"))["exemplars"]) == 6
 
 
+def test_no_place_for_exemplars_is_told_before_step_0_is_trained(cli: Launch, tmp_path: Path) -> None:
+    memory = ("--memory", "3", "--task", "15-5", "--step", "0", "1", "--logdir", tmp_path, "--name", "run")
+    outcome = cli(*SMALL, "--batch_size", "1", "--fix_bn", *memory)
+    assert outcome.code == 2
+    assert "--batch_size 1 leaves no place for exemplars; use 2 or more" in outcome.last_error
+    assert not [*tmp_path.rglob("*.pth")]
+
+
 def test_classes_that_the_network_predicts(cli: Launch, tmp_path: Path) -> None:
     """The list says by which classes each image was chosen, and depends on the previous network and list."""
     common = (*SMALL, "--task", "10-5-5", "--overlap", "--lr", "0.001", "--logdir", tmp_path, "--name", "DKD")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import ROOT, SMALL, Launch
+from command import MOBILENET, ROOT, SMALL, Launch
 
 from methods import METHODS, REGISTRY, load_method_file
 from utils.errors import UserError
@@ -35,6 +35,20 @@ def test_the_example_trains_tests_and_is_logged(cli: Launch, tmp_path: Path) -> 
     trained = json.loads((folder / "results_1.json").read_text(encoding="utf-8"))
     assert cli(*run[:-1], "--test").code == 0
     assert json.loads((folder / "results_1.json").read_text(encoding="utf-8")) == trained
+
+
+def test_two_processes_train_what_reads_only_a_part_of_the_network(cli: Launch, tmp_path: Path) -> None:
+    file = tmp_path / "part.py"
+    file.write_text(
+        "from methods import Method\n\n\nclass Part(Method):\n    replaces_classification = True\n"
+        "    needs = frozenset({'pre_logits'})\n\n    @classmethod\n    def from_options(cls, opts):\n"
+        "        return cls()\n\n    def losses(self, batch):\n"
+        "        return {'part': batch.features['pre_logits'].float().pow(2).mean()}\n"
+    )
+    network = (*MOBILENET, "--crop_size", "32", "--batch_size", "2")
+    run = ("--method_file", file, "--task", "15-5", "--logdir", tmp_path, "--name", "run")
+    outcome = cli(*network, *run, processes=2)
+    assert outcome.code == 0, outcome.err[-3000:]
 
 
 METHOD = """

@@ -125,6 +125,18 @@ HOOKS = {
         "def relabel(self, batch): batch.targets = None",
         "Mine.relabel: left None as batch.targets; they must stay labels of shape (2, 8, 8), torch.int64",
     ),
+    "relabel in place": (
+        "def relabel(self, batch): batch.targets[0] = 255",
+        "Mine.relabel: changes batch.targets in place, and so batch.original_targets; change a clone()",
+    ),
+    "relabel by an unknown class": (
+        "def relabel(self, batch): batch.targets = torch.full_like(batch.targets, 300)",
+        "Mine.relabel: left the label 300; classes are 0 to ",
+    ),
+    "relabel with weights of another shape": (
+        "def relabel(self, batch): batch.image_weights = torch.ones(3)",
+        "Mine.relabel: set batch.image_weights to a tensor of shape (3,); it must be a tensor of shape (2,)",
+    ),
     "relabel that leaves scores": (
         "def relabel(self, batch): batch.targets = batch.targets[:, None].float()",
         "Mine.relabel: left ((2, 1, 8, 8), torch.float32) as batch.targets; they must stay labels",
@@ -339,6 +351,15 @@ def test_no_method_returns_a_loss(file: Path) -> None:
     trainer = Trainer(context, {"Silent": Method()}, torch.optim.SGD(context.model.parameters(), lr=0.1))
     with pytest.raises(UserError, match=re.escape("step 0: no method returned a loss (Silent)")):
         trainer.train_step(torch.rand(2, 3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.uint8))
+
+
+def test_no_loss_depends_on_the_network(file: Path) -> None:
+    file.write_text(
+        HEAD + "    replaces_classification = True\n\n    def losses(self, batch):\n"
+        "        return {'mine': torch.tensor(1.0)}\n"
+    )
+    with pytest.raises(UserError, match=r"step 0: no loss depends on trained weights \(mine\); compute one"):
+        first_batch(file)
 
 
 def test_a_method_that_only_a_file_would_know(file: Path) -> None:

@@ -23,6 +23,7 @@ from runs.folder import RunFolder
 from session.cached import Cache, weights_digest
 from session.training import StepTraining
 from utils.distributed import World
+from utils.errors import UserError
 from utils.signals import Stopped
 
 SMALL = (
@@ -115,6 +116,13 @@ def test_what_is_drawn_while_computing_does_not_shift_the_random_numbers(tmp_pat
         drawn.append((values["a"], torch.rand(2)))
     assert torch.equal(drawn[0][0], drawn[1][0])
     assert torch.equal(drawn[0][1], drawn[1][1])
+
+
+def test_what_is_no_dict_of_tensors_is_refused(tmp_path: Path) -> None:
+    opts, world = parse_options(["--logdir", str(tmp_path)]), World(0, 0, 1, torch.device("cpu"), None)
+    cached = Cache(RunFolder(opts, world), world, 0, dict)
+    with pytest.raises(UserError, match=r"context.cached\('x', ...\): compute returned a tensor of shape"):
+        cached("x", {}, lambda: torch.ones(2))  # type: ignore[arg-type,return-value]
 
 
 def test_a_digest_of_weights_sees_what_sums_do_not() -> None:
