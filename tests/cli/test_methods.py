@@ -32,7 +32,7 @@ RUNS = [
     ("PLOP", SEGFORMER, ["--spp_scales", "1", "2", *RELEASED], 2),
     ("SSUL", SMALL, [], 2),
     ("SSUL-M", SMALL, ["--opt_level", "O1", "--memory", "6"], 1),
-    ("RCIL", MOBILENET, ["--crop_size", "32", "--norm_act", "abn", "--opt_level", "O1", *RELEASED], 1),
+    ("RCIL", MOBILENET, ["--crop_size", "32", "--norm_act", "abn", "--opt_level", "O1", *RELEASED], 2),
     ("DFT", MLP, ["--opt_level", "O1"], 2),
     ("SATS", SEGFORMER, [], 2),
     ("SATS-M", SEGFORMER, ["--opt_level", "O1", "--memory", "6"], 1),

@@ -55,7 +55,7 @@ BUILT_IN: dict[str, tuple[tuple[str, ...], tuple[str, ...], int]] = {
     "LGKD": (MLP, ("--spp_scales", "1", "2", *HALF), 2),
     "MIB+NeST": (SEGFORMER, ("--warm_epochs", "2"), 2),
     "PLOP+NeST": (SMALL, ("--warm_epochs", "2", *RELEASED), 1),
-    "RCIL": (MOBILENET, ("--crop_size", "32"), 2),
+    "RCIL": (MOBILENET, ("--crop_size", "32"), 1),
     "DFT": (SMALL, (), 1),
 }
 # After every batch, so that a process can be killed at any.
@@ -104,13 +104,12 @@ def test_an_example_from_training_to_table(
     tiny_data: Path, tmp_path: Path, example: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, broken = (command(tiny_data, tmp_path / kind, "run", example) for kind in ("whole", "broken"))
-    completed([*broken, "--step", "0"], tmp_path / "out")
-    copy_steps(tmp_path / "broken" / RUN, tmp_path / "whole" / RUN, without=1)
-    started = completed(whole, tmp_path / "out").output()
-    assert "step 0 is done" in started and "step 1 resumes" not in started
+    assert "step 1 resumes" not in completed(whole, tmp_path / "out").output()
+    copy_steps(tmp_path / "whole" / RUN, tmp_path / "broken" / RUN, without=1)
     monkeypatch.setenv("KILL_AT", "(1, 0, 2)")
     with running([*broken, *SAVING], tmp_path / "out", start=Killing) as run:
         assert run.wait(BOUND) == [-signal.SIGKILL]
+        assert "step 0 is done" in run.output()
     resumed = completed(broken, tmp_path / "out")
     assert "step 1 resumes at epoch 1 of 1, after batch 2 of 3" in resumed.output()
     found = left_by(tmp_path / "whole" / RUN)
@@ -144,13 +143,13 @@ def test_a_method_killed_in_its_last_step(
     logs = {kind: tmp_path / kind for kind in ("broken", "whole")}
     commands = {kind: command(tiny_data, logs[kind], "run", method, *words, "all") for kind in logs}
     folders = {kind: logs[kind] / "10-5-5-shapes_run" for kind in logs}
-    completed([*commands["broken"], "--step", "0", "1"], tmp_path / "out", processes)
-    copy_steps(folders["broken"], folders["whole"], without=2)
+    started = completed(commands["whole"], tmp_path / "out", processes).output()
+    assert "step 2 resumes" not in started and "loaded from" not in started
+    copy_steps(folders["whole"], folders["broken"], without=2)
     monkeypatch.setenv("KILL_AT", "(2, 0, 2)")
     with running([*commands["broken"], *SAVING], tmp_path / "out", processes, Killing) as run:
         assert -signal.SIGKILL in run.wait(BOUND)
-    started = completed(commands["whole"], tmp_path / "out", processes).output()
-    assert "step 1 is done" in started and "step 2 resumes" not in started and "loaded from" not in started
+        assert "step 1 is done" in run.output()
     resumed = completed(commands["broken"], tmp_path / "out", processes).output()
     assert "step 2 resumes at epoch 1 of 1, after batch 2 of" in resumed
     whole = left_by(folders["whole"])
