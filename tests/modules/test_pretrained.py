@@ -1,3 +1,4 @@
+import copy
 import os
 import pickle
 import re
@@ -21,9 +22,14 @@ MOBILENET = SHARED / "weights" / "mobilenet_v2_imagenet.pth"
 CONFIG = MiTConfig((1, 2, 1, 1), widths=(16, 32, 40, 64))
 
 
-@pytest.fixture
-def resnet():
+@pytest.fixture(scope="module")
+def random_resnet():
     return build_network(NetworkSpec(backbone="resnet50", norm_act="std"))
+
+
+@pytest.fixture
+def resnet(random_resnet):
+    return copy.deepcopy(random_resnet)  # a tenth of the time that drawing its weights takes
 
 
 @pytest.fixture
