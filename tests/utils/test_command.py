@@ -87,7 +87,7 @@ def test_ctrl_c_while_a_program_is_imported(words: list[str], tmp_path: Path) ->
     if words[-1] in ("scripts.experiment", "benchmarks.gpu_pack"):
         pytest.skip("imports nothing that takes long")
     reached = tmp_path / "reached"
-    for package in ("torch", "matplotlib"):
+    for package in ("torch", "matplotlib", "PIL"):
         # A file object would end right after the file appears: Python ignores an interrupt in a destructor.
         slow = f"import os, time\nos.close(os.open({str(reached)!r}, os.O_CREAT))\ntime.sleep({GUARD})\n"
         (tmp_path / f"{package}.py").write_text(slow)
