@@ -30,7 +30,10 @@ PLACES = ("GPU_server", "GPU_windows", "CPU", "CPU_windows")
 _NAME_LOOKUPS = 5
 
 # Texts by which the RuntimeErrors of Gloo and NCCL show that another process ended.
-_LOST = ("connection closed by peer", "connection reset by peer", "timed out waiting", "gloo", "nccl")
+_LOST = (
+    *("connection closed by peer", "connection reset by peer", "timed out waiting"),
+    *("timeout caused pair closure", "gloo", "nccl"),
+)
 # First words of the error that torch raises for an exception in a loader process.
 _CAUGHT = re.compile(r"Caught (\w+) in DataLoader worker process")
 # Texts of errors caused by a full /dev/shm: torch's message on allocation, or the signal on access.
