@@ -540,7 +540,7 @@ def _own_classes(opts: Options) -> tuple[str, ...] | None:
     """Class names of a data set of the user's own, the background's first."""
     if opts.dataset != "folder":
         return None
-    from dataset.folder import read_class_names  # numpy too
+    from dataset.folder import read_class_names  # imports numpy, too
 
     return read_class_names(opts.data_root / "classes.txt")
 

@@ -162,7 +162,7 @@ class Trainer:
         self.precision = precision or Precision("O0", context.device)
         self.own_modules = own_modules if own_modules is not None else nn.Module()
         self._loss_terms = LossTerms()
-        self._values_checked = False  # of the first batch, after ``relabel``
+        self._is_first = True  # no batch yet
 
     def compile(self) -> None:
         """Use ``torch.compile`` for both networks in training; weights keep their names.
@@ -247,9 +247,8 @@ class Trainer:
             for method in self.methods.values():
                 call_hook(method, "observe", batch)
             for method in self.methods.values():
-                own = not type(method).__module__.startswith("methods.")
-                relabel(method, batch, check_values=own and not self._values_checked)
-            self._values_checked = True
+                relabel(method, batch, is_first=self._is_first)
+            self._is_first = False
             terms: dict[str, Tensor] = {}
             for method in self.methods.values():
                 self._loss_terms.add(terms, method, "losses", method.losses(batch))

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image as PILImage
 
 from utils.errors import DataError
-from utils.lazy import torch, torchvision_io, transforms
+from utils.lazy import image_functions, torch, torchvision_io
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,7 +125,7 @@ def _decode_rgb(path: Path, data: bytearray, *, upright: bool) -> Tensor:
     except _PIL_ERRORS as error:
         raise _broken(path, "image", error) from error
     turn = _UPRIGHT.get(stored.orientation) if upright else None
-    return transforms.pil_to_tensor(stored.image if turn is None else stored.image.transpose(turn))
+    return image_functions.pil_to_tensor(stored.image if turn is None else stored.image.transpose(turn))
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ def with_network_of(
 
 
 def as_trained(opts: Options, content: Mapping[str, Any], path: Path) -> tuple[Options, dict[str, str]]:
-    """The options of a test, completed by those of the checkpoint's manifest.
+    """The options of a test, completed by those of the checkpoint's manifest; the log names these.
 
     Args:
         opts: checked options.
@@ -171,20 +171,24 @@ def as_trained(opts: Options, content: Mapping[str, Any], path: Path) -> tuple[O
 
     Returns:
         A copy in which network and data are as in training unless they were typed; and, by name, what was
-        typed otherwise, e.g. ``--crop_size 512, trained with 32``. Where the data are may differ.
+        typed otherwise, e.g. ``--crop_size 512, trained with 32``; not the seed, nor where the data are.
 
     Raises:
         UserError: the manifest has an invalid value.
     """
-    saved = saved_options(content)
-    completed, values = _completed(opts, saved, path), opts.as_json()
+    saved, typed = saved_options(content), opts.as_json()
+    completed = _completed(opts, saved, path)
+    taken = [f"{name}={value}" for name, value in completed.as_json().items() if value != typed[name]]
+    if taken:
+        log.info("options from %s: %s", path, ", ".join(taken))
     differing = {}
     for option in declarations():
         name = option.name
-        compared = option.comes_with_checkpoint and not option.says_where_data_are and name in opts.typed
-        if compared and name in saved and saved[name] != values[name]:
-            was, now = option.as_typed(saved[name]), option.as_typed(values[name])
-            differing[name] = f"{option.flag} {now}, trained with {was}"
+        decides = option.comes_with_checkpoint and option.tells_methods_apart
+        if decides and not option.says_where_data_are and name in opts.typed & saved.keys():
+            was, now = (option.as_typed(values[name]) for values in (saved, typed))
+            if was != now:
+                differing[name] = f"{option.flag} {now}, trained with {was}"
     return completed, differing
 
 

@@ -115,13 +115,13 @@ def _check_signature(kind: type[Method], hook: str) -> None:
         raise fault(kind, hook, f"is called as {hook}({called}): {error}") from error
 
 
-def options_of(kind: type[Method]) -> list[argparse.Action]:
-    """The options that a class adds; those declared without default have a placeholder as default.
+def options_of(kind: type[Method], placeholder: object = _MISSING) -> list[argparse.Action]:
+    """The options that a class adds; those declared without default have ``placeholder`` as default.
 
     Raises:
         UserError: ``add_options`` fails.
     """
-    parser = OptionParser(prog="python run.py", add_help=False, argument_default=_MISSING)
+    parser = OptionParser(prog="python run.py", add_help=False, argument_default=placeholder)
     try:
         kind.add_options(parser.group("options", role="learning"))
     except UserError as error:
@@ -135,9 +135,7 @@ def options_of(kind: type[Method]) -> list[argparse.Action]:
 def defaults_of(kind: type[Method]) -> dict[str, Any]:
     """The defaults of the options that a class adds, by attribute name."""
     if kind not in _DEFAULTS:  # a parser for each command of an experiment would take most of its planning
-        parser = OptionParser(add_help=False)
-        kind.add_options(parser.group(kind.__name__, role="learning"))
-        _DEFAULTS[kind] = {action.dest: action.default for action in parser._actions}
+        _DEFAULTS[kind] = {option.dest: option.default for option in options_of(kind, placeholder=None)}
     return _DEFAULTS[kind]
 
 
@@ -243,13 +241,14 @@ def call_hook(method: Method, hook: str, *arguments: Any) -> None:
         raise fault(method, hook, f"returned {shown(returned)}, which is not used; {remedy}")
 
 
-def relabel(method: Method, batch: Batch, *, check_values: bool) -> None:
+def relabel(method: Method, batch: Batch, *, is_first: bool) -> None:
     """Call ``relabel`` and check what it left as ``batch.targets`` and as weights.
 
     Args:
         method: its owner.
         batch: with the labels that the method replaces.
-        check_values: also of the labels, for which a GPU has to be waited for.
+        is_first: the first batch, of which the values of a user's method are checked too: a GPU has to be
+            waited for.
 
     Raises:
         UserError: they are no longer labels of the same shape and type, or were changed in place, which
@@ -266,7 +265,7 @@ def relabel(method: Method, batch: Batch, *, check_values: bool) -> None:
     if batch.original_targets._version != version:
         what = "changes batch.targets in place, and so batch.original_targets; change a clone() and set it"
         raise fault(method, "relabel", what)
-    if check_values:
+    if is_first and not type(method).__module__.startswith("methods."):
         classes = batch.classes_old + batch.classes_new
         if (strange := after[(after != VOID) & ((after < 0) | (after >= classes))]).numel():
             what = f"left the label {int(strange[0])}; classes are 0 to {classes - 1}, and {VOID} is void"

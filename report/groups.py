@@ -322,11 +322,11 @@ def _same_method(one: Run, other: Run) -> bool:
 
 def _unusual(run: Run) -> dict[str, Any]:
     """Options of its last evaluation that differ from the default, or, in a test, from the training."""
-    usual = {name: value for name, value in option_defaults().items() if declared(name).is_named_with_results}
+    defaults = option_defaults()
     return {
         name: value
         for name, value in sorted((run.evaluation or {}).items())
-        if name not in usual or value != usual[name]
+        if name not in defaults or value != defaults[name] or not declared(name).is_named_with_results
     }
 
 

@@ -127,7 +127,7 @@ class Session:
         opts, differing = as_trained(self.run.opts, content, path)
         folder = RunFolder(opts, self.run.world)
         run = dataclasses.replace(self.run, opts=opts, folder=folder)
-        if differing:
+        if differing and run.world.is_main:
             listed = "; ".join(differing.values())
             log.warning("not evaluated as trained, which the results name: %s", listed)
         model = load_model(folder.spec, folder.fitting(content, path, step), path, opts.task_, step)

@@ -48,7 +48,7 @@ class Evaluation:
             Stopped: a signal was received.
         """
         opts = self.opts
-        if not len(images):
+        if not len(images) and self.world.is_main:
             log.warning("no image to evaluate on: the results are empty")
         batch_size = opts.batch_size if opts.crop_val else 1
         loader = make_eval_loader(images, batch_size, world=self.world, **self.reading)
@@ -107,7 +107,7 @@ class Evaluation:
         log.info("step %d, %s protocol\n%s", step, opts.protocol, results.table())
         if self.world.is_main:
             named = {option.name for option in declarations() if option.is_named_with_results} & opts.typed
-            typed = opts.as_json()
+            values = opts.as_json()
             # First, since the results mark the step as done.
             matrix = write_confusion(self.folder.path, step, metrics.confusion_matrix, data.class_names)
             written = write_results(
@@ -116,7 +116,7 @@ class Evaluation:
                 step=step,
                 num_classes=len(opts.task_.order),
                 csv_name=results_csv(opts.date, opts.dataset, opts.task, opts.name),
-                evaluation={name: typed[name] for name in sorted(named | {*differing})},
+                evaluation={name: values[name] for name in sorted(named | {*differing})},
             )
             log.info("results: %s", ", ".join(map(str, (*written, matrix))))
             with contextlib.closing(self._task_writer()) as writer:

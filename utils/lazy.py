@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     import torch.distributed as dist
     from torchvision import io as torchvision_io
     from torchvision import tv_tensors as tv_tensors
-    from torchvision.transforms.v2 import functional as transforms
+    from torchvision.transforms.v2 import functional as image_functions
 
     from utils import loss as loss
 else:
     torch, dist, loss = _Lazy("torch"), _Lazy("torch.distributed"), _Lazy("utils.loss")
     torchvision_io, tv_tensors = _Lazy("torchvision.io"), _Lazy("torchvision.tv_tensors")
-    transforms = _Lazy("torchvision.transforms.v2.functional")
+    image_functions = _Lazy("torchvision.transforms.v2.functional")
 
 
 def no_grad(function: F) -> F:

@@ -517,13 +517,15 @@ def test_a_run_reached_by_two_paths_counts_once(tmp_path: Path, monkeypatch: pyt
 
 
 def test_results_evaluated_otherwise_are_not_averaged(tmp_path: Path) -> None:
-    folders = [write_run(tmp_path, "MIB", seed, pictures=0) for seed in (1, 2, 3)]
-    for folder, evaluation in zip(folders[1:], ({"test_flip": True}, {"test_flip": False}), strict=True):
+    folders = [write_run(tmp_path, "MIB", seed, pictures=0) for seed in (1, 2, 3, 4)]
+    otherwise = {"test_flip": True}, {"test_flip": False}, {"crop_size": 512}
+    for folder, evaluation in zip(folders[1:], otherwise, strict=True):
         path = folder / "results_1.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "evaluation": evaluation}))
     assert methods(*folders) == {  # False is the default, typed or not
         "MIB": ["15-5-voc_MIB_1", "15-5-voc_MIB_3"],
         "MIB [test_flip=True]": ["15-5-voc_MIB_2"],
+        "MIB [crop_size=512]": ["15-5-voc_MIB_4"],  # the default, but not that of the training
     }
 
 

@@ -1,4 +1,4 @@
-"""Sample pictures of an evaluation."""
+"""Sample pictures of an evaluation, and one without images."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from argparser import parse_options
+from dataset.incremental import IncrementalDataset
 from dataset.loaders import Tolerance
 from dataset.step_data import EvaluationData
 from runs.folder import RunFolder
@@ -63,3 +65,13 @@ def test_classes_have_the_data_sets_colours_in_every_class_order(tmp_path: Path)
     # The legend has both classes' colours undiluted, and not that of class 20's network index.
     shown = {number for number in range(1, 21) if tuple(palette()[number].tolist()) in colours}
     assert shown >= {5, 20} and seen.index(20) not in shown
+
+
+def test_an_evaluation_without_images_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    opts = parse_options(["--logdir", str(tmp_path), "--num_workers", "0"])
+    world = World(0, 0, 1, torch.device("cpu"), None)
+    evaluation = Evaluation(Run(opts, world, RunFolder(opts, world), StopRequest(), Tolerance()))
+    network, none = Knows(torch.zeros(SIDE, SIDE, dtype=torch.long), 21), cast(IncrementalDataset, [])
+    metrics = evaluation.run(network, none, 21, Precision(opts.opt_level, world.device))
+    assert int(metrics.confusion_matrix.sum()) == 0
+    assert "no image to evaluate on: the results are empty" in caplog.text
