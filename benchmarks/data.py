@@ -32,7 +32,7 @@ from dataset.base import SegmentationDataset
 from dataset.decoding import read_image
 from dataset.drawing import SHAPE_CLASSES, draw_sample
 from dataset.incremental import Entry, IncrementalDataset, SampleKey, train_lookup
-from dataset.loaders import make_train_loader
+from dataset.loaders import Workers, make_train_loader
 from dataset.transforms import normalize, train_transform
 from tasks import get_task
 from utils.command import run_command
@@ -86,9 +86,9 @@ def loader_rate(dataset: SegmentationDataset, args: argparse.Namespace, device: 
     samples = IncrementalDataset(dataset, entries, [table], train_transform(args.crop))
     world = World(0, 0, 1, device, None)
     received, began = 0, 0.0
-    with make_train_loader(samples, args.batch, world=world, num_workers=args.num_workers) as loader:
+    with Workers([samples], world, num_workers=args.num_workers) as workers:
         first = time.perf_counter()
-        for images, *_ in loader:
+        for images, *_ in make_train_loader(samples, args.batch, workers, world=world):
             now = time.perf_counter()
             if not began and now - first >= warm_up:
                 began = now

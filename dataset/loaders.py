@@ -14,12 +14,13 @@ import logging
 import signal
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing.sharedctypes import RawValue
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, default_collate
 
 from dataset.incremental import Sample, SampleKey, Substitute
 from utils.distributed import World, loader_fault
@@ -207,52 +208,59 @@ class Tolerance:
             log.warning("skipped (%d of at most %d): %s", len(self.reasons), self.limit, reason)
 
 
-class Loader(DataLoader[Sample]):
-    """A DataLoader that owns its worker processes and reports their errors in one line.
+# Number of a dataset, and batches of it.
+_Batches: TypeAlias = "tuple[int, Iterable[Sequence[Any]]]"
 
-    The workers begin with the first loop and live through all further ones until ``close``, which the end of
-    a ``with`` block calls.
+
+class Workers(DataLoader[Sample]):
+    """Processes that read the samples of some datasets, pass after pass, and report errors in one line.
+
+    A ``with`` block starts them when it begins, otherwise the first pass does; ``close``, which the end of
+    the block calls, ends them.
 
     Args:
-        dataset: what to read.
+        datasets: all that they read.
         world: this process. On CUDA the batches are pinned, so that copies overlap.
-        num_workers: reading processes; 0: this process reads.
+        num_workers: number of processes; 0: this process reads.
         tolerance: counts the images that samples were substituted for; None: none is allowed.
-        sampling: batches and their order, as for ``DataLoader``.
     """
 
     def __init__(
         self,
-        dataset: Dataset[Sample],
-        world: World,
+        datasets: Sequence[Dataset[Sample]],
+        world: World = ONE_PROCESS,
         *,
         num_workers: int = 1,
         tolerance: Tolerance | None = None,
-        **sampling: Any,
     ) -> None:
         self._unwanted = RawValue(ctypes.c_bool, False)
+        self._datasets, self._pass = datasets, _Pass()
         super().__init__(
-            dataset,
+            _Joined(datasets),
+            batch_sampler=self._pass,
             num_workers=num_workers,
             collate_fn=collate,
             pin_memory=world.device.type == "cuda",
             persistent_workers=num_workers > 0,
             worker_init_fn=functools.partial(_begin_worker, self._unwanted),
-            **sampling,
+            generator=torch.Generator(),  # torch draws a number for each pass; not from the training's
         )
         self.tolerance = tolerance or Tolerance()
-        # One that is dropped unclosed: torch ends its workers, in the end by the signal that they outlive.
+        # Workers that are dropped unclosed: torch ends them, in the end by the signal that they outlive.
         weakref.finalize(self, setattr, self._unwanted, "value", True)
-        _all_loaders.add(self)
+        _all_workers.add(self)
 
-    def __enter__(self) -> Loader:
+    def __enter__(self) -> Workers:
+        if self.num_workers:
+            with self._faults():
+                self._begin((0, ()))
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """End the worker processes and wait for them. Another loop starts new ones."""
+        """End the processes and wait for them. Another pass starts new ones."""
         iterator: Any = self._iterator
         self._iterator = None
         if iterator is None:
@@ -266,14 +274,21 @@ class Loader(DataLoader[Sample]):
                 worker.join()
         self._unwanted.value = False
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Yield ``(images uint8 B×3×H×W, targets uint8 B×H×W)``.
+    def read(self, dataset: Dataset[Sample], batches: Iterable[Sequence[Any]]) -> Iterator[Any]:
+        """Yield ``(images uint8 B×3×H×W, targets uint8 B×H×W)`` for each batch of one of the datasets.
+
+        Args:
+            dataset: one of those given at first.
+            batches: keys of its samples, of each batch.
 
         Raises:
             DataError: a bad file.
             Fault: a worker process failed, was lost or could not be started.
+            UserError: another pass began before the end of this one.
         """
-        for batch in self._received():
+        number = next(i for i, each in enumerate(self._datasets) if each is dataset)
+        mine = number, batches
+        for batch in self._received(mine):
             if isinstance(batch, Substitute):
                 self.tolerance.note(batch.reasons)
                 batch = batch.sample
@@ -282,12 +297,25 @@ class Loader(DataLoader[Sample]):
                 # the garbage collector finds in a cycle take five seconds each to end.
                 raise DataError(*batch.args)
             yield batch
+            if self._pass.current is not mine:
+                raise UserError(
+                    "two loops read images at the same time; begin none over context.batches() while another "
+                    "or an epoch goes on"
+                )
 
-    def _received(self) -> Iterator[Any]:
+    def _received(self, batches: _Batches) -> Iterator[Any]:
+        with self._faults():
+            yield from self._begin(batches)
+
+    def _begin(self, batches: _Batches) -> Iterator[Any]:
+        self._pass.current = batches
+        with _no_errors_from_signals():
+            return super().__iter__()
+
+    @contextlib.contextmanager
+    def _faults(self) -> Iterator[None]:
         try:
-            with _no_errors_from_signals():
-                batches = super().__iter__()
-            yield from batches
+            yield
         except Exception as error:
             if self.num_workers == 0:
                 raise
@@ -297,6 +325,55 @@ class Loader(DataLoader[Sample]):
         """What the worker processes died of, in the system's words ("Killed", "Bus error")."""
         codes = {worker.exitcode or 0 for worker in getattr(self._iterator, "_workers", ())}
         return sorted(signal.strsignal(-code) or str(-code) for code in codes if code < 0)
+
+
+class _Joined(Dataset[Sample]):
+    """Samples of several datasets by (number of the dataset, key)."""
+
+    def __init__(self, datasets: Sequence[Dataset[Sample]]) -> None:
+        self.datasets = datasets
+
+    def __getitem__(self, key: tuple[int, SampleKey]) -> Sample:
+        number, within = key
+        return self.datasets[number][within]
+
+
+class _Pass(Sampler[list[tuple[int, SampleKey]]]):
+    """The batches of the current pass."""
+
+    current: _Batches = (0, ())
+
+    def __iter__(self) -> Iterator[list[tuple[int, SampleKey]]]:
+        number, batches = self.current
+        for batch in batches:
+            yield [(number, key) for key in batch]
+
+
+@dataclass(frozen=True)
+class Loader:
+    """The batches of a dataset, anew in each loop, as :meth:`Workers.read` yields them.
+
+    Attributes:
+        dataset: what is read.
+        workers: who reads it.
+        batches: keys of the samples of each batch.
+    """
+
+    dataset: Dataset[Sample]
+    workers: Workers
+    batches: BatchSampler | EvalBatchSampler
+
+    @property
+    def sampler(self) -> EpochSampler:
+        """The order of the samples in training."""
+        assert isinstance(self.batches, BatchSampler) and isinstance(self.batches.sampler, EpochSampler)
+        return self.batches.sampler
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.workers.read(self.dataset, self.batches)
 
 
 def _begin_worker(unwanted: Any, worker: int) -> None:
@@ -318,35 +395,35 @@ def _no_errors_from_signals() -> Iterator[None]:
         signal.signal(number, before)
 
 
-_all_loaders: weakref.WeakSet[Loader] = weakref.WeakSet()
+_all_workers: weakref.WeakSet[Workers] = weakref.WeakSet()
 
 
 @atexit.register  # runs before multiprocessing's own, which waits for every worker without a limit
 def _close_all() -> None:
-    for loader in list(_all_loaders):
-        loader.close()
+    for workers in list(_all_workers):
+        workers.close()
 
 
 def make_train_loader(
     dataset: Dataset[Sample],
     batch_size: int,
+    workers: Workers,
     *,
     num_memory: int = 0,
     memory_overwrites: bool = False,
     seed: int = 0,
     world: World = ONE_PROCESS,
-    **reading: Any,
 ) -> Loader:
     """Loader of training batches, whole ones only; call ``loader.sampler.set_epoch`` before each epoch.
 
     Args:
         dataset: the step's samples, :class:`dataset.incremental.IncrementalDataset`.
         batch_size: samples per process.
+        workers: who reads them.
         num_memory: how many of the dataset's last entries are exemplars; they fill half of each batch.
         memory_overwrites: they take the place of own samples there (:class:`MemoryOverwriteSampler`).
         seed: seed of the order.
         world: this process among the others.
-        reading: ``num_workers`` and ``tolerance`` of :class:`Loader`.
 
     Raises:
         UserError: too few samples for one batch.
@@ -357,11 +434,12 @@ def make_train_loader(
         sampler_of = MemoryOverwriteSampler if memory_overwrites else MemoryMixSampler
         kind = functools.partial(sampler_of, num_memory=num_memory)
     sampler = kind(num_samples, batch_size=batch_size, seed=seed, rank=world.rank, world_size=world.size)
-    return Loader(dataset, world, batch_size=batch_size, sampler=sampler, drop_last=True, **reading)
+    batches: Any = BatchSampler(sampler, batch_size, drop_last=True)  # type: ignore[arg-type]  # keys, not int
+    return Loader(dataset, workers, batches)
 
 
 def make_eval_loader(
-    dataset: Dataset[Sample], batch_size: int, *, world: World = ONE_PROCESS, **reading: Any
+    dataset: Dataset[Sample], batch_size: int, workers: Workers, *, world: World = ONE_PROCESS
 ) -> Loader:
     """Loader over each sample exactly once over all processes, in order; the last batch may be smaller.
 
@@ -369,7 +447,7 @@ def make_eval_loader(
     """
     number = len(dataset)  # type: ignore[arg-type]
     batches = EvalBatchSampler(number, batch_size, rank=world.rank, world_size=world.size)
-    return Loader(dataset, world, batch_sampler=batches, **reading)
+    return Loader(dataset, workers, batches)
 
 
 def collate(samples: list[Any]) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from argparser import declarations
 from dataset.incremental import IncrementalDataset, Substitute
-from dataset.loaders import choose_samples, make_eval_loader
+from dataset.loaders import Workers, choose_samples, make_eval_loader
 from dataset.step_data import EvaluationData
 from inference.multiscale import predict_classes, predictor
 from metrics.continual import Results, summarise
@@ -40,9 +40,21 @@ class Evaluation:
         self.predict = predictor(run.opts.test_scales, run.opts.test_flip, run.opts.fusion_mode)
 
     def run(
-        self, model: nn.Module, images: IncrementalDataset, classes: int, precision: Precision
+        self,
+        model: nn.Module,
+        images: IncrementalDataset,
+        classes: int,
+        precision: Precision,
+        workers: Workers | None = None,
     ) -> StreamSegMetrics:
         """Confusion matrix of images, summed over all processes.
+
+        Args:
+            model: the network.
+            images: what to evaluate on.
+            classes: number of classes seen so far.
+            precision: number formats of the network.
+            workers: read the images; None: workers of their own.
 
         Raises:
             Stopped: a signal was received.
@@ -51,13 +63,19 @@ class Evaluation:
         if not len(images) and self.world.is_main:
             log.warning("no image to evaluate on: the results are empty")
         batch_size = opts.batch_size if opts.crop_val else 1
-        loader = make_eval_loader(images, batch_size, world=self.world, **self.reading)
-        batches = progress(
-            loader, total=len(loader), desc="evaluation", world=self.world, interval=opts.print_interval * 10
-        )
         # Running statistics of norm layers differ between processes; use rank 0's, as in training.
         distributed.broadcast_buffers(model)
-        with loader:
+        with contextlib.ExitStack() as opened:
+            if workers is None:
+                workers = opened.enter_context(Workers([images], self.world, **self.reading))
+            loader = make_eval_loader(images, batch_size, workers, world=self.world)
+            batches = progress(
+                loader,
+                total=len(loader),
+                desc="evaluation",
+                world=self.world,
+                interval=opts.print_interval * 10,
+            )
             metrics = evaluate(
                 model,
                 self.stop.until_set(batches),

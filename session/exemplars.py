@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dataset.exemplars import Exemplar, choose_listed, load_exemplars, save_exemplars, stored_exemplars
 from dataset.incremental import IncrementalDataset
-from dataset.loaders import EvalBatchSampler, make_eval_loader
+from dataset.loaders import EvalBatchSampler, Workers, make_eval_loader
 from dataset.step_data import DataSpec, candidate_images
 from inference.load import load_model
 from inference.multiscale import PaddedPrediction
@@ -60,8 +60,7 @@ def predicted_exemplars(run: Run, step: int) -> list[Exemplar] | None:
     if (loaded := distributed.broadcast_object(exemplars)) is not None:
         return list(loaded)
     log.info("exemplars: listing the classes of %d images", len(images))
-    # What the loader draws must not shift the random numbers of this start against one that finds the list.
-    with distributed.shared_errors(), torch.random.fork_rng(devices=[]):
+    with distributed.shared_errors():
         mine = _listed(run, images, network)
     run.stop.raise_if_set()
     parts = distributed.gather_objects(mine)
@@ -110,11 +109,11 @@ def _listed(
     precision = run.precision()
     logits_of = PaddedPrediction(lambda model, padded: model(padded)[0])
     batch_size = opts.batch_size if opts.fidelity == "released" else 1
-    loader = make_eval_loader(images, batch_size, world=run.world, **run.reading)
-    assert isinstance(loader.batch_sampler, EvalBatchSampler)
-    numbers = (key.index for batch in loader.batch_sampler for key in batch)
     found: dict[int, set[int]] = {}
-    with loader:
+    with Workers([images], run.world, **run.reading) as workers:
+        loader = make_eval_loader(images, batch_size, workers, world=run.world)
+        assert isinstance(loader.batches, EvalBatchSampler)
+        numbers = (key.index for batch in loader.batches for key in batch)
         for pictures, targets in run.stop.until_set(loader):
             labels: Tensor = targets.to(device).long()
             if network is not None:

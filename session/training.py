@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dataset.exemplars import Exemplar
-from dataset.loaders import EpochSampler, Loader, make_train_loader
+from dataset.loaders import EpochSampler, Loader, Workers, make_train_loader
 from dataset.protocols import list_digest
 from dataset.step_data import EXTRAS, DataSpec, StepData, step_data
 from methods import Method, build_methods
@@ -33,7 +33,7 @@ from session.run import Run
 from session.state import StepState
 from train import Trainer, groups, to_device
 from utils import distributed
-from utils.randomness import rng_state, set_rng_state
+from utils.randomness import set_rng_state
 from utils.signals import Stopped
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,10 @@ class StepTraining:
         with distributed.shared_errors():
             self.data = load_data(run, start, self.methods, chosen)
         with contextlib.ExitStack() as opened:
-            self.loader = opened.enter_context(self._loader())
+            # All read with the same worker processes, which start here, while this process is still small.
+            everything = (self.data.train, self.data.val, self.data.test)
+            self.workers = opened.enter_context(Workers(everything, run.world, **run.reading))
+            self.loader = self._loader()
             self.networks = self._networks()
             self.networks.begin()
             if start.resumed is not None:
@@ -92,17 +95,16 @@ class StepTraining:
         return make_train_loader(
             self.data.train,
             opts.batch_size,
+            self.workers,
             num_memory=0 if opts.memory_batches == "joined" else self.data.num_memory,
             memory_overwrites=opts.memory_batches == "overwrite",
             seed=opts.random_seed,
             world=world,
-            **self.run.reading,
         )
 
     @property
     def sampler(self) -> EpochSampler:
         """The sampler of the training batches."""
-        assert isinstance(self.loader.sampler, EpochSampler)
         return self.loader.sampler
 
     def _networks(self) -> StepNetworks:
@@ -141,11 +143,7 @@ class StepTraining:
         """One pass over the training batches of an epoch."""
         device = self.run.world.device
         self.sampler.set_epoch(epoch)
-        rng = rng_state(device)
-        for position, (images, targets, *_) in enumerate(self.loader):
-            if position == 0:
-                # A loader draws a random number when it starts its processes, but not if they already run.
-                set_rng_state(rng, device)
+        for images, targets, *_ in self.loader:
             yield to_device(images, device), targets.to(device).long()
 
     def _origin(self) -> dict[str, Any]:
@@ -204,7 +202,7 @@ class StepTraining:
         """Evaluate the trained step: write the results, which mark it as done, then images."""
         opts, step, data, model = self.run.opts, self.step, self.data, self.state.model
         precision, writer = self.trainer.precision, self.monitor.writer
-        metrics = self.evaluation.run(model, data.test, len(data.class_names), precision)
+        metrics = self.evaluation.run(model, data.test, len(data.class_names), precision, self.workers)
         with distributed.shared_errors():
             self.evaluation.report(step, data, metrics, writer)
         with distributed.shared_errors():
@@ -216,21 +214,19 @@ class StepTraining:
         """The remaining batches of an epoch, with the random numbers of an uninterrupted run."""
         state, world = self.state, self.run.world
         self.sampler.set_epoch(epoch, state.progress.batch)
-        for position, batch in enumerate(self.monitor.shown(self.loader)):
-            # After the first batch, since starting the loader draws a random number.
-            if position == 0 and state.rng is not None:
-                set_rng_state(state.rng, world.device)
-                state.rng = None
-            elif position == 0:
-                torch.manual_seed(self.run.opts.random_seed + 1000 * (epoch + 1) + world.rank)
-            yield batch
+        if state.rng is not None:
+            set_rng_state(state.rng, world.device)
+            state.rng = None
+        else:
+            torch.manual_seed(self.run.opts.random_seed + 1000 * (epoch + 1) + world.rank)
+        yield from self.monitor.shown(self.loader)
 
     def _validate(self) -> None:
         """Evaluate on the validation images; if a signal is received, save the epoch and stop."""
         data = self.data
         try:
             metrics = self.evaluation.run(
-                self.state.model, data.val, len(data.class_names), self.trainer.precision
+                self.state.model, data.val, len(data.class_names), self.trainer.precision, self.workers
             )
         except Stopped:
             if not self.state.is_saved:

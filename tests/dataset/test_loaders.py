@@ -27,6 +27,7 @@ from dataset.loaders import (
     Loader,
     MemoryMixSampler,
     MemoryOverwriteSampler,
+    Workers,
     choose_samples,
     cross_val_split,
     make_eval_loader,
@@ -220,9 +221,16 @@ def make(root: Path, *, train: bool = True) -> IncrementalDataset:
 def epoch_of(
     dataset: IncrementalDataset, epoch: int, *, workers: int, start_batch: int = 0, **kwargs: int
 ) -> list[tuple[Tensor, Tensor]]:
-    loader = make_train_loader(dataset, **{"batch_size": 8, "seed": 4, "num_workers": workers} | kwargs)
-    loader.sampler.set_epoch(epoch, start_batch)
-    return list(loader)
+    with Workers([dataset], num_workers=workers) as reading:
+        loader = make_train_loader(dataset, workers=reading, **{"batch_size": 8, "seed": 4} | kwargs)
+        loader.sampler.set_epoch(epoch, start_batch)
+        return list(loader)
+
+
+def training(root: Path, num_workers: int) -> Loader:
+    """With the order of ``epoch_of``."""
+    dataset = make(root)
+    return make_train_loader(dataset, 8, Workers([dataset], num_workers=num_workers), seed=4)
 
 
 def same(a: list[tuple[Tensor, Tensor]], b: list[tuple[Tensor, Tensor]]) -> bool:
@@ -258,7 +266,7 @@ def test_batches_do_not_depend_on_processes(shapes_root: Path) -> None:
 
 
 def test_workers_live_through_epochs(shapes_root: Path) -> None:
-    loader = make_train_loader(make(shapes_root), 8, seed=4, num_workers=1)
+    loader = training(shapes_root, 1)
     for epoch in (0, 1):
         loader.sampler.set_epoch(epoch)
         assert same(list(loader), epoch_of(make(shapes_root), epoch, workers=0))
@@ -268,39 +276,41 @@ def test_workers_live_through_epochs(shapes_root: Path) -> None:
     assert same(list(loader), epoch_of(make(shapes_root), 0, workers=0))
 
 
-def workers_of(loader: Loader) -> list[Any]:
-    return list(loader._iterator._workers)
+def processes_of(workers: Workers) -> list[Any]:
+    return list(workers._iterator._workers)
 
 
-def test_a_closed_loader_leaves_no_process_and_begins_again(shapes_root: Path) -> None:
+def test_closed_workers_leave_no_process_and_begin_again(shapes_root: Path) -> None:
     others = set(multiprocessing.active_children())
     whole = epoch_of(make(shapes_root), 0, workers=0)
-    with make_train_loader(make(shapes_root), 8, seed=4, num_workers=2) as loader:
+    loader = training(shapes_root, 2)
+    with loader.workers as workers:
         for _ in range(2):
             assert same(list(loader), whole)
-            workers = workers_of(loader)
-            assert all(worker.is_alive() for worker in workers)
-            loader.close()
-            assert not any(worker.is_alive() for worker in workers)
-        with pytest.raises(ZeroDivisionError), loader:
+            processes = processes_of(workers)
+            assert all(process.is_alive() for process in processes)
+            workers.close()
+            assert not any(process.is_alive() for process in processes)
+        with pytest.raises(ZeroDivisionError), workers:
             for _ in loader:
-                workers = workers_of(loader)
+                processes = processes_of(workers)
                 raise ZeroDivisionError
-        assert not any(worker.is_alive() for worker in workers)
-    loader.close()
+        assert not any(process.is_alive() for process in processes)
+    workers.close()
     assert set(multiprocessing.active_children()) == others
 
 
 def test_workers_outlive_signals_while_they_are_wanted(shapes_root: Path) -> None:
-    with make_train_loader(make(shapes_root), 8, seed=4, num_workers=1) as loader:
+    loader = training(shapes_root, 1)
+    with loader.workers as workers:
+        (worker,) = processes_of(workers)
         read = []
         for batch in loader:
             read.append(batch)
-            (worker,) = workers_of(loader)
             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGTERM):
                 os.kill(worker.pid, number)
         assert same(read, epoch_of(make(shapes_root), 0, workers=0))
-        loader._unwanted.value = True
+        workers._unwanted.value = True
         os.kill(worker.pid, signal.SIGTERM)
         worker.join(60)
         assert worker.exitcode == 0
@@ -312,10 +322,10 @@ def test_workers_end_with_a_killed_parent(shapes_root: Path) -> None:
     receive, send = multiprocessing.Pipe()
 
     def parent() -> None:
-        loader = make_train_loader(make(shapes_root), 8, num_workers=2)
+        loader = training(shapes_root, 2)
         next(iter(loader))
-        loader._iterator._workers_done_event._cond.acquire()
-        send.send([worker.pid for worker in workers_of(loader)])
+        loader.workers._iterator._workers_done_event._cond.acquire()
+        send.send([process.pid for process in processes_of(loader.workers)])
         os.kill(os.getpid(), signal.SIGKILL)
 
     def runs(pid: int) -> bool:
@@ -338,9 +348,8 @@ def test_python_ends_though_a_loader_was_not_closed(shapes_root: Path) -> None:
 import sys
 sys.path[:0] = ["tests", "tests/dataset"]
 from pathlib import Path
-from test_loaders import make, make_train_loader
-loader = make_train_loader(make(Path(sys.argv[1])), 8, num_workers=2)
-batches = iter(loader)
+from test_loaders import training
+batches = iter(training(Path(sys.argv[1]), 2))
 next(batches)
 """
     done = subprocess.run(
@@ -374,14 +383,14 @@ def test_an_error_in_a_worker_keeps_its_reason(shapes_root: Path, error: Excepti
 
     dataset = make(shapes_root)
     dataset.transform = fail
-    with make_eval_loader(dataset, 8, num_workers=1) as loader:
+    with Workers([dataset]) as workers:
         try:
-            list(loader)
+            list(make_eval_loader(dataset, 8, workers))
         except Fault as fault:
             text = str(fault)
     assert words in text and "\n" not in text
     with pytest.raises(type(error)):
-        list(make_eval_loader(dataset, 8, num_workers=0))
+        list(make_eval_loader(dataset, 8, Workers([dataset], num_workers=0)))
 
 
 @pytest.mark.parametrize(
@@ -392,39 +401,74 @@ def test_a_lost_worker_shows_only_where_a_batch_is_waited_for(
     shapes_root: Path, number: signal.Signals, words: str
 ) -> None:
     before = signal.getsignal(signal.SIGCHLD)
-    with make_train_loader(make(shapes_root), 8, seed=4, num_workers=1) as loader:
+    loader = training(shapes_root, 1)
+    with loader.workers as workers:
         batches = iter(loader)
         next(batches)
         assert signal.getsignal(signal.SIGCHLD) is before
-        (worker,) = workers_of(loader)
+        (worker,) = processes_of(workers)
         os.kill(worker.pid, number)
         worker.join()  # with torch's handler the error came here, or in whatever else ran now
         with pytest.raises(Fault, match=re.escape(words)):
             list(batches)
 
 
-def test_loaders_that_cannot_start_are_told(shapes_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_more(self: Loader) -> None:
+def test_workers_that_cannot_start_are_told(shapes_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_more(self: Workers) -> None:
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
-    monkeypatch.setattr(Loader, "_get_iterator", no_more)
-    with pytest.raises(Fault, match=r"BlockingIOError: .*unavailable\): .* fewer --num_workers"):
-        list(make_train_loader(make(shapes_root), 8, num_workers=1))
+    monkeypatch.setattr(Workers, "_get_iterator", no_more)
+    told = r"BlockingIOError: .*unavailable\): .* fewer --num_workers"
+    loader = training(shapes_root, 1)
+    with pytest.raises(Fault, match=told):
+        list(loader)
+    with pytest.raises(Fault, match=told):
+        loader.workers.__enter__()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_same_workers_read_several_datasets(shapes_root: Path, num_workers: int) -> None:
+    """Neither the training's order nor its random numbers depend on what is read between its epochs."""
+    train, val = make(shapes_root), make(shapes_root, train=False)
+    random = torch.get_rng_state()
+    with Workers([train, val], num_workers=num_workers) as workers:
+        processes = processes_of(workers) if num_workers else []
+        loader = make_train_loader(train, 8, workers, seed=4)
+        evaluated = make_eval_loader(val, 5, workers)
+        for epoch in (0, 1):
+            loader.sampler.set_epoch(epoch)
+            assert same(list(loader), epoch_of(train, epoch, workers=0))
+            found = torch.cat([targets for _, targets in evaluated])
+            assert torch.equal(found, torch.stack([val[i][1] for i in range(48)]))
+        assert (processes_of(workers) if num_workers else []) == processes
+        assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_two_loops_at_a_time_are_refused(shapes_root: Path, num_workers: int) -> None:
+    """With worker processes the first loop would get the second one's batches."""
+    loader = training(shapes_root, num_workers)
+    with loader.workers, pytest.raises(UserError, match="two loops read images at the same time"):
+        for _ in loader:
+            assert same(list(loader), epoch_of(make(shapes_root), 0, workers=0))
 
 
 def test_exemplars_in_a_loader(shapes_root: Path) -> None:
-    loader = make_train_loader(make(shapes_root), 4, num_memory=8, num_workers=0)
+    dataset = make(shapes_root)
+    workers = Workers([dataset], num_workers=0)
+    loader = make_train_loader(dataset, 4, workers, num_memory=8)
     assert isinstance(loader.sampler, MemoryMixSampler)
     assert len(list(loader)) == len(loader) == 20
-    loader = make_train_loader(make(shapes_root), 4, num_memory=8, memory_overwrites=True, num_workers=0)
+    loader = make_train_loader(dataset, 4, workers, num_memory=8, memory_overwrites=True)
     assert isinstance(loader.sampler, MemoryOverwriteSampler)
     assert len(list(loader)) == len(loader) == 10
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_loader(shapes_root: Path, workers: int) -> None:
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_evaluation_loader(shapes_root: Path, num_workers: int) -> None:
     dataset = make(shapes_root, train=False)
-    parts = [list(make_eval_loader(dataset, 5, num_workers=workers, world=of_two(r))) for r in (0, 1)]
+    with Workers([dataset], num_workers=num_workers) as workers:
+        parts = [list(make_eval_loader(dataset, 5, workers, world=of_two(rank))) for rank in (0, 1)]
     # 48 samples in batches of 5: the last holds 3 and is the second rank's.
     assert [len(part[-1][0]) for part in parts] == [5, 3]
     batches = [targets for pair in zip(*parts, strict=True) for _, targets in pair]
@@ -440,18 +484,20 @@ def message(loader: Loader) -> str:
     return "no error"
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_bad_file_comes_out_as_one_line(shapes_root: Path, workers: int) -> None:
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_bad_file_comes_out_as_one_line(shapes_root: Path, num_workers: int) -> None:
     dataset = make(shapes_root)
     dataset.dataset.images[13] = Path("/nowhere/x.jpg")
     expected = "/nowhere/x.jpg: the image is missing; check the list file and --data_root"
-    assert message(make_train_loader(dataset, 8, num_workers=workers)) == expected
-    assert message(make_eval_loader(dataset, 8, num_workers=workers)) == expected
+    with Workers([dataset], num_workers=num_workers) as workers:
+        assert message(make_train_loader(dataset, 8, workers)) == expected
+        assert message(make_eval_loader(dataset, 8, workers)) == expected
 
 
 def test_too_few_images_for_a_loader(shapes_root: Path) -> None:
+    dataset = make(shapes_root)
     with pytest.raises(UserError, match="48 training images are too few for one batch of 49"):
-        make_train_loader(make(shapes_root), 49)
+        make_train_loader(dataset, 49, Workers([dataset]))
 
 
 def test_cross_validation_split() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dataset.incremental import Entry, IncrementalDataset, SampleKey, Substitute
-from dataset.loaders import Tolerance, make_eval_loader, make_train_loader
+from dataset.loaders import Tolerance, Workers, make_eval_loader, make_train_loader
 from dataset.shapes import open_shapes
 from dataset.transforms import eval_transform, train_transform
 from utils.errors import DataError
@@ -48,7 +48,8 @@ def test_the_next_readable_image_stands_in(shapes_root: Path, tmp_path: Path) ->
 def test_an_evaluation_counts_nothing_of_it(shapes_root: Path, tmp_path: Path) -> None:
     samples = spoilt(shapes_root, tmp_path, 7, void=True)
     tolerance = Tolerance(2)
-    batches = list(make_eval_loader(samples, 4, num_workers=1, tolerance=tolerance))
+    with Workers([samples], tolerance=tolerance) as workers:
+        batches = list(make_eval_loader(samples, 4, workers))
     assert [len(images) for images, _ in batches] == [4, 4]
     assert (batches[1][1][3] == VOID).all()
     assert not (batches[1][1][2] == VOID).all()
@@ -58,7 +59,7 @@ def test_an_evaluation_counts_nothing_of_it(shapes_root: Path, tmp_path: Path) -
 def test_too_many_are_an_error(shapes_root: Path, tmp_path: Path) -> None:
     samples = spoilt(shapes_root, tmp_path, 1, 4, skip=1)
     with pytest.raises(DataError, match="one more than the 1 of --skip_corrupt"):
-        list(make_train_loader(samples, 2, num_workers=0, tolerance=Tolerance(1)))
+        list(make_train_loader(samples, 2, Workers([samples], num_workers=0, tolerance=Tolerance(1))))
 
 
 def test_an_image_met_again_counts_once() -> None:
