@@ -6,9 +6,9 @@ pytest-xdist's controller imports this file before its workers start; torch woul
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -27,6 +27,10 @@ os.fsync = os.fstat  # as in forked.py
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 
+
+# Folders whose tests build networks in their own process, and for which any random weights do.
+BUILDING = ("benchmarks", "methods", "modules", "runs", "session", "tests")
+BLOCK = 65_537
 
 # Folders whose tests take longest, which begin first, so that no worker ends long after the others.
 LONGEST = ("faults", "cli", "scripts", "docs")
@@ -50,6 +54,30 @@ def float32_convolutions(request: pytest.FixtureRequest, monkeypatch: pytest.Mon
 
     if request.node.get_closest_marker("cuda"):
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(autouse=True)
+def quickly_drawn_weights(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let large random weights repeat a block: to draw them in full takes a minute of the suite.
+
+    The block has a prime length, so that no two filters are equal.
+    """
+    import torch
+
+    def in_blocks(draw: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def drawn(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if tensor.numel() <= BLOCK:
+                return draw(tensor, *args, **kwargs)
+            block = draw(tensor.new_empty(BLOCK), *args, **kwargs)
+            repeated = block.repeat(-(-tensor.numel() // BLOCK))[: tensor.numel()]
+            with torch.no_grad():
+                return tensor.copy_(repeated.view(tensor.shape))
+
+        return drawn
+
+    if request.path.parent.name in BUILDING:
+        for name in ("normal_", "uniform_"):
+            monkeypatch.setattr(torch.Tensor, name, in_blocks(getattr(torch.Tensor, name)))
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
