@@ -29,7 +29,7 @@ SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 
 
 # Folders whose tests build networks in their own process, and for which any random weights do.
-BUILDING = ("benchmarks", "methods", "modules", "runs", "session", "tests")
+BUILDING = ("benchmarks", "cli", "methods", "modules", "runs", "session", "tests")
 BLOCK = 65_537
 
 # Folders whose tests take longest, which begin first, so that no worker ends long after the others.

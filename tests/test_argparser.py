@@ -218,10 +218,11 @@ def test_every_number_has_a_range_that_is_told(action: argparse.Action) -> None:
     else:
         assert action.choices, f"{name} is a number without a range"
         words.append("-1")
+    parser = build_parser()
     for word in words:
         for arguments in ([f"{name}={word}"], [name, word]):
             with pytest.raises(UserError) as caught:
-                build_parser().parse_args(arguments)
+                parser.parse_args(arguments)
             message = str(caught.value)
             assert name in message and "\n" not in message
             if isinstance(action.type, Number):

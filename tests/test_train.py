@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import SMALL_BACKBONE
 from released_reference import Toy
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -370,6 +371,8 @@ NEWER = ("DKD", "STAR", "MIB+EWF", "PLOP+EWF", "LGKD", "MIB+NeST", "PLOP+NeST", 
 def made_for(name: str, fidelity: str, device: str, *words: str) -> Bench:
     """A step with the networks and heads that newer methods need, after one step."""
     crop = 128 if "pod" in preset(name, dataset="voc", task="15-5") else 64  # PLOP's grids need maps of 4 × 4
+    if name != "RCIL":  # whose branches only some backbones have
+        words += ("--backbone", SMALL_BACKBONE)
     opts = options(name, "deeplab-mobilenet_v2", batch=2, crop=crop, words=("--fidelity", fidelity, *words))
     made = bench(opts, torch.device(device))
     made.run()

@@ -305,12 +305,13 @@ def test_kill_in_the_middle_leaves_no_half_file(tmp_path, interpreter):
 
 @pytest.mark.skipif(not VOC.is_dir(), reason="the VOC masks in shared/voc_masks are not there")
 @pytest.mark.parametrize(("split", "lists"), [("train_aug", "voc_train"), ("val", "voc_val")])
-def test_all_real_masks_are_as_listed_and_read_once(tmp_path, reads, split, lists):
+def test_all_real_masks_are_as_listed_and_read_once(voc_cache, reads, split, lists):
     lines = (VOC / "splits" / f"{split}.txt").read_text().splitlines()
     paths = [VOC / line.split()[1].lstrip("/") for line in lines]
     listed = (VOC.parent / "splits" / f"{lists}_classes.txt").read_text().splitlines()
-    labels = scan(paths, tmp_path)
+    labels = scan(paths, voc_cache)
     assert labels == [{int(word) for word in line.split()[1:]} for line in listed]
-    assert len(reads) == len(paths)
-    assert scan(paths, tmp_path) == labels
-    assert len(reads) == len(paths)
+    read = len(reads)
+    assert read in (0, len(paths))  # none if another test has read them
+    assert scan(paths, voc_cache) == labels
+    assert len(reads) == read

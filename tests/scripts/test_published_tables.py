@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -71,14 +72,16 @@ def test_a_table_is_of_published_numbers(file: Path, tmp_path: Path, monkeypatch
     assert f"scripts/published/{file.name}" in text and f"logs/published/{file.stem}" in text
 
 
+@cache
+def total_batches(file: Path, gpus: int) -> list[int]:
+    runs = plan(read_experiment(file, gpus=range(gpus)))
+    return [gpus * parse_options(words).batch_size for run in runs for words in run.commands]
+
+
 @pytest.mark.parametrize("gpus", [2, 4])
 @pytest.mark.parametrize("file", KIT, ids=lambda file: file.stem)
 def test_the_total_batch_is_that_of_2_and_4_gpus(file: Path, gpus: int) -> None:
-    def batches(number: int) -> list[int]:
-        runs = plan(read_experiment(file, gpus=range(number)))
-        return [number * parse_options(words).batch_size for run in runs for words in run.commands]
-
-    assert batches(gpus) == batches(1)
+    assert total_batches(file, gpus) == total_batches(file, 1)
 
 
 def of_script(script: Path, *arguments: str) -> list[Options]:
