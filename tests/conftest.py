@@ -28,8 +28,11 @@ os.fsync = os.fstat  # as in forked.py
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 
 
-# Folders whose tests build networks in their own process, and for which any random weights do.
-BUILDING = ("benchmarks", "cli", "methods", "modules", "runs", "session", "tests")
+# Folders and files of tests that build networks in their own process, for which any random weights do.
+BUILDING = {
+    *("benchmarks", "cli", "methods", "modules", "runs", "session"),
+    *("test_segmentation_module", "test_train"),
+}
 BLOCK = 65_537
 
 # Folders whose tests take longest, which begin first, so that no worker ends long after the others.
@@ -75,7 +78,7 @@ def quickly_drawn_weights(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
 
         return drawn
 
-    if request.path.parent.name in BUILDING:
+    if BUILDING & {request.path.parent.name, request.path.stem}:
         for name in ("normal_", "uniform_"):
             monkeypatch.setattr(torch.Tensor, name, in_blocks(getattr(torch.Tensor, name)))
 
