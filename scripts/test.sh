@@ -29,4 +29,5 @@ if [ "${1:-}" = --quick ]; then
         tests/dataset/test_protocols.py::test_published_lists_from_real_masks)
     set -- "${quick[@]}" "${without[@]/#/--deselect=}" "$@"
 fi
-OMP_NUM_THREADS=1 python -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder --durations=20 "$@"
+# Three processes also on two cores: some tests wait.
+OMP_NUM_THREADS=1 python -m pytest -n "${TEST_WORKERS:-3}" --dist loadfile --no-loadscope-reorder --durations=20 "$@"

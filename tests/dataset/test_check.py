@@ -321,16 +321,21 @@ def test_real_photos(tmp_path, capsys):
     assert check_data(found) == 0
     assert "train: 528 images and 528 masks of 528 listed" in capsys.readouterr().out
 
-    broken = tmp_path / "voc_subset"
-    shutil.copytree(SHARED / "voc_subset", broken)
-    photo = sorted(
-        (broken / "JPEGImages").iterdir() if (broken / "JPEGImages").is_dir() else broken.rglob("*.jpg")
-    )[0]
+    real, broken = SHARED / "voc_subset" / "PascalVOC12", tmp_path / "PascalVOC12"
+    for split in ("train_aug", "val"):
+        lines = (real / "splits" / f"{split}.txt").read_text().splitlines()[:40]
+        for name in (name[1:] for line in lines for name in line.split()):
+            (broken / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(real / name, broken / name)
+        (broken / "splits").mkdir(exist_ok=True)
+        (broken / "splits" / f"{split}.txt").write_text("\n".join(lines) + "\n")
+    photo = min((broken / "JPEGImages").iterdir())
     photo.write_bytes(photo.read_bytes()[:1000])
     assert (
-        check_data(options(broken, dataset="voc", task_=get_task("voc", "15-5"), protocol="overlapped")) == 2
+        check_data(options(tmp_path, dataset="voc", task_=get_task("voc", "15-5"), protocol="overlapped"))
+        == 2
     )
-    assert photo.name in capsys.readouterr().out
+    assert re.search(rf"fault: 1 unreadable images: \S*{photo.name}", capsys.readouterr().out)
 
 
 def test_class_table_lists_every_class(capsys):
