@@ -279,7 +279,7 @@ class Workers(DataLoader[Sample]):
 
         Args:
             dataset: one of those given at first.
-            batches: keys of its samples, of each batch.
+            batches: for each batch the keys of its samples.
 
         Raises:
             DataError: a bad file.
@@ -299,8 +299,8 @@ class Workers(DataLoader[Sample]):
             yield batch
             if self._pass.current is not mine:
                 raise UserError(
-                    "two loops read images at the same time; begin none over context.batches() while another "
-                    "or an epoch goes on"
+                    "images are read by two loops at once: a method may loop over context.batches() in "
+                    "begin_step and end_step, and not within another such loop"
                 )
 
     def _received(self, batches: _Batches) -> Iterator[Any]:
@@ -356,7 +356,7 @@ class Loader:
     Attributes:
         dataset: what is read.
         workers: who reads it.
-        batches: keys of the samples of each batch.
+        batches: for each batch the keys of its samples.
     """
 
     dataset: Dataset[Sample]

@@ -61,7 +61,7 @@ def float32_convolutions(request: pytest.FixtureRequest, monkeypatch: pytest.Mon
 
 @pytest.fixture(autouse=True)
 def quickly_drawn_weights(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let large random weights repeat a block: to draw them in full takes a minute of the suite.
+    """Let large random weights repeat a block: to draw them in full takes half a minute of processor time.
 
     The block has a prime length, so that no two filters are equal.
     """

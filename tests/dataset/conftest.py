@@ -12,7 +12,7 @@ from dataset.image_labels import scan_image_labels
 
 @pytest.fixture(scope="session")
 def voc_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which the first worker leaves for all what it read from VOC's masks."""
+    """The folder in which the first test process to read VOC's masks caches their classes for all."""
     folder = tmp_path_factory.getbasetemp()
     return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 

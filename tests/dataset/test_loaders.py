@@ -448,7 +448,7 @@ def test_the_same_workers_read_several_datasets(shapes_root: Path, num_workers: 
 def test_two_loops_at_a_time_are_refused(shapes_root: Path, num_workers: int) -> None:
     """With worker processes the first loop would get the second one's batches."""
     loader = training(shapes_root, num_workers)
-    with loader.workers, pytest.raises(UserError, match="two loops read images at the same time"):
+    with loader.workers, pytest.raises(UserError, match="images are read by two loops at once"):
         for _ in loader:
             assert same(list(loader), epoch_of(make(shapes_root), 0, workers=0))
 

@@ -113,7 +113,7 @@ def test_sums_and_objects_and_confusion_of_uneven_shares(size, tmp_path):
 
 @pytest.mark.parametrize(
     ("end", "said", "timeout"),
-    [("os._exit(9)", "by peer", 1800), ("signal.pause()", "Timed out waiting", 5)],
+    [("os._exit(9)", "by peer", 1800), ("signal.pause()", "Timed out waiting", 10)],
 )
 def test_lost_and_silent_ranks_end_in_an_error(end, said, timeout, tmp_path):
     code = f"""
